@@ -1,0 +1,223 @@
+"""The command: parse, call, print. Bad input is one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.errors import CairnError, ConfigError
+from cairn.reports.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="A CLIP model learns new classes, task after task, without keeping old images.",
+)  # fmt: skip
+
+Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
+
+
+def main() -> None:
+    """Entry point of the `cairn` command."""
+    try:
+        app(standalone_mode=False)
+    except CairnError as error:
+        print(f"cairn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            print(f"cairn: {error.format_message()}; see cairn --help", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Argument(help="a method of `cairn list`")],
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
+    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
+    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
+    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    seed: Annotated[int, typer.Option(help="moves every random choice but the class order")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="several seeds, 1,2,3: one folder each and a summary")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/METHOD-DATA]")] = None,
+    set_: Set = None,
+    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
+    preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
+    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a result that is already there")] = False,
+) -> None:
+    """Learn a class stream with a method and write DIR/result.json."""
+    from pydantic import ValidationError
+
+    from cairn.methods.catalogue import method_named
+    from cairn.run import RunConfig
+
+    entry = method_named(method)
+    name = Path(data).stem if Path(data).exists() else data.partition("=")[0].replace(":", "-")
+    if step is None:
+        step = 5 if data.partition(":")[0] == "shapes" else 10
+    folder = out or Path("runs") / f"{entry.name}-{name}"
+    numbers = _seeds(seeds) if seeds is not None else [seed]
+    try:
+        config = RunConfig(
+            method=entry.name, data=data, towers=towers, base=base, step=step, order=order, seed=numbers[0],
+            settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+            device=device, precision=precision, preprocess=preprocess, revision=revision,
+        )  # fmt: skip
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg'].lower()}") from None
+    _run_all(config, numbers if seeds is not None else None, folder, overwrite)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds {text}: must be different whole numbers, e.g. 1,2,3")
+    return [int(part) for part in parts]
+
+
+def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool) -> list:
+    """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
+    from cairn.store import SUMMARY, summary, write_json
+
+    console = Console()
+    results = []
+    for number in numbers or [config.seed]:
+        place = folder / f"seed-{number}" if numbers else folder
+        results.append(_run_one(config.model_copy(update={"seed": number}), place, overwrite, console))
+    if numbers:
+        write_json(folder / SUMMARY, summary(results))
+        console.summary(results, folder / SUMMARY)
+    return results
+
+
+def _run_one(config, folder: Path, overwrite: bool, console: Console):
+    from cairn.run import run as learn_stream
+    from cairn.store import RESULT, RunFolder
+    from cairn.training.log import Log
+
+    output = RunFolder(folder, config)
+    if not overwrite and (done := output.finished()) is not None:
+        console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
+        console.result(done, folder / RESULT)
+        return done
+
+    # The folder is opened with the first event, after all input was found good: a bad call leaves nothing behind.
+    def keep(event: dict) -> None:
+        if output.closed:
+            output.open()
+        output.keep(event)
+        console.event(event)
+
+    try:
+        with console.live():
+            result = learn_stream(config, Log(keep=keep, show=console.progress))
+        output.write(result)
+    finally:
+        output.close()
+    console.result(result, folder / RESULT)
+    return result
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Methods, data sets and towers."""
+    from cairn.data.catalogue import CATALOGUE
+    from cairn.methods.catalogue import METHODS
+    from cairn.towers.catalogue import KNOWN
+
+    console = Console()
+    rows = [
+        (m.name, m.title, m.trains, m.keeps, "yes" if m.exemplar_free else "NO", m.source) for m in METHODS.values()
+    ]
+    console.table("Methods", ("name", "what", "trains", "keeps of old classes", "exemplar-free", "source"), rows)
+    own = [
+        ("shapes", "the drawn world: 40 compositions (embedded)"),
+        ("FOLDER", "train/<class>/* and test/<class>/*, or <class>/*"),
+        ("FILE.safetensors", "precomputed embeddings"),
+    ]
+    console.table("Data", ("name", "what"), own + [(row.key, row.title) for row in CATALOGUE.values()])
+    console.table("Towers", ("name", "what"), list(KNOWN.items()))
+
+
+@app.command()
+def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`")]) -> None:
+    """A method's source, stages and settings with their defaults."""
+    from cairn.methods.catalogue import method_named
+    from cairn.methods.settings import settings
+
+    entry = method_named(method)
+    console = Console()
+    console.note(f"{entry.title}\n\n{entry.citation}\n")
+    for number, stage in enumerate(entry.stages, 1):
+        console.note(f"  {number}. {stage}")
+    console.note(f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: "
+        f"{'yes' if entry.exemplar_free else 'no'}\nfile: {entry.build.__module__.replace('.', '/')}.py\n")  # fmt: skip
+    forms = [("Settings (--set key=value)", entry.config())]
+    if hasattr(entry.config, "embedding"):
+        forms.append(("Settings on a features file (embedding form)", entry.config.embedding()))
+    for title, config in forms:
+        rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
+        if rows:
+            console.table(title, ("setting", "default", "meaning"), rows)
+    console.note("[P] stated by the paper, [K] nearest published practice, [I] ours: see docs/deviations.md")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="moves every random choice")] = 1,
+) -> None:
+    """Forty classes of the drawn world in eight tasks: zero-shot, class means and DMC side by side."""
+    from cairn.run import RunConfig
+
+    console = Console()
+    console.note(
+        "A small CLIP meets 8 tasks of 5 classes it has never seen, in a style it has never seen.\n"
+        "After each task it is tested on every class so far; no old image is kept.\n"
+    )
+    results = []
+    for method in ("zero-shot", "simplecil", "dmc"):
+        config = RunConfig(method=method, data="shapes", step=5, seed=seed)
+        results += _run_all(config, None, out / method, overwrite=True)
+    console.curves(results)
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="folders that hold results, at any depth")],
+    into: Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn table NAME' is replaced")] = None,
+    name: Annotated[str, typer.Option(help="name of the block")] = "results",
+) -> None:
+    """Results as a Markdown table, mean and standard deviation over seeds, on standard output or into a file."""
+    from cairn.reports.tables import markdown_table, replaced_block, results_below
+
+    text = markdown_table(results_below(folders))
+    if into is None:
+        typer.echo(text)
+    else:
+        into.write_text(replaced_block(into.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+
+
+@app.command()
+def version() -> None:
+    """The version of cairn and of what it stands on."""
+    from cairn.run import versions
+
+    for package, number in versions().items():
+        typer.echo(f"{package} {number}")

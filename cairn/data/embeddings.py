@@ -1,0 +1,280 @@
+"""Embeddings computed beforehand, in a safetensors file: for people who hold vectors in a store, not images.
+
+Tensors: `train_features` (n, d), `train_labels` (n,), `test_features` (m, d), `test_labels` (m,) and, if texts were
+embedded too, `text_features` (k, d). Metadata: `class_names`, and optionally `templates`, `logit_scale`, `model`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cairn.data.images import Dataset
+from cairn.errors import DataError
+
+NAME_KEYS = ("class_names", "classnames", "classes", "names")
+"""Metadata keys under which class names are looked for. A JSON list, a JSON object (number to name or name to
+number), or one name per line."""
+
+TEMPLATE_KEYS = ("templates", "template")
+MODEL_KEYS = ("model", "backbone", "towers")
+
+REQUIRED = ("train_features", "train_labels", "test_features", "test_labels")
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """What a features file holds besides its rows. `text` is (k, d) float32 in the classes' natural order, or None.
+
+    `fingerprint` is the first 16 hexadecimal digits of the file's SHA-256; `name` is the model that made the file
+    where the metadata names it, else the file's own name.
+    """
+
+    dim: int
+    text: np.ndarray | None
+    logit_scale: float
+    fingerprint: str
+    name: str
+
+
+class Rows:
+    """Rows of a matrix as items: float32 (d,). `values` is the whole matrix (n, d)."""
+
+    def __init__(self, values: np.ndarray, labels: np.ndarray, name: str):
+        self.values = values
+        self.labels = labels
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[index]
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+def features_dataset(path: str | Path) -> Dataset:
+    """The data set in a features file; `Dataset.embeddings` is an `Embeddings`. Rows stay as stored, not normalised.
+
+    Raises DataError for a file that is missing, damaged or incomplete, for shapes and widths that disagree, labels
+    that are no class numbers, rows that are not finite, and a class without rows.
+    """
+    file = Path(path).expanduser()
+    shown = f"features file '{path}'"
+    if not file.is_file():
+        raise DataError(f"{shown}: no such file; give the path of a .safetensors file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            stored = set(opened.keys())
+            missing = [name for name in REQUIRED if name not in stored]
+            if missing:
+                raise DataError(
+                    f"{shown}: lacks {', '.join(missing)}; it holds {', '.join(sorted(stored)) or 'nothing'}"
+                )
+            tensors = {name: opened.get_tensor(name) for name in (*REQUIRED, "text_features") if name in stored}
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{shown}: not a safetensors file, or truncated ({reason}); write it again") from None
+
+    names = _names(metadata, shown)
+    arrays = _checked(tensors, names, shown)
+    with file.open("rb") as stream:
+        fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    model = next((metadata[key] for key in MODEL_KEYS if metadata.get(key)), file.stem)
+    text = arrays.get("text_features")
+    dim = arrays["train_features"].shape[1]
+    return Dataset(
+        name=file.stem,
+        classes=names,
+        train=Rows(arrays["train_features"], arrays["train_labels"], "train_features"),
+        test=Rows(arrays["test_features"], arrays["test_labels"], "test_features"),
+        templates=_templates(metadata, shown),
+        embeddings=Embeddings(dim, text, _logit_scale(metadata, shown), fingerprint, model),
+    )
+
+
+def save_features(
+    path: str | Path,
+    *,
+    train_features: np.ndarray | torch.Tensor,
+    train_labels: np.ndarray | torch.Tensor,
+    test_features: np.ndarray | torch.Tensor,
+    test_labels: np.ndarray | torch.Tensor,
+    class_names: Sequence[str],
+    text_features: np.ndarray | torch.Tensor | None = None,
+    templates: Sequence[str] = (),
+    logit_scale: float | None = None,
+    model: str | None = None,
+) -> None:
+    """Write a file that `features_dataset` reads, whole or not at all. Features keep their precision.
+
+    Raises DataError, before anything is written, for what `features_dataset` would refuse.
+    """
+    tensors = {
+        "train_features": train_features,
+        "train_labels": train_labels,
+        "test_features": test_features,
+        "test_labels": test_labels,
+    }
+    if text_features is not None:
+        tensors["text_features"] = text_features
+    tensors = {name: torch.as_tensor(values).detach().cpu().contiguous() for name, values in tensors.items()}
+    metadata = {"class_names": json.dumps(list(class_names), ensure_ascii=False)}
+    if templates:
+        metadata["templates"] = json.dumps(list(templates), ensure_ascii=False)
+    if logit_scale is not None:
+        metadata["logit_scale"] = repr(float(logit_scale))
+    if model is not None:
+        metadata["model"] = model
+    shown = f"features file '{path}'"
+    _checked(tensors, _names(metadata, shown), shown)
+    _templates(metadata, shown)
+    _logit_scale(metadata, shown)
+    file = Path(path).expanduser()
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked(tensors: dict[str, torch.Tensor], names: Sequence[str], shown: str) -> dict[str, np.ndarray]:
+    """The tensors as arrays, features in float32 and labels in int64."""
+    arrays = {}
+    for part in ("train", "test"):
+        features, labels = tensors[f"{part}_features"], tensors[f"{part}_labels"]
+        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+            raise DataError(
+                f"{shown}: {part}_features {_shape(features)} and {part}_labels {_shape(labels)} do not fit; "
+                "they must be (n, d) and (n)"
+            )
+        if features.shape[1] == 0 or not features.is_floating_point():
+            raise DataError(
+                f"{shown}: {part}_features {_shape(features)} of {_dtype(features)}; "
+                "store rows of floating point numbers"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise DataError(f"{shown}: {part}_labels are {_dtype(labels)}; store whole numbers from 0")
+        arrays[f"{part}_labels"] = _class_numbers(labels, f"{part}_labels", names, shown)
+        arrays[f"{part}_features"] = _finite(features, f"{part}_features", shown)
+    train, test = tensors["train_features"], tensors["test_features"]
+    if train.shape[1] != test.shape[1]:
+        raise DataError(
+            f"{shown}: train_features {_shape(train)} and test_features {_shape(test)} differ in width; "
+            "embed both with the same model"
+        )
+    if "text_features" in tensors:
+        text, expected = tensors["text_features"], (len(names), train.shape[1])
+        if tuple(text.shape) != expected or not text.is_floating_point():
+            raise DataError(
+                f"{shown}: text_features {_shape(text)} of {_dtype(text)}, but {len(names)} class names and "
+                f"{train.shape[1]} columns of features; store floating point {expected}"
+            )
+        arrays["text_features"] = _finite(text, "text_features", shown)
+    for part in ("train", "test"):
+        empty = np.flatnonzero(np.bincount(arrays[f"{part}_labels"], minlength=len(names)) == 0)
+        if len(empty):
+            raise DataError(
+                f"{shown}: {len(names)} class names, but class '{names[empty[0]]}' (number {empty[0]}) has no row in "
+                f"{part}_features ({len(empty)} such class(es)); add rows or remove the name"
+            )
+    return arrays
+
+
+def _class_numbers(labels: torch.Tensor, name: str, names: Sequence[str], shown: str) -> np.ndarray:
+    numbers = labels.numpy().astype(np.int64)
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
+    if len(wrong):
+        raise DataError(
+            f"{shown}: {name} has {numbers[wrong[0]]} in row {wrong[0]} ({len(wrong)} such row(s)), but there are "
+            f"{len(names)} class names; labels must be 0 to {len(names) - 1}"
+        )
+    return numbers
+
+
+def _finite(features: torch.Tensor, name: str, shown: str) -> np.ndarray:
+    values = features.to(torch.float32).numpy()
+    wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"{shown}: {name} is not finite in row {wrong[0]} ({len(wrong)} such row(s)); "
+            "embed them again or leave them out"
+        )
+    return values
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "(" + ", ".join(map(str, tensor.shape)) + ")"
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def _names(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
+    key = next((key for key in NAME_KEYS if key in metadata), None)
+    if key is None:
+        raise DataError(f"{shown}: no class names in the metadata; store a JSON list under '{NAME_KEYS[0]}'")
+    names = _listed(metadata[key])
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise DataError(f"{shown}: metadata '{key}' is not a list of names; store a JSON list of strings")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{shown}: class name '{twice}' appears twice in '{key}'; names must differ")
+    return tuple(names)
+
+
+def _listed(text: str) -> list | None:
+    """A list from JSON (a list; an object between names and numbers 0..k-1) or from lines; None for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(value, dict):
+        if all(isinstance(name, str) for name in value.values()):
+            value = {name: number for number, name in value.items()}
+        numbers = {int(number): name for name, number in value.items() if str(number).isdecimal()}
+        return [numbers[i] for i in range(len(numbers))] if sorted(numbers) == list(range(len(value))) else None
+    return value if isinstance(value, list) else None
+
+
+def _templates(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
+    key = next((key for key in TEMPLATE_KEYS if metadata.get(key)), None)
+    if key is None:
+        return ("a photo of a {}.",)
+    templates = _listed(metadata[key])
+    for template in templates or [metadata[key]]:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise DataError(f"{shown}: template '{template}' must hold one {{}} for the class name")
+    return tuple(templates)
+
+
+def _logit_scale(metadata: dict[str, str], shown: str) -> float:
+    text = metadata.get("logit_scale", "100.0")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and scale > 0):
+        raise DataError(f"{shown}: logit_scale '{text}' must be a positive number (CLIP's is 100)")
+    return scale

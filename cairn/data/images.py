@@ -1,0 +1,82 @@
+"""Lazy collections of labelled images. An item is opened when it is asked for, never before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Images(Protocol):
+    """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
+
+    labels: np.ndarray
+    """int64 (n,): class ids, known without opening anything."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def describe(self, index: int) -> str:
+        """Where the item comes from, for error messages: a file name, a row number."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some items of another collection, with labels of their own. Opens nothing."""
+
+    source: Images
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[int(self.indices[index])]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+
+class Concatenation:
+    """Several collections, one after the other."""
+
+    def __init__(self, parts: Sequence[Images]):
+        self.parts = tuple(parts)
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.labels = np.concatenate([part.labels for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _place(self, index: int) -> tuple[Images, int]:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+
+    def __getitem__(self, index: int) -> Any:
+        part, position = self._place(index)
+        return part[position]
+
+    def describe(self, index: int) -> str:
+        part, position = self._place(index)
+        return part.describe(position)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set before it becomes a stream: classes in their natural order, labels indexing them.
+
+    `templates` are prompts with one `{}` for the class name; the first serves where a method takes a single one.
+    `embeddings` holds what a features file brings besides the images (see `cairn.data.embeddings`).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    test: Images
+    templates: tuple[str, ...]
+    embeddings: Any = None

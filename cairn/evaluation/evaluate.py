@@ -1,0 +1,73 @@
+"""A method against the test images of the classes it has seen. Nothing here reaches back into learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cairn.data.loading import Loader
+from cairn.data.stream import TaskStream
+from cairn.errors import NotFinite
+from cairn.maths.similarity import unit
+from cairn.methods.protocol import Method
+from cairn.towers.protocol import Towers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After one task: `accuracy[j]` on task j <= i, correct and total per class seen, and `future`: zero-shot accuracy
+    of the current image side on the classes still to come, among those classes (None if there are none, or no texts)."""
+
+    accuracy: list[float]
+    correct: list[int]
+    total: list[int]
+    future: float | None
+
+
+class Evaluator:
+    """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same."""
+
+    def __init__(self, stream: TaskStream, towers: Towers):
+        self.stream, self.towers = stream, towers
+        self.loaders = [Loader(test, towers.prepare, towers.pixels, batch=256) for test in stream.tests]
+        self._encoder: str | None = None
+        self._kept: dict[int, Tensor] = {}
+
+    def after(self, task: int, method: Method) -> Evaluation:
+        """The row of the table that follows learning task number `task`. Raises NotFinite if a score is not a number."""
+        if self._encoder != method.encoder:
+            self._encoder, self._kept = method.encoder, {}
+        seen = self.stream.tasks[task].classes.stop
+        correct, total = torch.zeros(seen, dtype=torch.long), torch.zeros(seen, dtype=torch.long)
+        accuracy = []
+        for j in range(task + 1):
+            labels = self.loaders[j].labels
+            scores = method.scores(self._embedded(j, method))
+            if scores.shape[1] != seen or not torch.isfinite(scores).all():
+                raise NotFinite(
+                    f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
+                )
+            right = scores.argmax(1).cpu() == labels
+            accuracy.append(right.float().mean().item())
+            correct += torch.bincount(labels[right], minlength=seen)
+            total += torch.bincount(labels, minlength=seen)
+        return Evaluation(accuracy, correct.tolist(), total.tolist(), self._future(task, method))
+
+    def _future(self, task: int, method: Method) -> float | None:
+        coming = range(task + 1, len(self.stream.tasks))
+        if not coming or not self.towers.has_text:
+            return None
+        first = self.stream.tasks[task + 1].classes.start
+        T = self.towers.class_texts(self.stream.class_names[first:], self.stream.tasks[0].templates).cpu()
+        right = [
+            (unit(self._embedded(j, method).cpu()) @ T.T).argmax(1) + first == self.loaders[j].labels for j in coming
+        ]
+        return torch.cat(right).float().mean().item()
+
+    @torch.no_grad()
+    def _embedded(self, j: int, method: Method) -> Tensor:
+        if j not in self._kept:
+            self._kept[j] = torch.cat([method.embed(pixels) for pixels, _ in self.loaders[j]])
+        return self._kept[j]

@@ -1,0 +1,52 @@
+"""The field's metrics as functions of an accuracy table; no tensors, no files.
+
+A[i][j] is the accuracy, in [0, 1], on the test images of task j after learning task i, over the classes seen by then
+(None for j > i). B tasks, numbered from 0; n_j test images of task j. Source: METHODS, section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Table = Sequence[Sequence[float | None]]
+
+
+def seen_accuracy(A: Table, sizes: Sequence[int]) -> list[float]:
+    """A_i = sum_{j <= i} n_j A[i][j] / sum_{j <= i} n_j: top-1 over all classes seen after each task."""
+    return [
+        sum(n * a for n, a in zip(sizes, row[: i + 1], strict=False)) / sum(sizes[: i + 1]) for i, row in enumerate(A)
+    ]
+
+
+def average_incremental(seen: Sequence[float]) -> float:
+    """(1/B) sum_i A_i."""
+    return sum(seen) / len(seen)
+
+
+def forgetting(A: Table) -> float | None:
+    """1/(B-1) sum_{j < B-1} (max_{j <= l < B-1} A[l][j] - A[B-1][j]); None with a single task."""
+    B = len(A)
+    if B < 2:
+        return None
+    return sum(max(A[l][j] for l in range(j, B - 1)) - A[B - 1][j] for j in range(B - 1)) / (B - 1)
+
+
+def backward_transfer(A: Table) -> float | None:
+    """1/(B-1) sum_{j < B-1} (A[B-1][j] - A[j][j]); negative means forgetting; None with a single task."""
+    B = len(A)
+    if B < 2:
+        return None
+    return sum(A[B - 1][j] - A[j][j] for j in range(B - 1)) / (B - 1)
+
+
+def class_mean(correct: Sequence[int], total: Sequence[int]) -> float:
+    """Mean over classes of correct_c / total_c: every class weighs the same, however many test images it has."""
+    return sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1; 0 for a single value)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5

@@ -1,0 +1,31 @@
+"""Losses of the two stages, in float32. Letters: z unit images (n x d), T unit class texts (k x d), y labels, s scale."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def class_cross_entropy(
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float
+) -> Float[Tensor, ""]:
+    """CE(s z T^T, y), the loss of both stages: an image against the class texts.
+
+    Source: DMC [P: abstract], METHODS 1.1 and 1.3; Radford et al., CLIP (2021), section 2.3 for the form.
+    """
+    return cross_entropy(s * z @ T.T, y)
+
+
+def text_anchor_contrast(
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float
+) -> Float[Tensor, ""]:
+    """A class text against the *images* of the batch: mean over rows i of -log softmax_j(s t_{y_i} . z_j)_i.
+
+    Each text stands once per image of its class, so several images of a class share its probability.
+    Source: TPPT-V [K]; the even weight of a class's images is ours.
+    """
+    present, which = torch.unique(y, return_inverse=True)
+    log_share = (s * T[present] @ z.T).log_softmax(dim=1)
+    return -log_share[which, torch.arange(len(z), device=z.device)].mean()

@@ -1,0 +1,581 @@
+"""One Gaussian per class: counts, means, and covariances held in full, as low rank, as a diagonal, or pooled.
+
+Stored are the plain statistics of the features seen, in float32; all arithmetic is in float64. A rounding of 6e-8
+relative is far below the sampling error of any mean or covariance, and because centred moments are kept (not sums of
+squares) no later merge or map magnifies it. Shrinkage is a way of reading: it enters where a covariance is read or
+factorised and is never stored, so merging and moving stay exact, and shrinking twice cannot happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from cairn.errors import DataError, NotFinite, ResultError
+from cairn.maths.gaussian import AffineMap, cholesky_repaired, draw, low_rank, low_rank_draw
+from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.types import Features, Labels
+
+Held: TypeAlias = dict[str, Tensor]
+"""What a kind of covariance stores, by name: of one class, or with a leading dimension, of several."""
+
+CHUNK_VALUES = 2**24
+"""Numbers that drawing holds at once beside its result: 64 MiB in float32."""
+
+CACHE_BYTES = 2**30
+"""Factors kept between draws, per memory. Past this the remaining ones are computed again for every draw."""
+
+LONE_VARIANCE = 0.01
+"""Share of |mean|^2 that is the total variance of a class without scatter, when no other class has any either."""
+
+FLAT = 1e-12
+"""A trace below this share of |mean|^2 is rounding: the class counts as having no scatter."""
+
+
+# --- Kinds of covariance --------------------------------------------------------------------------------------------
+# One contract. `shapes`: what is stored per class. `trace`: tr(S). `absorbed`: w S + B B^T, which is what learning a
+# batch amounts to. `plus`: S + sum_i shares_i S_i. `moved`: A S A^T. `covariance`: S after shrinkage, written out.
+# `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor. Arithmetic is float64;
+# `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
+
+
+class _Dense(BaseModel, frozen=True, extra="forbid"):
+    """S itself, as its lower triangle row by row: `lower`, d (d + 1) / 2 values."""
+
+    pooled: ClassVar[bool]
+
+    def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
+        return {"lower": (d * (d + 1) // 2,)}
+
+    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+        i = torch.arange(d)
+        return held["lower"][:, i * (i + 3) // 2].sum(-1)
+
+    def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
+        return {"lower": w * held["lower"] + _packed(B @ B.T)}
+
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+        return {"lower": held["lower"] + shares @ others["lower"]}
+
+    def moved(self, held: Held, A: Float[Tensor, "d d"]) -> Held:
+        return {"lower": _packed(A @ _unpacked(held["lower"], len(A)) @ A.T)}
+
+    def covariance(self, held: Held, n: int, d: int, shrinkage: Shrinkage) -> Float[Tensor, "d d"]:
+        return shrinkage(_unpacked(held["lower"], d), n)
+
+    def factor_values(self, d: int) -> int:
+        return d * d
+
+    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+        factors = torch.empty(len(n), d, d)
+        for i, count in enumerate(n.tolist()):
+            factors[i], _ = cholesky_repaired(self.covariance({"lower": held["lower"][i]}, count, d, shrinkage))
+        return (factors,)
+
+    def drawn(
+        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
+    ) -> Float[Tensor, "k n d"]:
+        # One matrix for all classes goes in as such: with a leading 1 it would be copied for every class
+        return draw(means, factors[0][0] if self.pooled else factors[0], n, generator)
+
+
+class Full(_Dense, frozen=True, extra="forbid"):
+    """A full covariance per class. Exact under merging and moving; 2 d (d + 1) bytes per class."""
+
+    kind: Literal["full"] = Field(default="full", description="a full covariance for every class")
+    pooled: ClassVar[bool] = False
+
+
+class Shared(_Dense, frozen=True, extra="forbid"):
+    """One covariance for all classes: the within-class scatter, S = sum_c n_c S_c / sum_c n_c. Exact under merging.
+
+    It is shrunk as an estimate from sum_c n_c samples. Under one map per class it becomes
+    sum_c n_c A_c S A_c^T / sum_c n_c: what the pooled scatter would be had every class the scatter S. 2 d (d + 1) bytes
+    in all.
+    """
+
+    kind: Literal["shared"] = Field(default="shared", description="one covariance pooled over all classes")
+    pooled: ClassVar[bool] = True
+
+
+class Diagonal(BaseModel, frozen=True, extra="forbid"):
+    """Variances only; `variances`, 4 d bytes per class. Exact under merging.
+
+    A map acts on the diagonal covariance, and of A S A^T the diagonal is kept: exact for diagonal maps.
+    """
+
+    kind: Literal["diagonal"] = Field(default="diagonal", description="only the variances of every class")
+    pooled: ClassVar[bool] = False
+
+    def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
+        return {"variances": (d,)}
+
+    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+        return held["variances"].sum(-1)
+
+    def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
+        return {"variances": w * held["variances"] + (B * B).sum(1)}
+
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+        return {"variances": held["variances"] + shares @ others["variances"]}
+
+    def moved(self, held: Held, A: Float[Tensor, "d d"]) -> Held:
+        return {"variances": (A * A) @ held["variances"]}
+
+    def covariance(self, held: Held, n: int, d: int, shrinkage: Shrinkage) -> Float[Tensor, "d d"]:
+        return shrinkage.diagonal(held["variances"], n).diag()
+
+    def factor_values(self, d: int) -> int:
+        return d
+
+    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+        return (shrinkage.diagonal(held["variances"], n).sqrt().float(),)
+
+    def drawn(
+        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
+    ) -> Float[Tensor, "k n d"]:
+        noise = torch.randn(len(means), n, means.shape[1], generator=generator, device=means.device)
+        return noise.mul_(factors[0][:, None, :]).add_(means[:, None, :])
+
+
+class LowRank(BaseModel, frozen=True, extra="forbid"):
+    """S = U diag(lam) U^T + diag(rest), U of `rank` orthonormal columns; 4 (d rank + rank + d) bytes per class.
+
+    Approximate. Learning a batch keeps the leading eigenpairs of the updated low-rank part and puts the diagonal of the
+    others into `rest`: variances stay exact, covariances do while a class was seen in fewer than `rank` directions
+    (n <= rank for one batch). Under a map the low-rank part moves exactly, U diag(lam) U^T -> A U diag(lam) U^T A^T
+    (decomposed again), and of A diag(rest) A^T the diagonal is kept.
+    """
+
+    kind: Literal["low_rank"] = Field(default="low_rank", description="leading directions plus variances, per class")
+    rank: int = Field(default=32, ge=1, description="directions kept per class (at most the width)")
+    pooled: ClassVar[bool] = False
+
+    def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
+        r = min(self.rank, d)
+        return {"U": (d, r), "lam": (r,), "rest": (d,)}
+
+    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+        return held["lam"].sum(-1) + held["rest"].sum(-1)
+
+    def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
+        return self._decomposed(torch.cat([w**0.5 * self._root(held), B], 1), w * held["rest"])
+
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+        roots = others["U"] * (shares[:, None] * others["lam"]).sqrt()[:, None, :]
+        B = torch.cat([self._root(held), roots.movedim(0, 1).flatten(1)], 1)
+        return self._decomposed(B, held["rest"] + shares @ others["rest"])
+
+    def moved(self, held: Held, A: Float[Tensor, "d d"]) -> Held:
+        return self._decomposed(A @ self._root(held), (A * A) @ held["rest"])
+
+    def covariance(self, held: Held, n: int, d: int, shrinkage: Shrinkage) -> Float[Tensor, "d d"]:
+        one = {name: tensor[None] for name, tensor in held.items()}
+        a, b = self._scales(one, torch.tensor([n]), d, shrinkage)
+        root = self._root(held)
+        return a * (root @ root.T) + (a * held["rest"] + b).diag()
+
+    def factor_values(self, d: int) -> int:
+        return d * min(self.rank, d)
+
+    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+        a, b = self._scales(held, n, d, shrinkage)
+        lam, rest = a[:, None] * held["lam"], a[:, None] * held["rest"] + b[:, None]
+        return held["U"].float(), lam.float(), rest.float()
+
+    def drawn(
+        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
+    ) -> Float[Tensor, "k n d"]:
+        return low_rank_draw(means, *factors, n, generator)
+
+    def _root(self, held: Held) -> Float[Tensor, "d r"]:
+        return held["U"] * held["lam"].sqrt()
+
+    def _decomposed(self, B: Float[Tensor, "d m"], diag: Float[Tensor, "d"]) -> Held:
+        U, lam, rest = low_rank(B, diag, min(self.rank, len(diag)))
+        return {"U": U, "lam": lam, "rest": rest}
+
+    def _scales(
+        self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage
+    ) -> tuple[Float[Tensor, "k"], Float[Tensor, "k"]]:
+        # tr(S S) for orthonormal U: |lam|^2 + 2 sum_ri lam_r U_ir^2 rest_i + |rest|^2
+        mixed = torch.einsum("kdr,kdr,kd,kr->k", held["U"], held["U"], held["rest"], held["lam"])
+        square = (held["lam"] ** 2).sum(-1) + 2 * mixed + (held["rest"] ** 2).sum(-1)
+        return shrinkage.scales(self.trace(held, d), square, n, d)
+
+
+Covariance: TypeAlias = Annotated[Full | LowRank | Diagonal | Shared, Field(discriminator="kind")]
+
+
+# --- The memory -----------------------------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    counts: Int[Tensor, "k"]
+    means: Float[Tensor, "k d"]
+    held: Held
+    """As the kind of covariance has it, one row per class; a pooled kind has one row in all."""
+
+
+class GaussianMemory:
+    """N(mean_c, S_c) for every class c = 0..k-1 seen so far. Immutable: `add` and `moved` return another memory.
+
+    `covariance` says what is stored of S_c, `shrinkage` how S_c is read. Statistics live on the CPU; draws are made on
+    the generator's device. Two memories are equal if their settings and everything stored are.
+
+    A class without scatter (a single image, or copies of one) has no covariance of its own. It is read with that of the
+    classes that have some, pooled: sum_c n_c S_c / sum_c n_c, shrunk as an estimate from sum_c n_c samples. Where no
+    class has any, it is read with the isotropic variance LONE_VARIANCE |mean_c|^2 / d (|mean_c| = 1 if that is zero).
+    This too is a way of reading: once the class is seen again, its own scatter counts.
+
+    Source: Gaussians replayed for old classes, as in SLCA (Zhang et al. 2023, ICCV) and its successors. The exact merge
+    of a class that comes back, the low-rank form and the reading of classes without scatter are ours.
+    """
+
+    def __init__(self, dim: int, covariance: Covariance | None = None, shrinkage: Shrinkage | None = None):
+        kind = Full() if covariance is None else covariance
+        rows = 1 if kind.pooled else 0
+        held = {name: torch.zeros(rows, *shape) for name, shape in kind.shapes(dim).items()}
+        self._set(dim, kind, shrinkage or Oas(), _Stored(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dim), held))
+
+    def _set(self, dim: int, kind: Covariance, shrinkage: Shrinkage, stored: _Stored) -> None:
+        self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
+        self._factors: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+
+    def _with(self, stored: _Stored) -> Self:
+        other = object.__new__(type(self))
+        other._set(self._dim, self._kind, self._shrinkage, stored)
+        return other
+
+    # What is held
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    @property
+    def kind(self) -> Covariance:
+        """What is stored of a covariance: the `covariance` this memory was made with."""
+        return self._kind
+
+    @property
+    def shrinkage(self) -> Shrinkage:
+        return self._shrinkage
+
+    @property
+    def classes(self) -> int:
+        return len(self._stored.counts)
+
+    @property
+    def counts(self) -> Int[Tensor, "k"]:
+        """Features each class was learned from."""
+        return self._stored.counts.clone()
+
+    @property
+    def means(self) -> Float[Tensor, "k d"]:
+        """Class means in float64."""
+        return self._stored.means.double()
+
+    def mean(self, c: int) -> Float[Tensor, "d"]:
+        """Mean of class c in float64. Raises IndexError for a class not held."""
+        return self._stored.means[self._known(c)].double()
+
+    def covariance(self, c: int) -> Float[Tensor, "d d"]:
+        """Covariance of class c after shrinkage, in float64. Raises IndexError for a class not held."""
+        held, n = self._readable([self._row(self._known(c))])
+        return self._kind.covariance({name: rows[0] for name, rows in held.items()}, int(n), self._dim, self._shrinkage)
+
+    @property
+    def bytes(self) -> int:
+        """What is stored between tasks: 8 k for counts, 4 k d for means, and what the kind of covariance says."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GaussianMemory):
+            return NotImplemented
+        mine, theirs = self.state_dict(), other.state_dict()
+        return (
+            (self._dim, self._kind, self._shrinkage) == (other._dim, other._kind, other._shrinkage)
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"GaussianMemory(dim={self._dim}, covariance={self._kind!r}, shrinkage={self._shrinkage!r}, "
+            f"classes={self.classes}, bytes={self.bytes})"
+        )
+
+    # What changes it
+
+    def add(self, features: Features, labels: Labels) -> Self:
+        """With these features learned: new classes appended, known ones merged by their counts.
+
+        For class c with n features held and m new ones, Z0 the new ones centred (d x m), gap the new mean less the old:
+        mean' = mean + m/(n + m) gap
+        S' = w S + B B^T,  w = n/(n + m),  B = [Z0, sqrt(n m/(n + m)) gap] / sqrt(n + m)
+        and for a shared covariance the same with the total count of all classes in place of n in w and sqrt(n + m).
+        Exact for full, diagonal and shared, up to storage in float32, so how the features are spread over calls is immaterial.
+
+        Raises DataError where shapes disagree or new labels leave a gap after 0..k-1, NotFinite naming the class where
+        a feature, or a statistic in float32, is not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self._dim or labels.shape != features.shape[:1]:
+            raise DataError(
+                f"features {tuple(features.shape)} with labels {tuple(labels.shape)}: "
+                f"a memory of width {self._dim} takes (n, {self._dim}) and (n,)"
+            )
+        # Sorted once: a mask per class would be quadratic in the number of classes
+        labels = labels.detach().cpu()
+        seen, sizes = labels.unique(return_counts=True)
+        k = max(self.classes, int(seen[-1]) + 1) if len(seen) else self.classes
+        expected = set(range(self.classes, k))
+        if len(seen) and (int(seen[0]) < 0 or not expected <= set(seen.tolist())):
+            raise DataError(
+                f"labels {sorted(seen.tolist())[:8]}: classes are numbered in order of arrival, "
+                f"so after {self.classes} classes the new ones start at {self.classes} and leave no gap"
+            )
+        order = labels.argsort(stable=True).to(features.device)
+        stored = self._room_for(k)
+        weights = self._weights(stored.counts).tolist()
+        for c, index in zip(seen.tolist(), order.split(sizes.tolist()), strict=True):
+            x = features.detach()[index].to("cpu", torch.float64)
+            _refuse_not_finite(x, f"features of class {c}")
+            n, m, row = int(stored.counts[c]), len(x), self._row(c)
+            gap = x.mean(0) - stored.means[c].double()
+            bridge = (n * m / (n + m)) ** 0.5 * gap
+            total = weights[row] + m
+            B = torch.cat([(x - x.mean(0)).T, bridge[:, None]], 1) / total**0.5
+            held = {name: tensor[row].double() for name, tensor in stored.held.items()}
+            held = self._kind.absorbed(held, weights[row] / total, B)
+            weights[row] = total
+            _write(stored.means, c, stored.means[c].double() + m / (n + m) * gap, f"mean of class {c}")
+            for name, tensor in held.items():
+                _write(stored.held[name], row, tensor, f"covariance of class {c}")
+            stored.counts[c] += m
+        return self._with(stored)
+
+    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> Self:
+        """With class c carried along by x -> A_c x + b_c: mean' = A mean + b, S' = A S A^T, counts unchanged.
+
+        `maps` is one map per class (a sequence, or a batched AffineMap), or a single one for all. What is moved is the
+        statistic, before shrinkage: full covariances become exactly those of the mapped features. What the other kinds
+        keep of A S A^T is in their docstrings.
+
+        Raises ValueError for the wrong number or width of maps, NotFinite naming the class where a map or a moved
+        statistic is not finite.
+        """
+        stored = self._room_for(self.classes)
+        weights = self._weights(stored.counts).tolist()
+        # By row and matrix, not by class: where classes share a map and a covariance, it is moved once
+        shares: dict[int, dict[int, tuple[Tensor, float]]] = {}
+        for c, (A, b) in enumerate(self._per_class(maps)):
+            if A.shape != (self._dim, self._dim) or b.shape != (self._dim,):
+                raise ValueError(f"map of class {c}: {tuple(A.shape)} and {tuple(b.shape)} for width {self._dim}")
+            _refuse_not_finite(A, f"map of class {c}")
+            _refuse_not_finite(b, f"map of class {c}")
+            mean = _exact(A) @ stored.means[c].double() + _exact(b)
+            _write(stored.means, c, mean, f"moved mean of class {c}")
+            row = self._row(c)
+            of_row = shares.setdefault(row, {})
+            _, share = of_row.get(id(A), (A, 0.0))
+            of_row[id(A)] = (A, share + int(stored.counts[c]) / weights[row])
+        for row, of_row in shares.items():
+            before = {name: tensor[row].double() for name, tensor in stored.held.items()}
+            after = _blank(self._kind, self._dim)
+            for A, share in of_row.values():
+                image = self._kind.moved(before, _exact(A))
+                if len(of_row) > 1:
+                    several = {name: tensor[None] for name, tensor in image.items()}
+                    image = self._kind.plus(after, several, torch.tensor([share], dtype=torch.float64))
+                after = image
+            whose = "all classes" if self._kind.pooled else f"class {row}"
+            for name, tensor in after.items():
+                _write(stored.held[name], row, tensor, f"moved covariance of {whose}")
+        return self._with(stored)
+
+    # What it is for
+
+    def draw(
+        self, per_class: int, generator: torch.Generator, classes: Sequence[int] | None = None
+    ) -> tuple[Features, Labels]:
+        """`per_class` features of each of `classes` (all of them if None), grouped by class, and their labels.
+
+        Features are float32 on the generator's device and not normalised. Beside the result at most about CHUNK_VALUES
+        numbers are held; factors are computed at the first draw and kept up to CACHE_BYTES.
+        The same generator state and arguments give the same draws. No other source of randomness is used.
+
+        Raises IndexError for a class not held, NotFinite where a covariance has no factor.
+        """
+        wanted = [self._known(c) for c in (range(self.classes) if classes is None else classes)]
+        device = generator.device
+        features = torch.empty(len(wanted), per_class, self._dim, device=device)
+        step = max(1, CHUNK_VALUES // max(1, per_class * self._dim, self._kind.factor_values(self._dim)))
+        for start in range(0, len(wanted), step):
+            chunk = wanted[start : start + step]
+            means = self._stored.means[chunk].to(device)
+            rows = [0] if self._kind.pooled else chunk
+            features[start : start + step] = self._kind.drawn(means, self._factored(rows, device), per_class, generator)
+        labels = torch.tensor(wanted, dtype=torch.int64, device=device).repeat_interleave(per_class)
+        return features.flatten(0, 1), labels
+
+    # On disk
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything stored, as contiguous tensors: `counts` (int64), `means` and the covariances' (float32).
+
+        The tensors are the memory's own, not copies: like those of a torch module they are for writing to a file.
+        """
+        return {"counts": self._stored.counts, "means": self._stored.means, **self._stored.held}
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Tensor], covariance: Covariance | None = None, shrinkage: Shrinkage | None = None
+    ) -> Self:
+        """The memory whose `state_dict` this is, given the settings it was made with. Equal to it, bit for bit.
+
+        Raises ResultError where names, types or shapes are not those of `covariance`.
+        """
+        if "means" not in state or state["means"].ndim != 2:
+            raise ResultError(f"memory state with {sorted(state)}: 'means' (k x d) is missing")
+        k, dim = state["means"].shape
+        memory = cls(dim, covariance, shrinkage)
+        expected = memory._room_for(k)
+        wanted = {"counts": expected.counts, "means": expected.means, **expected.held}
+        if state.keys() != wanted.keys():
+            raise ResultError(f"memory state with {sorted(state)}: a {memory.kind.kind} memory has {sorted(wanted)}")
+        for name, tensor in wanted.items():
+            given = state[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise ResultError(
+                    f"memory state '{name}' is {given.dtype} {tuple(given.shape)}: "
+                    f"a {memory.kind.kind} memory has {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        held = {name: state[name].cpu().contiguous() for name in expected.held}
+        return memory._with(_Stored(state["counts"].cpu(), state["means"].cpu().contiguous(), held))
+
+    # Inside
+
+    def _known(self, c: int) -> int:
+        if not 0 <= c < self.classes:
+            raise IndexError(f"class {c} of a memory that holds classes 0 to {self.classes - 1}")
+        return int(c)
+
+    def _row(self, c: int) -> int:
+        return 0 if self._kind.pooled else c
+
+    def _weights(self, counts: Int[Tensor, "k"]) -> Int[Tensor, "rows"]:
+        """Features behind each stored covariance."""
+        return counts.sum()[None] if self._kind.pooled else counts
+
+    def _room_for(self, k: int) -> _Stored:
+        """A copy of what is stored, with empty rows up to k classes."""
+
+        def grown(tensor: Tensor, rows: int) -> Tensor:
+            return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+        counts, means, held = self._stored
+        rows = 1 if self._kind.pooled else k
+        return _Stored(grown(counts, k), grown(means, k), {name: grown(tensor, rows) for name, tensor in held.items()})
+
+    def _per_class(self, maps: AffineMap | Sequence[AffineMap]) -> Sequence[AffineMap]:
+        if isinstance(maps, AffineMap):
+            maps = [maps] * self.classes if maps.A.ndim == 2 else [AffineMap(A, b) for A, b in zip(*maps, strict=True)]
+        if len(maps) != self.classes:
+            raise ValueError(f"{len(maps)} maps for {self.classes} classes")
+        return maps
+
+    def _factored(self, rows: list[int], device: torch.device) -> tuple[Tensor, ...]:
+        """Factors of these covariances, stacked; what is not kept from an earlier draw is computed together."""
+        kept = self._factors
+        missing = [row for row in dict.fromkeys(rows) if (row, device) not in kept]
+        fresh: dict[int, tuple[Tensor, ...]] = {}
+        if missing:
+            factors = self._kind.factors(*self._readable(missing), self._dim, self._shrinkage)
+            fresh = dict(
+                zip(missing, zip(*(tensor.to(device).unbind() for tensor in factors), strict=True), strict=True)
+            )
+            if (len(kept) + len(fresh)) * 4 * self._kind.factor_values(self._dim) <= CACHE_BYTES:
+                kept.update({(row, device): tensors for row, tensors in fresh.items()})
+        each = [fresh[row] if row in fresh else kept[row, device] for row in rows]
+        return tuple(torch.stack(tensors) for tensors in zip(*each, strict=True))
+
+    def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, "rows"]]:
+        """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""
+        held = {name: tensor[rows].double() for name, tensor in self._stored.held.items()}
+        n = self._weights(self._stored.counts)[rows].clone()
+        for i, row in enumerate(rows):
+            if not self._scattered[row]:
+                instead, n[i] = self._pooled if self._scattered.any() else (self._isotropic(row), 1)
+                for name, tensor in instead.items():
+                    held[name][i] = tensor
+        return held, n
+
+    @cached_property
+    def _scattered(self) -> Bool[Tensor, "rows"]:
+        return self._kind.trace(self._stored.held, self._dim).double() > FLAT * self._energies
+
+    @cached_property
+    def _energies(self) -> Float[Tensor, "rows"]:
+        """|mean|^2 of the class behind each row, or the average over all classes."""
+        energies = (self.means**2).sum(1)
+        return energies.mean()[None] if self._kind.pooled else energies
+
+    @cached_property
+    def _pooled(self) -> tuple[Held, int]:
+        """sum_c n_c S_c / sum_c n_c over the classes with scatter, as their kind holds it, and sum_c n_c."""
+        rows = self._scattered.nonzero()[:, 0]
+        total = int(self._stored.counts[rows].sum())
+        pooled = _blank(self._kind, self._dim)
+        for chunk in rows.split(max(1, CHUNK_VALUES // self._kind.factor_values(self._dim))):
+            others = {name: tensor[chunk].double() for name, tensor in self._stored.held.items()}
+            pooled = self._kind.plus(pooled, others, self._stored.counts[chunk].double() / total)
+        return pooled, total
+
+    def _isotropic(self, row: int) -> Held:
+        energy = float(self._energies[row]) or 1.0
+        root = (LONE_VARIANCE * energy / self._dim) ** 0.5 * torch.eye(self._dim, dtype=torch.float64)
+        return self._kind.absorbed(_blank(self._kind, self._dim), 0.0, root)
+
+
+def _blank(kind: Covariance, d: int) -> Held:
+    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in kind.shapes(d).items()}
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _refuse_not_finite(tensor: Tensor, name: str) -> None:
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise NotFinite(f"{name}: {bad} of {tensor.numel()} values are not finite: compute them in float32 or float64")
+
+
+def _write(stored: Tensor, row: int, value: Tensor, name: str) -> None:
+    stored[row] = value
+    _refuse_not_finite(stored[row], name)
+
+
+@lru_cache(maxsize=4)
+def _triangle(d: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(d, d)
+    return rows, columns
+
+
+def _packed(S: Float[Tensor, "d d"]) -> Float[Tensor, "t"]:
+    return S[_triangle(S.shape[-1])]
+
+
+def _unpacked(lower: Float[Tensor, "t"], d: int) -> Float[Tensor, "d d"]:
+    rows, columns = _triangle(d)
+    S = lower.new_empty(d, d)
+    S[rows, columns] = lower
+    S[columns, rows] = lower
+    return S

@@ -1,0 +1,61 @@
+"""What a method may ask of a memory of old classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cairn.maths.gaussian import AffineMap
+from cairn.types import Features, Labels
+
+
+@runtime_checkable
+class ClassMemory(Protocol):
+    """Classes 0..k-1 in order of arrival, without their images. Immutable: what changes it returns another one."""
+
+    @property
+    def dim(self) -> int:
+        """Width d of the features."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """Number k of classes held."""
+        ...
+
+    @property
+    def counts(self) -> Int[Tensor, "k"]:
+        """Images each class was learned from."""
+        ...
+
+    @property
+    def means(self) -> Float[Tensor, "k d"]:
+        """Class means, float64."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """What is stored between tasks: the figure to declare."""
+        ...
+
+    def add(self, features: Features, labels: Labels) -> Self:
+        """With these features learned: new classes are appended, known ones updated."""
+        ...
+
+    def draw(
+        self, per_class: int, generator: torch.Generator, classes: Sequence[int] | None = None
+    ) -> tuple[Features, Labels]:
+        """`per_class` pseudo-features of each of `classes` (all of them if None), grouped by class."""
+        ...
+
+    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> Self:
+        """With every class carried along by its affine map, or all by the same."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is stored, as a flat dictionary of contiguous tensors."""
+        ...

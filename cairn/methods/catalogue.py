@@ -1,0 +1,89 @@
+"""The table of methods: one row each, and nothing else to register."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from cairn.errors import UnknownName
+from cairn.methods import dmc, finetune, joint, simplecil, zero_shot
+from cairn.towers.protocol import Towers
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `cairn list` and `cairn explain` tell of a method.
+
+    `keeps` is what remains of old classes: `nothing`, `means`, `gaussians` or `images`; a method that keeps images is
+    not exemplar-free. `needs_text` says that classes must have text embeddings.
+    """
+
+    name: str
+    title: str
+    build: Callable[..., Any]
+    config: type[BaseModel]
+    source: str
+    stages: tuple[str, ...]
+    trains: str
+    keeps: str
+    needs_text: bool = False
+    citation: str = ""
+
+    @property
+    def exemplar_free(self) -> bool:
+        return self.keeps != "images"
+
+    def default_config(self, towers: Towers) -> BaseModel:
+        """The method's defaults; on precomputed embeddings those of its embedding form, if it has one."""
+        if not towers.has_images and hasattr(self.config, "embedding"):
+            return self.config.embedding()
+        return self.config()
+
+
+METHODS = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "zero-shot", "Zero-shot CLIP", zero_shot.ZeroShot, zero_shot.Config,
+            "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", needs_text=True,
+            citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
+        ),
+        Entry(
+            "simplecil", "SimpleCIL: class means", simplecil.SimpleCIL, simplecil.Config,
+            "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means",
+            citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
+        ),
+        Entry(
+            "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,
+            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing",
+            citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
+        ),
+        Entry(
+            "joint", "Joint training (upper bound)", joint.Joint, joint.Config,
+            "the field's upper bound", ("stage 1 on all images so far", "stage 2 on all images so far"),
+            "vision, then text", "images",
+            citation="The joint-training bound of the class-incremental literature.",
+        ),
+        Entry(
+            "dmc", "DMC: decoupled stages, Gaussian replay", dmc.DMC, dmc.Config,
+            "arXiv 2511.10974",
+            (
+                "stage 1: vision moves, class texts are the frozen anchor",
+                "statistics: a Gaussian per class from one pass of the new encoder",
+                "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
+            ),
+            "vision, then text", "gaussians",
+            citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
+        ),
+    )
+}  # fmt: skip
+
+
+def method_named(name: str) -> Entry:
+    """Raises UnknownName with the nearest names."""
+    if name not in METHODS:
+        raise UnknownName("method", name, METHODS)
+    return METHODS[name]

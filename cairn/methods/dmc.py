@@ -1,0 +1,121 @@
+"""DMC: each modality is trained while the other stands frozen as its anchor; class Gaussians stand in for old images.
+
+Source: "Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning" (arXiv 2511.10974). Only the
+abstract is public. [P] marks what it says: two decoupled stages per task, vision then text, with pseudo-features of old
+classes in the second. What is marked [K] (nearest published practice) or [I] (ours) is a setting with a documented
+default; docs/deviations.md lists them all.
+
+Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scale; N(mu_c, S_c) Gaussian of class c.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cairn.data.loading import Loader, encoded
+from cairn.data.stream import Task
+from cairn.maths.shrinkage import Oas, Ridge
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import Diagonal, Full, GaussianMemory, LowRank, Shared
+from cairn.methods.settings import kind_by_name
+from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """The settings of DMC."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: VisionStage = Field(VisionStage())
+    covariance: Annotated[Full | LowRank | Diagonal | Shared, Field(discriminator="kind")] = Field(
+        Full(), description="what is kept of a class: full, low-rank, diagonal or shared [I]"
+    )
+    shrinkage: Annotated[Oas | Ridge, Field(discriminator="kind")] = Field(
+        Oas(), description="how a covariance of few images is made usable: oas or ridge [I]"
+    )
+    stage2: TextStage = Field(TextStage())
+    template_weight: float = Field(
+        0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
+    )
+
+    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
+        return cls(stage1=VisionStage.embedding(), stage2=TextStage.embedding())
+
+
+class DMC:
+    """argmax over the classes seen of s cos(f(x), t_c)."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+        self.texts = config.stage2.text.build(towers).to(towers.device)
+        self.anchors = torch.zeros(0, towers.dim)
+        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        self._class_texts = self.anchors
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
+    def learn(self, task: Task) -> None:
+        config, s, device = self.config, self.towers.logit_scale, self.towers.device
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
+
+        new = class_anchors(self.towers, task, loader, log)
+        self.anchors = torch.cat([self.anchors, new.cpu()])
+        self.texts.grow(task.names, new, seeds.generator("texts"))
+
+        # Stage 1: vision moves, the template texts are its anchor [P].
+        first = task.classes.start if config.stage1.classes == "current" else 0
+        T = self.anchors[first:].to(device)
+        align_vision(config.stage1, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
+
+        # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
+        with self.image.inference():
+            z, y = encoded(loader, self.image)
+        z, old = unit(z), self.memory
+        self.memory = old.add(z, y)
+
+        # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
+        align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2))
+        self._remember_texts()
+
+    @torch.no_grad()
+    def _remember_texts(self) -> None:
+        w = self.config.template_weight
+        self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self._class_texts.to(features.device).T
+
+    def state_dict(self) -> State:
+        parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}
+        return {"anchors": self.anchors} | flattened(parts)
+
+    def load_state_dict(self, state: State) -> None:
+        self.anchors = state["anchors"]
+        self.image.load_state_dict(part(state, "image"))
+        self.texts.restore(part(state, "texts"))
+        self.memory = self.memory.from_state(part(state, "memory"))
+        self._remember_texts()

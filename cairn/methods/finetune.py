@@ -1,0 +1,70 @@
+"""Fine-tuning without memory: stage 1 alone, task after task. The lower bound of every table.
+
+Source: the field's `finetune` baseline, in the form of DMC's stage 1 (METHODS, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.similarity import unit
+from cairn.methods.stages import VisionStage, align_vision, class_anchors
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """Stage 1 as in DMC, with every class seen in the softmax: the plain thing to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: VisionStage = Field(VisionStage(classes="seen"))
+
+    @classmethod
+    def embedding(cls) -> Config:
+        return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}))
+
+
+class FineTune:
+    """argmax_c s cos(f_b(x), t_c), f_b trained on one task after the other."""
+
+    memory_bytes = 0
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+        self.anchors = torch.zeros(0, towers.dim)
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
+
+    def learn(self, task: Task) -> None:
+        stage = self.config.stage1
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index, stage=1)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
+        new = class_anchors(self.towers, task, loader, log).cpu()
+        self.anchors = torch.cat([self.anchors, new])
+        first = task.classes.start if stage.classes == "current" else 0
+        T = self.anchors[first:].to(self.towers.device)
+        align_vision(stage, self.image, T, first, loader, self.towers.logit_scale, seeds.at(stage=1), log)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self.anchors.to(features.device).T
+
+    def state_dict(self) -> State:
+        return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.anchors = state["anchors"]
+        self.image.load_state_dict(part(state, "image"))

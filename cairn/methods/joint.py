@@ -1,0 +1,98 @@
+"""Joint training: after each task, both stages from the pretrained weights on the images of *all* tasks so far.
+
+It keeps every image, so it is no class-incremental method: it is the upper bound of every table (METHODS, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cairn.data.images import Concatenation
+from cairn.data.loading import Loader, encoded
+from cairn.data.stream import Task
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """Both stages of DMC, given everything at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: VisionStage = Field(VisionStage(classes="seen", schedule=Schedule(epochs=6, batch=128, lr=1e-3)))
+    stage2: TextStage = Field(TextStage())
+
+    @classmethod
+    def embedding(cls) -> Config:
+        return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}), stage2=TextStage.embedding())
+
+
+class Joint:
+    """argmax_c s cos(f(x), t_c), f and t trained on all images seen so far."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.tasks: list[Task] = []
+        self.anchors = torch.zeros(0, towers.dim)
+        self._restart()
+
+    def _restart(self) -> None:
+        """The pretrained weights again."""
+        self.image = ImageEncoder(self.towers, self.config.stage1.tuning, self.seeds.generator("encoder"))
+        self.texts = self.config.stage2.text.build(self.towers).to(self.towers.device)
+        for index, task in enumerate(self.tasks):
+            rows = self.anchors[task.classes.start : task.classes.stop].to(self.towers.device)
+            self.texts.grow(task.names, rows, self.seeds.at(task=index).generator("texts"))
+
+    @property
+    def encoder(self) -> str:
+        return f"joint-{len(self.tasks)}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """Every image, as prepared for the tower."""
+        samples = (self.towers.prepare(task.train[0]) for task in self.tasks)
+        return sum(x.numel() * x.element_size() * len(task.train) for x, task in zip(samples, self.tasks, strict=True))
+
+    def learn(self, task: Task) -> None:
+        stage1, stage2, s = self.config.stage1, self.config.stage2, self.towers.logit_scale
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        own = Loader(task.train, self.towers.prepare, self.towers.pixels)
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, own, log).cpu()])
+        self.tasks.append(task)
+        self._restart()
+
+        everything = Concatenation([seen.train for seen in self.tasks])
+        loader = Loader(everything, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
+        T = self.anchors.to(self.towers.device)
+        align_vision(stage1, self.image, T, 0, loader, s, seeds.at(stage=1), log.at(stage=1))
+        with self.image.inference():
+            z, y = encoded(loader, self.image)
+        nothing = GaussianMemory(self.towers.dim)
+        align_text(stage2, self.texts, unit(z), y, nothing, s, seeds.at(stage=2), log.at(stage=2))
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    @torch.no_grad()
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self.texts().to(features.device).T
+
+    def state_dict(self) -> State:
+        parts = {"image": self.image.state_dict(), "texts": self.texts.state()}
+        return {"anchors": self.anchors} | flattened(parts)
+
+    def load_state_dict(self, state: State) -> None:
+        """For scoring: learning on would need every image again."""
+        self.anchors = state["anchors"]
+        self.image.load_state_dict(part(state, "image"))
+        self.texts.restore(part(state, "texts"))

@@ -1,0 +1,45 @@
+"""What every method offers. The contract is structural: a method inherits nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cairn.data.stream import Task
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State
+from cairn.training.log import Log
+from cairn.types import Features, Pixels, Scores
+
+
+class Method(Protocol):
+    """A learner of tasks.
+
+    Scoring is split in two, `scores(embed(pixels))`, so that whoever evaluates may keep embeddings while `encoder`
+    stays the same string: a frozen tower then sees each test image once, whatever the number of tasks.
+    """
+
+    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log): ...
+
+    @property
+    def encoder(self) -> str:
+        """Names the state of the image side: equal strings, equal embeddings."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes kept of old classes beyond trained parameters."""
+        ...
+
+    def learn(self, task: Task) -> None:
+        """Learn a task's classes from its training images; later tasks are never seen."""
+        ...
+
+    def embed(self, pixels: Pixels) -> Features: ...
+
+    def scores(self, features: Features) -> Scores:
+        """One column per class seen, in order of arrival."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...

@@ -1,0 +1,137 @@
+"""The two stages that the methods of this family are made of, each modality trained against the other as it stands."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from cairn.data.loading import Loader, encoded
+from cairn.data.stream import Task
+from cairn.maths.losses import class_cross_entropy, text_anchor_contrast
+from cairn.maths.similarity import unit
+from cairn.memory.protocol import ClassMemory
+from cairn.memory.replay import ReplayBatches
+from cairn.methods.settings import kind_by_name
+from cairn.towers.prompts import ClassText, Prompts, Residual
+from cairn.towers.protocol import Towers
+from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
+from cairn.training.averaging import BetaAverage
+from cairn.training.fit import Batches, fit
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+
+
+class VisionStage(BaseModel):
+    """Stage 1: the vision side moves, the class texts are its anchor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuning: Tuning = Field(
+        Lora(), description="what is trained: lora, full, projection, adapter or none [I; K: MG-CLIP]"
+    )
+    classes: Literal["current", "seen"] = Field(
+        "current", description="classes in the softmax: the task's, or all seen [I; K: MG-CLIP, SLCA for the first]"
+    )
+    text_anchor_contrast: float = Field(0.0, ge=0, description="weight of texts against the batch's images [K: TPPT-V]")
+    schedule: Schedule = Field(
+        Schedule(epochs=2, batch=128, lr=1e-3), description="optimisation [K: 1-2 epochs at 1e-3]"
+    )
+
+    _kinds = field_validator("tuning", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> VisionStage:
+        """The form that needs no image tower."""
+        return cls(tuning=Adapter(), schedule=Schedule(epochs=10, batch=128, lr=1e-4))
+
+
+class TextStage(BaseModel):
+    """Stage 2: the text side moves, the vision side stands; old classes are replayed from their Gaussians."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: ClassText = Field(Prompts(), description="what is trained: prompts, residual or templates (nothing)")
+    real_share: float | None = Field(
+        0.5, ge=0, le=1, description="share of real rows in a batch; null: each class the same share [I]"
+    )
+    schedule: Schedule = Field(
+        Schedule(epochs=10, batch=128, lr=2e-3), description="optimisation [K: CoOp, 10-20 epochs at 2e-3]"
+    )
+
+    _kinds = field_validator("text", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> TextStage:
+        """The form that needs no text tower."""
+        return cls(text=Residual())
+
+
+def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float[Tensor, "k d"]:
+    """Unit texts of the task's classes; where the towers have none, the unit means of their training embeddings [I]."""
+    if towers.has_text:
+        return towers.class_texts(task.names, task.templates)
+    if task.index == 0:
+        log("notice", text="no text_features in the file: class means of the frozen embeddings stand in as anchors")
+    z, y = encoded(loader, towers.image)
+    return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
+
+
+def align_vision(
+    stage: VisionStage,
+    encoder: ImageEncoder,
+    anchors: Float[Tensor, "k d"],
+    first: int,
+    batches: Batches,
+    s: float,
+    seeds: Seeds,
+    log: Log,
+) -> None:
+    """Stage 1. Minimise CE(s z T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T = `anchors` held fixed.
+
+    Row 0 of `anchors` is class number `first`. Source: [P] for the stage, METHODS 1.1 for its parts.
+    """
+
+    def loss(pixels: Tensor, y: Tensor) -> Tensor:
+        z, y = unit(encoder(pixels)), y.to(anchors.device) - first
+        value = class_cross_entropy(z, anchors, y, s)
+        if stage.text_anchor_contrast:
+            value = value + stage.text_anchor_contrast * text_anchor_contrast(z, anchors, y, s)
+        return value
+
+    schedule, average = stage.schedule, None
+    if isinstance(stage.tuning, Full):
+        schedule = schedule.model_copy(update={"lr": stage.tuning.lr})
+        average = BetaAverage(encoder.parameters(), stage.tuning.average)
+    fit(loss, encoder.parameters(), batches, schedule, seeds, log, after_step=average and average.update)
+    if average is not None:
+        average.apply()
+    if encoder.parameters() and stage.schedule.epochs:
+        encoder.version += 1
+
+
+def align_text(
+    stage: TextStage,
+    texts: nn.Module,
+    features: Float[Tensor, "n d"],
+    labels: Tensor,
+    old: ClassMemory,
+    s: float,
+    seeds: Seeds,
+    log: Log,
+) -> None:
+    """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
+
+    z are the cached unit features of the task and unit draws from the Gaussians in `old`. Source: [P], METHODS 1.3.
+    """
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        T = texts()
+        return class_cross_entropy(z.to(T.device), T, y.to(T.device), s)
+
+    batches = ReplayBatches(features, labels, old, batch=stage.schedule.batch, real_share=stage.real_share)
+    fit(loss, texts.trainable(), batches, stage.schedule, seeds, log)

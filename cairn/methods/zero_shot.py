@@ -1,0 +1,48 @@
+"""Zero-shot CLIP: the class texts, and nothing learned. The floor of every table.
+
+Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from cairn.data.stream import Task
+from cairn.maths.similarity import unit
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State
+from cairn.training.log import Log
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """No settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ZeroShot:
+    """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
+
+    encoder = "frozen"
+    memory_bytes = 0
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers = towers
+        self.texts = torch.zeros(0, towers.dim)
+
+    def learn(self, task: Task) -> None:
+        self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.towers.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self.texts.to(features.device).T
+
+    def state_dict(self) -> State:
+        return {"texts": self.texts}
+
+    def load_state_dict(self, state: State) -> None:
+        self.texts = state["texts"]

@@ -1,0 +1,114 @@
+"""What a terminal shows: live progress where there is one, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Accuracies in [0, 1] as a row of blocks."""
+    return "".join(SPARKS[min(7, max(0, int(8 * v)))] for v in values)
+
+
+class Console:
+    """Prints events and results. On a terminal the running step is one live line; elsewhere a line at most every 10 s."""
+
+    def __init__(self, file: Any = None):
+        self._rich = rich.console.Console(file=file, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._said = 0.0
+
+    def note(self, text: str) -> None:
+        self._rich.print(Text(text))
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        if not self._rich.is_terminal:
+            yield
+            return
+        with Live(console=self._rich, refresh_per_second=8, transient=True) as self._live:
+            yield
+        self._live = None
+
+    def progress(self, state: dict[str, Any]) -> None:
+        line = (
+            f"task {state.get('task', 0)}  stage {state.get('stage', '-')}  epoch {state['epoch'] + 1}/{state['epochs']}  "
+            f"step {state['step']}/{state['steps']}  loss {state['loss']:.3f}  {state['rate']:.0f} rows/s  "
+            f"{state['remaining']:.0f} s left"
+        )
+        if self._live is not None:
+            self._live.update(Text(line))
+        elif time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            self.note(f"  {line}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "start":
+                self.note(
+                    f"{event['method']} on {event['data']}: {event['classes']} classes in {event['tasks']} tasks, seed {event['seed']}"
+                )
+            case "notice":
+                self.note(f"note: {event['text']}")
+            case "task":
+                accuracies = " ".join(f"{100 * a:5.1f}" for a in event["accuracy"])
+                self.note(
+                    f"  task {event['task']:>2}  {event['seconds']:5.1f} s  seen {percent(event['seen']):>6} %  | by task {accuracies}"
+                )
+
+    def result(self, result: Any, path: Path) -> None:
+        self.note(
+            f"{result.method}: average {percent(result.average)} %, last {percent(result.last)} %, "
+            f"forgetting {percent(result.forgetting)}, {result.seconds:.0f} s -> {path}\n"
+        )
+
+    def summary(self, results: Sequence[Any], path: Path) -> None:
+        from cairn.evaluation.metrics import mean_and_deviation
+
+        parts = []
+        for key in ("average", "last"):
+            mean, deviation = mean_and_deviation([getattr(result, key) for result in results])
+            parts.append(f"{key} {100 * mean:.2f} ± {100 * deviation:.2f} %")
+        self.note(f"{results[0].method} over {len(results)} seeds: {', '.join(parts)} -> {path}")
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self._rich.print(table, soft_wrap=False)
+        self._rich.print()
+
+    def curves(self, results: Sequence[Any]) -> None:
+        rows = [
+            (
+                r.method,
+                sparkline(r.seen_accuracy),
+                percent(r.average),
+                percent(r.last),
+                percent(r.forgetting),
+                f"{r.seconds:.0f}",
+            )
+            for r in results
+        ]
+        self.table(
+            "Accuracy over all classes seen, after each task",
+            ("method", "curve", "average %", "last %", "forgetting", "seconds"),
+            rows,
+        )

@@ -1,0 +1,95 @@
+"""Tables from stored results. JSON in, Markdown out; torch is not needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cairn.errors import ResultError
+from cairn.evaluation.metrics import mean_and_deviation
+
+Result = dict[str, Any]
+
+
+def results_below(folders: Iterable[Path]) -> list[Result]:
+    """Every result.json at or below the folders. Raises ResultError if there is none, or one is not JSON."""
+    found = []
+    for folder in folders:
+        for path in sorted(folder.rglob("result.json")):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ResultError(f"'{path}': not JSON: {error}") from None
+    if not found:
+        raise ResultError(f"'{' '.join(map(str, folders))}': no result.json there; run `cairn run` first")
+    return found
+
+
+def comparable(results: Sequence[Result]) -> list[str]:
+    """What differs between runs that a table puts side by side: weights, split, or protocol. Empty if all is alike."""
+    problems = []
+    for what, key in (
+        ("towers", lambda r: r["towers"]["fingerprint"]),
+        ("split or class order", lambda r: r["split"]),
+        ("precision", lambda r: r["run"]["precision"]),
+    ):
+        if len({key(result) for result in results}) > 1:
+            problems.append(what)
+    return problems
+
+
+def _cell(values: Sequence[float | None], factor: float = 100, digits: int = 2) -> str:
+    if None in values:
+        return "-"
+    mean, deviation = mean_and_deviation(values)
+    if len(values) == 1:
+        return f"{factor * mean:.{digits}f}"
+    return f"{factor * mean:.{digits}f} ± {factor * deviation:.{digits}f}"
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """One row per method and settings, in the order found: mean ± sample standard deviation over seeds, in percent.
+
+    Raises ResultError if the runs cannot stand in one table: other weights, split or class order.
+    """
+    if problems := comparable(results):
+        raise ResultError(
+            f"these runs differ in {' and '.join(problems)}: they cannot stand in one table; name fewer folders"
+        )
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        label = result["method"]
+        if result["run"]["settings"]:
+            label += " (" + ", ".join(result["run"]["settings"]) + ")"
+        groups.setdefault(label, []).append(result)
+    lines = [
+        "| method | average % | last % | forgetting | keeps, kB | seconds | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label, group in sorted(groups.items(), key=lambda item: _cell([r["average"] for r in item[1]])):
+        star = "" if group[0]["exemplar_free"] else " (keeps images)"
+        cells = [
+            f"{label}{star}",
+            _cell([r["average"] for r in group]),
+            _cell([r["last"] for r in group]),
+            _cell([r["forgetting"] for r in group]),
+            f"{group[0]['memory_bytes'] / 1000:.0f}",
+            _cell([r["seconds"] for r in group], 1, 0),
+            ", ".join(str(r["seed"]) for r in group),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def replaced_block(text: str, name: str, content: str) -> str:
+    """The text with what stands between `<!-- cairn table NAME -->` and `<!-- end -->` replaced.
+
+    Raises ResultError if there is no such block.
+    """
+    pattern = re.compile(rf"(<!-- cairn table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ResultError(f"no block '<!-- cairn table {name} -->' to replace; add it, closed by '<!-- end -->'")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)

@@ -1,0 +1,116 @@
+"""From what a user writes after `--towers` to towers."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.utils import logging as transformers_logging
+
+from cairn.errors import TowersError, UnknownName
+from cairn.towers.clip import ClipTowers
+from cairn.towers.preprocessing import Preprocessing
+
+KNOWN = {
+    "tiny": "the embedded CLIP of 2.6 M parameters, for the drawn world `shapes`",
+    "openai/clip-vit-base-patch16": "OpenAI ViT-B/16 (setting A of the field)",
+    "openai/clip-vit-base-patch32": "OpenAI ViT-B/32",
+    "openai/clip-vit-large-patch14": "OpenAI ViT-L/14",
+    "open_clip:timm/vit_base_patch16_clip_224.laion400m_e32": "LAION-400M ViT-B/16 (setting B of the field)",
+}
+"""Names to start from; any hub id or local folder in the transformers layout works, and `open_clip:` before one in
+the open_clip layout."""
+
+
+def load_towers(
+    spec: str,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    preprocess: Literal["crop", "squash"] = "crop",
+    revision: str | None = None,
+) -> ClipTowers:
+    """Towers from `tiny`, a hub id, a local folder, or `open_clip:` and either of the last two.
+
+    Weights are read from safetensors alone and code from a hub is never run. Raises TowersError naming what is missing.
+    """
+    if spec.startswith("open_clip:"):
+        from cairn.towers.openclip import open_clip_model
+
+        model, folder, stored = open_clip_model(spec.removeprefix("open_clip:"), revision)
+        size = model.config.vision_config.image_size
+        known = {key: tuple(stored[key]) for key in ("mean", "std") if stored.get(key)}
+        if stored.get("interpolation") in ("bilinear", "bicubic"):
+            known["resample"] = stored["interpolation"]
+        preprocessing = Preprocessing(size=size, **known)
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        tokenizer_source = str(folder) if has_tokenizer else "openai/clip-vit-base-patch32"
+        commit = revision
+    else:
+        source, folder = spec, Path(spec)
+        if spec == "tiny":
+            folder = Path(str(resources.files("cairn.towers").joinpath("tiny")))
+            source = str(folder)
+        elif not folder.exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
+            if "/" in spec:
+                raise TowersError(f"towers '{spec}': no such folder")
+            raise UnknownName("towers", spec, KNOWN)
+        model = _transformers_model(source, spec, revision)
+        commit = getattr(model.config, "_commit_hash", None)
+        tokenizer_source = source
+        if not folder.is_dir():
+            folder = _hub_file(source, "preprocessor_config.json", commit).parent
+        preprocessing = Preprocessing.from_folder(folder, model.config.vision_config.image_size)
+    preprocessing = preprocessing.model_copy(update={"mode": preprocess})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_source, revision=commit if tokenizer_source == spec else None
+        )
+    except (OSError, ValueError) as error:
+        raise TowersError(f"towers '{spec}': no tokenizer in '{tokenizer_source}': {_first_line(error)}") from None
+    return ClipTowers(model, tokenizer, preprocessing, name=spec, device=device, precision=precision, revision=commit)
+
+
+def _transformers_model(source: str, spec: str, revision: str | None) -> CLIPModel:
+    shown = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        config = CLIPConfig.from_pretrained(source, revision=revision)
+        if config.model_type != "clip":
+            raise TowersError(f"towers '{spec}': a '{config.model_type}' model, not a CLIP; give a CLIP checkpoint")
+        model, report = CLIPModel.from_pretrained(
+            source, revision=revision, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
+            output_loading_info=True,
+        )  # fmt: skip
+    except TowersError:
+        raise
+    except Exception as error:  # a hub or a file can fail in many ways; none may reach a user as a traceback
+        raise TowersError(f"towers '{spec}': cannot be loaded: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        raise TowersError(
+            f"towers '{spec}': {len(missing)} weights are missing, first '{missing[0]}'; the file is incomplete"
+        )
+    return model
+
+
+def _hub_file(source: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except Exception:
+        return Path(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,202 @@
+"""The two towers of a CLIP checkpoint, on transformers' `CLIPModel`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from cairn.errors import ConfigError, TowersError
+from cairn.towers.preprocessing import Preprocessing
+from cairn.types import Features, Pixels
+
+
+def spoken(name: str) -> str:
+    """A class name as it is said in a prompt: underscores are spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def filled(template: str, name: str) -> str:
+    """The template with the spoken name; braces in a name stay what they are."""
+    return template.replace("{}", spoken(name))
+
+
+def device_named(choice: str) -> torch.device:
+    """`auto` takes the accelerator there is; anything else is a torch device. Raises ConfigError if it is not there."""
+    if choice == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(choice)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{choice}': {str(error).splitlines()[0]}; try auto or cpu") from None
+    return device
+
+
+class VisionTower(nn.Module):
+    """Pixels (n, 3, h, w) to embeddings (n, d), float32; in bfloat16 inside where that was asked for."""
+
+    def __init__(self, model: CLIPModel, precision: torch.dtype, passes: dict[str, int]):
+        super().__init__()
+        self.vision_model = model.vision_model
+        self.visual_projection = model.visual_projection
+        self.precision = precision
+        self.passes = passes
+
+    def __deepcopy__(self, memo: dict) -> VisionTower:
+        memo[id(self.passes)] = self.passes  # a copy's passes count as the towers' own
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return twin
+
+    def _autocast(self, pixels: Tensor):
+        reduced = self.precision != torch.float32
+        return torch.autocast(pixels.device.type, self.precision) if reduced else nullcontext()
+
+    def forward(self, pixels: Pixels) -> Features:
+        self.passes["images"] += len(pixels)
+        with self._autocast(pixels):
+            embedded = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
+        return embedded.float()
+
+    def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
+        """Every patch token through the tower's final norm and projection."""
+        self.passes["images"] += len(pixels)
+        with self._autocast(pixels):
+            tokens = self.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+            embedded = self.visual_projection(self.vision_model.post_layernorm(tokens))
+        return embedded.float()
+
+
+class ClipTowers:
+    """`Towers` over a `CLIPModel`, frozen, in evaluation mode.
+
+    `precision` is `float32` or `bfloat16`; in bfloat16 the towers compute under autocast and hand out float32, so
+    statistics, losses and transport never see half precision.
+    """
+
+    has_images = True
+    has_text = True
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        device: str = "auto",
+        precision: str = "float32",
+        revision: str | None = None,
+    ):
+        if precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision '{precision}': must be float32 or bfloat16")
+        text = model.config.text_config
+        self.name, self.revision, self.precision = name, revision, precision
+        self.device = device_named(device)
+        self.preprocessing, self.tokenizer = preprocessing, tokenizer
+        self.passes = {"images": 0, "text_tokens": 0}
+        self.dim = model.config.projection_dim
+        self.context_length = text.max_position_embeddings
+        self.width = text.hidden_size
+        # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if self.bos is None or self.eos is None or max(self.bos, self.eos) >= text.vocab_size:
+            raise TowersError(
+                f"towers '{name}': the tokenizer's start or end token is outside the text tower's vocabulary"
+            )
+        self.fingerprint = _fingerprint(model, preprocessing)
+        self._model = model.float().eval().requires_grad_(False).to(self.device)
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self._vision = VisionTower(self._model, getattr(torch, precision), self.passes)
+
+    # image side
+
+    def prepare(self, item: Any) -> Tensor:
+        return self.preprocessing.prepare(item)
+
+    def pixels(self, prepared: Tensor) -> Pixels:
+        return self.preprocessing.pixels(prepared.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def image(self, pixels: Pixels) -> Features:
+        return self._vision(pixels)
+
+    @torch.no_grad()
+    def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
+        return self._vision.patches(pixels)
+
+    def vision(self) -> VisionTower:
+        return copy.deepcopy(self._vision)
+
+    # text side
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the text, without start and end."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def token_embeddings(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+        """Rows of the token table, without positions."""
+        return self._model.text_model.embeddings.token_embedding(ids.to(self.device))
+
+    def encoded(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, "m"]) -> Float[Tensor, "m d"]:
+        """Sequences of token embeddings through the text tower; the row at position `end` is projected.
+
+        What stands after `end` does not matter: the tower is causal. Differentiable in `tokens`.
+        """
+        tower = self._model.text_model
+        self.passes["text_tokens"] += tokens.shape[0] * tokens.shape[1]
+        reduced = self.precision != "float32"
+        with torch.autocast(tokens.device.type, torch.bfloat16) if reduced else nullcontext():
+            hidden = tokens + tower.embeddings.position_embedding.weight[: tokens.shape[1]]
+            hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None, is_causal=True).last_hidden_state
+            rows = tower.final_layer_norm(
+                hidden[torch.arange(len(hidden), device=hidden.device), end.to(hidden.device)]
+            )
+            projected = self._model.text_projection(rows)
+        return projected.float()
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
+        """Raises TowersError for a prompt that does not fit the context."""
+        rows = [[self.bos, *self.tokens(prompt), self.eos] for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(row) > self.context_length:
+                raise TowersError(
+                    f"prompt '{prompt}': {len(row)} tokens, but the text tower takes {self.context_length}; shorten the name"
+                )
+        parts = []
+        for start in range(0, len(rows), 256):
+            part = rows[start : start + 256]
+            longest = max(map(len, part))
+            ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in part])
+            end = torch.tensor([len(row) - 1 for row in part])
+            parts.append(self.encoded(self.token_embeddings(ids), end))
+        return torch.cat(parts)
+
+    def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        prompts = [filled(template, name) for name in names for template in templates]
+        texts = normalize(self.text(prompts), dim=-1).view(len(names), len(templates), -1)
+        return normalize(texts.mean(1), dim=-1)
+
+
+def _fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:
+    """16 hex digits over weights (float32, by name), activations and preprocessing."""
+    digest = hashlib.sha256(preprocessing.model_dump_json().encode())
+    digest.update(f"{model.config.vision_config.hidden_act} {model.config.text_config.hidden_act}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith("position_ids"):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]

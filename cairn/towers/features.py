@@ -1,0 +1,69 @@
+"""Towers for people who hold embeddings: no image tower at all, class texts looked up by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from cairn.errors import TowersError
+from cairn.types import Features, Pixels
+
+
+class FeatureTowers:
+    """`Towers` over precomputed embeddings. What other towers call pixels is the embedding itself, (n, d).
+
+    `text` holds a row per name of `names`, or is None where the file has no text embeddings.
+    """
+
+    has_images = False
+    device = torch.device("cpu")
+    precision = "float32"
+    revision = None
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dim: int,
+        logit_scale: float,
+        fingerprint: str,
+        names: Sequence[str],
+        text: np.ndarray | None,
+    ):
+        self.name, self.dim, self.logit_scale, self.fingerprint = name, dim, logit_scale, fingerprint
+        self.has_text = text is not None
+        self.passes = {"images": 0, "text_tokens": 0}
+        self._row = {name: i for i, name in enumerate(names)}
+        self._text = None if text is None else normalize(torch.tensor(text, dtype=torch.float32), dim=-1)
+
+    def prepare(self, item: Any) -> Tensor:
+        return torch.as_tensor(item, dtype=torch.float32)
+
+    def pixels(self, prepared: Tensor) -> Pixels:
+        return prepared
+
+    def image(self, pixels: Pixels) -> Features:
+        return pixels
+
+    def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
+        raise TowersError(f"towers '{self.name}': a features file has no patches; give an image folder and --towers")
+
+    def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
+        raise TowersError(f"towers '{self.name}': a features file has no text tower; give an image folder and --towers")
+
+    def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        """The stored rows; the templates were chosen when the file was made. Raises TowersError without any."""
+        if self._text is None:
+            raise TowersError(
+                f"towers '{self.name}': the features file has no text_features, which this needs; add them"
+            )
+        return self._text[[self._row[name] for name in names]]
+
+    def vision(self) -> nn.Module:
+        return nn.Identity()

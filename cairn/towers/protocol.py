@@ -1,0 +1,55 @@
+"""What a method may ask of the two encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cairn.types import Features, Pixels
+
+
+@runtime_checkable
+class Towers(Protocol):
+    """An image side and a text side in one embedding space.
+
+    Embeddings come out as the projection leaves them: they are not normalised. The towers themselves never change;
+    what trains is a copy (`vision`) or stands outside (contexts of soft prompts).
+    """
+
+    name: str
+    dim: int
+    logit_scale: float
+    """s = exp(logit_scale), the factor on cosines; about 100 for CLIP."""
+    fingerprint: str
+    """Hash of weights, activation and preprocessing."""
+    passes: dict[str, int]
+    """Forward passes so far: `images` through the vision tower, `text_tokens` through the text tower."""
+    has_images: bool
+    """Whether there is an image tower; without one, an image *is* its embedding."""
+    has_text: bool
+    """Whether classes have text embeddings."""
+
+    def prepare(self, item: Any) -> Tensor:
+        """One opened image as it is kept in memory: uint8 (3, h, w) at the tower's resolution, or a row (d,)."""
+        ...
+
+    def pixels(self, prepared: Tensor) -> Pixels:
+        """A stack of prepared images as the image tower takes it, on the towers' device."""
+        ...
+
+    def image(self, pixels: Pixels) -> Features: ...
+
+    def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]: ...
+
+    def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]: ...
+
+    def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        """Unit text embeddings of classes: the mean over the templates of unit embeddings, normalised."""
+        ...
+
+    def vision(self) -> nn.Module:
+        """A trainable copy of the image tower: pixels to embeddings, frozen until a tuning says otherwise."""
+        ...

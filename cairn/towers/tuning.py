@@ -1,0 +1,164 @@
+"""What is trained of the image side: a family of choices, each an object, and the encoder that results.
+
+The paper ([P], abstract) says that the vision encoder is trained; by which means is ours to choose [I]. LoRA on keys and
+values follows MG-CLIP [K], full tuning with a Beta moving average CLIPood [K], the projection alone BOFA [K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from cairn.errors import ConfigError
+from cairn.towers import lora
+from cairn.towers.protocol import Towers
+from cairn.types import Features, Pixels
+
+
+class _Choice(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Frozen(_Choice):
+    """Nothing moves."""
+
+    kind: Literal["none"] = "none"
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        return vision
+
+
+class Lora(_Choice):
+    """Low-rank deltas on layers chosen by regex, continued over the tasks [K: MG-CLIP]."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1, description="rank of each delta")
+    alpha: float = Field(8.0, gt=0, description="scale; the delta is alpha / rank * B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the delta's input")
+    targets: str = Field(
+        r".*vision_model.*\.self_attn\.(k_proj|v_proj)",
+        description="regex of layer names; e.g. '.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)' for attention and MLP",
+    )
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        lora.inject(vision, targets=self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout, rng=rng)
+        return vision
+
+
+class Full(_Choice):
+    """Every weight of the vision tower; with a Beta moving average of the trajectory [K: CLIPood, section 3.3]."""
+
+    kind: Literal["full"] = "full"
+    lr: float = Field(5e-6, gt=0, description="peak learning rate, in place of the schedule's [K: CLIPood]")
+    average: float | None = Field(
+        0.5, gt=0, description="beta of the Beta(beta, beta) average over a stage; null for none"
+    )
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        return vision.requires_grad_(True)
+
+
+class Projection(_Choice):
+    """The visual projection alone [K: BOFA]."""
+
+    kind: Literal["projection"] = "projection"
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        vision.visual_projection.requires_grad_(True)
+        return vision
+
+
+class Adapter(_Choice):
+    """A residual linear map behind the frozen tower: x + D x + c, with D and c zero at first [I].
+
+    The embedding form of stage 1: it needs no image tower, and its motion is known exactly.
+    """
+
+    kind: Literal["adapter"] = "adapter"
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        return _Residual(vision, dim)
+
+
+class _Residual(nn.Module):
+    def __init__(self, vision: nn.Module, dim: int):
+        super().__init__()
+        self.vision = vision
+        self.map = nn.Linear(dim, dim)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+    def forward(self, pixels: Pixels) -> Features:
+        with torch.no_grad():
+            x = self.vision(pixels)
+        return x + self.map(x)
+
+
+Tuning = Annotated[Frozen | Lora | Full | Projection | Adapter, Field(discriminator="kind")]
+
+
+class ImageEncoder:
+    """A copy of the image tower with a tuning attached; the towers it came from stay as they are.
+
+    `version` counts the stages that trained it: equal versions give equal embeddings.
+    """
+
+    def __init__(self, towers: Towers, tuning: Tuning, rng: torch.Generator):
+        if not towers.has_images and tuning.kind not in ("none", "adapter"):
+            raise ConfigError(
+                f"stage1.tuning '{tuning.kind}': a features file has no tower to tune; take adapter or none"
+            )
+        self.tuning = tuning
+        self._frozen = towers if tuning.kind in ("none", "adapter") else None
+        vision = _Frozen(towers) if self._frozen is not None else towers.vision()
+        device = getattr(towers, "device", "cpu")
+        self.module = tuning.attach(vision, towers.dim, rng).to(device).eval()
+        self.version = 0
+
+    def __call__(self, pixels: Pixels) -> Features:
+        return self.module(pixels)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was trained, and nothing else: for LoRA the delta."""
+        state = {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+        return state | {"version": torch.tensor(self.version)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        given = {name: value for name, value in state.items() if name != "version"}
+        if own.keys() != given.keys():
+            raise ConfigError(
+                f"encoder state: {len(given)} tensors do not fit tuning '{self.tuning.kind}' ({len(own)})"
+            )
+        for name, value in given.items():
+            own[name].data.copy_(value)
+        self.version = int(state["version"])
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, deltas merged into the weights."""
+        with torch.no_grad():
+            if self.tuning.kind == "lora":
+                with lora.merged(self.module):
+                    yield
+            else:
+                yield
+
+
+class _Frozen(nn.Module):
+    """The towers' own image side, without a copy."""
+
+    def __init__(self, towers: Towers):
+        super().__init__()
+        self._image = towers.image
+
+    def forward(self, pixels: Pixels) -> Features:
+        return self._image(pixels)

@@ -1,0 +1,43 @@
+"""How a stage is optimised: settings, optimiser and learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Schedule(BaseModel):
+    """A stage's optimisation. The learning rate rises linearly, then falls by a half cosine (or stays)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(1, ge=0, description="passes over the task's images")
+    batch: int = Field(128, ge=1, description="rows per step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam or sgd (momentum 0.9)")
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    cosine: bool = Field(True, description="half-cosine decay to zero")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+    def optimiser(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        match self.optimizer:
+            case "adamw":
+                return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+            case "adam":
+                return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+            case "sgd":
+                return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+
+    def factor(self, step: int, steps: int) -> float:
+        """Learning rate at `step` of `steps`, as a share of the peak, in (0, 1]."""
+        warm = math.ceil(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / warm
+        if not self.cosine:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

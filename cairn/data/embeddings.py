@@ -131,7 +131,7 @@ def save_features(
     }
     if text_features is not None:
         tensors["text_features"] = text_features
-    tensors = {name: torch.as_tensor(values).detach().cpu().contiguous() for name, values in tensors.items()}
+    tensors = {name: _owned(values) for name, values in tensors.items()}
     metadata = {"class_names": json.dumps(list(class_names), ensure_ascii=False)}
     if templates:
         metadata["templates"] = json.dumps(list(templates), ensure_ascii=False)
@@ -150,6 +150,13 @@ def save_features(
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _owned(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A copy in row order: safetensors refuses tensors that share memory, torch warns of arrays that are read-only."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().to("cpu", copy=True).contiguous()
+    return torch.from_numpy(np.array(values, order="C"))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

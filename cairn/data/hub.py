@@ -53,7 +53,8 @@ def hub_dataset(key: str, local: str | Path | None = None, revision: str | None 
     """The catalogue's data set `key`, from the hub (at `revision`) or from the copy at `local`.
 
     A copy is a folder written by `save_to_disk`, a folder of parquet files named as on the hub
-    (`train-00000-of-00002.parquet`, or `train/0000.parquet`), or a folder of images (see `folder_dataset`).
+    (`train-00000-of-00002.parquet`, or `train/0000.parquet`; `datasets` then keeps an Arrow copy in its cache), or a
+    folder of images (see `folder_dataset`).
     Raises UnknownName for an unknown key; DataError for a missing copy, split or column, labels without names, and
     a number of classes that is not the data set's.
     """

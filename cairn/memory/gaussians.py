@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,10 +39,10 @@ FLAT = 1e-12
 
 
 # --- Kinds of covariance --------------------------------------------------------------------------------------------
-# One contract. `shapes`: what is stored per class. `trace`: tr(S). `absorbed`: w S + B B^T, which is what learning a
-# batch amounts to. `plus`: S + sum_i shares_i S_i. `moved`: A S A^T. `covariance`: S after shrinkage, written out.
-# `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor. Arithmetic is float64;
-# `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
+# One contract. `shapes`: what is stored per class. `isotropic`: v I. `trace`: tr(S). `absorbed`: w S + B B^T, which is
+# what learning a batch amounts to. `plus`: S + sum_i shares_i S_i. `moved`: A S A^T. `covariance`: S after shrinkage,
+# written out. `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor. Arithmetic
+# is float64; `isotropic`, `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
 
 
 class _Dense(BaseModel, frozen=True, extra="forbid"):
@@ -52,6 +52,9 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
 
     def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         return {"lower": (d * (d + 1) // 2,)}
+
+    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+        return {"lower": torch.outer(v, _packed(torch.eye(d, dtype=v.dtype)))}
 
     def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
         i = torch.arange(d)
@@ -116,6 +119,9 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
     def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         return {"variances": (d,)}
 
+    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+        return {"variances": v[:, None].repeat(1, d)}
+
     def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
         return held["variances"].sum(-1)
 
@@ -160,6 +166,10 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
     def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         r = min(self.rank, d)
         return {"U": (d, r), "lam": (r,), "rest": (d,)}
+
+    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+        blank = {name: v.new_zeros(len(v), *shape) for name, shape in self.shapes(d).items()}
+        return blank | {"rest": v[:, None].repeat(1, d)}
 
     def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
         return held["lam"].sum(-1) + held["rest"].sum(-1)
@@ -248,7 +258,7 @@ class GaussianMemory:
         self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
         self._factors: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
-    def _with(self, stored: _Stored) -> Self:
+    def _with(self, stored: _Stored) -> GaussianMemory:
         other = object.__new__(type(self))
         other._set(self._dim, self._kind, self._shrinkage, stored)
         return other
@@ -314,7 +324,7 @@ class GaussianMemory:
 
     # What changes it
 
-    def add(self, features: Features, labels: Labels) -> Self:
+    def add(self, features: Features, labels: Labels) -> GaussianMemory:
         """With these features learned: new classes appended, known ones merged by their counts.
 
         For class c with n features held and m new ones, Z0 the new ones centred (d x m), gap the new mean less the old:
@@ -361,7 +371,7 @@ class GaussianMemory:
             stored.counts[c] += m
         return self._with(stored)
 
-    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> Self:
+    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> GaussianMemory:
         """With class c carried along by x -> A_c x + b_c: mean' = A mean + b, S' = A S A^T, counts unchanged.
 
         `maps` is one map per class (a sequence, or a batched AffineMap), or a single one for all. What is moved is the
@@ -435,10 +445,10 @@ class GaussianMemory:
         return {"counts": self._stored.counts, "means": self._stored.means, **self._stored.held}
 
     @classmethod
-    def from_state(
-        cls, state: dict[str, Tensor], covariance: Covariance | None = None, shrinkage: Shrinkage | None = None
-    ) -> Self:
+    def from_state(cls, state: dict[str, Tensor], covariance: Covariance, shrinkage: Shrinkage) -> GaussianMemory:
         """The memory whose `state_dict` this is, given the settings it was made with. Equal to it, bit for bit.
+
+        The settings have no default here: a state does not tell how it was to be shrunk.
 
         Raises ResultError where names, types or shapes are not those of `covariance`.
         """
@@ -509,12 +519,15 @@ class GaussianMemory:
     def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, "rows"]]:
         """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""
         held = {name: tensor[rows].double() for name, tensor in self._stored.held.items()}
-        n = self._weights(self._stored.counts)[rows].clone()
-        for i, row in enumerate(rows):
-            if not self._scattered[row]:
-                instead, n[i] = self._pooled if self._scattered.any() else (self._isotropic(row), 1)
-                for name, tensor in instead.items():
-                    held[name][i] = tensor
+        n = self._weights(self._stored.counts)[rows]
+        flat = ~self._scattered[rows]
+        if flat.any():
+            if self._scattered.any():
+                instead, n[flat] = self._pooled
+            else:
+                instead, n[flat] = self._kind.isotropic(LONE_VARIANCE * self._energies[rows] / self._dim, self._dim), 1
+            for name, tensor in instead.items():
+                held[name][flat] = tensor
         return held, n
 
     @cached_property
@@ -523,9 +536,10 @@ class GaussianMemory:
 
     @cached_property
     def _energies(self) -> Float[Tensor, "rows"]:
-        """|mean|^2 of the class behind each row, or the average over all classes."""
+        """|mean|^2 of the class behind each row, or the average over all classes; 1 where that is zero."""
         energies = (self.means**2).sum(1)
-        return energies.mean()[None] if self._kind.pooled else energies
+        energies = energies.mean()[None] if self._kind.pooled else energies
+        return torch.where(energies > 0, energies, 1.0)
 
     @cached_property
     def _pooled(self) -> tuple[Held, int]:
@@ -537,11 +551,6 @@ class GaussianMemory:
             others = {name: tensor[chunk].double() for name, tensor in self._stored.held.items()}
             pooled = self._kind.plus(pooled, others, self._stored.counts[chunk].double() / total)
         return pooled, total
-
-    def _isotropic(self, row: int) -> Held:
-        energy = float(self._energies[row]) or 1.0
-        root = (LONE_VARIANCE * energy / self._dim) ** 0.5 * torch.eye(self._dim, dtype=torch.float64)
-        return self._kind.absorbed(_blank(self._kind, self._dim), 0.0, root)
 
 
 def _blank(kind: Covariance, d: int) -> Held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ class ClassMemory(Protocol):
         """What is stored between tasks: the figure to declare."""
         ...
 
-    def add(self, features: Features, labels: Labels) -> Self:
+    def add(self, features: Features, labels: Labels) -> ClassMemory:
         """With these features learned: new classes are appended, known ones updated."""
         ...
 
@@ -52,7 +52,7 @@ class ClassMemory(Protocol):
         """`per_class` pseudo-features of each of `classes` (all of them if None), grouped by class."""
         ...
 
-    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> Self:
+    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> ClassMemory:
         """With every class carried along by its affine map, or all by the same."""
         ...
 

@@ -194,16 +194,19 @@ def test_class_on_one_side_only(tmp_path, side, other):
     one_line(error, "class 'owl'", f"'{other}' lacks it", f"add images to {other}/owl or remove {side}/owl")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list any folder")
-def test_folder_that_may_not_be_listed(tmp_path):
+def test_folder_that_may_not_be_listed(tmp_path, monkeypatch):
     split_layout(tmp_path)
-    (tmp_path / "train" / "cat").chmod(0)
-    try:
-        with pytest.raises(DataError) as error:
-            folder_dataset(tmp_path)
-    finally:
-        (tmp_path / "train" / "cat").chmod(0o755)
-    one_line(error, str(tmp_path / "train" / "cat"), "check its permissions")
+    refused, scandir = tmp_path / "train" / "cat", os.scandir
+
+    def guarded(folder):
+        if folder == refused:
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(DataError) as error:
+        folder_dataset(tmp_path)
+    one_line(error, str(refused), "Permission denied", "check its permissions")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])

@@ -31,13 +31,13 @@ def names(k):
     return tuple(f"c{i:03d}" for i in range(k))
 
 
-def dataset(k=7, train=4, test=2, **changes):
-    shuffled = np.random.default_rng(0).permutation(np.repeat(np.arange(k), train))
+def dataset(k=7, each_train=4, each_test=2, **changes):
+    shuffled = np.random.default_rng(0).permutation(np.repeat(np.arange(k), each_train))
     values = {
         "name": "toy",
         "classes": names(k),
         "train": Sealed(shuffled, "train"),
-        "test": Sealed(np.tile(np.arange(k), test), "test"),
+        "test": Sealed(np.tile(np.arange(k), each_test), "test"),
         "templates": ("a {}.",),
     }
     return Dataset(**(values | changes))
@@ -163,9 +163,9 @@ def test_smaller_last_task_is_reported():
 def test_tasks_hold_their_classes_in_order_of_arrival():
     data = dataset(7)
     stream = task_stream(data, base=3, step=2, order="seed:1993")
-    arrival = np.random.RandomState(1993).permutation(7)  # noqa: NPY002 - the field's generator
+    arrival = np.random.RandomState(1993).permutation(7)
     assert stream.class_names == tuple(data.classes[i] for i in arrival)
-    assert [task.classes for task in stream.tasks] == [range(0, 3), range(3, 5), range(5, 7)]
+    assert [task.classes for task in stream.tasks] == [range(3), range(3, 5), range(5, 7)]
     assert [task.index for task in stream.tasks] == [0, 1, 2]
     for task, test in zip(stream.tasks, stream.tests, strict=True):
         assert task.names == stream.class_names[task.classes.start : task.classes.stop]
@@ -184,7 +184,7 @@ def test_every_image_lands_in_one_task():
 
 
 def test_limits_keep_the_first_of_each_class():
-    data = dataset(5, train=4, test=3)
+    data = dataset(5, each_train=4, each_test=3)
     stream = task_stream(data, step=2, limit_train=2, limit_test=1)
     for task in stream.tasks:
         assert np.bincount(task.train.labels)[list(task.classes)].tolist() == [2] * len(task.classes)
@@ -204,7 +204,7 @@ def test_limit_below_one(flag):
 
 
 def test_validation_comes_from_training_images_only():
-    data = dataset(5, train=10)
+    data = dataset(5, each_train=10)
     stream = task_stream(data, step=2, validation=0.3)
     train = np.concatenate([task.train.source.indices[task.train.indices] for task in stream.tasks])
     out = np.concatenate([test.source.indices[test.indices] for test in stream.tests])
@@ -246,7 +246,7 @@ def test_fingerprint_names_the_split():
         task_stream(dataset(), step=2, limit_train=1),
         task_stream(dataset(), step=2, limit_test=1),
         task_stream(dataset(), step=2, validation=0.5),
-        task_stream(dataset(train=5), step=2),
+        task_stream(dataset(each_train=5), step=2),
         task_stream(dataset(test=Sealed(np.tile(np.arange(7), 2), "elsewhere")), step=2),
     ]
     assert len({base, *(stream.fingerprint for stream in others)}) == len(others) + 1

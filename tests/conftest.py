@@ -1,0 +1,76 @@
+"""One thread, no network, shapes checked at run time, and the small worlds that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from jaxtyping import install_import_hook
+
+# The annotations of tensors are executed: a wrong shape fails where it happens.
+_hook = install_import_hook(["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prompts"], "beartype.beartype")
+
+import numpy as np
+import pytest
+import torch
+
+from cairn.data.images import Dataset, Subset
+from cairn.data.shapes import shapes_dataset
+from cairn.data.stream import TaskStream, task_stream
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Real images and embeddings beside the project; tests that need them skip where they are absent."""
+
+
+@pytest.fixture(scope="session")
+def towers():
+    """The embedded tiny towers. They never change, so one copy serves every test."""
+    from cairn.towers.catalogue import load_towers
+
+    return load_towers("tiny", device="cpu")
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the data beside the project is absent")
+    return SHARED
+
+
+def few_classes(dataset: Dataset, number: int) -> Dataset:
+    """The first classes of a data set."""
+    kept = [np.flatnonzero(images.labels < number) for images in (dataset.train, dataset.test)]
+    train, test = (
+        Subset(images, rows, images.labels[rows]) for images, rows in zip((dataset.train, dataset.test), kept, strict=True)
+    )
+    return Dataset(dataset.name, dataset.classes[:number], train, test, dataset.templates, dataset.embeddings)
+
+
+@pytest.fixture
+def small_stream() -> TaskStream:
+    """Six classes of the drawn world in three tasks, eight training and four test images each."""
+    return task_stream(few_classes(shapes_dataset(), 6), step=2, order="seed:1993", limit_train=8, limit_test=4)
+
+
+@pytest.fixture
+def embedded_dataset() -> Dataset:
+    """Six clusters of correlated embeddings with class texts, as a features file gives them."""
+    from cairn.data.embeddings import Embeddings, Rows
+
+    rng = np.random.default_rng(0)
+    d, names = 16, tuple(f"class_{i}" for i in range(6))
+    texts = rng.normal(size=(6, d)).astype(np.float32)
+    mixing = rng.normal(size=(d, d)) / d**0.5 * np.geomspace(1.0, 0.1, d)
+
+    def rows(number: int) -> Rows:
+        labels = np.repeat(np.arange(6), number)
+        noise = rng.normal(size=(len(labels), d)) @ mixing.T
+        return Rows((texts[labels] + 0.8 * noise).astype(np.float32), labels, "made")
+
+    held = Embeddings(dim=d, text=texts, logit_scale=20.0, fingerprint="made", name="made")
+    return Dataset("made", names, rows(20), rows(10), ("a photo of a {}.",), held)

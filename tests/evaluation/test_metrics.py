@@ -1,0 +1,60 @@
+"""The metrics on a table small enough for paper and pencil."""
+
+from __future__ import annotations
+
+import pytest
+
+from cairn.evaluation.metrics import (
+    average_incremental,
+    backward_transfer,
+    class_mean,
+    forgetting,
+    mean_and_deviation,
+    seen_accuracy,
+)
+
+A = [
+    [0.9, None, None],
+    [0.7, 0.8, None],
+    [0.6, 0.9, 0.5],
+]
+SIZES = [10, 30, 10]
+
+
+def test_seen_accuracy_weighs_tasks_by_their_test_images():
+    # after task 1: (10 * .7 + 30 * .8) / 40 = 31 / 40; after task 2: (6 + 27 + 5) / 50
+    assert seen_accuracy(A, SIZES) == pytest.approx([0.9, 0.775, 0.76])
+
+
+def test_average_incremental():
+    assert average_incremental([0.9, 0.775, 0.76]) == pytest.approx(2.435 / 3)
+
+
+def test_forgetting_is_from_the_best_before_the_last_task():
+    # task 0: max(.9, .7) - .6 = .3; task 1: .8 - .9 = -.1
+    assert forgetting(A) == pytest.approx(0.1)
+
+
+def test_backward_transfer_is_from_the_task_s_own_row():
+    # task 0: .6 - .9 = -.3; task 1: .9 - .8 = .1
+    assert backward_transfer(A) == pytest.approx(-0.1)
+
+
+def test_forgetting_sees_a_peak_that_backward_transfer_does_not():
+    table = [[0.5, None, None], [0.9, 0.8, None], [0.5, 0.8, 0.7]]
+    assert forgetting(table) == pytest.approx(0.2)
+    assert backward_transfer(table) == pytest.approx(0.0)
+
+
+def test_one_task_has_neither():
+    assert forgetting([[0.9]]) is None
+    assert backward_transfer([[0.9]]) is None
+
+
+def test_class_mean_ignores_how_many_images_a_class_has():
+    assert class_mean([1, 30], [1, 60]) == pytest.approx(0.75)
+
+
+def test_deviation_is_the_sample_s():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0))
+    assert mean_and_deviation([0.4]) == (0.4, 0.0)

@@ -1,0 +1,197 @@
+"""What every row of the table of methods promises, on images and, where it can, on embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from cairn.data.images import Subset
+from cairn.data.loading import Loader
+from cairn.data.stream import Task, task_stream
+from cairn.evaluation.evaluate import Evaluator
+from cairn.methods.catalogue import METHODS
+from cairn.methods.settings import settings, with_settings
+from cairn.towers.features import FeatureTowers
+from cairn.training.log import Log
+
+QUICK = {
+    "stage1.schedule.epochs": "1", "stage1.schedule.batch": "8", "stage1.schedule.lr": "1e-3",
+    "stage2.schedule.epochs": "2", "stage2.schedule.batch": "8", "stage2.text.length": "4",
+}  # fmt: skip
+CASES = [(name, form) for name in METHODS for form in ("images", "embeddings")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+def world(request, towers, small_stream, embedded_dataset):
+    """(method's row, towers, stream) for every row and form."""
+    name, form = request.param
+    if form == "images":
+        return METHODS[name], towers, small_stream
+    held = embedded_dataset.embeddings
+    flat = FeatureTowers(
+        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
+        names=embedded_dataset.classes, text=held.text,
+    )  # fmt: skip
+    return METHODS[name], flat, task_stream(embedded_dataset, step=2)
+
+
+def build(entry, towers, seed=1):
+    config = entry.default_config(towers)
+    known = {path for path, _, _ in settings(config)}
+    config = with_settings(config, [f"{key}={value}" for key, value in QUICK.items() if key in known])
+    return entry.build(towers, config, seed=seed, log=Log())
+
+
+def test_images(stream, towers):
+    return torch.cat([pixels for test in stream.tests for pixels, _ in Loader(test, towers.prepare, towers.pixels)])
+
+
+test_images.__test__ = False
+
+
+def scores(method, pixels):
+    with torch.no_grad():
+        return method.scores(method.embed(pixels))
+
+
+def test_columns_are_the_classes_seen_and_numbers_are_finite(world):
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)
+    for task in stream.tasks:
+        method.learn(task)
+        got = scores(method, pixels)
+        assert got.shape == (len(pixels), task.classes.stop)
+        assert torch.isfinite(got).all()
+    assert got.std() > 0
+    assert method.memory_bytes >= 0
+
+
+def test_the_same_seed_gives_the_same_scores_and_no_global_state_is_used(world):
+    entry, towers, stream = world
+    pixels, results = test_images(stream, towers), []
+    for noise in (0, 1):  # what others drew before must not matter
+        torch.manual_seed(noise)
+        np.random.seed(noise)  # noqa: NPY002
+        before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        method = build(entry, towers)
+        for task in stream.tasks[:2]:
+            method.learn(task)
+        results.append(scores(method, pixels))
+        assert torch.equal(before, torch.get_rng_state())
+        assert np.array_equal(before_np, np.random.get_state()[1])  # noqa: NPY002
+    assert torch.equal(*results)
+
+
+def test_the_seed_moves_what_is_trained_with_batches(world):
+    entry, towers, stream = world
+    trained = []
+    for seed in (1, 2):
+        method = build(entry, towers, seed)
+        method.learn(stream.tasks[0])
+        trained.append(scores(method, test_images(stream, towers)))
+    random = entry.trains != "nothing"
+    assert torch.equal(*trained) != random
+
+
+def test_the_batch_an_image_comes_in_does_not_matter(world):
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)
+    method.learn(stream.tasks[0])
+    one_by_one = torch.cat([scores(method, pixel[None]) for pixel in pixels[:5]])
+    torch.testing.assert_close(scores(method, pixels)[:5], one_by_one, atol=2e-4, rtol=1e-4)
+
+
+def test_learning_leaves_task_and_towers_as_they_were(world):
+    entry, towers, stream = world
+    task = stream.tasks[0]
+
+    def digest():
+        rows = [np.asarray(task.train[i]).tobytes() for i in range(len(task.train))]
+        weights = [t.detach().numpy().tobytes() for t in towers._model.state_dict().values()] if towers.has_images else []
+        return hashlib.sha256(b"".join([*rows, *weights, task.train.labels.tobytes()])).hexdigest()
+
+    before, texts = digest(), towers.class_texts(task.names, task.templates)
+    build(entry, towers).learn(task)
+    assert digest() == before
+    assert torch.equal(towers.class_texts(task.names, task.templates), texts)
+
+
+def test_state_round_trips_into_a_fresh_method(world):
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)
+    for task in stream.tasks[:2]:
+        method.learn(task)
+    state = {key: value.clone() for key, value in method.state_dict().items()}
+    fresh = build(entry, towers, seed=7)
+    fresh.load_state_dict(state)
+    assert torch.equal(scores(fresh, pixels), scores(method, pixels))
+    again = fresh.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
+    entry, towers, stream = world
+    if not entry.exemplar_free:
+        pytest.skip("keeps images, which a state does not hold")
+    method, restored = build(entry, towers), build(entry, towers)
+    method.learn(stream.tasks[0])
+    restored.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
+    pixels = test_images(stream, towers)
+    for learner in (method, restored):
+        learner.learn(stream.tasks[1])
+    assert torch.equal(scores(method, pixels), scores(restored, pixels))
+
+
+class Sealed:
+    """Images that may be counted but not opened."""
+
+    def __init__(self, images):
+        self.labels = images.labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        raise AssertionError("an image of another task was opened")
+
+    def describe(self, index):
+        return f"sealed {index}"
+
+
+def test_images_of_other_tasks_are_never_opened(world):
+    entry, towers, stream = world
+    method = build(entry, towers)
+    kept = []
+    for index, task in enumerate(stream.tasks):
+        if entry.exemplar_free:  # what was learned is taken away
+            for old in kept:
+                object.__setattr__(old.train, "source", Sealed(old.train))
+        own = Task(index, task.classes, task.names, task.templates, Subset(task.train, np.arange(len(task.train)), task.train.labels))
+        kept.append(own)
+        method.learn(own)
+    assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)
+
+
+def test_an_equal_encoder_name_means_equal_embeddings(world):
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)[:4]
+    known = {}
+    for task in stream.tasks:
+        method.learn(task)
+        with torch.no_grad():
+            embedded = method.embed(pixels)
+        assert torch.equal(known.setdefault(method.encoder, embedded), embedded)
+
+
+def test_the_evaluator_takes_the_method(world):
+    entry, towers, stream = world
+    method, evaluator = build(entry, towers), Evaluator(stream, towers)
+    method.learn(stream.tasks[0])
+    first = evaluator.after(0, method)
+    assert len(first.accuracy) == 1
+    assert sum(first.total) == len(stream.tests[0])
+    assert first.future is not None

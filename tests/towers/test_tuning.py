@@ -1,0 +1,134 @@
+"""What is trained of the image side, and LoRA in particular."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from cairn.errors import ConfigError
+from cairn.towers import lora
+from cairn.towers.features import FeatureTowers
+from cairn.towers.tuning import Adapter, Frozen, Full, ImageEncoder, Lora, Projection
+
+CHOICES = [Frozen(), Lora(rank=4), Full(), Projection(), Adapter()]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 3, 56, 56, generator=rng())
+
+
+def shaken(encoder):
+    with torch.no_grad():
+        for i, parameter in enumerate(encoder.parameters()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=rng(i))
+    return encoder
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: c.kind)
+def test_every_tuning_starts_at_the_pretrained_tower(towers, pixels, choice):
+    encoder = ImageEncoder(towers, choice, rng())
+    torch.testing.assert_close(encoder(pixels), towers.image(pixels), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES[1:], ids=lambda c: c.kind)
+def test_gradients_reach_what_is_trained_and_only_that(towers, pixels, choice):
+    encoder = ImageEncoder(towers, choice, rng())
+    shaken(encoder)
+    normalize(encoder(pixels), dim=-1)[:, 0].sum().backward()
+    assert encoder.parameters()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
+    assert all(p.grad is None for p in towers._model.parameters())
+    frozen = [p for p in encoder.module.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: c.kind)
+def test_state_holds_what_moved_and_nothing_else(towers, pixels, choice):
+    encoder = shaken(ImageEncoder(towers, choice, rng()))
+    encoder.version = 3
+    fresh = ImageEncoder(towers, choice, rng(9))
+    fresh.load_state_dict(encoder.state_dict())
+    assert fresh.version == 3
+    assert torch.equal(fresh(pixels), encoder(pixels))
+    assert len(encoder.state_dict()) == 1 + len(encoder.parameters())
+
+
+def test_lora_touches_the_chosen_layers_of_the_vision_tower_alone(towers):
+    encoder = ImageEncoder(towers, Lora(rank=4), rng())
+    names = [name for name, p in encoder.module.named_parameters() if p.requires_grad]
+    layers = towers._model.config.vision_config.num_hidden_layers
+    assert len(names) == 2 * 2 * layers
+    assert all("lora_" in name and ("k_proj" in name or "v_proj" in name) for name in names)
+    everything = ImageEncoder(towers, Lora(rank=4, targets=r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"), rng())
+    assert len(everything.parameters()) == 2 * 6 * layers
+
+
+def test_lora_is_the_written_formula(towers):
+    choice = Lora(rank=4, alpha=6.0)
+    encoder = shaken(ImageEncoder(towers, choice, rng()))
+    layer = encoder.module.vision_model.encoder.layers[0].self_attn.k_proj
+    x = torch.randn(5, layer.in_features, generator=rng(3))
+    A, B = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
+    expected = x @ layer.base_layer.weight.T + layer.base_layer.bias + choice.alpha / choice.rank * (x @ A.T) @ B.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_merged_gives_the_same_embeddings_and_leaves_the_weights_to_the_bit(towers, pixels):
+    encoder = shaken(ImageEncoder(towers, Lora(rank=4), rng()))
+    apart = encoder(pixels).detach()
+    before = {k: v.clone() for k, v in encoder.module.state_dict().items()}
+    with encoder.inference():
+        merged = encoder(pixels)
+        weight = encoder.module.vision_model.encoder.layers[0].self_attn.k_proj.base_layer.weight
+        assert not torch.equal(weight, before["vision_model.encoder.layers.0.self_attn.k_proj.base_layer.weight"])
+    torch.testing.assert_close(merged, apart, atol=1e-4, rtol=1e-4)
+    after = encoder.module.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(encoder(pixels).detach(), apart)
+
+
+def test_weights_come_back_even_if_inference_fails(towers, pixels):
+    encoder = shaken(ImageEncoder(towers, Lora(rank=4), rng()))
+    apart = encoder(pixels).detach()
+    with pytest.raises(ZeroDivisionError), encoder.inference():
+        _ = 1 / 0
+    assert torch.equal(encoder(pixels).detach(), apart)
+
+
+def test_a_delta_is_restored_alone(towers, pixels):
+    encoder = shaken(ImageEncoder(towers, Lora(rank=4), rng()))
+    kept, before = lora.delta(encoder.module), encoder(pixels).detach()
+    assert all("lora_" in name for name in kept)
+    shaken(encoder)
+    assert not torch.allclose(encoder(pixels), before)
+    lora.restore(encoder.module, kept)
+    assert torch.equal(encoder(pixels).detach(), before)
+    with pytest.raises(KeyError, match="delta has 1 tensors"):
+        lora.restore(encoder.module, dict([next(iter(kept.items()))]))
+
+
+def test_lora_draws_from_its_generator_alone(towers):
+    state = torch.get_rng_state()
+    first, second = (ImageEncoder(towers, Lora(rank=4), rng(5)).state_dict() for _ in range(2))
+    other = ImageEncoder(towers, Lora(rank=4), rng(6)).state_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_targets_that_match_nothing_are_named(towers):
+    with pytest.raises(ConfigError, match=r"lora targets 'no_such_layer': no layer matches; linear layers are named like"):
+        ImageEncoder(towers, Lora(targets="no_such_layer"), rng())
+
+
+@pytest.mark.parametrize("choice", [Lora(), Full(), Projection()], ids=lambda c: c.kind)
+def test_a_features_file_has_no_tower_to_tune(choice):
+    flat = FeatureTowers(name="f", dim=4, logit_scale=1.0, fingerprint="f", names=(), text=None)
+    with pytest.raises(ConfigError, match="take adapter or none"):
+        ImageEncoder(flat, choice, rng())

@@ -1,0 +1,145 @@
+"""The loop, the schedule, the seeds and the average."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cairn.errors import NotFinite
+from cairn.training.averaging import BetaAverage
+from cairn.training.fit import fit
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+
+
+class Rows:
+    def __init__(self, x, y, batch):
+        self.x, self.y, self.batch = x, y, batch
+
+    def __len__(self):
+        return -(-len(self.x) // self.batch)
+
+    def epoch(self, rng):
+        for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
+            yield self.x[rows], self.y[rows]
+
+
+@pytest.fixture
+def regression():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=rng) @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0.3], [0, 0, 0.2]])
+    w = torch.tensor([1.0, -2.0, 0.5])
+    return Rows(x, x @ w, 32), w
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_fit_finds_the_least_squares_solution(regression, optimizer):
+    batches, w = regression
+    theta = nn.Parameter(torch.zeros(3))
+    lr = 0.3 if optimizer == "sgd" else 0.1
+    schedule = Schedule(epochs=80, lr=lr, optimizer=optimizer, weight_decay=0.0, clip=100.0)
+    fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, schedule, Seeds(0), Log())
+    torch.testing.assert_close(theta.detach(), w, atol=2e-2, rtol=0)
+
+
+def test_the_seed_alone_decides(regression):
+    batches, _ = regression
+    ends = []
+    for seed, noise in ((1, 0), (1, 99), (2, 0)):
+        torch.manual_seed(noise)
+        theta = nn.Parameter(torch.zeros(3))
+        fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(seed), Log())  # noqa: B023
+        ends.append(theta.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(regression):
+    batches, _ = regression
+    theta = nn.Parameter(torch.ones(3))
+    calls = []
+
+    def loss(x, y):
+        calls.append(1)
+        return (theta * (math.inf if len(calls) == 3 else 1.0)).sum() * 0 + theta.sum()
+
+    log = Log().at(task=4, stage=1)
+    with pytest.raises(NotFinite, match=r"task 4, stage 1, epoch 0, step 2: the loss is nan"):
+        fit(loss, [theta], batches, Schedule(epochs=1, lr=0.1), Seeds(0), log)
+    assert torch.isfinite(theta).all()
+
+
+def test_nothing_to_train_or_no_epoch_is_no_step(regression):
+    batches, _ = regression
+    theta = nn.Parameter(torch.ones(3))
+
+    def loss(x, y):
+        raise AssertionError("called")
+
+    fit(loss, [], batches, Schedule(epochs=3), Seeds(0), Log())
+    fit(loss, [theta], batches, Schedule(epochs=0), Seeds(0), Log())
+    assert torch.equal(theta, torch.ones(3))
+
+
+def test_events_and_progress_say_where_they_are(regression):
+    batches, _ = regression
+    theta, kept, shown = nn.Parameter(torch.zeros(3)), [], []
+    log = Log(keep=kept.append, show=shown.append).at(task=2, stage=1)
+    fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(0), log)
+    assert [(e["event"], e["task"], e["stage"], e["epoch"], e["rows"]) for e in kept] == [
+        ("epoch", 2, 1, 0, 200),
+        ("epoch", 2, 1, 1, 200),
+    ]
+    assert kept[1]["loss"] < kept[0]["loss"]
+    assert [s["step"] for s in shown] == list(range(1, 15))
+    assert shown[-1]["remaining"] == 0
+
+
+def test_the_rate_rises_then_falls_by_a_half_cosine():
+    schedule = Schedule(warmup=0.1)
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.01
+    assert Schedule(warmup=0, cosine=False).factor(73, 100) == 1.0
+
+
+def test_seeds_are_a_tree():
+    root = Seeds(3)
+
+    def draw(node, purpose="x"):
+        return torch.rand(4, generator=node.generator(purpose))
+
+    assert torch.equal(draw(root.at(task=1, stage=2)), draw(root.at(stage=2, task=1)))
+    drawn = [draw(root), draw(root, "y"), draw(root.at(task=1)), draw(root.at(task=11)), draw(Seeds(4))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_the_beta_average_is_the_weighted_mean_of_the_trajectory():
+    theta = nn.Parameter(torch.tensor([0.0]))
+    average = BetaAverage([theta], 0.5)
+    trajectory, T = [0.0], 4
+    for step in range(T):
+        with torch.no_grad():
+            theta += 1.0
+        trajectory.append(theta.item())
+        average.update(step, T)
+    average.apply()
+    beta = torch.distributions.Beta(0.5, 0.5)
+    weights = [math.exp(beta.log_prob(torch.tensor((t + 0.5) / (T + 1))).item()) for t in range(T + 1)]
+    expected = sum(w * v for w, v in zip(weights, trajectory, strict=True)) / sum(weights)
+    assert theta.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_average_leaves_the_last_weights():
+    theta = nn.Parameter(torch.tensor([2.0]))
+    average = BetaAverage([theta], None)
+    average.update(0, 1)
+    average.apply()
+    assert theta.item() == 2.0

@@ -1,0 +1,48 @@
+"""A CLIP model learns new classes, task after task, without keeping old images and without forgetting."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cairn.data.catalogue import open_dataset
+    from cairn.data.embeddings import save_features
+    from cairn.data.images import Dataset, Images
+    from cairn.data.stream import Task, TaskStream, task_stream
+    from cairn.errors import CairnError
+    from cairn.evaluation.evaluate import Evaluator
+    from cairn.memory.gaussians import GaussianMemory
+    from cairn.methods.catalogue import METHODS, method_named
+    from cairn.methods.protocol import Method
+    from cairn.methods.settings import with_settings
+    from cairn.run import RunConfig, RunResult, run_stream
+    from cairn.towers.catalogue import load_towers
+    from cairn.towers.protocol import Towers
+    from cairn.training.log import Log
+
+_HOMES = {
+    "CairnError": "errors", "Dataset": "data.images", "Evaluator": "evaluation.evaluate",
+    "GaussianMemory": "memory.gaussians", "Images": "data.images", "Log": "training.log",
+    "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "run", "RunResult": "run",
+    "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
+    "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "run",
+    "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "methods.settings",
+}  # fmt: skip
+
+__all__ = [
+    "METHODS", "CairnError", "Dataset", "Evaluator", "GaussianMemory", "Images", "Log", "Method", "RunConfig",
+    "RunResult", "Task", "TaskStream", "Towers", "load_towers", "method_named", "open_dataset", "run_stream",
+    "save_features", "task_stream", "with_settings",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Public names are loaded when first used, so that `import cairn` and `cairn --help` are quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cairn' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"cairn.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -107,7 +107,7 @@ def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool) -
 
 
 def _run_one(config, folder: Path, overwrite: bool, console: Console):
-    from cairn.run import run as learn_stream
+    from cairn.run import run_stream
     from cairn.store import RESULT, RunFolder
     from cairn.training.log import Log
 
@@ -126,7 +126,7 @@ def _run_one(config, folder: Path, overwrite: bool, console: Console):
 
     try:
         with console.live():
-            result = learn_stream(config, Log(keep=keep, show=console.progress))
+            result = run_stream(config, Log(keep=keep, show=console.progress))
         output.write(result)
     finally:
         output.close()

@@ -138,7 +138,7 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
     )  # fmt: skip
 
 
-def run(config: RunConfig, log: Log | None = None) -> RunResult:
+def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
     """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts."""
     log = log or Log()
     entry = method_named(config.method)

@@ -10,16 +10,15 @@ Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scal
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cairn.data.loading import Loader, encoded
 from cairn.data.stream import Task
-from cairn.maths.shrinkage import Oas, Ridge
+from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import Diagonal, Full, GaussianMemory, LowRank, Shared
+from cairn.memory.covariances import Covariance, Full
+from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.protocol import Towers
@@ -36,10 +35,10 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage1: VisionStage = Field(VisionStage())
-    covariance: Annotated[Full | LowRank | Diagonal | Shared, Field(discriminator="kind")] = Field(
-        Full(), description="what is kept of a class: full, low-rank, diagonal or shared [I]"
+    covariance: Covariance = Field(
+        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
     )
-    shrinkage: Annotated[Oas | Ridge, Field(discriminator="kind")] = Field(
+    shrinkage: Shrinkage = Field(
         Oas(), description="how a covariance of few images is made usable: oas or ridge [I]"
     )
     stage2: TextStage = Field(TextStage())
@@ -117,5 +116,7 @@ class DMC:
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))
-        self.memory = self.memory.from_state(part(state, "memory"))
+        self.memory = GaussianMemory.from_state(
+            part(state, "memory"), self.config.covariance, self.config.shrinkage
+        )
         self._remember_texts()

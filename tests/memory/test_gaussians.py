@@ -10,7 +10,8 @@ from cairn.errors import DataError, NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap, cholesky_repaired, merged, moments
 from cairn.maths.shrinkage import Oas, Ridge, oas, oas_diagonal, ridge
 from cairn.memory import gaussians
-from cairn.memory.gaussians import Covariance, Diagonal, Full, GaussianMemory, LowRank, Shared
+from cairn.memory.covariances import Covariance, Diagonal, Full, LowRank, Shared
+from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.protocol import ClassMemory
 
 RAW = Ridge(eps=0)

@@ -1,0 +1,80 @@
+"""Batches of real rows and draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.replay import ReplayBatches
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def world():
+    """Forty real rows of classes 4 and 5; a memory of classes 0 to 3."""
+    d = 6
+    centres = 5 * torch.eye(d)
+    mixing = torch.randn(d, d, generator=rng(1)) * 0.3
+    old_labels = torch.arange(4).repeat_interleave(50)
+    old = unit(centres[old_labels] + torch.randn(200, d, generator=rng(2)) @ mixing.T)
+    labels = torch.arange(4, 6).repeat_interleave(20)
+    real = unit(centres[labels] + torch.randn(40, d, generator=rng(3)) @ mixing.T)
+    return real, labels, GaussianMemory(d).add(old, old_labels)
+
+
+def test_each_real_row_once_per_epoch_and_half_of_each_batch(world):
+    real, labels, memory = world
+    batches = ReplayBatches(real, labels, memory, batch=16, real_share=0.5)
+    assert len(batches) == 5
+    seen = []
+    for x, y in batches.epoch(rng()):
+        assert len(x) == 16
+        assert (y >= 4).sum() == 8
+        seen.append(x[y >= 4])
+    assert sorted(torch.cat(seen).tolist()) == sorted(real.tolist())
+
+
+def test_drawn_rows_are_balanced_unit_and_of_their_class(world):
+    real, labels, memory = world
+    drawn = [(x[y < 4], y[y < 4]) for x, y in ReplayBatches(real, labels, memory, batch=16, real_share=0.5).epoch(rng())]
+    x, y = torch.cat([a for a, _ in drawn]), torch.cat([b for _, b in drawn])
+    counts = torch.bincount(y, minlength=4)
+    assert counts.max() - counts.min() <= 2
+    torch.testing.assert_close(x.norm(dim=-1), torch.ones(len(x)))
+    nearest = (x @ unit(memory.means.float()).T).argmax(1)
+    assert (nearest == y).float().mean() > 0.95
+
+
+def test_null_gives_each_class_the_same_share(world):
+    real, labels, memory = world
+    batches = ReplayBatches(real, labels, memory, batch=12, real_share=None)
+    for _, y in list(batches.epoch(rng()))[:-1]:
+        assert (y >= 4).sum() == 4  # two of six classes are real
+
+
+def test_a_share_of_zero_is_all_drawn(world):
+    real, labels, memory = world
+    batches = ReplayBatches(real, labels, memory, batch=8, real_share=0.0)
+    ys = [y for _, y in batches.epoch(rng())]
+    assert len(ys) == 5
+    assert all(len(y) == 8 and y.max() < 4 for y in ys)
+
+
+def test_without_a_memory_all_is_real(world):
+    real, labels, _ = world
+    batches = ReplayBatches(real, labels, GaussianMemory(6), batch=16, real_share=0.5)
+    ys = [y for _, y in batches.epoch(rng())]
+    assert [len(y) for y in ys] == [16, 16, 8]
+
+
+def test_epochs_differ_and_repeat_by_their_generator(world):
+    real, labels, memory = world
+    batches = ReplayBatches(real, labels, memory, batch=16, real_share=0.5)
+    first, again, other = (torch.cat([x for x, _ in batches.epoch(rng(seed))]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,180 @@
+"""The command as a user types it: what it prints, what it leaves, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cairn import cli
+
+
+@pytest.fixture
+def cairn(monkeypatch, tmp_path, capsys):
+    """Call the command in an empty folder; returns (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cairn", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def features(tmp_path, embedded_dataset):
+    from cairn.data.embeddings import save_features
+
+    data = embedded_dataset
+    path = tmp_path / "made.safetensors"
+    save_features(
+        path, train_features=data.train.values, train_labels=data.train.labels, test_features=data.test.values,
+        test_labels=data.test.labels, class_names=data.classes, text_features=data.embeddings.text,
+    )  # fmt: skip
+    return path
+
+
+def test_a_run_leaves_a_result_and_its_events(cairn, features, tmp_path):
+    status, out, err = cairn("run", "simplecil", "--data", features, "--step", 2, "--out", "here")
+    assert (status, err) == (0, "")
+    assert "simplecil: average" in out
+    stored = json.loads((tmp_path / "here" / "result.json").read_text())
+    assert stored["method"] == "simplecil"
+    for key in (
+        "config", "data", "towers", "class_order", "base", "step", "seed", "accuracy", "seen_accuracy", "average",
+        "last", "forgetting", "bwt", "seconds", "peak_rss_bytes", "memory_bytes", "tower_passes", "versions",
+    ):  # fmt: skip
+        assert key in stored
+    events = [json.loads(line) for line in (tmp_path / "here" / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events].count("task") == 3
+
+
+def test_the_default_folder_carries_method_and_data(cairn, features, tmp_path):
+    assert cairn("run", "zero-shot", "--data", features, "--step", 3)[0] == 0
+    assert (tmp_path / "runs" / "zero-shot-made" / "result.json").is_file()
+
+
+def test_the_same_call_again_shows_what_is_there_and_another_call_is_refused(cairn, features, tmp_path):
+    call = ("run", "simplecil", "--data", features, "--step", 2, "--out", "here")
+    cairn(*call)
+    before = (tmp_path / "here" / "result.json").read_bytes()
+    status, out, _ = cairn(*call)
+    assert status == 0
+    assert "already finished" in out
+    status, _, err = cairn(*call[:-3], 3, "--out", "here")
+    assert status == 2
+    assert "holds another run (step 2, not 3)" in err
+    assert (tmp_path / "here" / "result.json").read_bytes() == before
+    status, out, _ = cairn(*call[:-3], 3, "--out", "here", "--overwrite")
+    assert status == 0
+    assert json.loads((tmp_path / "here" / "result.json").read_text())["step"] == 3
+
+
+def test_seeds_write_a_folder_each_and_a_summary(cairn, features, tmp_path):
+    status, out, _ = cairn("run", "dmc", "--data", features, "--step", 3, "--seeds", "1,2,3", "--out", "s")
+    assert status == 0
+    results = [json.loads((tmp_path / "s" / f"seed-{n}" / "result.json").read_text()) for n in (1, 2, 3)]
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    values = [r["average"] for r in results]
+    assert [r["seed"] for r in results] == summary["seeds"] == [1, 2, 3]
+    assert summary["average"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["average"]["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert "over 3 seeds" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "dcm"), "unknown method 'dcm': did you mean dmc"),
+        (("run", "dmc", "--data", "nowhere/pictures"), "nowhere/pictures"),
+        (("run", "dmc", "--data", "cifar10"), "did you mean cifar100"),
+        (("run", "dmc", "--set", "stage9.x=1"), "unknown setting 'stage9.x'"),
+        (("run", "dmc", "--step", "41"), "step 41 is larger than the number of classes, 40"),
+        (("run", "dmc", "--seeds", "1,1"), "--seeds 1,1: must be different"),
+        (("run", "dmc", "--precision", "float7"), "--precision float7"),
+        (("run", "dmc", "--seed", "-3"), "--seed -3"),
+        (("run", "dmc", "--towers", "tinny"), "did you mean tiny"),
+        (("run",), "Missing argument"),
+        (("runn", "dmc"), "No such command 'runn'"),
+        (("run", "dmc", "--stepp", "3"), "No such option"),
+        (("explain", "dmc-x"), "unknown method 'dmc-x'"),
+        (("table", "."), "no result.json there"),
+    ],
+)
+def test_bad_calls_are_one_line_status_2_and_leave_nothing(cairn, tmp_path, arguments, says):
+    status, out, err = cairn(*arguments)
+    assert status == 2
+    assert says in err
+    assert err.startswith("cairn: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_a_folder_of_pictures_from_end_to_end(cairn, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 3), ("test", 2)):
+        for name, colour in (("red things", (200, 30, 30)), ("blue_things", (30, 30, 200)), ("{odd}", (30, 200, 30))):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                noise = rng.integers(0, 40, (40, 50, 3))
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    quick = ("--set", "stage1.schedule.epochs=1", "--set", "stage2.schedule.epochs=1", "--set", "stage2.text.length=4")
+    status, _, err = cairn("run", "dmc", "--data", "pictures", "--step", 2, "--out", "p", "--device", "cpu", *quick)
+    assert (status, err) == (0, "")
+    stored = json.loads((tmp_path / "p" / "result.json").read_text())
+    assert sorted(stored["class_order"]) == ["blue_things", "red things", "{odd}"]
+    assert stored["task_sizes"] == [2, 1]
+
+    (tmp_path / "pictures" / "train" / "{odd}" / "broken.png").write_bytes(b"this is no picture")
+    status, _, err = cairn("run", "dmc", "--data", "pictures", "--step", 2, "--out", "q", "--device", "cpu", *quick)
+    assert status == 2
+    assert "broken.png" in err
+    assert not (tmp_path / "q").exists()
+
+
+def test_list_and_explain_tell_the_table(cairn):
+    status, out, _ = cairn("list")
+    assert status == 0
+    for name in ("zero-shot", "simplecil", "finetune", "joint", "dmc", "cifar100", "objectnet", "tiny"):
+        assert name in out
+    status, out, _ = cairn("explain", "dmc")
+    assert status == 0
+    for part in ("2511.10974", "stage1.tuning", "stage2.schedule.epochs", "cairn/methods/dmc.py", "embedding form"):
+        assert part in out
+
+
+def test_version(cairn):
+    status, out, _ = cairn("version")
+    assert status == 0
+    assert "torch" in out
+
+
+def test_a_table_from_results(cairn, features, tmp_path):
+    cairn("run", "simplecil", "--data", features, "--step", 2, "--out", "r/simplecil")
+    cairn("run", "dmc", "--data", features, "--step", 2, "--seeds", "1,2", "--out", "r/dmc")
+    status, out, _ = cairn("table", "r")
+    assert status == 0
+    assert out.count("\n") == 4
+    assert "| simplecil |" in out
+    assert " ± " in out
+    (tmp_path / "page.md").write_text("before\n<!-- cairn table t -->\nold\n<!-- end -->\nafter\n")
+    assert cairn("table", "r", "--into", "page.md", "--name", "t")[0] == 0
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("before\n<!-- cairn table t -->\n| method")
+    assert page.endswith("<!-- end -->\nafter\n")
+    assert "old" not in page
+    cairn("run", "zero-shot", "--data", features, "--step", 3, "--out", "r/zero-shot")
+    status, _, err = cairn("table", "r")
+    assert status == 2
+    assert "differ in split or class order" in err

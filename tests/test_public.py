@@ -1,0 +1,39 @@
+"""What the package shows to the outside, and what it must not do on import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cairn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_public_name_is_there_and_nothing_is_forgotten():
+    assert set(cairn.__all__) == set(cairn._HOMES) == set(dir(cairn))
+    for name in cairn.__all__:
+        assert getattr(cairn, name) is not None
+
+
+def test_importing_has_no_effect():
+    code = (
+        "import sys, os; before = (os.getcwd(), len(sys.path))\n"
+        "import cairn, cairn.cli, cairn.reports.tables\n"
+        "assert (os.getcwd(), len(sys.path)) == before\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_pickle_anywhere():
+    for path in (ROOT / "cairn").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"\bimport pickle\b|torch\.(load|save)\(|trust_remote_code\s*=\s*True", text), path
+
+
+def test_prompts_of_the_repository_name_no_machine():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        assert str(Path.home()) not in path.read_text(), path

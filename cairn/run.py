@@ -13,8 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.catalogue import open_dataset
-from cairn.data.images import Dataset
+from cairn.data.folders import unreadable
+from cairn.data.images import Concatenation, Dataset
 from cairn.data.stream import TaskStream, task_stream
+from cairn.errors import ConfigError, DataError
 from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.methods.catalogue import method_named
@@ -120,8 +122,6 @@ def towers_for(config: RunConfig, dataset: Dataset) -> Towers:
             revision=config.revision,
         )
     if config.towers not in ("auto", "features"):
-        from cairn.errors import ConfigError
-
         raise ConfigError(
             f"towers '{config.towers}': data '{config.data}' holds embeddings, not images; leave --towers out"
         )
@@ -145,6 +145,7 @@ def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
     dataset = open_dataset(config.data)
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
+    _refuse_unreadable(stream)
     settings = with_settings(entry.default_config(towers), config.settings)
     for notice in stream.notices:
         log("notice", text=notice)
@@ -215,6 +216,14 @@ def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
         device=str(getattr(towers, "device", torch.device("cpu"))),
         versions=versions(),
     )
+
+
+def _refuse_unreadable(stream: TaskStream) -> None:
+    """Raises DataError listing the image files that cannot be opened, before anything is learned."""
+    bad = unreadable(Concatenation([*(task.train for task in stream.tasks), *stream.tests]))
+    if bad:
+        shown = ", ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
+        raise DataError(f"data '{stream.name}': {len(bad)} unreadable image(s): {shown}; repair or remove them")
 
 
 def _peak_rss() -> int:

@@ -185,7 +185,7 @@ def main() -> None:
         true = ((claim[None] == facts[:, None]) | (claim[None] == -1)).all(-1).float()
         ids = padded(
             [
-                e.ids[: POSITIONS - 1] + [EOS] if len(e.ids) > POSITIONS else e.ids
+                [*e.ids[: POSITIONS - 1], EOS] if len(e.ids) > POSITIONS else e.ids
                 for e in built.encode_batch(list(texts))
             ]
         )
@@ -227,6 +227,7 @@ def main() -> None:
     }, indent=2) + "\n")  # fmt: skip
     card = {
         "date": date.today().isoformat(), "seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr,
+        
         "images": args.images, "patch_weight": args.patch_weight, "parameters": parameters, "seconds": round(time.perf_counter() - start),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "python scripts/pretrain_tiny.py",
         "dev_zero_shot_plain": round(accuracy(clip, built, shapes.PLAIN), 4),

@@ -11,7 +11,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 from jaxtyping import install_import_hook
 
 # The annotations of tensors are executed: a wrong shape fails where it happens.
-_hook = install_import_hook(["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prompts"], "beartype.beartype")
+_hook = install_import_hook(
+    ["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prompts"], "beartype.beartype"
+)
 
 import numpy as np
 import pytest
@@ -46,7 +48,8 @@ def few_classes(dataset: Dataset, number: int) -> Dataset:
     """The first classes of a data set."""
     kept = [np.flatnonzero(images.labels < number) for images in (dataset.train, dataset.test)]
     train, test = (
-        Subset(images, rows, images.labels[rows]) for images, rows in zip((dataset.train, dataset.test), kept, strict=True)
+        Subset(images, rows, images.labels[rows])
+        for images, rows in zip((dataset.train, dataset.test), kept, strict=True)
     )
     return Dataset(dataset.name, dataset.classes[:number], train, test, dataset.templates, dataset.embeddings)
 

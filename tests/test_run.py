@@ -118,7 +118,9 @@ def test_bad_input_is_one_line_with_the_value(features, changes, says):
 @pytest.mark.parametrize("method", ["zero-shot", "simplecil", "finetune", "joint", "dmc"])
 def test_every_method_runs_on_images(method):
     settings = {"finetune": QUICK[:1], "joint": QUICK, "dmc": QUICK}.get(method, ())
-    result = run_stream(RunConfig(method=method, data="shapes", step=20, limit_train=1, limit_test=1, settings=settings, device="cpu"))
+    result = run_stream(
+        RunConfig(method=method, data="shapes", step=20, limit_train=1, limit_test=1, settings=settings, device="cpu")
+    )
     assert len(result.seen_accuracy) == 2
     assert result.exemplar_free == (method != "joint")
 

@@ -28,7 +28,7 @@ def forgetting(A: Table) -> float | None:
     B = len(A)
     if B < 2:
         return None
-    return sum(max(A[l][j] for l in range(j, B - 1)) - A[B - 1][j] for j in range(B - 1)) / (B - 1)
+    return sum(max(A[i][j] for i in range(j, B - 1)) - A[B - 1][j] for j in range(B - 1)) / (B - 1)
 
 
 def backward_transfer(A: Table) -> float | None:

@@ -38,9 +38,7 @@ class Config(BaseModel):
     covariance: Covariance = Field(
         Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
     )
-    shrinkage: Shrinkage = Field(
-        Oas(), description="how a covariance of few images is made usable: oas or ridge [I]"
-    )
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     stage2: TextStage = Field(TextStage())
     template_weight: float = Field(
         0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
@@ -116,7 +114,5 @@ class DMC:
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))
-        self.memory = GaussianMemory.from_state(
-            part(state, "memory"), self.config.covariance, self.config.shrinkage
-        )
+        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
         self._remember_texts()

@@ -41,7 +41,9 @@ def test_each_real_row_once_per_epoch_and_half_of_each_batch(world):
 
 def test_drawn_rows_are_balanced_unit_and_of_their_class(world):
     real, labels, memory = world
-    drawn = [(x[y < 4], y[y < 4]) for x, y in ReplayBatches(real, labels, memory, batch=16, real_share=0.5).epoch(rng())]
+    drawn = [
+        (x[y < 4], y[y < 4]) for x, y in ReplayBatches(real, labels, memory, batch=16, real_share=0.5).epoch(rng())
+    ]
     x, y = torch.cat([a for a, _ in drawn]), torch.cat([b for _, b in drawn])
     counts = torch.bincount(y, minlength=4)
     assert counts.max() - counts.min() <= 2

@@ -110,7 +110,9 @@ def test_learning_leaves_task_and_towers_as_they_were(world):
 
     def digest():
         rows = [np.asarray(task.train[i]).tobytes() for i in range(len(task.train))]
-        weights = [t.detach().numpy().tobytes() for t in towers._model.state_dict().values()] if towers.has_images else []
+        weights = (
+            [t.detach().numpy().tobytes() for t in towers._model.state_dict().values()] if towers.has_images else []
+        )
         return hashlib.sha256(b"".join([*rows, *weights, task.train.labels.tobytes()])).hexdigest()
 
     before, texts = digest(), towers.class_texts(task.names, task.templates)
@@ -170,7 +172,13 @@ def test_images_of_other_tasks_are_never_opened(world):
         if entry.exemplar_free:  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))
-        own = Task(index, task.classes, task.names, task.templates, Subset(task.train, np.arange(len(task.train)), task.train.labels))
+        own = Task(
+            index,
+            task.classes,
+            task.names,
+            task.templates,
+            Subset(task.train, np.arange(len(task.train)), task.train.labels),
+        )
         kept.append(own)
         method.learn(own)
     assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)

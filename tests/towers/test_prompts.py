@@ -48,7 +48,9 @@ def test_the_gradient_in_the_context_is_the_difference_quotient(towers):
 
 def test_a_name_that_does_not_fit_is_named_with_a_remedy(towers):
     context = torch.zeros(1, 16, towers.width)
-    with pytest.raises(ConfigError, match=r"class 'red .*need \d+ tokens, the text tower takes 32; lower stage2.text.length"):
+    with pytest.raises(
+        ConfigError, match=r"class 'red .*need \d+ tokens, the text tower takes 32; lower stage2.text.length"
+    ):
         prompt_embeddings(towers, context, ["ring", "red " * 20], [0, 0])
 
 
@@ -119,5 +121,5 @@ def test_state_round_trips(towers, choice):
 
 def test_prompts_without_a_text_tower_are_refused():
     flat = FeatureTowers(name="f", dim=4, logit_scale=1.0, fingerprint="f", names=(), text=None)
-    with pytest.raises(ConfigError, match="take stage2.text=residual"):
+    with pytest.raises(ConfigError, match=r"take stage2\.text=residual"):
         Prompts().build(flat)

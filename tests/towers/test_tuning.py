@@ -123,7 +123,9 @@ def test_lora_draws_from_its_generator_alone(towers):
 
 
 def test_targets_that_match_nothing_are_named(towers):
-    with pytest.raises(ConfigError, match=r"lora targets 'no_such_layer': no layer matches; linear layers are named like"):
+    with pytest.raises(
+        ConfigError, match=r"lora targets 'no_such_layer': no layer matches; linear layers are named like"
+    ):
         ImageEncoder(towers, Lora(targets="no_such_layer"), rng())
 
 

@@ -52,7 +52,14 @@ def test_the_seed_alone_decides(regression):
     for seed, noise in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(noise)
         theta = nn.Parameter(torch.zeros(3))
-        fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(seed), Log())  # noqa: B023
+        fit(
+            lambda x, y: ((x @ theta - y) ** 2).mean(),
+            [theta],
+            batches,
+            Schedule(epochs=2, lr=0.05),
+            Seeds(seed),
+            Log(),
+        )  # noqa: B023
         ends.append(theta.detach())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])

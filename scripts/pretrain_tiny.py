@@ -12,6 +12,7 @@ that patches mean something at this size.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import time
@@ -226,13 +227,17 @@ def main() -> None:
         "do_normalize": True, "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
     }, indent=2) + "\n")  # fmt: skip
     card = {
-        "date": date.today().isoformat(), "seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr,
-        
-        "images": args.images, "patch_weight": args.patch_weight, "parameters": parameters, "seconds": round(time.perf_counter() - start),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "python scripts/pretrain_tiny.py",
+        "command": "python scripts/pretrain_tiny.py",
+        "date": date.today().isoformat(),
+        **{key: value for key, value in vars(args).items() if key not in ("out", "every")},
+        "parameters": parameters,
+        "seconds": round(time.perf_counter() - start),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sha256": hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest(),
         "dev_zero_shot_plain": round(accuracy(clip, built, shapes.PLAIN), 4),
         "dev_zero_shot_shifted": round(accuracy(clip, built, shapes.SHIFTED), 4),
-    }  # fmt: skip
+    }
     (args.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2))
 

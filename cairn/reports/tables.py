@@ -69,7 +69,7 @@ def markdown_table(results: Sequence[Result]) -> str:
         "| method | average % | last % | forgetting | keeps, kB | seconds | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for label, group in sorted(groups.items(), key=lambda item: _cell([r["average"] for r in item[1]])):
+    for label, group in sorted(groups.items(), key=lambda item: mean_and_deviation([r["average"] for r in item[1]])):
         star = "" if group[0]["exemplar_free"] else " (keeps images)"
         cells = [
             f"{label}{star}",

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -23,9 +23,9 @@ from cairn.towers.state import State, spelled, words
 
 
 def prompt_embeddings(
-    towers: ClipTowers, contexts: Float[Tensor, "b M w"], names: Sequence[str], block: Sequence[int]
+    towers: ClipTowers, contexts: Float[Tensor, "k M w"], names: Sequence[str]
 ) -> Float[Tensor, "k d"]:
-    """Text embeddings (k x d, not normalised) of "[contexts[block[c]]] names[c]." for every class c.
+    """Text embeddings (k x d, not normalised) of "[contexts[c]] names[c]." for every class c.
 
     The sequence is start, the M context vectors, the tokens of "name.", end; everything after the end is cut. The
     result is differentiable in `contexts`. Raises ConfigError naming the first class that does not fit the context.
@@ -35,14 +35,13 @@ def prompt_embeddings(
     for name, row in zip(names, rows, strict=True):
         if (needed := 1 + length + len(row) + 1) > towers.context_length:
             raise ConfigError(
-                f"class '{name}': {length} context vectors and the name need {needed} tokens, "
-                f"the text tower takes {towers.context_length}; lower stage2.text.length or shorten the name"
+                f"class '{name}': {length} context vectors and the name need {needed} tokens, the text tower takes "
+                f"{towers.context_length}; lower stage2.text.shared (or task, per_class) or shorten the name"
             )
     longest = max(map(len, rows)) + 1
     ids = torch.tensor([row + [towers.eos] * (longest - len(row)) for row in rows])
-    suffix = towers.token_embeddings(ids)
     start = towers.token_embeddings(torch.tensor([[towers.bos]])).expand(len(rows), 1, -1)
-    tokens = torch.cat([start, contexts[torch.as_tensor(block)], suffix], dim=1)
+    tokens = torch.cat([start, contexts, towers.token_embeddings(ids)], dim=1)
     return towers.encoded(tokens, torch.tensor([1 + length + len(row) for row in rows]))
 
 
@@ -51,15 +50,25 @@ class _Choice(BaseModel):
 
 
 class Prompts(_Choice):
-    """Soft prompts through the frozen text tower [P]; length, start and scope are ours [I], after CoOp [K]."""
+    """Soft prompts "[shared][task][class] name." through the frozen text tower [P]; the blocks are ours [I].
+
+    Lengths follow CoOp [K]; blocks side by side follow MPA [K]. A length of 0 leaves a block out.
+    """
 
     kind: Literal["prompts"] = "prompts"
-    length: int = Field(16, ge=1, description="M, context vectors per block (4 to 30 in the literature)")
-    scope: Literal["shared", "task", "class"] = Field("shared", description="who shares a context block")
+    shared: int = Field(16, ge=0, description="context vectors shared by all classes (4 to 30 in the literature)")
+    task: int = Field(0, ge=0, description="context vectors of each task")
+    per_class: int = Field(0, ge=0, description="context vectors of each class")
     init: str | None = Field(
-        None, description="words whose embedding starts a block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
+        None, description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
     )
-    freeze_old: bool = Field(False, description="blocks of finished tasks no longer train (scopes task and class)")
+    freeze_old: bool = Field(False, description="texts of finished tasks are cached and no longer move")
+
+    @model_validator(mode="after")
+    def _some_context(self) -> Prompts:
+        if self.shared + self.task + self.per_class == 0:
+            raise ValueError("shared, task and per_class are all 0, nothing to learn; set task or per_class first, or take templates")
+        return self
 
     def build(self, towers: Towers) -> SoftPrompts:
         if not isinstance(towers, ClipTowers):
@@ -141,46 +150,72 @@ class ResidualTexts(FixedTexts):
 
 
 class SoftPrompts(nn.Module):
-    """t_c = unit(text tower("[block of c] name_c.")). One block for all, one per task, or one per class."""
+    """t_c = unit(text tower("[shared][block of c's task][block of c] name_c."))."""
 
     def __init__(self, towers: ClipTowers, choice: Prompts):
         super().__init__()
         self.choice = choice
         self._towers = towers
         self.names: list[str] = []
-        self.block: list[int] = []
-        self.blocks = nn.ParameterList()  # one entry per growth: (blocks born then) x M x w
+        self.sizes: list[int] = []  # classes per task
+        self.shared = nn.Parameter(torch.zeros(choice.shared, towers.width))
+        self.task = nn.ParameterList()  # M x w each
+        self.per_class = nn.ParameterList()  # k x M x w each
+        self.register_buffer("cached", torch.zeros(0, towers.dim))  # texts of finished tasks, where those are frozen
 
     def grow(self, names: Sequence[str], anchors: Float[Tensor, "k d"], rng: torch.Generator) -> None:
-        """New classes; what blocks their scope asks for are born, from `rng` or from the words of `init`."""
-        born = {"shared": 0 if self.names else 1, "task": 1, "class": len(names)}[self.choice.scope]
-        existing = sum(len(blocks) for blocks in self.blocks)
-        if born:
-            self.blocks.append(nn.Parameter(self._start(rng).expand(born, -1, -1).clone()))
-        first = 0 if self.choice.scope == "shared" else existing
-        self.block += [first + (i if self.choice.scope == "class" else 0) for i in range(len(names))]
+        """A task's classes, with new blocks from `rng`; what is frozen of the tasks before is cached."""
+        choice = self.choice
+        if choice.freeze_old and self.names:
+            self.cached = self().detach()
+        if not self.names:
+            self.shared.data.copy_(self._start(rng, choice.shared, words=True))
         self.names += names
+        self.sizes.append(len(names))
+        self.task.append(nn.Parameter(self._start(rng, choice.task, words=not choice.shared)))
+        blocks = [self._start(rng, choice.per_class, words=not choice.shared + choice.task) for _ in names]
+        self.per_class.append(nn.Parameter(torch.stack(blocks)))
 
-    def _start(self, rng: torch.Generator) -> Float[Tensor, "1 M w"]:
-        values = 0.02 * torch.randn(1, self.choice.length, self._towers.width, generator=rng)
-        if self.choice.init:
-            ids = self._towers.tokens(self.choice.init)[: self.choice.length]
-            values[0, len(values[0]) - len(ids) :] = self._towers.token_embeddings(torch.tensor(ids)).cpu()
+    def _start(self, rng: torch.Generator, length: int, *, words: bool) -> Float[Tensor, "M w"]:
+        values = 0.02 * torch.randn(length, self._towers.width, generator=rng)
+        if words and self.choice.init and length:
+            ids = self._towers.tokens(self.choice.init)[:length]
+            values[length - len(ids) :] = self._towers.token_embeddings(torch.tensor(ids)).cpu()
         return values.to(self._towers.device)
 
     def trainable(self) -> list[nn.Parameter]:
-        return list(self.blocks)[-1:] if self.choice.freeze_old else list(self.blocks)
+        since = len(self.sizes) - 1 if self.choice.freeze_old else 0
+        blocks = [self.shared, *list(self.task)[since:], *list(self.per_class)[since:]]
+        return [block for block in blocks if block.numel()]
+
+    def _contexts(self, since: int) -> Float[Tensor, "k M w"]:
+        """One context per class of the tasks from number `since`."""
+        rows = []
+        for size, task, own in zip(self.sizes[since:], self.task[since:], self.per_class[since:], strict=True):
+            common = torch.cat([self.shared, task])
+            rows.append(torch.cat([common.expand(size, -1, -1), own], dim=1))
+        return torch.cat(rows)
 
     def forward(self) -> Float[Tensor, "k d"]:
-        contexts = torch.cat(list(self.blocks))
-        return normalize(prompt_embeddings(self._towers, contexts, self.names, self.block), dim=-1)
+        """Unit text embeddings of all classes so far."""
+        done, since = len(self.cached), 0
+        while sum(self.sizes[:since]) < done:
+            since += 1
+        texts = normalize(prompt_embeddings(self._towers, self._contexts(since), self.names[done:]), dim=-1)
+        return torch.cat([self.cached, texts]) if done else texts
 
     def state(self) -> State:
-        return _numbered("block", self.blocks) | {"names": words(self.names), "of_class": torch.tensor(self.block)}
+        parts = {"shared": self.shared.detach().cpu().clone(), "cached": self.cached.cpu()}
+        parts |= _numbered("task", self.task) | _numbered("per_class", self.per_class)
+        return parts | {"names": words(self.names), "sizes": torch.tensor(self.sizes)}
 
     def restore(self, state: State) -> None:
-        self.names, self.block = spelled(state["names"]), state["of_class"].tolist()
-        self.blocks = _parameters("block", state, self._towers.device)
+        device = self._towers.device
+        self.names, self.sizes = spelled(state["names"]), state["sizes"].tolist()
+        self.shared.data.copy_(state["shared"])
+        self.cached = state["cached"].to(device)
+        self.task = _parameters("task", state, device)
+        self.per_class = _parameters("per_class", state, device)
 
 
 def _numbered(name: str, parameters: nn.ParameterList) -> State:

@@ -18,11 +18,11 @@ def rng(seed=0):
 
 
 def word_context(towers, words="a photo of a"):
-    return towers.token_embeddings(torch.tensor(towers.tokens(words)))[None]
+    return towers.token_embeddings(torch.tensor(towers.tokens(words))).expand(3, -1, -1)
 
 
 def test_a_context_of_real_words_is_the_stock_text_forward(towers):
-    got = prompt_embeddings(towers, word_context(towers), NAMES, [0, 0, 0])
+    got = prompt_embeddings(towers, word_context(towers), NAMES)
     ids = [[towers.bos, *towers.tokens(f"a photo of a {name.replace('_', ' ')}."), towers.eos] for name in NAMES]
     padded = torch.tensor([row + [1] * (towers.context_length - len(row)) for row in ids])
     with torch.no_grad():
@@ -31,12 +31,12 @@ def test_a_context_of_real_words_is_the_stock_text_forward(towers):
 
 
 def test_the_gradient_in_the_context_is_the_difference_quotient(towers):
-    context = 0.5 * torch.randn(2, 3, towers.width, generator=rng())
+    context = 0.5 * torch.randn(3, 4, towers.width, generator=rng())
     direction = torch.randn(context.shape, generator=rng(1))
     weight = torch.randn(3, towers.dim, generator=rng(2))
 
     def value(x):
-        return (weight * prompt_embeddings(towers, x, NAMES, [0, 1, 0])).sum()
+        return (weight * prompt_embeddings(towers, x, NAMES)).sum()
 
     moving = context.clone().requires_grad_(True)
     value(moving).backward()
@@ -47,47 +47,78 @@ def test_the_gradient_in_the_context_is_the_difference_quotient(towers):
 
 
 def test_a_name_that_does_not_fit_is_named_with_a_remedy(towers):
-    context = torch.zeros(1, 16, towers.width)
+    context = torch.zeros(2, 16, towers.width)
     with pytest.raises(
-        ConfigError, match=r"class 'red .*need \d+ tokens, the text tower takes 32; lower stage2.text.length"
+        ConfigError, match=r"class 'red .*need \d+ tokens, the text tower takes 32; lower stage2.text.shared"
     ):
-        prompt_embeddings(towers, context, ["ring", "red " * 20], [0, 0])
+        prompt_embeddings(towers, context, ["ring", "red " * 20])
 
 
-@pytest.mark.parametrize(("scope", "blocks"), [("shared", [1, 1]), ("task", [1, 2]), ("class", [2, 3])])
-def test_blocks_are_born_as_the_scope_says(towers, scope, blocks):
-    texts = Prompts(length=4, scope=scope).build(towers)
+SHARED, TASK, CLASS = {"shared": 4}, {"shared": 0, "task": 4}, {"shared": 0, "per_class": 4}
+ALL = {"shared": 4, "task": 2, "per_class": 2}
+
+
+def grown(towers, **choice):
+    """Two tasks: two classes, then one."""
+    texts = Prompts(**choice).build(towers)
     texts.grow(NAMES[:2], torch.zeros(2, towers.dim), rng())
-    assert sum(map(len, texts.blocks)) == blocks[0]
     first = texts().detach()
     texts.grow(NAMES[2:], torch.zeros(1, towers.dim), rng(1))
-    assert sum(map(len, texts.blocks)) == blocks[1]
+    return texts, first
+
+
+@pytest.mark.parametrize("blocks", [SHARED, TASK, CLASS, ALL], ids=["shared", "task", "class", "all"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_growing_leaves_old_texts_where_they_were(towers, blocks, freeze):
+    texts, first = grown(towers, **blocks, freeze_old=freeze)
     assert texts().shape == (3, towers.dim)
     torch.testing.assert_close(texts()[:2].detach(), first, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(texts().norm(dim=-1), torch.ones(3))
 
 
-def test_only_the_block_of_a_class_moves_its_text(towers):
-    texts = Prompts(length=4, scope="class").build(towers)
-    texts.grow(NAMES, torch.zeros(3, towers.dim), rng())
+@pytest.mark.parametrize(
+    ("blocks", "shake", "moves"),
+    [
+        (ALL, lambda t: t.shared, [True, True, True]),
+        (ALL, lambda t: t.task[0], [True, True, False]),
+        (ALL, lambda t: t.per_class[0][1], [False, True, False]),
+        (ALL, lambda t: t.per_class[1], [False, False, True]),
+    ],
+    ids=["shared", "task", "class", "later class"],
+)
+def test_a_block_moves_the_texts_that_use_it(towers, blocks, shake, moves):
+    texts, _ = grown(towers, **blocks)
     before = texts().detach()
     with torch.no_grad():
-        texts.blocks[0][1] += 0.1
+        shake(texts).add_(0.2)
     moved = (texts().detach() - before).norm(dim=-1)
-    assert moved[1] > 1e-3
-    assert moved[[0, 2]].max() < 1e-6
+    assert ((moved > 1e-3) == torch.tensor(moves)).all()
+    assert moved[~torch.tensor(moves)].numel() == 0 or moved[~torch.tensor(moves)].max() < 1e-6
 
 
-def test_frozen_blocks_are_not_offered_for_training(towers):
-    for freeze, count in ((False, 2), (True, 1)):
-        texts = Prompts(length=4, scope="task", freeze_old=freeze).build(towers)
-        texts.grow(NAMES[:2], torch.zeros(2, towers.dim), rng())
-        texts.grow(NAMES[2:], torch.zeros(1, towers.dim), rng(1))
-        assert len(texts.trainable()) == count
+def test_frozen_texts_stay_and_their_blocks_are_not_trained(towers):
+    texts, first = grown(towers, **ALL, freeze_old=True)
+    assert len(texts.trainable()) == 3  # shared, the last task's, its classes'
+    assert len(grown(towers, **ALL)[0].trainable()) == 5
+    before = dict(towers.passes)
+    with torch.no_grad():
+        for parameter in texts.trainable():
+            parameter.add_(0.2)
+    torch.testing.assert_close(texts()[:2].detach(), first, atol=0, rtol=0)
+    texts().sum().backward()
+    assert texts.task[0].grad is None
+    assert texts.task[1].grad.abs().max() > 0
+    tokens = towers.passes["text_tokens"] - before["text_tokens"]
+    assert tokens == 2 * (1 + 8 + len(towers.tokens(NAMES[2] + ".")) + 1)  # the new class alone, twice
+
+
+def test_no_block_at_all_is_refused():
+    with pytest.raises(ValueError, match="nothing to learn"):
+        Prompts(shared=0)
 
 
 def test_a_block_can_start_from_words(towers):
-    texts = Prompts(length=4, init="a photo of a").build(towers)
+    texts = Prompts(shared=4, init="a photo of a").build(towers)
     texts.grow(NAMES, torch.zeros(3, towers.dim), rng())
     expected = towers.class_texts(NAMES, ("a photo of a {}.",))
     torch.testing.assert_close(texts().detach(), expected, atol=1e-5, rtol=1e-5)
@@ -105,7 +136,7 @@ def test_residual_texts_start_at_their_anchors_and_keep_old_rows():
     torch.testing.assert_close(texts().detach()[1:], anchors[1:])
 
 
-@pytest.mark.parametrize("choice", [Prompts(length=4, scope="class"), Residual(), Templates()], ids=lambda c: c.kind)
+@pytest.mark.parametrize("choice", [Prompts(**ALL, freeze_old=True), Residual(), Templates()], ids=lambda c: c.kind)
 def test_state_round_trips(towers, choice):
     texts = choice.build(towers)
     texts.grow(NAMES[:2], normalize(torch.randn(2, towers.dim, generator=rng()), dim=-1), rng())

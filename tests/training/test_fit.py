@@ -49,18 +49,16 @@ def test_fit_finds_the_least_squares_solution(regression, optimizer):
 def test_the_seed_alone_decides(regression):
     batches, _ = regression
     ends = []
+    theta = nn.Parameter(torch.zeros(3))
+
+    def loss(x, y):
+        return ((x @ theta - y) ** 2).mean()
+
     for seed, noise in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(noise)
-        theta = nn.Parameter(torch.zeros(3))
-        fit(
-            lambda x, y: ((x @ theta - y) ** 2).mean(),
-            [theta],
-            batches,
-            Schedule(epochs=2, lr=0.05),
-            Seeds(seed),
-            Log(),
-        )  # noqa: B023
-        ends.append(theta.detach())
+        theta.data.zero_()
+        fit(loss, [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(seed), Log())
+        ends.append(theta.detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 

@@ -1,0 +1,92 @@
+"""Tables from stored results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cairn.errors import ResultError
+from cairn.reports.console import Console, percent, sparkline
+from cairn.reports.tables import comparable, markdown_table, replaced_block, results_below
+
+
+def result(method="dmc", seed=1, average=0.5, **changes):
+    made = {
+        "method": method, "seed": seed, "average": average, "last": average - 0.1, "forgetting": 0.05, "seconds": 12.4,
+        "memory_bytes": 2000, "exemplar_free": method != "joint", "split": "s", "towers": {"fingerprint": "t"},
+        "run": {"settings": [], "precision": "float32"},
+    }  # fmt: skip
+    return made | changes
+
+
+def test_seeds_become_mean_and_sample_deviation():
+    table = markdown_table([result(seed=1, average=0.5), result(seed=2, average=0.6), result(seed=3, average=0.7)])
+    row = table.splitlines()[2]
+    assert row == "| dmc | 60.00 ± 10.00 | 50.00 ± 10.00 | 5.00 ± 0.00 | 2 | 12 ± 0 | 1, 2, 3 |"
+
+
+def test_rows_rise_with_their_average_as_numbers_not_words():
+    table = markdown_table([result("joint", average=0.95), result("a", average=0.093), result("b", average=0.6)])
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["a", "b", "joint (keeps images)"]
+
+
+def test_changed_settings_are_rows_of_their_own_and_named():
+    changed = result(run={"settings": ["covariance=shared"], "precision": "float32"})
+    table = markdown_table([result(), changed])
+    assert "| dmc (covariance=shared) |" in table
+    assert len(table.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"towers": {"fingerprint": "other"}}, "towers"),
+        ({"split": "other"}, "split or class order"),
+        ({"run": {"settings": [], "precision": "bfloat16"}}, "precision"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(changes, what):
+    pair = [result(), result(**changes)]
+    assert comparable(pair) == [what]
+    with pytest.raises(ResultError, match=f"differ in {what}"):
+        markdown_table(pair)
+
+
+def test_a_missing_figure_is_a_dash():
+    assert "| - |" in markdown_table([result(forgetting=None)])
+
+
+def test_results_are_found_at_any_depth_and_damage_is_named(tmp_path):
+    (tmp_path / "a" / "seed-1").mkdir(parents=True)
+    (tmp_path / "a" / "seed-1" / "result.json").write_text(json.dumps(result()))
+    assert len(results_below([tmp_path])) == 1
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ResultError, match="not JSON"):
+        results_below([tmp_path])
+
+
+def test_a_block_is_replaced_and_only_that():
+    text = "a\n<!-- cairn table x -->\nold\n<!-- end -->\n<!-- cairn table y -->\nkeep\n<!-- end -->\n"
+    assert replaced_block(text, "x", "| new \\1 |") == text.replace("old", "| new \\1 |")
+    with pytest.raises(ResultError, match="no block"):
+        replaced_block(text, "z", "")
+
+
+def test_figures_for_people():
+    assert percent(0.12345) == "12.35"
+    assert percent(None) == "-"
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+def test_without_a_terminal_progress_is_plain_lines_seldom(tmp_path):
+    with open(tmp_path / "log", "w") as file:
+        console = Console(file)
+        state = {"epoch": 0, "epochs": 1, "steps": 9, "loss": 1.0, "rate": 5.0, "remaining": 2.0}
+        with console.live():
+            for step in range(5):
+                console.progress(state | {"step": step})
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 1
+    assert "step 0/9" in lines[0]
+    assert "\x1b" not in lines[0]

@@ -64,8 +64,8 @@ PLAIN = Style(
     blur=(0.0, 0.5), cast=(1.0, 1.0, 1.0), cast_jitter=0.08, noise=0.02,
 )  # fmt: skip
 SHIFTED = Style(
-    radius=(9.0, 14.0), tilt=0.6, distractors=(1, 3), clutter=(4, 9), occlusion=0.6,
-    blur=(0.4, 0.9), cast=(0.78, 0.80, 1.08), cast_jitter=0.12, noise=0.04,
+    radius=(17.0, 21.0), tilt=0.35, distractors=(0, 1), clutter=(1, 3), occlusion=0.3,
+    blur=(0.2, 0.6), cast=(0.55, 0.75, 1.25), cast_jitter=0.05, noise=0.02,
 )  # fmt: skip
 
 
@@ -100,11 +100,24 @@ def class_name(composition: Composition) -> str:
 
 @functools.cache
 def compositions(part: str) -> tuple[Composition, ...]:
-    """Compositions of one part of the world: `stream` (40), `dev` (40) or `pretraining` (all 400 others)."""
+    """Compositions of one part of the world: `stream` (40), `dev` (40) or `pretraining` (the 400 others).
+
+    Eighty are drawn at random and kept from pre-training. Of these the stream has the forty that are left after taking
+    out, again and again, the one with most neighbours; two compositions are neighbours if they share two attributes.
+    """
     every = [(s, c, t) for s in range(len(SHAPES)) for c in range(len(COLOURS)) for t in range(len(TEXTURES))]
     order = np.random.RandomState(2024).permutation(len(every))
-    cuts = {"stream": order[:40], "dev": order[40:80], "pretraining": np.sort(order[80:])}
-    return tuple(every[i] for i in cuts[part])
+    if part == "pretraining":
+        return tuple(every[i] for i in np.sort(order[80:]))
+    kept = [every[i] for i in order[:80]]
+    stream = list(kept)
+    while len(stream) > 40:
+        stream.remove(max(stream, key=lambda c: (sum(_neighbours(c, o) for o in stream), -stream.index(c))))
+    return tuple(stream) if part == "stream" else tuple(c for c in kept if c not in stream)
+
+
+def _neighbours(a: Composition, b: Composition) -> bool:
+    return sum(x == y for x, y in zip(a, b, strict=True)) == 2
 
 
 # --- signed fields: negative inside; u right, v up, the object spans about [-1, 1] ---------------------------------
@@ -329,7 +342,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
 
 # --- the class stream ---------------------------------------------------------------------------------------------------
 
-TRAIN_PER_CLASS, TEST_PER_CLASS = 100, 25
+TRAIN_PER_CLASS, TEST_PER_CLASS = 150, 25
 
 
 class ShapesImages:
@@ -354,7 +367,7 @@ class ShapesImages:
 
 
 def shapes_dataset(part: str = "stream") -> Dataset:
-    """The 40 compositions of `stream` or `dev` in the shifted style, 100 training and 25 test images each."""
+    """The 40 compositions of `stream` or `dev` in the shifted style, 150 training and 25 test images each."""
     classes = compositions(part)
     splits = []
     for split, number in ((0, TRAIN_PER_CLASS), (1, TEST_PER_CLASS)):

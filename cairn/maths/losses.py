@@ -29,3 +29,11 @@ def text_anchor_contrast(
     present, which = torch.unique(y, return_inverse=True)
     log_share = (s * T[present] @ z.T).log_softmax(dim=1)
     return -log_share[which, torch.arange(len(z), device=z.device)].mean()
+
+
+def mean_squared_cosine(T_new: Float[Tensor, "j d"], T_old: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
+    """Mean over pairs of (t_a . t_b)^2, a new, b old, unit rows: 0 where every new text is orthogonal to every old one.
+
+    Source: the separability term of STAR-Prompt [K].
+    """
+    return ((T_new @ T_old.T) ** 2).mean()

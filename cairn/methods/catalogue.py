@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cairn.errors import UnknownName
-from cairn.methods import dmc, finetune, joint, simplecil, zero_shot
+from cairn.methods import dmc, dmc_ot, finetune, joint, simplecil, zero_shot
 from cairn.towers.protocol import Towers
 
 
@@ -74,6 +74,18 @@ METHODS = {
                 "stage 1: vision moves, class texts are the frozen anchor",
                 "statistics: a Gaussian per class from one pass of the new encoder",
                 "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
+            ),
+            "vision, then text", "gaussians",
+            citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
+        ),
+        Entry(
+            "dmc-ot", "DMC-OT: DMC, Gaussians calibrated, prompts per task", dmc_ot.DMCOT, dmc_ot.Config,
+            "arXiv 2511.10974",
+            (
+                "stage 1: vision moves, class texts are the frozen anchor",
+                "calibration: every old Gaussian follows the encoder by an affine map",
+                "statistics: a Gaussian per new class from one pass of the new encoder",
+                "stage 2: text moves (a shared and a task's prompt block), vision is frozen; old classes are drawn",
             ),
             "vision, then text", "gaussians",
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",

@@ -13,20 +13,13 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.shrinkage import Oas, Shrinkage
-from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
-from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.decoupled import Decoupled
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
-from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.towers.tuning import ImageEncoder
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
 
 
 class Config(BaseModel):
@@ -52,24 +45,8 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding(), stage2=TextStage.embedding())
 
 
-class DMC:
+class DMC(Decoupled):
     """argmax over the classes seen of s cos(f(x), t_c)."""
-
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
-        self.texts = config.stage2.text.build(towers).to(towers.device)
-        self.anchors = torch.zeros(0, towers.dim)
-        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
-        self._class_texts = self.anchors
-
-    @property
-    def encoder(self) -> str:
-        return f"vision-{self.image.version}"
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def learn(self, task: Task) -> None:
         config, s, device = self.config, self.towers.logit_scale, self.towers.device
@@ -86,33 +63,10 @@ class DMC:
         align_vision(config.stage1, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
-        with self.image.inference():
-            z, y = encoded(loader, self.image)
-        z, old = unit(z), self.memory
+        z, y = self.features(loader)
+        old = self.memory
         self.memory = old.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
         align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2))
-        self._remember_texts()
-
-    @torch.no_grad()
-    def _remember_texts(self) -> None:
-        w = self.config.template_weight
-        self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
-
-    def embed(self, pixels: Pixels) -> Features:
-        return self.image(pixels)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self._class_texts.to(features.device).T
-
-    def state_dict(self) -> State:
-        parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}
-        return {"anchors": self.anchors} | flattened(parts)
-
-    def load_state_dict(self, state: State) -> None:
-        self.anchors = state["anchors"]
-        self.image.load_state_dict(part(state, "image"))
-        self.texts.restore(part(state, "texts"))
-        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
-        self._remember_texts()
+        self.remember_texts()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cairn.data.loading import Loader, encoded
 from cairn.data.stream import Task
-from cairn.maths.losses import class_cross_entropy, text_anchor_contrast
+from cairn.maths.losses import class_cross_entropy, mean_squared_cosine, text_anchor_contrast
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
@@ -123,15 +123,21 @@ def align_text(
     s: float,
     seeds: Seeds,
     log: Log,
+    separability: float = 0.0,
 ) -> None:
     """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
 
-    z are the cached unit features of the task and unit draws from the Gaussians in `old`. Source: [P], METHODS 1.3.
+    z are the cached unit features of the task and unit draws from the Gaussians in `old`. `separability` weighs the mean
+    squared cosine between new and old class texts, which is added. Source: [P], METHODS 1.3 and 2; the last is [K:
+    STAR-Prompt].
     """
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         T = texts()
-        return class_cross_entropy(z.to(T.device), T, y.to(T.device), s)
+        value = class_cross_entropy(z.to(T.device), T, y.to(T.device), s)
+        if separability and old.classes:
+            value = value + separability * mean_squared_cosine(T[old.classes :], T[: old.classes])
+        return value
 
     batches = ReplayBatches(features, labels, old, batch=stage.schedule.batch, real_share=stage.real_share)
     fit(loss, texts.trainable(), batches, stage.schedule, seeds, log)

@@ -67,7 +67,9 @@ class Prompts(_Choice):
     @model_validator(mode="after")
     def _some_context(self) -> Prompts:
         if self.shared + self.task + self.per_class == 0:
-            raise ValueError("shared, task and per_class are all 0, nothing to learn; set task or per_class first, or take templates")
+            raise ValueError(
+                "shared, task and per_class are all 0, nothing to learn; set task or per_class first, or take templates"
+            )
         return self
 
     def build(self, towers: Towers) -> SoftPrompts:

@@ -1,0 +1,69 @@
+"""What the methods with two decoupled stages hold between tasks: an image encoder, class texts, class Gaussians."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cairn.data.loading import Loader, encoded
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Labels, Pixels, Scores
+
+
+class Decoupled:
+    """State, scores and their storage; what `learn` does is the method's own.
+
+    Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.
+    """
+
+    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+        self.texts = config.stage2.text.build(towers).to(towers.device)
+        self.anchors = torch.zeros(0, towers.dim)
+        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        self._class_texts = self.anchors
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
+    def features(self, loader: Loader) -> tuple[Features, Labels]:
+        """Unit features and labels of a collection under the encoder as it stands; one pass."""
+        with self.image.inference():
+            z, y = encoded(loader, self.image)
+        return unit(z), y
+
+    @torch.no_grad()
+    def remember_texts(self) -> None:
+        """Keep the class texts as they stand; scoring uses these."""
+        w = self.config.template_weight
+        self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self._class_texts.to(features.device).T
+
+    def state_dict(self) -> State:
+        parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}
+        return {"anchors": self.anchors} | flattened(parts)
+
+    def load_state_dict(self, state: State) -> None:
+        self.anchors = state["anchors"]
+        self.image.load_state_dict(part(state, "image"))
+        self.texts.restore(part(state, "texts"))
+        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
+        self.remember_texts()

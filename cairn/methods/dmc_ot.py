@@ -1,0 +1,121 @@
+"""DMC-OT: DMC's two stages, with the old Gaussians moved after the vision encoder, and prompts that know their task.
+
+Source: "Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning" (arXiv 2511.10974). The abstract
+states optimal-transport guided calibration of the class statistics and task-specific prompts [P]; the formula of the
+calibration and the form of the prompts are not public and are ours [I] or from nearest practice [K]. `drift=bures` is the
+Gaussian optimal transport map, the nearest reading of the abstract; docs/drift.md says why the default is another one.
+
+Letters: f_old, f_new the encoder before and after stage 1; Z0, Z1 the task's unit features under each; N(mu_c, S_c) the
+Gaussian of class c; x -> A_c x + b_c the map that moves it.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.drift import AnyDrift, MeanShift, PairedMap, map_health, safe
+from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.memory.covariances import Covariance, Full
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.decoupled import Decoupled
+from cairn.methods.settings import kind_by_name
+from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.towers.prompts import Prompts
+from cairn.training.log import Log
+from cairn.types import Features, Labels
+
+
+class Config(BaseModel):
+    """The settings of DMC-OT: DMC's, the drift estimator and the separability of class texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: VisionStage = Field(VisionStage())
+    covariance: Covariance = Field(
+        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
+    )
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
+    drift: AnyDrift = Field(
+        PairedMap(),
+        description="how old Gaussians follow the encoder: none, mean, sdc, bures [P, as read], sinkhorn, paired or local",
+    )
+    condition_limit: float = Field(
+        1e4, gt=1, description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]"
+    )
+    stage2: TextStage = Field(TextStage(text=Prompts(shared=8, task=8)))
+    separability: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean squared cosine between new and old class texts [K: STAR-Prompt, 0..30]",
+    )
+    template_weight: float = Field(
+        0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
+    )
+
+    _kinds = field_validator("covariance", "shrinkage", "drift", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
+        return cls(stage1=VisionStage.embedding(), stage2=TextStage.embedding())
+
+
+class DMCOT(Decoupled):
+    """argmax over the classes seen of s cos(f(x), t_c)."""
+
+    def learn(self, task: Task) -> None:
+        config, s, device = self.config, self.towers.logit_scale, self.towers.device
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
+
+        new = class_anchors(self.towers, task, loader, log)
+        self.anchors = torch.cat([self.anchors, new.cpu()])
+        self.texts.grow(task.names, new, seeds.generator("texts"))
+
+        # Z0: the task's images under the encoder that the old Gaussians describe. One pass, and f_old can be forgotten.
+        moving = self.memory.classes > 0 and config.stage1.tuning.kind != "none"
+        Z0 = self.features(loader)[0] if moving else None
+
+        # Stage 1: vision moves, the template texts are its anchor [P].
+        first = task.classes.start if config.stage1.classes == "current" else 0
+        T = self.anchors[first:].to(device)
+        align_vision(config.stage1, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
+        Z1, y = self.features(loader)
+
+        # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
+        old = self._calibrated(Z0, Z1, y, log) if moving else self.memory
+        self.memory = old.add(Z1, y)
+
+        # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
+        align_text(
+            config.stage2,
+            self.texts,
+            Z1,
+            y,
+            old,
+            s,
+            seeds.at(stage=2),
+            log.at(stage=2),
+            separability=config.separability,
+        )
+        self.remember_texts()
+
+    def _calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
+        """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""
+        estimated = self.config.drift.map(Z0, Z1, y, self.memory)
+        if self.config.drift.kind == "none":
+            return self.memory
+        fallback = MeanShift().map(Z0, Z1, y, self.memory)
+        maps, reason = safe(estimated, fallback, self.config.condition_limit)
+        if reason:
+            log("warning", text=f"drift '{self.config.drift.kind}': {reason}; the mean shift is used instead")
+        health = map_health(maps)
+        log(
+            "drift", kind=self.config.drift.kind, fallback=reason,
+            log_norm=health.log_norm.max().item(), condition=health.condition.max().item(),
+            effective_rank=health.effective_rank.max().item(),
+        )  # fmt: skip
+        return self.memory.moved(maps)

@@ -67,10 +67,8 @@ def run(
     from cairn.run import RunConfig
 
     entry = method_named(method)
-    name = Path(data).stem if Path(data).exists() else data.partition("=")[0].replace(":", "-")
-    if step is None:
-        step = 5 if data.partition(":")[0] == "shapes" else 10
-    folder = out or Path("runs") / f"{entry.name}-{name}"
+    step = _step(step, data)
+    folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     numbers = _seeds(seeds) if seeds is not None else [seed]
     try:
         config = RunConfig(
@@ -82,6 +80,16 @@ def run(
         problem = error.errors()[0]
         raise ConfigError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg'].lower()}") from None
     _run_all(config, numbers if seeds is not None else None, folder, overwrite)
+
+
+def _step(step: int | None, data: str) -> int:
+    """The stream's usual step where none is given."""
+    return step if step is not None else 5 if data.partition(":")[0] == "shapes" else 10
+
+
+def _data_name(data: str) -> str:
+    """What a default output folder is called after."""
+    return Path(data).stem if Path(data).exists() else data.partition("=")[0].replace(":", "-")
 
 
 def _seeds(text: str) -> list[int]:
@@ -196,6 +204,45 @@ def demo(
         config = RunConfig(method=method, data="shapes", step=5, seed=seed)
         results += _run_all(config, None, out / method, overwrite=True)
     console.curves(results)
+
+
+@app.command()
+def drift(
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="as in `cairn run`")] = "auto",
+    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
+    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
+    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    seeds: Annotated[str, typer.Option(help="seeds, 1,2,3")] = "1",
+    estimators: Annotated[
+        str, typer.Option(help="which of the family, by name")
+    ] = "mean,sdc,bures,sinkhorn,paired,local",
+    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/drift-DATA]")] = None,
+    set_: Set = None,
+    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+) -> None:
+    """The drift laboratory: stored Gaussians against the truth, for research (it opens the images of old tasks)."""
+    from cairn.reports.drift import drift_figure, drift_table
+    from cairn.run import RunConfig, drift_report
+    from cairn.store import make_folder, write_json
+    from cairn.training.log import Log
+
+    console = Console()
+    folder = out or Path("runs") / f"drift-{_data_name(data)}"
+    config = RunConfig(
+        method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
+        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+    )  # fmt: skip
+    with console.live():
+        log = Log(keep=console.event, show=console.progress)
+        report = drift_report(config, [name.strip() for name in estimators.split(",")], _seeds(seeds), log)
+    make_folder(folder)
+    write_json(folder / "drift.json", report)
+    drift_figure(report, folder / "drift.png")
+    console.note(drift_table([report]))
+    console.note(f"-> {folder / 'drift.json'}, {folder / 'drift.png'}")
 
 
 @app.command()

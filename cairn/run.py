@@ -6,8 +6,9 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,11 +17,12 @@ from cairn.data.catalogue import open_dataset
 from cairn.data.folders import unreadable
 from cairn.data.images import Concatenation, Dataset
 from cairn.data.stream import TaskStream, task_stream
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError, DataError, UnknownName
 from cairn.evaluation.evaluate import Evaluation, Evaluator
+from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
-from cairn.methods.catalogue import method_named
-from cairn.methods.settings import with_settings
+from cairn.methods.catalogue import Entry, method_named
+from cairn.methods.settings import choices, with_settings
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
@@ -138,15 +140,30 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
     )  # fmt: skip
 
 
-def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
-    """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts."""
-    log = log or Log()
+class Prepared(NamedTuple):
+    """What a run needs, found good before anything is learned."""
+
+    entry: Entry
+    stream: TaskStream
+    towers: Towers
+    settings: BaseModel
+
+
+def prepared(config: RunConfig) -> Prepared:
+    """Raises a CairnError for any bad input."""
     entry = method_named(config.method)
     dataset = open_dataset(config.data)
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
-    _refuse_unreadable(stream)
     settings = with_settings(entry.default_config(towers), config.settings)
+    _refuse_unreadable(stream)
+    return Prepared(entry, stream, towers, settings)
+
+
+def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
+    """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts."""
+    log = log or Log()
+    entry, stream, towers, settings = prepared(config)
     for notice in stream.notices:
         log("notice", text=notice)
     if not towers.has_images and hasattr(entry.config, "embedding"):
@@ -216,6 +233,48 @@ def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
         device=str(getattr(towers, "device", torch.device("cpu"))),
         versions=versions(),
     )
+
+
+def drift_report(
+    config: RunConfig, estimators: Sequence[str], seeds: Sequence[int], log: Log | None = None
+) -> dict[str, Any]:
+    """The drift laboratory on a stream: every estimator's errors and accuracies, for each seed, as JSON values.
+
+    `config.method` must be dmc-ot, whose settings apply. Raises UnknownName for an unknown estimator.
+    """
+    log = log or Log()
+    entry, stream, towers, settings = prepared(config)
+    family = choices(entry.config.model_fields["drift"])
+    for name in estimators:
+        if name not in family:
+            raise UnknownName("estimator", name, family)
+    chosen = {name: family[name]() for name in dict.fromkeys(["none", *estimators])}
+    rows, figures = [], []
+    for seed in seeds:
+        log(
+            "start",
+            method="drift laboratory",
+            data=stream.name,
+            tasks=len(stream.tasks),
+            classes=len(stream.class_names),
+            seed=seed,
+        )
+        more = drift_rows(stream, towers, settings, chosen, seed=seed, log=log)
+        rows += more[0]
+        figures += more[1]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": config.model_dump(mode="json"),
+        "config": settings.model_dump(mode="json"),
+        "estimators": {name: drift.model_dump(mode="json") for name, drift in chosen.items()},
+        "data": stream.name,
+        "split": stream.fingerprint,
+        "towers": {"name": towers.name, "fingerprint": towers.fingerprint},
+        "seeds": list(seeds),
+        "relative": relative(rows, figures),
+        "rows": rows,
+        "versions": versions(),
+    }
 
 
 def _refuse_unreadable(stream: TaskStream) -> None:

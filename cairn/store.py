@@ -19,6 +19,14 @@ RESULT, EVENTS, SUMMARY = "result.json", "events.jsonl", "summary.json"
 SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
 
 
+def make_folder(path: Path) -> None:
+    """Raises ResultError if the folder cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultError(f"'{path}': cannot be written: {error.strerror}; give another --out") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write to a temporary file beside it, flush to the disk, rename: a reader sees the old file or the new one."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -87,8 +95,8 @@ class RunFolder:
 
     def open(self) -> None:
         """Make the folder, with an empty event log. Raises ResultError if it cannot be written."""
+        make_folder(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             (self.path / RESULT).unlink(missing_ok=True)
             self._events = open(self.path / EVENTS, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         except OSError as error:

@@ -64,8 +64,8 @@ PLAIN = Style(
     blur=(0.0, 0.5), cast=(1.0, 1.0, 1.0), cast_jitter=0.08, noise=0.02,
 )  # fmt: skip
 SHIFTED = Style(
-    radius=(17.0, 21.0), tilt=0.35, distractors=(0, 1), clutter=(1, 3), occlusion=0.3,
-    blur=(0.2, 0.6), cast=(0.55, 0.75, 1.25), cast_jitter=0.05, noise=0.02,
+    radius=(17.0, 21.0), tilt=0.35, distractors=(0, 1), clutter=(1, 2), occlusion=0.2,
+    blur=(0.1, 0.5), cast=(0.60, 0.78, 1.20), cast_jitter=0.05, noise=0.02,
 )  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
 
 # --- the class stream ---------------------------------------------------------------------------------------------------
 
-TRAIN_PER_CLASS, TEST_PER_CLASS = 150, 25
+TRAIN_PER_CLASS, TEST_PER_CLASS = 200, 25
 
 
 class ShapesImages:
@@ -367,7 +367,7 @@ class ShapesImages:
 
 
 def shapes_dataset(part: str = "stream") -> Dataset:
-    """The 40 compositions of `stream` or `dev` in the shifted style, 150 training and 25 test images each."""
+    """The 40 compositions of `stream` or `dev` in the shifted style, 200 training and 25 test images each."""
     classes = compositions(part)
     splits = []
     for split, number in ((0, TRAIN_PER_CLASS), (1, TEST_PER_CLASS)):
@@ -383,6 +383,10 @@ def shapes_dataset(part: str = "stream") -> Dataset:
         splits.append(ShapesImages(scenes, np.repeat(np.arange(len(classes)), number), SHIFTED))
     name = "shapes" if part == "stream" else f"shapes:{part}"
     return Dataset(name, tuple(class_name(c) for c in classes), *splits, TEMPLATES)
+
+
+WORLD_HASH = "dd109644519016b3"
+"""Frozen when zero-shot, class means, fine-tuning and joint training had been run on the world, and nothing else."""
 
 
 def world_hash() -> str:

@@ -67,40 +67,42 @@ class DMCOT(Decoupled):
     """argmax over the classes seen of s cos(f(x), t_c)."""
 
     def learn(self, task: Task) -> None:
-        config, s, device = self.config, self.towers.logit_scale, self.towers.device
+        self.settle(task, *self.move(task))
+
+    def move(self, task: Task) -> tuple[Features | None, Features, Labels]:
+        """Stage 1: vision moves, the template texts are its anchor [P]. The features before (None if nothing of old
+        classes depends on them), the features after, and the labels of the task's images."""
+        stage, seeds, log = self.config.stage1, self.seeds.at(task=task.index), self.log.at(task=task.index)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
+
+        # Z0 describes what the old Gaussians describe. Taken before f_old is gone, it needs no second encoder.
+        moves = self.memory.classes > 0 and stage.tuning.kind != "none"
+        Z0 = self.features(loader)[0] if moves else None
+
+        first = task.classes.start if stage.classes == "current" else 0
+        T = self.anchors[first:].to(self.towers.device)
+        s = self.towers.logit_scale
+        align_vision(stage, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
+        return Z0, *self.features(loader)
+
+    def settle(self, task: Task, Z0: Features | None, Z1: Features, y: Labels) -> None:
+        """What follows stage 1: calibration, statistics, stage 2."""
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
-        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
-
-        new = class_anchors(self.towers, task, loader, log)
-        self.anchors = torch.cat([self.anchors, new.cpu()])
-        self.texts.grow(task.names, new, seeds.generator("texts"))
-
-        # Z0: the task's images under the encoder that the old Gaussians describe. One pass, and f_old can be forgotten.
-        moving = self.memory.classes > 0 and config.stage1.tuning.kind != "none"
-        Z0 = self.features(loader)[0] if moving else None
-
-        # Stage 1: vision moves, the template texts are its anchor [P].
-        first = task.classes.start if config.stage1.classes == "current" else 0
-        T = self.anchors[first:].to(device)
-        align_vision(config.stage1, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
-        Z1, y = self.features(loader)
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
-        old = self._calibrated(Z0, Z1, y, log) if moving else self.memory
+        old = self.memory if Z0 is None else self._calibrated(Z0, Z1, y, log)
+
+        # Statistics of the new classes under the new encoder.
         self.memory = old.add(Z1, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
+        new = self.anchors[task.classes.start :].to(self.towers.device)
+        self.texts.grow(task.names, new, seeds.generator("texts"))
         align_text(
-            config.stage2,
-            self.texts,
-            Z1,
-            y,
-            old,
-            s,
-            seeds.at(stage=2),
-            log.at(stage=2),
-            separability=config.separability,
-        )
+            self.config.stage2, self.texts, Z1, y, old, self.towers.logit_scale, seeds.at(stage=2), log.at(stage=2),
+            separability=self.config.separability,
+        )  # fmt: skip
         self.remember_texts()
 
     def _calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
-from cairn.methods.stages import VisionStage, align_vision, class_anchors
+from cairn.methods.stages import BOUND, VisionStage, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
@@ -21,11 +21,11 @@ from cairn.types import Features, Pixels, Scores
 
 
 class Config(BaseModel):
-    """Stage 1 as in DMC, with every class seen in the softmax: the plain thing to do."""
+    """As joint training has it, with every class seen in the softmax: the plain thing to do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage1: VisionStage = Field(VisionStage(classes="seen"))
+    stage1: VisionStage = Field(BOUND)
 
     @classmethod
     def embedding(cls) -> Config:

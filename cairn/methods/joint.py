@@ -1,4 +1,4 @@
-"""Joint training: after each task, both stages from the pretrained weights on the images of *all* tasks so far.
+"""Joint training: after each task, both stages on the images of *all* tasks so far.
 
 It keeps every image, so it is no class-incremental method: it is the upper bound of every table (METHODS, section 4).
 """
@@ -13,7 +13,7 @@ from cairn.data.loading import Loader, encoded
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
@@ -28,8 +28,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage1: VisionStage = Field(VisionStage(classes="seen", schedule=Schedule(epochs=6, batch=128, lr=1e-3)))
-    stage2: TextStage = Field(TextStage())
+    stage1: VisionStage = Field(BOUND.model_copy(update={"schedule": Schedule(epochs=1, batch=64, lr=2e-3)}))
+    stage2: TextStage = Field(TextStage(schedule=Schedule(epochs=3, batch=128, lr=2e-3)))
+    restart: bool = Field(
+        False, description="start from the pretrained weights after each task; else train on from the last"
+    )
 
     @classmethod
     def embedding(cls) -> Config:
@@ -43,15 +46,18 @@ class Joint:
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.tasks: list[Task] = []
         self.anchors = torch.zeros(0, towers.dim)
-        self._restart()
+        self._start()
 
-    def _restart(self) -> None:
-        """The pretrained weights again."""
+    def _start(self) -> None:
+        """The pretrained weights."""
         self.image = ImageEncoder(self.towers, self.config.stage1.tuning, self.seeds.generator("encoder"))
         self.texts = self.config.stage2.text.build(self.towers).to(self.towers.device)
-        for index, task in enumerate(self.tasks):
-            rows = self.anchors[task.classes.start : task.classes.stop].to(self.towers.device)
-            self.texts.grow(task.names, rows, self.seeds.at(task=index).generator("texts"))
+        for task in self.tasks:
+            self._grow(task)
+
+    def _grow(self, task: Task) -> None:
+        rows = self.anchors[task.classes.start : task.classes.stop].to(self.towers.device)
+        self.texts.grow(task.names, rows, self.seeds.at(task=task.index).generator("texts"))
 
     @property
     def encoder(self) -> str:
@@ -68,8 +74,10 @@ class Joint:
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         own = Loader(task.train, self.towers.prepare, self.towers.pixels)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, own, log).cpu()])
+        if self.config.restart:
+            self._start()
         self.tasks.append(task)
-        self._restart()
+        self._grow(task)
 
         everything = Concatenation([seen.train for seen in self.tasks])
         loader = Loader(everything, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)

@@ -50,6 +50,14 @@ class VisionStage(BaseModel):
         return cls(tuning=Adapter(), schedule=Schedule(epochs=10, batch=128, lr=1e-4))
 
 
+BOUND = VisionStage(
+    tuning=Lora(rank=16, alpha=16.0, targets=r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"),
+    classes="seen",
+    schedule=Schedule(epochs=3, batch=64, lr=2e-3),
+)
+"""How both bounds, `finetune` and `joint`, train the vision encoder: every linear layer, every class seen."""
+
+
 class TextStage(BaseModel):
     """Stage 2: the text side moves, the vision side stands; old classes are replayed from their Gaussians."""
 

@@ -63,8 +63,10 @@ class Console:
                 self.note(
                     f"{event['method']} on {event['data']}: {event['classes']} classes in {event['tasks']} tasks, seed {event['seed']}"
                 )
-            case "notice":
-                self.note(f"note: {event['text']}")
+            case "notice" | "warning" as kind:
+                self.note(f"{'note' if kind == 'notice' else 'WARNING'}: {event['text']}")
+            case "laboratory":
+                self.note(f"  task {event['task'] + 1} of {event['tasks']} measured")
             case "task":
                 accuracies = " ".join(f"{100 * a:5.1f}" for a in event["accuracy"])
                 self.note(

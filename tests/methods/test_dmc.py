@@ -1,0 +1,152 @@
+"""DMC and DMC-OT: what moves when, and what follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cairn.data.stream import task_stream
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.catalogue import METHODS
+from cairn.methods.settings import with_settings
+from cairn.towers.features import FeatureTowers
+from cairn.training.log import Log
+
+FAST = ("stage1.schedule.epochs=3", "stage1.schedule.lr=1e-2", "stage1.schedule.batch=8", "stage2.schedule.epochs=1")
+
+
+@pytest.fixture
+def flat(embedded_dataset):
+    held = embedded_dataset.embeddings
+    return FeatureTowers(
+        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
+        names=embedded_dataset.classes, text=held.text,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stream(embedded_dataset):
+    return task_stream(embedded_dataset, step=2)
+
+
+def build(name, towers, *assignments, log=None):
+    entry = METHODS[name]
+    config = with_settings(entry.default_config(towers), [*FAST, *assignments])
+    return entry.build(towers, config, seed=1, log=log or Log())
+
+
+def rows(images):
+    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+
+
+def test_stage_1_moves_vision_and_leaves_texts_and_stage_2_the_other_way(flat, stream):
+    only_vision = build("dmc", flat, "stage2.schedule.epochs=0")
+    only_text = build("dmc", flat, "stage1.schedule.epochs=0")
+    for method in (only_vision, only_text):
+        method.learn(stream.tasks[0])
+    x = rows(stream.tasks[0].train)
+    assert not torch.allclose(only_vision.embed(x), x)
+    torch.testing.assert_close(only_vision.texts(), only_vision.anchors)
+    assert torch.equal(only_text.embed(x), x)
+    assert not torch.allclose(only_text.texts(), only_text.anchors)
+
+
+def test_the_gaussians_describe_unit_features_of_the_new_encoder(flat, stream):
+    method = build("dmc", flat)
+    method.learn(stream.tasks[0])
+    task = stream.tasks[0]
+    with torch.no_grad():
+        z = unit(method.embed(rows(task.train))).double()
+    for c in task.classes:
+        torch.testing.assert_close(method.memory.mean(c), z[torch.as_tensor(task.train.labels) == c].mean(0), atol=1e-6, rtol=0)
+
+
+def test_a_frozen_encoder_makes_calibration_a_no_op_to_the_bit(flat, stream):
+    states = []
+    for drift in ("none", "bures", "paired", "local"):
+        method = build("dmc-ot", flat, "stage1.tuning=none", f"drift={drift}")
+        for task in stream.tasks:
+            method.learn(task)
+        states.append(method.scores(method.embed(rows(stream.tests[0]))))
+    assert all(torch.equal(states[0], other) for other in states[1:])
+
+
+def test_without_calibration_and_with_dmc_s_texts_dmc_ot_is_dmc(flat, stream):
+    methods = [build("dmc", flat), build("dmc-ot", flat, "drift=none")]
+    for method in methods:
+        for task in stream.tasks:
+            method.learn(task)
+    a, b = (method.scores(method.embed(rows(stream.tests[0]))) for method in methods)
+    assert torch.equal(a, b)
+
+
+def truth(method, tasks):
+    memory = GaussianMemory(method.towers.dim, method.config.covariance, method.config.shrinkage)
+    for task in tasks:
+        with torch.no_grad():
+            memory = memory.add(unit(method.embed(rows(task.train))), torch.as_tensor(task.train.labels))
+    return memory
+
+
+def test_paired_calibration_puts_old_means_nearer_to_the_truth(flat, stream):
+    errors = {}
+    for drift in ("none", "paired"):
+        method = build("dmc-ot", flat, f"drift={drift}")
+        for task in stream.tasks[:2]:
+            method.learn(task)
+        true = truth(method, stream.tasks[:1])
+        errors[drift] = sum(((method.memory.mean(c) - true.mean(c)) ** 2).sum().item() for c in range(2))
+    assert errors["none"] > 1e-5
+    assert errors["paired"] < 0.5 * errors["none"]
+
+
+def test_an_ill_conditioned_map_falls_back_to_the_mean_with_a_warning(flat, stream):
+    events = []
+    method = build("dmc-ot", flat, "drift=paired", "condition_limit=1.0001", log=Log(keep=events.append))
+    for task in stream.tasks[:2]:
+        method.learn(task)
+    assert any("the mean shift is used instead" in e["text"] for e in events if e["event"] == "warning")
+    (told,) = [e for e in events if e["event"] == "drift"]
+    assert told["fallback"]
+    assert told["task"] == 1
+
+
+def test_drift_events_carry_the_map_s_health(flat, stream):
+    events = []
+    method = build("dmc-ot", flat, log=Log(keep=events.append))
+    for task in stream.tasks:
+        method.learn(task)
+    told = [e for e in events if e["event"] == "drift"]
+    assert [e["task"] for e in told] == [1, 2]
+    assert all(e["condition"] >= 1 and e["effective_rank"] > 0 and e["log_norm"] < 2 for e in told)
+
+
+@pytest.mark.parametrize("covariance", ["full", "low_rank", "diagonal", "shared"])
+@pytest.mark.parametrize("drift", ["mean", "sdc", "bures", "sinkhorn", "paired", "local"])
+def test_every_estimator_moves_every_kind_of_covariance(flat, stream, covariance, drift):
+    method = build("dmc-ot", flat, f"drift={drift}", f"covariance={covariance}")
+    for task in stream.tasks:
+        method.learn(task)
+    assert torch.isfinite(method.scores(method.embed(rows(stream.tests[0])))).all()
+    assert torch.isfinite(method.memory.covariance(0)).all()
+
+
+def test_images_pass_the_old_and_the_new_encoder_once(towers, small_stream):
+    method = build("dmc-ot", towers, "stage1.schedule.epochs=0", "stage2.text.shared=2", "stage2.text.task=2")
+    before = towers.passes["images"]
+    for task in small_stream.tasks:
+        method.learn(task)
+    n = len(small_stream.tasks[0].train)
+    assert towers.passes["images"] - before == n * (1 + 2 + 2)
+
+
+def test_separability_pushes_new_texts_from_old_ones(flat, stream):
+    worst = []
+    for weight in (0, 30):
+        method = build("dmc-ot", flat, "stage2.schedule.epochs=20", "stage2.schedule.lr=1e-2", f"separability={weight}")
+        for task in stream.tasks:
+            method.learn(task)
+        T = method.texts().detach()
+        worst.append(((T[4:] @ T[:4].T) ** 2).mean().item())
+    assert worst[1] < 0.8 * worst[0]

@@ -201,7 +201,7 @@ def demo(
     )
     results = []
     for method in ("zero-shot", "simplecil", "dmc"):
-        config = RunConfig(method=method, data="shapes", step=5, seed=seed)
+        config = RunConfig(method=method, data="shapes", step=5, seed=seed, limit_train=60)
         results += _run_all(config, None, out / method, overwrite=True)
     console.curves(results)
 

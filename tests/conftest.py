@@ -67,13 +67,13 @@ def embedded_dataset() -> Dataset:
 
     rng = np.random.default_rng(0)
     d, names = 16, tuple(f"class_{i}" for i in range(6))
-    texts = rng.normal(size=(6, d)).astype(np.float32)
+    texts = (2.0 * rng.normal(size=d) + 0.7 * rng.normal(size=(6, d))).astype(np.float32)  # a cone, as CLIP's are
     mixing = rng.normal(size=(d, d)) / d**0.5 * np.geomspace(1.0, 0.1, d)
 
     def rows(number: int) -> Rows:
         labels = np.repeat(np.arange(6), number)
         noise = rng.normal(size=(len(labels), d)) @ mixing.T
-        return Rows((texts[labels] + 0.8 * noise).astype(np.float32), labels, "made")
+        return Rows((texts[labels] + 0.6 * noise).astype(np.float32), labels, "made")
 
     held = Embeddings(dim=d, text=texts, logit_scale=20.0, fingerprint="made", name="made")
-    return Dataset("made", names, rows(20), rows(10), ("a photo of a {}.",), held)
+    return Dataset("made", names, rows(30), rows(10), ("a photo of a {}.",), held)

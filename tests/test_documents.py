@@ -35,12 +35,14 @@ def blocks():
             yield pytest.param(name, text, id=f"{page.stem}-{name}")
 
 
-@pytest.mark.parametrize(("name", "text"), blocks())
+@pytest.mark.parametrize(("name", "text"), list(blocks()))
 def test_every_table_is_what_the_stored_results_give(name, text):
     assert text.strip() == markdown_table(results_below([ROOT / "results" / name]))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("result.json")), ids=lambda p: str(p.parent.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results").rglob("result.json")), ids=lambda p: str(p.parent.relative_to(ROOT))
+)
 def test_stored_results_are_readable_and_name_no_machine(path):
     text = path.read_text(encoding="utf-8")
     RunResult.model_validate_json(text)

@@ -42,7 +42,7 @@ class Config(BaseModel):
     @classmethod
     def embedding(cls) -> Config:
         """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
-        return cls(stage1=VisionStage.embedding(), stage2=TextStage.embedding())
+        return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
 
 class DMC(Decoupled):

@@ -23,7 +23,6 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.decoupled import Decoupled
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
-from cairn.towers.prompts import Prompts
 from cairn.training.log import Log
 from cairn.types import Features, Labels
 
@@ -45,7 +44,7 @@ class Config(BaseModel):
     condition_limit: float = Field(
         1e4, gt=1, description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]"
     )
-    stage2: TextStage = Field(TextStage(text=Prompts(shared=8, task=8)))
+    stage2: TextStage = Field(TextStage(text=Prompts(shared=4, task=4)))
     separability: float = Field(
         0.0,
         ge=0,
@@ -60,7 +59,7 @@ class Config(BaseModel):
     @classmethod
     def embedding(cls) -> Config:
         """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
-        return cls(stage1=VisionStage.embedding(), stage2=TextStage.embedding())
+        return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
 
 class DMCOT(Decoupled):

@@ -77,7 +77,7 @@ def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: Bas
         if isinstance(value, str):
             if value not in kinds:
                 raise UnknownName(f"{path}", value, kinds)
-            value = kinds[value]()
+            value = current if current is not None and current.kind == value else kinds[value]()
     try:
         given = {key: getattr(node, key) for key in node.model_fields_set}
         return type(node).model_validate(given | {name: value})

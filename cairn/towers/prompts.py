@@ -56,13 +56,14 @@ class Prompts(_Choice):
     """
 
     kind: Literal["prompts"] = "prompts"
-    shared: int = Field(16, ge=0, description="context vectors shared by all classes (4 to 30 in the literature)")
+    shared: int = Field(0, ge=0, description="context vectors shared by all classes (4 to 30 in the literature)")
     task: int = Field(0, ge=0, description="context vectors of each task")
-    per_class: int = Field(0, ge=0, description="context vectors of each class")
+    per_class: int = Field(4, ge=0, description="context vectors of each class")
     init: str | None = Field(
-        None, description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
+        "a photo of a", description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
     )
     freeze_old: bool = Field(False, description="texts of finished tasks are cached and no longer move")
+    lr: float = Field(1e-2, gt=0, description="peak learning rate, in place of the schedule's [K: CoOp, 2e-3]")
 
     @model_validator(mode="after")
     def _some_context(self) -> Prompts:
@@ -85,7 +86,7 @@ class Residual(_Choice):
     freeze_old: bool = Field(False, description="residuals of finished tasks no longer train")
 
     def build(self, towers: Towers) -> ResidualTexts:
-        return ResidualTexts(self)
+        return ResidualTexts(self, towers.logit_scale)
 
 
 class Templates(_Choice):
@@ -126,11 +127,11 @@ class FixedTexts(nn.Module):
 
 
 class ResidualTexts(FixedTexts):
-    """t_c = unit(anchor_c + r_c)."""
+    """t_c = unit(anchor_c + r_c / s). In units of 1 / s one learning rate fits every temperature s."""
 
-    def __init__(self, choice: Residual):
+    def __init__(self, choice: Residual, s: float):
         super().__init__()
-        self.choice = choice
+        self.choice, self.s = choice, s
         self.residuals = nn.ParameterList()
 
     def grow(self, names: Sequence[str], anchors: Float[Tensor, "k d"], rng: torch.Generator) -> None:
@@ -141,7 +142,7 @@ class ResidualTexts(FixedTexts):
         return list(self.residuals)[-1:] if self.choice.freeze_old else list(self.residuals)
 
     def forward(self) -> Float[Tensor, "k d"]:
-        return normalize(self.anchors + torch.cat(list(self.residuals)), dim=-1)
+        return normalize(self.anchors + torch.cat(list(self.residuals)) / self.s, dim=-1)
 
     def state(self) -> State:
         return super().state() | _numbered("residual", self.residuals)

@@ -89,7 +89,7 @@ class _Residual(nn.Module):
     def __init__(self, vision: nn.Module, dim: int):
         super().__init__()
         self.vision = vision
-        self.map = nn.Linear(dim, dim)
+        self.map = nn.utils.skip_init(nn.Linear, dim, dim)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
 

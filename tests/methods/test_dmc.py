@@ -59,7 +59,9 @@ def test_the_gaussians_describe_unit_features_of_the_new_encoder(flat, stream):
     with torch.no_grad():
         z = unit(method.embed(rows(task.train))).double()
     for c in task.classes:
-        torch.testing.assert_close(method.memory.mean(c), z[torch.as_tensor(task.train.labels) == c].mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            method.memory.mean(c), z[torch.as_tensor(task.train.labels) == c].mean(0), atol=1e-6, rtol=0
+        )
 
 
 def test_a_frozen_encoder_makes_calibration_a_no_op_to_the_bit(flat, stream):

@@ -23,6 +23,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.decoupled import Decoupled
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.towers.prompts import Prompts
 from cairn.training.log import Log
 from cairn.types import Features, Labels
 

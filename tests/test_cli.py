@@ -129,7 +129,7 @@ def test_a_folder_of_pictures_from_end_to_end(cairn, tmp_path):
             for i in range(number):
                 noise = rng.integers(0, 40, (40, 50, 3))
                 Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-    quick = ("--set", "stage1.schedule.epochs=1", "--set", "stage2.schedule.epochs=1", "--set", "stage2.text.shared=4")
+    quick = ("--set", "stage1.schedule.epochs=1", "--set", "stage2.schedule.epochs=1")
     status, _, err = cairn("run", "dmc", "--data", "pictures", "--step", 2, "--out", "p", "--device", "cpu", *quick)
     assert (status, err) == (0, "")
     stored = json.loads((tmp_path / "p" / "result.json").read_text())

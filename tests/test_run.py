@@ -11,7 +11,7 @@ from cairn.evaluation.metrics import average_incremental, seen_accuracy
 from cairn.run import RunConfig, RunResult, run_stream
 from cairn.training.log import Log
 
-QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1", "stage2.text.shared=4")
+QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
 
 
 @pytest.fixture

@@ -41,6 +41,10 @@ def load_towers(
         from cairn.towers.openclip import open_clip_model
 
         model, folder, stored = open_clip_model(spec.removeprefix("open_clip:"), revision)
+        if stored.get("resize_mode") == "longest":
+            raise TowersError(
+                f"towers '{spec}': resize_mode 'longest' is not supported; use a checkpoint that crops or squashes"
+            )
         size = model.config.vision_config.image_size
         known = {key: tuple(stored[key]) for key in ("mean", "std") if stored.get(key)}
         if stored.get("interpolation") in ("bilinear", "bicubic"):

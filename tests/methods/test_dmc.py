@@ -146,7 +146,7 @@ def test_images_pass_the_old_and_the_new_encoder_once(towers, small_stream):
 def test_separability_pushes_new_texts_from_old_ones(flat, stream):
     worst = []
     for weight in (0, 30):
-        method = build("dmc-ot", flat, "stage2.schedule.epochs=20", "stage2.schedule.lr=1e-2", f"separability={weight}")
+        method = build("dmc-ot", flat, "stage2.schedule.epochs=20", "stage2.schedule.lr=0.5", f"separability={weight}")
         for task in stream.tasks:
             method.learn(task)
         T = method.texts().detach()

@@ -8,8 +8,9 @@ factorised and is never stored, so merging and moving stay exact, and shrinking 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -171,8 +172,7 @@ class GaussianMemory:
             bridge = (n * m / (n + m)) ** 0.5 * gap
             total = weights[row] + m
             B = torch.cat([(x - x.mean(0)).T, bridge[:, None]], 1) / total**0.5
-            held = {name: tensor[row].double() for name, tensor in stored.held.items()}
-            held = self._kind.absorbed(held, weights[row] / total, B)
+            held = self._kind.absorbed(_row_of(stored, row), weights[row] / total, B)
             weights[row] = total
             _write(stored.means, c, stored.means[c].double() + m / (n + m) * gap, f"mean of class {c}")
             for name, tensor in held.items():
@@ -180,43 +180,42 @@ class GaussianMemory:
             stored.counts[c] += m
         return self._with(stored)
 
-    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> GaussianMemory:
+    def moved(self, maps: AffineMap | Iterable[AffineMap]) -> GaussianMemory:
         """With class c carried along by x -> A_c x + b_c: mean' = A mean + b, S' = A S A^T, counts unchanged.
 
-        `maps` is one map per class (a sequence, or a batched AffineMap), or a single one for all. What is moved is the
-        statistic, before shrinkage: full covariances become exactly those of the mapped features. What the other kinds
-        keep of A S A^T is in their docstrings.
+        `maps` is a single one for all classes, a batched AffineMap, or one per class in order, taken one at a time so that
+        they may be made as they are needed. What is moved is the statistic, before shrinkage: full covariances become
+        exactly those of the mapped features. What the other kinds keep of A S A^T is in their docstrings.
 
         Raises ValueError for the wrong number or width of maps, NotFinite naming the class where a map or a moved
-        statistic is not finite.
+        statistic is not finite. Holds one copy of the statistics besides its own.
         """
+        if isinstance(maps, AffineMap):
+            maps = repeat(maps, self.classes) if maps.A.ndim == 2 else map(AffineMap, *maps)
         stored = self._room_for(self.classes)
-        weights = self._weights(stored.counts).tolist()
-        # By row and matrix, not by class: where classes share a map and a covariance, it is moved once
-        shares: dict[int, dict[int, tuple[Tensor, float]]] = {}
-        for c, (A, b) in enumerate(self._per_class(maps)):
+        shares = (stored.counts / self._weights(stored.counts)).tolist()
+        given, last, share, after = 0, None, 0.0, _blank(self._kind, self._dim)
+        for given, (A, b) in enumerate(maps, start=1):
+            c = given - 1
+            if c == self.classes:
+                raise ValueError(f"more maps than the {self.classes} classes")
             if A.shape != (self._dim, self._dim) or b.shape != (self._dim,):
                 raise ValueError(f"map of class {c}: {tuple(A.shape)} and {tuple(b.shape)} for width {self._dim}")
             _refuse_not_finite(A, f"map of class {c}")
             _refuse_not_finite(b, f"map of class {c}")
             mean = _exact(A) @ stored.means[c].double() + _exact(b)
             _write(stored.means, c, mean, f"moved mean of class {c}")
-            row = self._row(c)
-            of_row = shares.setdefault(row, {})
-            _, share = of_row.get(id(A), (A, 0.0))
-            of_row[id(A)] = (A, share + int(stored.counts[c]) / weights[row])
-        for row, of_row in shares.items():
-            before = {name: tensor[row].double() for name, tensor in stored.held.items()}
-            after = _blank(self._kind, self._dim)
-            for A, share in of_row.values():
-                image = self._kind.moved(before, _exact(A))
-                if len(of_row) > 1:
-                    several = {name: tensor[None] for name, tensor in image.items()}
-                    image = self._kind.plus(after, several, torch.tensor([share], dtype=torch.float64))
-                after = image
-            whose = "all classes" if self._kind.pooled else f"class {row}"
-            for name, tensor in after.items():
-                _write(stored.held[name], row, tensor, f"moved covariance of {whose}")
+            if not self._kind.pooled:
+                self._place(stored, c, self._kind.moved(_row_of(stored, c), _exact(A)), f"class {c}")
+                continue
+            # The one covariance is moved by each matrix in turn: sum_c (n_c / n) A_c S A_c^T
+            if last is not None and A is not last:
+                after, share = self._plus_moved(after, stored, last, share), 0.0
+            last, share = A, share + shares[c]
+        if given < self.classes:
+            raise ValueError(f"{given} maps for {self.classes} classes")
+        if last is not None:
+            self._place(stored, 0, self._plus_moved(after, stored, last, share), "all classes")
         return self._with(stored)
 
     # What it is for
@@ -303,12 +302,17 @@ class GaussianMemory:
         rows = 1 if self._kind.pooled else k
         return _Stored(grown(counts, k), grown(means, k), {name: grown(tensor, rows) for name, tensor in held.items()})
 
-    def _per_class(self, maps: AffineMap | Sequence[AffineMap]) -> Sequence[AffineMap]:
-        if isinstance(maps, AffineMap):
-            maps = [maps] * self.classes if maps.A.ndim == 2 else [AffineMap(A, b) for A, b in zip(*maps, strict=True)]
-        if len(maps) != self.classes:
-            raise ValueError(f"{len(maps)} maps for {self.classes} classes")
-        return maps
+    def _plus_moved(self, held: Held, stored: _Stored, A: Tensor, share: float) -> Held:
+        """held + share A S A^T, S the covariance of all classes."""
+        image = self._kind.moved(_row_of(stored, 0), _exact(A))
+        if share > 1 - 1e-9:
+            return image
+        several = {name: tensor[None] for name, tensor in image.items()}
+        return self._kind.plus(held, several, torch.tensor([share], dtype=torch.float64))
+
+    def _place(self, stored: _Stored, row: int, held: Held, whose: str) -> None:
+        for name, tensor in held.items():
+            _write(stored.held[name], row, tensor, f"moved covariance of {whose}")
 
     def _factored(self, rows: list[int], device: torch.device) -> tuple[Tensor, ...]:
         """Factors of these covariances, stacked; what is not kept from an earlier draw is computed together."""
@@ -364,6 +368,10 @@ class GaussianMemory:
 
 def _blank(kind: Covariance, d: int) -> Held:
     return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in kind.shapes(d).items()}
+
+
+def _row_of(stored: _Stored, row: int) -> Held:
+    return {name: tensor[row].double() for name, tensor in stored.held.items()}
 
 
 def _exact(tensor: Tensor) -> Tensor:

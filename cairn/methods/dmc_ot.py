@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.drift import AnyDrift, MeanShift, PairedMap, map_health, safe
+from cairn.maths.drift import AnyDrift, Guarded, MeanShift, PairedMap
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
@@ -107,17 +107,13 @@ class DMCOT(Decoupled):
 
     def _calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
         """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""
-        estimated = self.config.drift.map(Z0, Z1, y, self.memory)
-        if self.config.drift.kind == "none":
+        kind = self.config.drift.kind
+        if kind == "none":
             return self.memory
-        fallback = MeanShift().map(Z0, Z1, y, self.memory)
-        maps, reason = safe(estimated, fallback, self.config.condition_limit)
-        if reason:
-            log("warning", text=f"drift '{self.config.drift.kind}': {reason}; the mean shift is used instead")
-        health = map_health(maps)
-        log(
-            "drift", kind=self.config.drift.kind, fallback=reason,
-            log_norm=health.log_norm.max().item(), condition=health.condition.max().item(),
-            effective_rank=health.effective_rank.max().item(),
-        )  # fmt: skip
-        return self.memory.moved(maps)
+        shift = next(MeanShift().maps(Z0, Z1, y, self.memory))
+        maps = Guarded(self.config.drift.maps(Z0, Z1, y, self.memory), shift, self.config.condition_limit)
+        memory = self.memory.moved(maps)
+        if maps.reason:
+            log("warning", text=f"drift '{kind}': {maps.reason}; the mean shift is used instead")
+        log("drift", kind=kind, fallback=maps.reason, **maps.health._asdict())
+        return memory

@@ -28,7 +28,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage1: VisionStage = Field(BOUND.model_copy(update={"schedule": Schedule(epochs=1, batch=64, lr=2e-3)}))
+    stage1: VisionStage = Field(BOUND)
     stage2: TextStage = Field(TextStage(schedule=Schedule(epochs=3, batch=128, lr=0.2)))
     restart: bool = Field(
         False, description="start from the pretrained weights after each task; else train on from the last"

@@ -77,3 +77,28 @@ def embedded_dataset() -> Dataset:
 
     held = Embeddings(dim=d, text=texts, logit_scale=20.0, fingerprint="made", name="made")
     return Dataset("made", names, rows(30), rows(10), ("a photo of a {}.",), held)
+
+
+@pytest.fixture
+def features_file(tmp_path, embedded_dataset):
+    """Writes the embedded data set to a file, with changes, and tells where."""
+    from cairn.data.embeddings import save_features
+
+    data = embedded_dataset
+    whole = {
+        "train_features": data.train.values, "train_labels": data.train.labels, "test_features": data.test.values,
+        "test_labels": data.test.labels, "class_names": data.classes, "text_features": data.embeddings.text,
+        "logit_scale": data.embeddings.logit_scale,
+    }  # fmt: skip
+
+    def write(name: str = "made", **changes) -> str:
+        save_features(tmp_path / f"{name}.safetensors", **(whole | changes))
+        return str(tmp_path / f"{name}.safetensors")
+
+    return write
+
+
+@pytest.fixture
+def features(features_file) -> str:
+    """A features file as it should be."""
+    return features_file()

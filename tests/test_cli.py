@@ -30,19 +30,6 @@ def cairn(monkeypatch, tmp_path, capsys):
     return call
 
 
-@pytest.fixture
-def features(tmp_path, embedded_dataset):
-    from cairn.data.embeddings import save_features
-
-    data = embedded_dataset
-    path = tmp_path / "made.safetensors"
-    save_features(
-        path, train_features=data.train.values, train_labels=data.train.labels, test_features=data.test.values,
-        test_labels=data.test.labels, class_names=data.classes, text_features=data.embeddings.text,
-    )  # fmt: skip
-    return path
-
-
 def test_a_run_leaves_a_result_and_its_events(cairn, features, tmp_path):
     status, out, err = cairn("run", "simplecil", "--data", features, "--step", 2, "--out", "here")
     assert (status, err) == (0, "")

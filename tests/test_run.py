@@ -14,19 +14,6 @@ from cairn.training.log import Log
 QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
 
 
-@pytest.fixture
-def features(tmp_path, embedded_dataset):
-    from cairn.data.embeddings import save_features
-
-    data, held = embedded_dataset, embedded_dataset.embeddings
-    path = tmp_path / "made.safetensors"
-    save_features(
-        path, train_features=data.train.values, train_labels=data.train.labels, test_features=data.test.values,
-        test_labels=data.test.labels, class_names=data.classes, text_features=held.text, logit_scale=20.0,
-    )  # fmt: skip
-    return str(path)
-
-
 def test_a_result_is_consistent_with_itself(features):
     result = run_stream(RunConfig(method="dmc", data=features, step=2, order="seed:1993", seed=3))
     assert result.exemplar_free
@@ -75,16 +62,10 @@ def test_events_tell_the_run_in_order(features):
     json.dumps(events, allow_nan=False)
 
 
-def test_class_means_stand_in_where_a_features_file_has_no_texts(tmp_path, embedded_dataset):
-    from cairn.data.embeddings import save_features
-
-    data, path = embedded_dataset, tmp_path / "bare.safetensors"
-    save_features(
-        path, train_features=data.train.values, train_labels=data.train.labels, test_features=data.test.values,
-        test_labels=data.test.labels, class_names=data.classes,
-    )  # fmt: skip
+def test_class_means_stand_in_where_a_features_file_has_no_texts(features_file):
+    path = features_file(text_features=None)
     notices = []
-    result = run_stream(RunConfig(method="dmc", data=str(path), step=2), Log(keep=notices.append))
+    result = run_stream(RunConfig(method="dmc", data=path, step=2), Log(keep=notices.append))
     assert any("class means" in event.get("text", "") for event in notices)
     assert result.last > 0.5
     assert result.future_accuracy == [None, None, None]

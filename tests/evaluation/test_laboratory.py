@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from cairn.data.embeddings import save_features
 from cairn.errors import UnknownName
 from cairn.evaluation.laboratory import relative
 from cairn.reports.drift import drift_figure, drift_table
@@ -14,15 +13,9 @@ from cairn.run import RunConfig, drift_report
 
 
 @pytest.fixture
-def report(tmp_path, embedded_dataset):
-    data = embedded_dataset
-    path = tmp_path / "made.safetensors"
-    save_features(
-        path, train_features=data.train.values, train_labels=data.train.labels, test_features=data.test.values,
-        test_labels=data.test.labels, class_names=data.classes, text_features=data.embeddings.text, logit_scale=20.0,
-    )  # fmt: skip
+def report(features):
     config = RunConfig(
-        method="dmc-ot", data=str(path), step=2, settings=("stage1.schedule.lr=1e-2", "stage2.schedule.epochs=1")
+        method="dmc-ot", data=features, step=2, settings=("stage1.schedule.lr=1e-2", "stage2.schedule.epochs=1")
     )
     return drift_report(config, ["mean", "paired"], [1, 2])
 

@@ -52,7 +52,9 @@ class _Choice(BaseModel):
 class Prompts(_Choice):
     """Soft prompts "[shared][task][class] name." through the frozen text tower [P]; the blocks are ours [I].
 
-    Lengths follow CoOp [K]; blocks side by side follow MPA [K]. A length of 0 leaves a block out.
+    Lengths follow CoOp [K]; blocks side by side follow MPA [K]. A length of 0 leaves a block out. With a residual, t_c =
+    unit(p_c + residual r_c / s), p_c the unit text of c's prompt: what is frozen of a prompt keeps its place, and the text
+    can still give way to classes that came later [I]. Under Adam the weight is how much faster r moves than the prompt.
     """
 
     kind: Literal["prompts"] = "prompts"
@@ -63,6 +65,11 @@ class Prompts(_Choice):
         "a photo of a", description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
     )
     freeze_old: bool = Field(False, description="texts of finished tasks are cached and no longer move")
+    residual: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a residual vector on each class text, in units of 1/s; those of old classes train on; 0: none",
+    )
     lr: float = Field(1e-2, gt=0, description="peak learning rate, in place of the schedule's [K: CoOp, 2e-3]")
 
     @model_validator(mode="after")
@@ -153,7 +160,7 @@ class ResidualTexts(FixedTexts):
 
 
 class SoftPrompts(nn.Module):
-    """t_c = unit(text tower("[shared][block of c's task][block of c] name_c."))."""
+    """t_c = unit(p_c + residual r_c / s),  p_c = unit(text tower("[shared][block of c's task][block of c] name_c."))."""
 
     def __init__(self, towers: ClipTowers, choice: Prompts):
         super().__init__()
@@ -164,13 +171,14 @@ class SoftPrompts(nn.Module):
         self.shared = nn.Parameter(torch.zeros(choice.shared, towers.width))
         self.task = nn.ParameterList()  # M x w each
         self.per_class = nn.ParameterList()  # k x M x w each
+        self.residuals = nn.ParameterList()  # k x d each, if any
         self.register_buffer("cached", torch.zeros(0, towers.dim))  # texts of finished tasks, where those are frozen
 
     def grow(self, names: Sequence[str], anchors: Float[Tensor, "k d"], rng: torch.Generator) -> None:
         """A task's classes, with new blocks from `rng`; what is frozen of the tasks before is cached."""
         choice = self.choice
         if choice.freeze_old and self.names:
-            self.cached = self().detach()
+            self.cached = self._prompted().detach()
         if not self.names:
             self.shared.data.copy_(self._start(rng, choice.shared, words=True))
         self.names += names
@@ -178,6 +186,8 @@ class SoftPrompts(nn.Module):
         self.task.append(nn.Parameter(self._start(rng, choice.task, words=not choice.shared)))
         blocks = [self._start(rng, choice.per_class, words=not choice.shared + choice.task) for _ in names]
         self.per_class.append(nn.Parameter(torch.stack(blocks)))
+        if choice.residual:
+            self.residuals.append(nn.Parameter(torch.zeros(len(names), self._towers.dim, device=self._towers.device)))
 
     def _start(self, rng: torch.Generator, length: int, *, words: bool) -> Float[Tensor, "M w"]:
         values = 0.02 * torch.randn(length, self._towers.width, generator=rng)
@@ -188,7 +198,7 @@ class SoftPrompts(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         since = len(self.sizes) - 1 if self.choice.freeze_old else 0
-        blocks = [self.shared, *list(self.task)[since:], *list(self.per_class)[since:]]
+        blocks = [self.shared, *list(self.task)[since:], *list(self.per_class)[since:], *self.residuals]
         return [block for block in blocks if block.numel()]
 
     def _contexts(self, since: int) -> Float[Tensor, "k M w"]:
@@ -201,6 +211,14 @@ class SoftPrompts(nn.Module):
 
     def forward(self) -> Float[Tensor, "k d"]:
         """Unit text embeddings of all classes so far."""
+        texts = self._prompted()
+        if not self.choice.residual:
+            return texts
+        step = self.choice.residual / self._towers.logit_scale
+        return normalize(texts + step * torch.cat(list(self.residuals)), dim=-1)
+
+    def _prompted(self) -> Float[Tensor, "k d"]:
+        """Unit embeddings of the prompts."""
         done, since = len(self.cached), 0
         while sum(self.sizes[:since]) < done:
             since += 1
@@ -210,6 +228,7 @@ class SoftPrompts(nn.Module):
     def state(self) -> State:
         parts = {"shared": self.shared.detach().cpu().clone(), "cached": self.cached.cpu()}
         parts |= _numbered("task", self.task) | _numbered("per_class", self.per_class)
+        parts |= _numbered("residual", self.residuals)
         return parts | {"names": words(self.names), "sizes": torch.tensor(self.sizes)}
 
     def restore(self, state: State) -> None:
@@ -219,6 +238,7 @@ class SoftPrompts(nn.Module):
         self.cached = state["cached"].to(device)
         self.task = _parameters("task", state, device)
         self.per_class = _parameters("per_class", state, device)
+        self.residuals = _parameters("residual", state, device)
 
 
 def _numbered(name: str, parameters: nn.ParameterList) -> State:

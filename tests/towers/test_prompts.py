@@ -114,6 +114,18 @@ def test_frozen_texts_stay_and_their_blocks_are_not_trained(towers):
     assert tokens == 2 * (1 + 8 + len(towers.tokens(NAMES[2] + ".")) + 1)  # the new class alone, twice
 
 
+def test_residuals_of_all_classes_train_on_frozen_prompts(towers):
+    texts, first = grown(towers, **ALL, freeze_old=True, residual=5.0)
+    assert len(texts.trainable()) == 3 + 2  # as above, and the residuals of both tasks
+    with torch.no_grad():
+        texts.residuals[0][1] += 3.0
+    s = towers.logit_scale
+    torch.testing.assert_close(texts().detach()[0], first[0])
+    torch.testing.assert_close(texts().detach()[1], normalize(first[1] + 5 * 3 / s, dim=-1))
+    texts.grow(["ring"], torch.zeros(1, towers.dim), rng(2))  # what is cached is the prompt, not its sum with r
+    torch.testing.assert_close(texts().detach()[1], normalize(first[1] + 5 * 3 / s, dim=-1))
+
+
 def test_no_block_at_all_is_refused():
     with pytest.raises(ValueError, match="nothing to learn"):
         Prompts(per_class=0)
@@ -138,7 +150,11 @@ def test_residual_texts_start_at_their_anchors_and_keep_old_rows(towers):
     torch.testing.assert_close(texts().detach()[1:], anchors[1:])
 
 
-@pytest.mark.parametrize("choice", [Prompts(**ALL, freeze_old=True), Residual(), Templates()], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "choice",
+    [Prompts(**ALL, freeze_old=True), Prompts(**ALL, residual=2.0), Residual(), Templates()],
+    ids=["frozen", "prompts", "residual", "templates"],
+)
 def test_state_round_trips(towers, choice):
     texts = choice.build(towers)
     texts.grow(NAMES[:2], normalize(torch.randn(2, towers.dim, generator=rng()), dim=-1), rng())

@@ -91,7 +91,7 @@ class DMCOT(Decoupled):
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
-        old = self.memory if Z0 is None else self._calibrated(Z0, Z1, y, log)
+        old = self.memory if Z0 is None else self.calibrated(Z0, Z1, y, log)
 
         # Statistics of the new classes under the new encoder.
         self.memory = old.add(Z1, y)
@@ -105,7 +105,7 @@ class DMCOT(Decoupled):
         )  # fmt: skip
         self.remember_texts()
 
-    def _calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
+    def calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
         """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""
         kind = self.config.drift.kind
         if kind == "none":

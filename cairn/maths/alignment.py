@@ -36,18 +36,18 @@ class Alignment(NamedTuple):
     """P: rows are the class's tokens, columns the chosen patches; sums b and 1/K."""
 
 
-def padded_tokens(tokens: Sequence[Float[Tensor, "l d"]]) -> tuple[Float[Tensor, "k L d"], Float[Tensor, "k L"]]:
+def padded_tokens(tokens: Sequence[Float[Tensor, "_ d"]]) -> tuple[Float[Tensor, "k L d"], Float[Tensor, "k L"]]:
     """Token sets of k classes as one tensor with weights, L the largest set. Raises ValueError for an empty set."""
     L = max(map(len, tokens), default=0)
     rows, weights = [], []
     for c, own in enumerate(tokens):
-        l = len(own)
-        if l == 0:
+        size = len(own)
+        if size == 0:
             raise ValueError(f"class {c} has no description token")
-        copies = L - l
+        copies = L - size
         rows.append(torch.cat([own, own[-1:].expand(copies, -1)]))
-        weight = own.new_full((L,), 1 / l, dtype=torch.float32)
-        weight[l - 1 :] = 1 / (l * (copies + 1))
+        weight = own.new_full((L,), 1 / size, dtype=torch.float32)
+        weight[size - 1 :] = 1 / (size * (copies + 1))
         weights.append(weight)
     return torch.stack(rows), torch.stack(weights)
 

@@ -36,7 +36,9 @@ def naive(x, D, b, patches, eps, guide="max"):
             ranked = cos.max(1).values if guide == "max" else cos @ b[c].double()
             kept = cos[ranked.argsort(descending=True)[:patches]]
             a = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
-            plan = ot.bregman.sinkhorn_log(a, b[c].double(), 1 - kept, eps, numItermax=20000, stopThr=1e-9)
+            plan = ot.bregman.sinkhorn_log(
+                a, b[c].double() / b[c].double().sum(), 1 - kept, eps, numItermax=20000, stopThr=1e-9
+            )
             S[i, c] = (plan * kept).sum()
     return S
 

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from cairn.errors import ConfigError, TowersError
+from cairn.towers.patches import Attention, embedded_tokens
 from cairn.towers.preprocessing import Preprocessing
 from cairn.types import Features, Pixels
 
@@ -70,13 +71,12 @@ class VisionTower(nn.Module):
             embedded = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
         return embedded.float()
 
-    def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
-        """Every patch token through the tower's final norm and projection."""
+    def tokens(self, pixels: Pixels, attention: Attention = "native") -> tuple[Features, Float[Tensor, "n p d"]]:
+        """The embedding of each image and those of its patches, from one pass."""
         self.passes["images"] += len(pixels)
         with self._autocast(pixels):
-            tokens = self.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
-            embedded = self.visual_projection(self.vision_model.post_layernorm(tokens))
-        return embedded.float()
+            image, patches = embedded_tokens(self.vision_model, self.visual_projection, pixels, attention)
+        return image.float(), patches.float()
 
 
 class ClipTowers:
@@ -134,8 +134,13 @@ class ClipTowers:
         return self._vision(pixels)
 
     @torch.no_grad()
+    def image_and_patches(
+        self, pixels: Pixels, attention: Attention = "native"
+    ) -> tuple[Features, Float[Tensor, "n p d"]]:
+        return self._vision.tokens(pixels, attention)
+
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
-        return self._vision.patches(pixels)
+        return self.image_and_patches(pixels)[1]
 
     def vision(self) -> VisionTower:
         return copy.deepcopy(self._vision)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.errors import TowersError
+from cairn.towers.patches import Attention
 from cairn.types import Features, Pixels
 
 
@@ -52,6 +53,11 @@ class FeatureTowers:
         return pixels
 
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
+        return self.image_and_patches(pixels)[1]
+
+    def image_and_patches(
+        self, pixels: Pixels, attention: Attention = "native"
+    ) -> tuple[Features, Float[Tensor, "n p d"]]:
         raise TowersError(f"towers '{self.name}': a features file has no patches; give an image folder and --towers")
 
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cairn.towers.patches import Attention
 from cairn.types import Features, Pixels
 
 
@@ -43,6 +44,12 @@ class Towers(Protocol):
     def image(self, pixels: Pixels) -> Features: ...
 
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]: ...
+
+    def image_and_patches(
+        self, pixels: Pixels, attention: Attention = "native"
+    ) -> tuple[Features, Float[Tensor, "n p d"]]:
+        """Both from one pass of the tower."""
+        ...
 
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]: ...
 

@@ -53,6 +53,38 @@ def test_image_is_the_stock_forward(towers):
     torch.testing.assert_close(towers.image(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_one_pass_gives_the_image_and_its_patches(towers):
+    pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    for attention in ("native", "value"):
+        before = towers.passes["images"]
+        image, patches = towers.image_and_patches(pixels, attention)
+        assert towers.passes["images"] - before == 3
+        torch.testing.assert_close(image, towers.image(pixels), atol=1e-6, rtol=1e-6)
+        assert patches.shape == (3, 49, towers.dim)
+    assert not stock(towers).vision_model.encoder.layers[-1]._forward_pre_hooks
+
+
+def test_value_attention_is_the_last_block_with_values_for_queries_and_keys(towers):
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    tower = stock(towers).vision_model
+    with torch.no_grad():
+        x = tower.pre_layrnorm(tower.embeddings(pixels))
+        for block in tower.encoder.layers[:-1]:
+            x = block(x, None)
+        block, heads = tower.encoder.layers[-1], tower.config.num_attention_heads
+        normed = block.layer_norm1(x)
+        v = block.self_attn.v_proj(normed).view(2, 50, heads, -1)
+        mixed = torch.empty_like(v)
+        for h in range(heads):
+            for i in range(2):
+                w = torch.softmax(v[i, :, h] @ v[i, :, h].T / v.shape[-1] ** 0.5, dim=-1)
+                mixed[i, :, h] = w @ v[i, :, h]
+        x = x + block.self_attn.out_proj(mixed.reshape(2, 50, -1))
+        x = x + block.mlp(block.layer_norm2(x))
+        expected = stock(towers).visual_projection(tower.post_layernorm(x[:, 1:]))
+    torch.testing.assert_close(towers.image_and_patches(pixels, "value")[1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_patches_go_through_final_norm_and_projection(towers):
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     model = stock(towers)

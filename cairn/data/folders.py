@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from cairn.data.descriptions import FILE_NAME, read_descriptions
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.stream import held_out
 from cairn.errors import ConfigError, DataError
@@ -146,7 +147,9 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
                     f"add images to {there}/{lone[0]} or remove {here}/{lone[0]}"
                 )
         train, test = _images(root, "train/", classes), _images(root, f"{test_folder}/", classes)
-    return Dataset(root.resolve().name, tuple(classes), train, test, TEMPLATES)
+    file = root / FILE_NAME
+    said = read_descriptions(file) if file.is_file() else None
+    return Dataset(root.resolve().name, tuple(classes), train, test, TEMPLATES, descriptions=said)
 
 
 def unreadable(images: Images) -> list[str]:

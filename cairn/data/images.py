@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cairn.data.descriptions import Descriptions
+
 
 class Images(Protocol):
     """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
@@ -71,7 +73,8 @@ class Dataset:
     """A data set before it becomes a stream: classes in their natural order, labels indexing them.
 
     `templates` are prompts with one `{}` for the class name; the first serves where a method takes a single one.
-    `embeddings` holds what a features file brings besides the images (see `cairn.data.embeddings`).
+    `embeddings` holds what a features file brings besides the images (see `cairn.data.embeddings`), `descriptions` what
+    is said of the classes beyond their names, where the data set brings that.
     """
 
     name: str
@@ -80,3 +83,4 @@ class Dataset:
     test: Images
     templates: tuple[str, ...]
     embeddings: Any = None
+    descriptions: Descriptions | None = None

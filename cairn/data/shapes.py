@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cairn.data.descriptions import written_by
 from cairn.data.images import Dataset
 
 SIZE = 56
@@ -313,6 +314,20 @@ _OPENINGS = (
     "what you can see here when you look at the whole of this small and rather busy picture is",
 )  # fmt: skip
 
+
+def sentences(composition: Composition) -> tuple[str, ...]:
+    """What an image of the class shows, part by part, without its name."""
+    shape, colour, texture = composition
+    return (
+        SHAPE_WORDS[shape],
+        TEXTURE_WORDS[texture],
+        f"the colour {COLOURS[colour]}",
+        f"{SHAPE_WORDS[shape]} and {COLOURS[colour]}",
+        f"{TEXTURE_WORDS[texture]} and {COLOURS[colour]}",
+        f"{SHAPE_WORDS[shape]} and {TEXTURE_WORDS[texture]}",
+    )
+
+
 Claim = tuple[int, int, int, int]
 """What a caption states of shape, colour, texture and background; -1 where it is silent."""
 
@@ -382,7 +397,9 @@ def shapes_dataset(part: str = "stream") -> Dataset:
         ]
         splits.append(ShapesImages(scenes, np.repeat(np.arange(len(classes)), number), SHIFTED))
     name = "shapes" if part == "stream" else f"shapes:{part}"
-    return Dataset(name, tuple(class_name(c) for c in classes), *splits, TEMPLATES)
+    names = tuple(class_name(c) for c in classes)
+    said = {name: sentences(c) for name, c in zip(names, classes, strict=True)}
+    return Dataset(name, names, *splits, TEMPLATES, descriptions=written_by("the drawn world itself", said))
 
 
 WORLD_HASH = "dd109644519016b3"

@@ -27,6 +27,8 @@ class Task:
     names: tuple[str, ...]
     templates: tuple[str, ...]
     train: Images
+    descriptions: Descriptions | None = None
+    """What the data set says of its classes, if it does; of all of them: a file is one thing."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,14 @@ def task_stream(
     for index, size in enumerate(sizes):
         ids = range(start, start + size)
         tasks.append(
-            Task(index, ids, names[start : start + size], dataset.templates, _of(train, arrival, ids, limit_train))
+            Task(
+                index,
+                ids,
+                names[start : start + size],
+                dataset.templates,
+                _of(train, arrival, ids, limit_train),
+                dataset.descriptions,
+            )  # fmt: skip
         )
         tests.append(_of(test, arrival, ids, limit_test))
         start += size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
-from cairn.data.stream import Task, task_stream
+from cairn.data.stream import task_stream
 from cairn.evaluation.evaluate import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import settings, with_settings
@@ -172,13 +173,7 @@ def test_images_of_other_tasks_are_never_opened(world):
         if entry.exemplar_free:  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))
-        own = Task(
-            index,
-            task.classes,
-            task.names,
-            task.templates,
-            Subset(task.train, np.arange(len(task.train)), task.train.labels),
-        )
+        own = replace(task, train=Subset(task.train, np.arange(len(task.train)), task.train.labels))
         kept.append(own)
         method.learn(own)
     assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)

@@ -1,0 +1,91 @@
+"""Visual descriptions of classes: short sentences that say what an image of the class shows.
+
+The file is the contract between whoever wrote the sentences (a vision language model, a person) and the methods that use
+them: JSON, sentences keyed by class name, never by position.
+
+    {"schema_version": 1, "classes": {"red fox": {"sentences": ["a bushy tail with a white tip", ...],
+     "model": "...", "prompt": "...", "images": ["..."], "date": "2026-01-31"}}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cairn.errors import DataError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "descriptions.json"
+"""Looked for at the top of a folder of images."""
+
+
+class ClassDescription(BaseModel):
+    """The sentences of one class and where they come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sentences: tuple[str, ...] = Field(min_length=1, description="what an image of the class shows, one thing each")
+    model: str = Field("", description="who wrote them")
+    prompt: str = Field("", description="what was asked")
+    images: tuple[str, ...] = Field((), description="the guide images that were shown")
+    date: str = Field("", description="when, ISO")
+
+    @field_validator("sentences")
+    @classmethod
+    def _some_words(cls, sentences: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(sentence.strip() for sentence in sentences):
+            raise ValueError("a sentence is empty")
+        return sentences
+
+
+class Descriptions(BaseModel):
+    """Sentences of classes by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    classes: dict[str, ClassDescription] = Field(default_factory=dict)
+
+    def of(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """The sentences of these classes, in this order. Raises DataError listing the classes that have none."""
+        names = list(names)
+        missing = [name for name in names if name not in self.classes]
+        if missing:
+            shown = ", ".join(map(repr, missing[:5])) + (" ..." if len(missing) > 5 else "")
+            raise DataError(
+                f"descriptions: {len(missing)} of {len(names)} classes have none: {shown}; run `cairn describe`, or set "
+                "descriptions=template"
+            )
+        return tuple(self.classes[name].sentences for name in names)
+
+
+def read_descriptions(path: str | Path) -> Descriptions:
+    """Raises DataError for a file that is missing, no JSON, of another schema or with an empty sentence."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(f"descriptions '{path}': {reason}; write one with `cairn describe`") from None
+    try:
+        found = Descriptions.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"descriptions '{path}': {where + ': ' if where else ''}{first['msg']}; the schema is in docs/descriptions.md"
+        ) from None
+    if found.schema_version != SCHEMA_VERSION:
+        raise DataError(
+            f"descriptions '{path}': schema version {found.schema_version}, this cairn reads {SCHEMA_VERSION}"
+        )
+    return found
+
+
+def written_by(author: str, sentences: dict[str, Sequence[str]]) -> Descriptions:
+    """Descriptions without guide images, by `author`."""
+    return Descriptions(
+        classes={name: ClassDescription(sentences=tuple(own), model=author) for name, own in sentences.items()}
+    )

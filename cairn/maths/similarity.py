@@ -21,7 +21,7 @@ def representative_and_diverse(z: Float[Tensor, "n d"], representative: int, div
     """Row numbers that stand for a set: those nearest to its mean, then each time the row farthest from all chosen.
 
     By cosine, on unit rows: first the `representative` rows of largest cos(z_i, mean); then, `diverse` times, the row
-    whose largest cosine to a chosen row is smallest. Ties go to the first row, so the list is a function of z alone.
+    whose largest cosine to a chosen row is smallest. The list is a function of z alone.
     All rows, nearest first, where there are no more than are asked for.
 
     Source: SPA's guide images [P], METHODS section 3; farthest-point traversal after Gonzalez 1985.

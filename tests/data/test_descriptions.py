@@ -54,7 +54,7 @@ def test_the_drawn_world_describes_its_classes_without_naming_them(part):
     for name, sentences in zip(data.classes, data.descriptions.of(data.classes), strict=True):
         assert len(sentences) == len(set(sentences)) == 6
         assert not any(name in sentence for sentence in sentences)
-    assert len({sentences for sentences in data.descriptions.of(data.classes)}) == len(data.classes)
+    assert len(set(data.descriptions.of(data.classes))) == len(data.classes)
 
 
 def test_a_folder_brings_its_descriptions_and_tasks_carry_them(tmp_path):

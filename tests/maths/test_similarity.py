@@ -37,7 +37,7 @@ def test_no_row_is_chosen_twice_and_few_rows_are_all_chosen():
     z = clusters(n=5)
     assert sorted(representative_and_diverse(z, 4, 4)) == [0, 1, 2, 3, 4]
     same = z[:1].expand(6, -1)
-    assert sorted(representative_and_diverse(same, 2, 3)) == [0, 1, 2, 3, 4]
+    assert len(set(representative_and_diverse(same, 2, 3))) == 5
 
 
 def test_the_order_of_the_rows_does_not_matter():

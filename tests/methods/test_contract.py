@@ -169,7 +169,7 @@ def test_images_of_other_tasks_are_never_opened(world):
     entry, towers, stream = world
     method = build(entry, towers)
     kept = []
-    for index, task in enumerate(stream.tasks):
+    for task in stream.tasks:
         if entry.exemplar_free:  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))

@@ -155,16 +155,8 @@ def task_stream(
     tasks, tests, start = [], [], 0
     for index, size in enumerate(sizes):
         ids = range(start, start + size)
-        tasks.append(
-            Task(
-                index,
-                ids,
-                names[start : start + size],
-                dataset.templates,
-                _of(train, arrival, ids, limit_train),
-                dataset.descriptions,
-            )  # fmt: skip
-        )
+        images = _of(train, arrival, ids, limit_train)
+        tasks.append(Task(index, ids, names[start : start + size], dataset.templates, images, dataset.descriptions))
         tests.append(_of(test, arrival, ids, limit_test))
         start += size
     notices = []

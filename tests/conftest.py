@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,7 +52,7 @@ def few_classes(dataset: Dataset, number: int) -> Dataset:
         Subset(images, rows, images.labels[rows])
         for images, rows in zip((dataset.train, dataset.test), kept, strict=True)
     )
-    return Dataset(dataset.name, dataset.classes[:number], train, test, dataset.templates, dataset.embeddings)
+    return replace(dataset, classes=dataset.classes[:number], train=train, test=test)
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ class Evaluator:
         first = self.stream.tasks[task + 1].classes.start
         T = self.towers.class_texts(self.stream.class_names[first:], self.stream.tasks[0].templates).cpu()
         right = [
-            (unit(self._embedded(j, method).cpu()) @ T.T).argmax(1) + first == self.loaders[j].labels for j in coming
+            (unit(self._embedded(j, method)[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + first == self.loaders[j].labels
+            for j in coming
         ]
         return torch.cat(right).float().mean().item()
 

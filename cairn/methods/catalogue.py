@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cairn.errors import UnknownName
-from cairn.methods import dmc, dmc_ot, finetune, joint, simplecil, zero_shot
+from cairn.methods import dmc, dmc_ot, finetune, joint, simplecil, spa, zero_shot
 from cairn.towers.protocol import Towers
 
 
@@ -89,6 +89,17 @@ METHODS = {
             ),
             "vision, then text", "gaussians",
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
+        ),
+        Entry(
+            "spa", "SPA: patches chosen by descriptions", spa.SPA, spa.Config,
+            "arXiv 2605.13835",
+            (
+                "one pass: embedding and patches; descriptions choose patches, transport aligns them",
+                "projectors of the task, with pseudo-features of old classes",
+                "statistics: a Gaussian per new class",
+            ),
+            "projectors", "gaussians",
+            citation="Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning. arXiv 2605.13835.",
         ),
     )
 }  # fmt: skip

@@ -34,7 +34,9 @@ class Method(Protocol):
         """Learn a task's classes from its training images; later tasks are never seen."""
         ...
 
-    def embed(self, pixels: Pixels) -> Features: ...
+    def embed(self, pixels: Pixels) -> Features:
+        """What scoring needs of each image, one row: its embedding, and behind it whatever else the method takes."""
+        ...
 
     def scores(self, features: Features) -> Scores:
         """One column per class seen, in order of arrival."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -160,35 +160,46 @@ class ClipTowers:
 
         What stands after `end` does not matter: the tower is causal. Differentiable in `tokens`.
         """
+        return self._encoded(tokens, lambda hidden: hidden[torch.arange(len(hidden)), end])
+
+    def _encoded(self, tokens: Float[Tensor, "m l w"], picked: Callable[[Tensor], Tensor]) -> Float[Tensor, "... d"]:
+        """The positions that `picked` takes of the last block's output, through norm and projection."""
         tower = self._model.text_model
         self.passes["text_tokens"] += tokens.shape[0] * tokens.shape[1]
         reduced = self.precision != "float32"
         with torch.autocast(tokens.device.type, torch.bfloat16) if reduced else nullcontext():
             hidden = tokens + tower.embeddings.position_embedding.weight[: tokens.shape[1]]
             hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None, is_causal=True).last_hidden_state
-            rows = tower.final_layer_norm(
-                hidden[torch.arange(len(hidden), device=hidden.device), end.to(hidden.device)]
-            )
-            projected = self._model.text_projection(rows)
+            projected = self._model.text_projection(tower.final_layer_norm(picked(hidden)))
         return projected.float()
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
         """Raises TowersError for a prompt that does not fit the context."""
+        return torch.cat([self.encoded(tokens, lengths - 1) for tokens, lengths in self._batches(prompts)])
+
+    @torch.no_grad()
+    def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
+        """Every token of each prompt, start and end left out, through norm and projection: what was read up to there."""
+        rows = []
+        for tokens, lengths in self._batches(prompts):
+            projected = self._encoded(tokens, lambda hidden: hidden)
+            rows += [row[1 : length - 1] for row, length in zip(projected, lengths.tolist(), strict=True)]
+        return rows
+
+    def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[Float[Tensor, "m l w"], Int[Tensor, "m"]]]:
+        """Token embeddings, cut at the longest prompt of the batch, and lengths with start and end."""
         rows = [[self.bos, *self.tokens(prompt), self.eos] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > self.context_length:
                 raise TowersError(
-                    f"prompt '{prompt}': {len(row)} tokens, but the text tower takes {self.context_length}; shorten the name"
+                    f"prompt '{prompt}': {len(row)} tokens, but the text tower takes {self.context_length}; shorten it"
                 )
-        parts = []
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
             longest = max(map(len, part))
             ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in part])
-            end = torch.tensor([len(row) - 1 for row in part])
-            parts.append(self.encoded(self.token_embeddings(ids), end))
-        return torch.cat(parts)
+            yield self.token_embeddings(ids), torch.tensor([len(row) for row in part])
 
     def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
         prompts = [filled(template, name) for name in names for template in templates]

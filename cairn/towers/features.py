@@ -63,6 +63,9 @@ class FeatureTowers:
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
         raise TowersError(f"towers '{self.name}': a features file has no text tower; give an image folder and --towers")
 
+    def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
+        return list(self.text(prompts))
+
     def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
         """The stored rows; the templates were chosen when the file was made. Raises TowersError without any."""
         if self._text is None:

@@ -53,6 +53,10 @@ class Towers(Protocol):
 
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]: ...
 
+    def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
+        """The tokens of each prompt, one row each."""
+        ...
+
     def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
         """Unit text embeddings of classes: the mean over the templates of unit embeddings, normalised."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     help="A CLIP model learns new classes, task after task, without keeping old images.",
 )  # fmt: skip
 
+Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
 
@@ -61,8 +62,6 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a result that is already there")] = False,
 ) -> None:
     """Learn a class stream with a method and write DIR/result.json."""
-    from pydantic import ValidationError
-
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
 
@@ -70,16 +69,23 @@ def run(
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     numbers = _seeds(seeds) if seeds is not None else [seed]
+    config = _checked(
+        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order, seed=numbers[0],
+        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+        device=device, precision=precision, preprocess=preprocess, revision=revision,
+    )  # fmt: skip
+    _run_all(config, numbers if seeds is not None else None, folder, overwrite)
+
+
+def _checked(kind: type[Settings], **values: Any) -> Settings:
+    """Settings from options; one that does not fit is named as the option it came from."""
+    from pydantic import ValidationError
+
     try:
-        config = RunConfig(
-            method=entry.name, data=data, towers=towers, base=base, step=step, order=order, seed=numbers[0],
-            settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
-            device=device, precision=precision, preprocess=preprocess, revision=revision,
-        )  # fmt: skip
+        return kind(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg'].lower()}") from None
-    _run_all(config, numbers if seeds is not None else None, folder, overwrite)
 
 
 def _step(step: int | None, data: str) -> int:
@@ -243,6 +249,67 @@ def drift(
     drift_figure(report, folder / "drift.png")
     console.note(drift_table([report]))
     console.note(f"-> {folder / 'drift.json'}, {folder / 'drift.png'}")
+
+
+@app.command()
+def describe(
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="towers that choose the guide images")] = "tiny",
+    out: Annotated[Path, typer.Option(help="the file; classes that it holds are not asked about again")] = Path(
+        "descriptions.json"
+    ),
+    model: Annotated[str, typer.Option(help="a vision language model")] = "gpt-5",
+    sentences: Annotated[int, typer.Option(help="phrases per class")] = 6,
+    words: Annotated[int, typer.Option(help="words per phrase at most")] = 15,
+    guides: Annotated[str, typer.Option(help="guide images: representative+diverse")] = "4+4",
+    allow_name: Annotated[bool, typer.Option("--allow-name", help="phrases may contain the class name")] = False,
+    base_url: Annotated[str | None, typer.Option(help="server; default: OPENAI_BASE_URL, or OpenAI's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, send nothing")] = False,
+) -> None:
+    """Ask a vision language model for visual descriptions of the classes; key from OPENAI_API_KEY."""
+    from cairn.data.catalogue import open_dataset
+    from cairn.data.descriptions import Descriptions, read_descriptions
+    from cairn.describe import DescribeConfig, described, guide_images, request
+    from cairn.store import make_folder, write_json
+    from cairn.towers.catalogue import load_towers
+    from cairn.training.log import Log
+
+    near, plus, far = guides.partition("+")
+    if not (plus and near.isdigit() and far.isdigit()):
+        raise ConfigError(f"guides '{guides}': two whole numbers, such as 4+4")
+    config = _checked(
+        DescribeConfig, model=model, sentences=sentences, words=words, name_free=not allow_name,
+        representative=int(near), diverse=int(far),
+    )  # fmt: skip
+    console = Console()
+    dataset = open_dataset(data)
+    if dataset.embeddings is not None:
+        raise ConfigError(f"data '{data}': embeddings, not images: there is nothing to show")
+    held = read_descriptions(out) if out.is_file() else Descriptions()
+    missing = [name for name in dataset.classes if name not in held.classes]
+    console.note(f"{len(dataset.classes) - len(missing)} of {len(dataset.classes)} classes are described in {out}")
+    if not missing:
+        return
+    chosen = guide_images(dataset, load_towers(towers), missing, config)
+    if dry_run:
+        for name in missing:
+            shown = ", ".join(dataset.train.describe(row) for row in chosen[name])
+            size = len(json.dumps(request(dataset, name, chosen[name], config)))
+            text = request(dataset, name, [], config)["messages"][0]["content"][0]["text"]
+            console.note(f"{name}: {len(chosen[name])} images ({shown}), {size / 1000:.0f} kB\n  {text}")
+        return
+    make_folder(out.parent)
+    tokens = [0, 0]
+    log = Log(keep=console.event)
+    for done, found in enumerate(described(dataset, chosen, missing, config, log, base_url=base_url), start=1):
+        held = held.model_copy(update={"classes": {**held.classes, found.name: found.description}})
+        write_json(out, held.model_dump(mode="json"))
+        tokens = [tokens[0] + found.tokens_in, tokens[1] + found.tokens_out]
+        console.note(f"  {done}/{len(missing)} {found.name}: {found.description.sentences[0]}  [{sum(tokens)} tokens]")
+    left = [name for name in missing if name not in held.classes]
+    console.note(f"{len(held.classes)} classes in {out}; {tokens[0]} tokens in, {tokens[1]} out")
+    if left:
+        raise CairnError(f"describe: {len(left)} classes have no description: {', '.join(left[:5])}; run it again")
 
 
 @app.command()

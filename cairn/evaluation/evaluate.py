@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ from cairn.errors import NotFinite
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import Method
 from cairn.towers.protocol import Towers
+
+KEEP_BYTES = 2 << 30
+"""Test embeddings held in memory; what does not fit lies in a file."""
+
+ROWS = 1024
+"""Images scored at once."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,11 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same."""
+    """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
+    `keep_bytes`, beyond that in a temporary file, which patches of many images need."""
 
-    def __init__(self, stream: TaskStream, towers: Towers):
-        self.stream, self.towers = stream, towers
+    def __init__(self, stream: TaskStream, towers: Towers, keep_bytes: int = KEEP_BYTES):
+        self.stream, self.towers, self.keep_bytes = stream, towers, keep_bytes
         self.loaders = [Loader(test, towers.prepare, towers.pixels, batch=256) for test in stream.tests]
         self._encoder: str | None = None
         self._kept: dict[int, Tensor] = {}
@@ -44,7 +53,7 @@ class Evaluator:
         accuracy = []
         for j in range(task + 1):
             labels = self.loaders[j].labels
-            scores = method.scores(self._embedded(j, method))
+            scores = torch.cat([method.scores(rows) for rows in self._embedded(j, method).split(ROWS)])
             if scores.shape[1] != seen or not torch.isfinite(scores).all():
                 raise NotFinite(
                     f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
@@ -70,5 +79,22 @@ class Evaluator:
     @torch.no_grad()
     def _embedded(self, j: int, method: Method) -> Tensor:
         if j not in self._kept:
-            self._kept[j] = torch.cat([method.embed(pixels) for pixels, _ in self.loaders[j]])
+            start = 0
+            for pixels, _ in self.loaders[j]:
+                rows = method.embed(pixels)
+                if start == 0:
+                    self._kept[j] = self._room(len(self.loaders[j].labels), rows)
+                self._kept[j][start : start + len(rows)] = rows
+                start += len(rows)
         return self._kept[j]
+
+    def _room(self, n: int, like: Tensor) -> Tensor:
+        """An empty matrix for n rows like these, in memory while there is room."""
+        size = n * like[0].numel()
+        held = sum(kept.nbytes for kept in self._kept.values())
+        if held + size * like.element_size() <= self.keep_bytes:
+            return like.new_empty(n, *like.shape[1:])
+        # The name goes at once, the file when the last tensor on it does
+        with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
+            kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
+        return kept.view(n, *like.shape[1:])

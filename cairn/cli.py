@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cairn.errors import CairnError, ConfigError
+from cairn.errors import CairnError, ConfigError, DataError
 from cairn.reports.console import Console
 
 app = typer.Typer(
@@ -60,6 +60,9 @@ def run(
     preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
     revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a result that is already there")] = False,
+    keep_learner: Annotated[
+        bool, typer.Option("--keep-learner", help="keep what was learned, for `cairn explain-image`")
+    ] = False,
 ) -> None:
     """Learn a class stream with a method and write DIR/result.json."""
     from cairn.methods.catalogue import method_named
@@ -74,7 +77,7 @@ def run(
         settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
         device=device, precision=precision, preprocess=preprocess, revision=revision,
     )  # fmt: skip
-    _run_all(config, numbers if seeds is not None else None, folder, overwrite)
+    _run_all(config, numbers if seeds is not None else None, folder, overwrite, keep_learner)
 
 
 def _checked(kind: type[Settings], **values: Any) -> Settings:
@@ -105,7 +108,7 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool) -> list:
+def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool, keep_learner: bool = False) -> list:
     """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
     from cairn.store import SUMMARY, summary, write_json
 
@@ -113,16 +116,16 @@ def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool) -
     results = []
     for number in numbers or [config.seed]:
         place = folder / f"seed-{number}" if numbers else folder
-        results.append(_run_one(config.model_copy(update={"seed": number}), place, overwrite, console))
+        results.append(_run_one(config.model_copy(update={"seed": number}), place, overwrite, console, keep_learner))
     if numbers:
         write_json(folder / SUMMARY, summary(results))
         console.summary(results, folder / SUMMARY)
     return results
 
 
-def _run_one(config, folder: Path, overwrite: bool, console: Console):
+def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learner: bool):
     from cairn.run import run_stream
-    from cairn.store import RESULT, RunFolder
+    from cairn.store import LEARNER, RESULT, RunFolder, write_learner
     from cairn.training.log import Log
 
     output = RunFolder(folder, config)
@@ -140,7 +143,8 @@ def _run_one(config, folder: Path, overwrite: bool, console: Console):
 
     try:
         with console.live():
-            result = run_stream(config, Log(keep=keep, show=console.progress))
+            learned = (lambda method: write_learner(folder / LEARNER, method)) if keep_learner else None
+            result = run_stream(config, Log(keep=keep, show=console.progress), learned)
         output.write(result)
     finally:
         output.close()
@@ -310,6 +314,44 @@ def describe(
     console.note(f"{len(held.classes)} classes in {out}; {tokens[0]} tokens in, {tokens[1]} out")
     if left:
         raise CairnError(f"describe: {len(left)} classes have no description: {', '.join(left[:5])}; run it again")
+
+
+@app.command()
+def explain_image(
+    run: Annotated[Path, typer.Argument(help="output folder of `cairn run spa --keep-learner`")],
+    image: Annotated[Path, typer.Argument(help="an image file")],
+    best: Annotated[int, typer.Option(help="classes to explain, the likeliest first")] = 3,
+    out: Annotated[Path | None, typer.Option(help="PNG to write, JSON beside it  [default: IMAGE-reasons.png]")] = None,
+) -> None:
+    """Which patches of an image speak for its best classes, and for which words: a picture and JSON."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from cairn.reports.patches import patch_figure
+    from cairn.store import read_learner, write_json
+
+    try:
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"image '{image}': cannot be read: {error}") from None
+    result, method = read_learner(run)
+    if not hasattr(method, "reasons"):
+        raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
+    prepared = method.towers.prepare(picture)
+    reasons = method.reasons(method.towers.pixels(prepared[None]), best)
+    for reason in reasons:
+        reason["name"] = result.class_order[reason["class"]]
+    target = out or Path(f"{image.stem}-reasons.png")
+    grid = round(method.towers.patches(method.towers.pixels(prepared[None])).shape[1] ** 0.5)
+    patch_figure(np.asarray(prepared.permute(1, 2, 0)), grid, reasons, target)
+    write_json(target.with_suffix(".json"), {"image": image.name, "grid": grid, "classes": reasons})
+    console = Console()
+    for reason in reasons:
+        console.note(
+            f"{reason['name']}: score {reason['score']:.2f}, class token {reason['global']:.3f}, local {reason['local']:.3f}"
+        )
+    console.note(f"-> {target}, {target.with_suffix('.json')}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.methods.catalogue import Entry, method_named
+from cairn.methods.protocol import Method
 from cairn.methods.settings import choices, with_settings
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
@@ -160,8 +161,11 @@ def prepared(config: RunConfig) -> Prepared:
     return Prepared(entry, stream, towers, settings)
 
 
-def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
-    """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts."""
+def run_stream(config: RunConfig, log: Log | None = None, learned: Callable[[Method], Any] | None = None) -> RunResult:
+    """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts.
+
+    `learned` is called with the method when the last task is done, for who wants more than its numbers.
+    """
     log = log or Log()
     entry, stream, towers, settings = prepared(config)
     for notice in stream.notices:
@@ -198,6 +202,8 @@ def run_stream(config: RunConfig, log: Log | None = None) -> RunResult:
         log("task", task=task.index, seconds=durations[-1], accuracy=evaluations[-1].accuracy, seen=seen,
             future=evaluations[-1].future, memory_bytes=method.memory_bytes)  # fmt: skip
 
+    if learned is not None:
+        learned(method)
     B = len(stream.tasks)
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
     sizes = [len(test) for test in stream.tests]

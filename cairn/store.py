@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from cairn.data.catalogue import open_dataset
 from cairn.errors import ResultError
 from cairn.evaluation.metrics import mean_and_deviation
-from cairn.run import SCHEMA_VERSION, RunConfig, RunResult
+from cairn.methods.catalogue import method_named
+from cairn.methods.protocol import Method
+from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, towers_for
+from cairn.towers.catalogue import load_towers
+from cairn.training.log import Log
 
-RESULT, EVENTS, SUMMARY = "result.json", "events.jsonl", "summary.json"
+RESULT, EVENTS, SUMMARY, LEARNER = "result.json", "events.jsonl", "summary.json", "learner.safetensors"
 SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
 
 
@@ -113,6 +120,48 @@ class RunFolder:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def write_learner(path: Path, method: Method) -> None:
+    """What a method has learned, as safetensors; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in method.state_dict().items()}, temporary
+        )
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResultError(f"'{path}': cannot be written: {error}; free some space or give another --out") from None
+
+
+def read_learner(folder: Path) -> tuple[RunResult, Method]:
+    """A run's result and its method as it was after the last task, ready to score images.
+
+    Raises ResultError where the run kept no learner, the file is damaged, or today's towers are not those of the run.
+    """
+    result, file = read_result(folder), folder / LEARNER
+    if not file.is_file():
+        raise ResultError(f"'{folder}': the run kept no learner; run it again with --keep-learner")
+    run = result.run
+    if run.data.endswith(".safetensors"):
+        towers = towers_for(run, open_dataset(run.data))
+    else:
+        spec = "tiny" if run.towers == "auto" else run.towers
+        towers = load_towers(
+            spec, device="auto", precision=run.precision, preprocess=run.preprocess, revision=run.revision
+        )
+    if towers.fingerprint != result.towers.fingerprint:
+        raise ResultError(
+            f"'{folder}': learned on towers {result.towers.fingerprint}, '{towers.name}' is {towers.fingerprint} today"
+        )
+    entry = method_named(result.method)
+    method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
+    try:
+        method.load_state_dict(load_file(file))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ResultError(f"'{file}': cannot be read: {str(error).splitlines()[0]}; run again") from None
+    return result, method
 
 
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ g, h projectors; S_c local score; s scale. Every class has a Gaussian in z.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from cairn.data.descriptions import read_descriptions, written_by
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import ConfigError, DataError
-from cairn.maths.alignment import local_scores, padded_tokens
+from cairn.maths.alignment import aligned, local_scores, padded_tokens
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
@@ -172,6 +172,57 @@ class SPA:
 
     # the patch branch
 
+    @torch.no_grad()
+    def reasons(self, pixels: Pixels, best: int = 3) -> list[dict[str, Any]]:
+        """Why one image (1 x 3 x h x w) looks like each of its `best` classes, the likeliest first.
+
+        Per class: `class` (arrival number), `score`, `global` (cosine of the class token), `local` (S), and `patches`:
+        the number of each chosen patch (row by row from the top left), its share of all transported likeness
+        sum_l P_li cos_li / S, and the sentence that most of it was transported to.
+
+        Raises ConfigError without patches, ValueError for more than one image.
+        """
+        if not self.config.local.weight:
+            raise ConfigError("local.weight is 0: without patches there is nothing to show")
+        if len(pixels) != 1:
+            raise ValueError(f"{len(pixels)} images: one at a time")
+        features = self.embed(pixels)
+        d, how = self.towers.dim, self._how()
+        T = self.textual(self.anchors.to(features.device))
+        z, p = self.visual(unit(features[:, :d])) @ T.T, features[0, d:].view(-1, d)
+        scores = self.scores(features)[0]
+        found = []
+        for c in scores.topk(min(best, len(scores))).indices.tolist():
+            tokens = self._tokens[c]
+            weights = tokens.new_full((1, 1, len(tokens)), 1 / len(tokens))
+            cos = (tokens @ p.T)[None, None]
+            alignment = aligned(cos, weights, **how)
+            chosen, P = alignment.chosen[0, 0], alignment.plan[0, 0]
+            gain = (P * cos[0, 0][:, chosen]).sum(0) / alignment.score[0, 0]
+            to = P.argmax(0).tolist()
+            patches = [
+                {"patch": patch, "share": share, "sentence": self._sentence(c, token)}
+                for patch, share, token in zip(chosen.tolist(), gain.tolist(), to, strict=True)
+            ]
+            found.append(
+                {"class": c, "score": scores[c].item(), "global": z[0, c].item(),
+                 "local": alignment.score[0, 0].item(), "patches": patches}
+            )  # fmt: skip
+        return found
+
+    def _sentence(self, c: int, token: int) -> str:
+        """The sentence that a token of class c belongs to."""
+        if self.config.local.tokens == "sentences":
+            return self.sentences[c][token]
+        for sentence in self.sentences[c]:
+            token -= len(self.towers.tokens(sentence))
+            if token < 0:
+                return sentence
+        raise IndexError(f"class {c} has no token {token}")
+
+    def _how(self) -> dict[str, Any]:
+        return self.config.local.model_dump(include={"patches", "guide", "transport", "eps", "iterations"})
+
     def _said(self, task: Task, log: Log) -> tuple[tuple[str, ...], ...]:
         """The sentences of the task's classes."""
         choice = self.config.descriptions
@@ -206,8 +257,7 @@ class SPA:
         candidates = None
         if choice.best is not None and choice.best < len(T):
             candidates = (self.visual(unit(z)) @ T.T).topk(choice.best, dim=1).indices
-        how = choice.model_dump(include={"patches", "guide", "transport", "eps", "iterations"})
-        return local_scores(p, *self._padded, candidates, **how)
+        return local_scores(p, *self._padded, candidates, **self._how())
 
     @torch.no_grad()
     def _encoded(self, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,54 @@
+"""The patches behind a prediction, drawn over the image, with the sentences they were transported to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cairn.errors import ConfigError
+
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
+"""Told apart by colour-blind readers; one per sentence, the rest share the last."""
+
+
+def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel per class: the image (h x w x 3, as the tower saw it), its chosen patches framed in their sentence's colour.
+
+    The rest of the image is dimmed. Below, the sentences that patches went to, with their share of the local score.
+    Raises ConfigError if matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+    except ImportError:
+        raise ConfigError('figure: matplotlib is missing; pip install "cairn[report]"') from None
+    height, width = image.shape[0] / grid, image.shape[1] / grid
+    figure = Figure(figsize=(3.6 * len(reasons), 5.2), layout="constrained")
+    for axis, reason in zip(np.atleast_1d(figure.subplots(1, len(reasons))), reasons, strict=True):
+        shares: dict[str, float] = {}
+        for patch in reason["patches"]:
+            shares[patch["sentence"]] = shares.get(patch["sentence"], 0.0) + patch["share"]
+        order = sorted(shares, key=lambda sentence: -shares[sentence])
+        colour = {sentence: COLOURS[min(i, len(COLOURS) - 1)] for i, sentence in enumerate(order)}
+        chosen = np.zeros(image.shape[:2], dtype=bool)
+        for patch in reason["patches"]:
+            row, column = divmod(patch["patch"], grid)
+            top, left = row * height, column * width
+            chosen[round(top) : round(top + height), round(left) : round(left + width)] = True
+            axis.add_patch(
+                Rectangle(
+                    (left - 0.5, top - 0.5), width, height, fill=False, linewidth=1.6, edgecolor=colour[patch["sentence"]]
+                )
+            )  # fmt: skip
+        axis.imshow(np.where(chosen[..., None], image, (0.35 * image + 70).astype(np.uint8)))
+        axis.set_axis_off()
+        axis.set_title(f"{reason['name']}\nscore {reason['score']:.1f}", fontsize=10)
+        handles = [
+            Patch(facecolor=colour[s], edgecolor="black", linewidth=0.5, label=f"{100 * shares[s]:.0f} %  {s}")
+            for s in order
+        ]
+        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)

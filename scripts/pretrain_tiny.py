@@ -7,6 +7,9 @@ style is `PLAIN`. The loss is the symmetric contrastive one of CLIP with several
 "a red star" is true of every red star in the batch, so its target is spread evenly over the images it is true of.
 The same loss is taken once more between captions and patches (a pair's similarity is the mean of its best patches), so
 that patches mean something at this size.
+
+The vocabulary is the one that the package ships: its trainer breaks ties in an order of its own, so that only with the
+same vocabulary are the same weights found again.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from cairn.data import shapes
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPECIAL = ["<unk>", "<pad>", "<reserved>", "<|startoftext|>", "<|endoftext|>"]
 BOS, EOS, PAD, POSITIONS = 3, 4, 1, 32
+TOKENIZER = Path(shapes.__file__).parents[1] / "towers" / "tiny" / "tokenizer.json"
 
 
 def scenes(number: int, seed: int, part: str = "pretraining") -> list[shapes.Scene]:
@@ -147,6 +151,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--patch-weight", type=float, default=0.3)
+    parser.add_argument("--new-tokenizer", action="store_true", help="train another vocabulary first")
     parser.add_argument("--compile", action="store_true", help="torch.compile the vision tower")
     parser.add_argument("--every", type=int, default=50, help="steps between printed lines")
     args = parser.parse_args()
@@ -155,7 +160,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
 
     pool = scenes(args.images, args.seed)
-    built = tokenizer([shapes.caption(pool[i % len(pool)], rng)[0] for i in range(20_000)])
+    corpus = [shapes.caption(pool[i % len(pool)], rng)[0] for i in range(20_000)]
+    built = tokenizer(corpus) if args.new_tokenizer else Tokenizer.from_file(str(TOKENIZER))
     clip = model(args.width, built.get_vocab_size())
     parameters = sum(p.numel() for p in clip.parameters())
     with multiprocessing.Pool() as workers:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.drift import AnyDrift, Guarded, MeanShift, PairedMap
+from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
@@ -26,6 +26,10 @@ from cairn.methods.stages import TextStage, VisionStage, align_text, align_visio
 from cairn.towers.prompts import Prompts
 from cairn.training.log import Log
 from cairn.types import Features, Labels
+
+PROMPTS = Prompts(shared=4, task=4, per_class=0, freeze_old=True, residual=20.0)
+"""Task-specific prompts [P]; their form is ours [I]: a shared block, one of the task, both frozen when it is finished, and
+a residual per class that goes on giving way to later classes."""
 
 
 class Config(BaseModel):
@@ -39,13 +43,13 @@ class Config(BaseModel):
     )
     shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     drift: AnyDrift = Field(
-        PairedMap(),
+        LocalPairedMap(),
         description="how old Gaussians follow the encoder: none, mean, sdc, bures [P, as read], sinkhorn, paired or local",
     )
     condition_limit: float = Field(
         1e4, gt=1, description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]"
     )
-    stage2: TextStage = Field(TextStage(text=Prompts(shared=4, task=4)))
+    stage2: TextStage = Field(TextStage(text=PROMPTS))
     separability: float = Field(
         0.0,
         ge=0,

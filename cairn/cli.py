@@ -361,13 +361,32 @@ def table(
     name: Annotated[str, typer.Option(help="name of the block")] = "results",
 ) -> None:
     """Results as a Markdown table, mean and standard deviation over seeds, on standard output or into a file."""
-    from cairn.reports.tables import markdown_table, replaced_block, results_below
+    from cairn.reports.tables import markdown_table, results_below
 
-    text = markdown_table(results_below(folders))
+    _put(markdown_table(results_below(folders)), into, f"table {name}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder that holds the results of one method, several seeds")],
+    second: Annotated[Path, typer.Argument(help="the same of another, on the same stream")],
+    into: Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn compare NAME' is replaced")] = None,
+    name: Annotated[str, typer.Option(help="name of the block")] = "results",
+) -> None:
+    """What one method gains over another, paired by seed, with a 95 % confidence interval."""
+    from cairn.reports.tables import difference_table, results_below
+
+    _put(difference_table(results_below([first]), results_below([second])), into, f"compare {name}")
+
+
+def _put(text: str, into: Path | None, block: str) -> None:
+    """The text on standard output, or in place of a Markdown file's block."""
+    from cairn.reports.tables import replaced_block
+
     if into is None:
         typer.echo(text)
     else:
-        into.write_text(replaced_block(into.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+        into.write_text(replaced_block(into.read_text(encoding="utf-8"), block, text), encoding="utf-8")
 
 
 @app.command()

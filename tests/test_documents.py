@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cairn.methods.catalogue import METHODS
-from cairn.reports.tables import markdown_table, results_below
+from cairn.reports.tables import difference_table, markdown_table, results_below
 from cairn.run import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +31,19 @@ def test_the_commands_of_the_readme_are_make_targets():
 
 def blocks():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for name, text in re.findall(r"<!-- cairn table (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL):
-            yield pytest.param(name, text, id=f"{page.stem}-{name}")
+        for kind, name, text in re.findall(
+            r"<!-- cairn (table|compare) (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL
+        ):
+            yield pytest.param(kind, name, text, id=f"{page.stem}-{kind}-{name}")
 
 
-@pytest.mark.parametrize(("name", "text"), list(blocks()))
-def test_every_table_is_what_the_stored_results_give(name, text):
-    assert text.strip() == markdown_table(results_below([ROOT / "results" / name]))
+@pytest.mark.parametrize(("kind", "name", "text"), list(blocks()))
+def test_every_table_is_what_the_stored_results_give(kind, name, text):
+    if kind == "table":
+        assert text.strip() == markdown_table(results_below([ROOT / "results" / name]))
+    else:
+        pair = [results_below([ROOT / "results" / half]) for half in name.split(":")]
+        assert text.strip() == difference_table(*pair)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.errors import ResultError
+from cairn.errors import ConfigError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
 
 Result = dict[str, Any]
@@ -84,12 +84,44 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
+    """What the first method gains over the second, paired by seed: mean difference in points, and in brackets the
+    interval that holds the true mean with 95 % confidence (Student's t over the paired differences).
+
+    Raises ResultError if the runs cannot be compared, or fewer than two seeds are in both; ConfigError if scipy is missing.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ConfigError('comparison: scipy is missing; pip install "cairn[report]"') from None
+
+    if problems := comparable([*first, *second]):
+        raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
+    of_first, of_second = ({result["seed"]: result for result in runs} for runs in (first, second))
+    seeds = sorted(of_first.keys() & of_second.keys())
+    if len(seeds) < 2:
+        raise ResultError(f"{len(seeds)} seeds are in both folders: an interval needs two or more; run more --seeds")
+    cells = []
+    for key in ("average", "last", "forgetting"):
+        mean, deviation = mean_and_deviation([100 * (of_first[s][key] - of_second[s][key]) for s in seeds])
+        half = t.ppf(0.975, len(seeds) - 1) * deviation / len(seeds) ** 0.5
+        cells.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+    names = f"{first[0]['method']} - {second[0]['method']}"
+    return "\n".join(
+        [
+            "| difference | average | last | forgetting | seeds |",
+            "|---|---|---|---|---|",
+            f"| {names} | {' | '.join(cells)} | {', '.join(map(str, seeds))} |",
+        ]
+    )
+
+
 def replaced_block(text: str, name: str, content: str) -> str:
-    """The text with what stands between `<!-- cairn table NAME -->` and `<!-- end -->` replaced.
+    """The text with what stands between `<!-- cairn NAME -->` and `<!-- end -->` replaced.
 
     Raises ResultError if there is no such block.
     """
-    pattern = re.compile(rf"(<!-- cairn table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- cairn {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ResultError(f"no block '<!-- cairn table {name} -->' to replace; add it, closed by '<!-- end -->'")
+        raise ResultError(f"no block '<!-- cairn {name} -->' to replace; add it, closed by '<!-- end -->'")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from cairn.errors import ResultError
 from cairn.reports.console import Console, percent, sparkline
-from cairn.reports.tables import comparable, markdown_table, replaced_block, results_below
+from cairn.reports.tables import comparable, difference_table, markdown_table, replaced_block, results_below
 
 
 def result(method="dmc", seed=1, average=0.5, **changes):
@@ -53,6 +54,23 @@ def test_what_cannot_be_compared_is_refused(changes, what):
         markdown_table(pair)
 
 
+def test_a_difference_is_paired_by_seed_with_the_interval_of_student():
+    gains = [0.010, 0.013, 0.022]
+    second = [result("dmc", seed, average) for seed, average in zip((1, 2, 3), (0.5, 0.8, 0.3))]
+    first = [result("dmc-ot", r["seed"], r["average"] + gain) for r, gain in zip(second, gains)]
+    (row,) = difference_table([first[2], first[0], first[1], result("dmc-ot", 9)], second).splitlines()[2:]
+    low, high = ttest_1samp([100 * gain for gain in gains], 0).confidence_interval(0.95)
+    assert f"| dmc-ot - dmc | {1.5:+.2f} [{low:+.2f}, {high:+.2f}] |" in row
+    assert row.endswith("| 1, 2, 3 |")
+
+
+def test_a_difference_over_one_seed_or_two_streams_is_refused():
+    with pytest.raises(ResultError, match="1 seeds are in both"):
+        difference_table([result(), result(seed=2)], [result()])
+    with pytest.raises(ResultError, match="differ in split"):
+        difference_table([result()], [result(split="other")])
+
+
 def test_a_missing_figure_is_a_dash():
     assert "| - |" in markdown_table([result(forgetting=None)])
 
@@ -68,9 +86,9 @@ def test_results_are_found_at_any_depth_and_damage_is_named(tmp_path):
 
 def test_a_block_is_replaced_and_only_that():
     text = "a\n<!-- cairn table x -->\nold\n<!-- end -->\n<!-- cairn table y -->\nkeep\n<!-- end -->\n"
-    assert replaced_block(text, "x", "| new \\1 |") == text.replace("old", "| new \\1 |")
+    assert replaced_block(text, "table x", "| new \\1 |") == text.replace("old", "| new \\1 |")
     with pytest.raises(ResultError, match="no block"):
-        replaced_block(text, "z", "")
+        replaced_block(text, "table z", "")
 
 
 def test_figures_for_people():

@@ -51,6 +51,8 @@ def drift_figure(report: dict[str, Any], path: Path) -> None:
     ):
         for name in _estimators(report):
             rows = [row for row in report["rows"] if row["estimator"] == name]
+            if not any(row[key] for row in rows):
+                continue  # the truth has no error to draw
             tasks = sorted({row["task"] for row in rows})
             totals = [sum(row[key] for row in rows if row["task"] == task) / len(report["seeds"]) for task in tasks]
             style = {"color": "black", "linestyle": "--"} if name == "none" else {}

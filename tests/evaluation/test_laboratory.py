@@ -21,7 +21,7 @@ def report(features):
 
 
 def test_it_measures_every_estimator_task_and_old_class(report):
-    assert {row["estimator"] for row in report["rows"]} == {"none", "mean", "paired"}
+    assert {row["estimator"] for row in report["rows"]} == {"none", "mean", "paired", "truth"}
     for seed in (1, 2):
         counts = [r for r in report["rows"] if r["seed"] == seed and r["estimator"] == "paired"]
         assert len(counts) == 2 + 4  # two old classes after task 1, four after task 2
@@ -34,6 +34,7 @@ def test_errors_are_relative_to_doing_nothing_and_means_are_not_covariances(repo
         assert by["none", seed]["mean_error"] == by["none", seed]["covariance_error"] == 1
         assert by["mean", seed]["covariance_error"] == pytest.approx(1, abs=1e-9)
         assert by["paired", seed]["mean_error"] < 0.8
+        assert by["truth", seed]["mean_error"] == by["truth", seed]["covariance_error"] == 0
         assert 0 <= by["paired", seed]["last"] <= 1
 
 
@@ -50,7 +51,7 @@ def test_ratios_are_of_sums():
 
 def test_the_table_and_the_figure(report, tmp_path):
     table = drift_table([report])
-    assert len(table.splitlines()) == 5
+    assert len(table.splitlines()) == 6
     assert "| made | paired | " in table
     drift_figure(report, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").read_bytes()[:4] == b"\x89PNG"

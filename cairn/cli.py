@@ -19,6 +19,8 @@ app = typer.Typer(
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
+Into = Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn COMMAND NAME' is replaced")]
+Block = Annotated[str, typer.Option(help="name of the block")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
 
 
@@ -357,8 +359,8 @@ def explain_image(
 @app.command()
 def table(
     folders: Annotated[list[Path], typer.Argument(help="folders that hold results, at any depth")],
-    into: Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn table NAME' is replaced")] = None,
-    name: Annotated[str, typer.Option(help="name of the block")] = "results",
+    into: Into = None,
+    name: Block = "results",
 ) -> None:
     """Results as a Markdown table, mean and standard deviation over seeds, on standard output or into a file."""
     from cairn.reports.tables import markdown_table, results_below
@@ -370,8 +372,8 @@ def table(
 def compare(
     first: Annotated[Path, typer.Argument(help="folder that holds the results of one method, several seeds")],
     second: Annotated[Path, typer.Argument(help="the same of another, on the same stream")],
-    into: Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn compare NAME' is replaced")] = None,
-    name: Annotated[str, typer.Option(help="name of the block")] = "results",
+    into: Into = None,
+    name: Block = "results",
 ) -> None:
     """What one method gains over another, paired by seed, with a 95 % confidence interval."""
     from cairn.reports.tables import difference_table, results_below

@@ -56,8 +56,8 @@ def test_what_cannot_be_compared_is_refused(changes, what):
 
 def test_a_difference_is_paired_by_seed_with_the_interval_of_student():
     gains = [0.010, 0.013, 0.022]
-    second = [result("dmc", seed, average) for seed, average in zip((1, 2, 3), (0.5, 0.8, 0.3))]
-    first = [result("dmc-ot", r["seed"], r["average"] + gain) for r, gain in zip(second, gains)]
+    second = [result("dmc", seed, average) for seed, average in zip((1, 2, 3), (0.5, 0.8, 0.3), strict=True)]
+    first = [result("dmc-ot", r["seed"], r["average"] + gain) for r, gain in zip(second, gains, strict=True)]
     (row,) = difference_table([first[2], first[0], first[1], result("dmc-ot", 9)], second).splitlines()[2:]
     low, high = ttest_1samp([100 * gain for gain in gains], 0).confidence_interval(0.95)
     assert f"| dmc-ot - dmc | {1.5:+.2f} [{low:+.2f}, {high:+.2f}] |" in row

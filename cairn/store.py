@@ -158,7 +158,8 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
     entry = method_named(result.method)
     method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
     try:
-        method.load_state_dict(load_file(file))
+        # Cloned into aligned memory: a product's last bits depend on where a tensor begins
+        method.load_state_dict({key: value.clone() for key, value in load_file(file).items()})
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ResultError(f"'{file}': cannot be read: {str(error).splitlines()[0]}; run again") from None
     return result, method

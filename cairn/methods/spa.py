@@ -5,16 +5,17 @@ public. [P] marks what it says: semantic-guided selection of patches, optimal tr
 tokens, task-specific projectors, Gaussian pseudo-features for old classes. What is marked [K] (nearest published
 practice) or [I] (ours) is a setting with a documented default; docs/deviations.md lists them all.
 
-Both towers stay frozen, so the local score of an image and a class is a number that never changes: it is computed when
-the image passes the tower, once, and training sees embeddings and numbers alone.
+Both towers stay frozen, so which patches of an image count never changes: it is computed when the image passes the tower,
+once, and training sees embeddings alone. What the patches that count look like is one vector, the local feature; a class
+has a Gaussian over the image's embedding and its local feature together, so that old classes are replayed in both.
 
-Letters: z unit embedding of the image, p_i its unit patches; t_c unit text of class c, d_cl its description tokens;
-g, h projectors; S_c local score; s scale. Every class has a Gaussian in z.
+Letters: z unit embedding of the image, p_i its unit patches, v its unit local feature; t_c unit text of class c, d_cl its
+description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v and d; S_c local score; s scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from cairn.data.descriptions import read_descriptions, written_by
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import ConfigError, DataError
-from cairn.maths.alignment import aligned, local_scores, padded_tokens
+from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
@@ -46,22 +47,29 @@ from cairn.types import Features, Pixels, Scores
 
 
 class Local(BaseModel):
-    """The patch branch: which patches and tokens meet, and how."""
+    """The patch branch: which patches and tokens meet, and what becomes of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weight: float = Field(0.5, ge=0, description="lambda, weight of the local score; 0: no patches [I]")
+    weight: float = Field(1.0, ge=0, description="lambda, weight of the local score; 0: no patches [I]")
+    score: Literal["feature", "plan"] = Field(
+        "feature",
+        description="S_c: cos(g'(v), h'(d_c)), trained and replayed, or the plan's own sum P cos, as it is [I]",
+    )
     attention: Attention = Field("value", description="in the last block, for patches: native or value [K]")
     tokens: Literal["sentences", "words"] = Field(
         "sentences", description="one token per sentence, or one per word of it [I]"
     )
-    patches: int | None = Field(16, ge=2, description="K, patches chosen per class; null: all, no selection [I]")
+    patches: int | None = Field(24, ge=2, description="K, patches chosen per class; null: all, no selection [I]")
     guide: Literal["max", "mean"] = Field("max", description="a patch's score over the description tokens [I]")
-    transport: bool = Field(True, description="false: mean of maxima in place of the transport plan [P: true]")
+    transport: bool = Field(True, description="false: every patch to its best token, in place of the plan [P: true]")
     eps: float = Field(0.1, gt=0, description="entropy of the plan; the cost is 1 - cos [I]")
     iterations: int = Field(100, ge=1, description="Sinkhorn sweeps [I]")
     best: int | None = Field(
-        None, ge=1, description="m, classes per image that get a local score, by the class token; null: all [I]"
+        5, ge=1, description="m, classes per image whose descriptions look at it, by the class token; null: all [I]"
+    )
+    training_guide: Literal["image", "label"] = Field(
+        "image", description="who names those classes in training: the image, as in testing, or its label [I]"
     )
 
 
@@ -78,10 +86,14 @@ class Config(BaseModel):
         Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
     )
     shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
-    replay: int = Field(4, ge=0, description="pseudo-features per old class and batch; 0: no replay [K: AREA]")
+    replay: int | None = Field(
+        None,
+        ge=0,
+        description="pseudo-features per old class and batch; null: as many as of a new one; 0: none [K: AREA, 4]",
+    )
     schedule: Schedule = Field(
-        Schedule(epochs=10, batch=64, lr=0.05, optimizer="sgd"),
-        description="training of the projectors; epochs=0: none [K: ENGINE, AREA]",
+        Schedule(epochs=20, batch=64, lr=0.05, optimizer="sgd"),
+        description="training of the projectors; epochs=0: none [K: ENGINE, AREA, 10 epochs]",
     )
 
     _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
@@ -118,10 +130,14 @@ class SPA:
         if config.local.weight and not towers.has_images:
             raise ConfigError("local.weight: a features file has no patches; set local.weight=0")
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.visual, self.textual = (Projector(towers.dim).to(_device(towers)) for _ in range(2))
+        # Whether rows are [z ; v]; otherwise they are z alone.
+        self.two = config.local.weight > 0 and config.local.score == "feature"
+        names = ("visual", "textual", "local_visual", "local_textual")[: 4 if self.two else 2]
+        self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(_device(towers))
         self.anchors = torch.zeros(0, towers.dim)
         self.sentences: list[tuple[str, ...]] = []
-        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        width = towers.dim * (2 if self.two else 1)
+        self.memory = GaussianMemory(width, covariance=config.covariance, shrinkage=config.shrinkage)
         self._tokens: list[Tensor] = []
         self._padded = torch.zeros(0, 1, towers.dim), torch.zeros(0, 1)
 
@@ -130,31 +146,33 @@ class SPA:
         return self.memory.bytes
 
     def learn(self, task: Task) -> None:
+        config, s = self.config, self.towers.logit_scale
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
-        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=self.config.schedule.batch)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        if self.config.local.weight:
+        if config.local.weight:
             self._describe(self._said(task, log))
 
-        # One pass of the frozen tower: the embedding and, class by class, the local score. Patches are not kept.
-        z, S, y = self._encoded(loader)
+        # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
+        x, S, y = self._encoded(loader)
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
         old = self.memory
-        self.visual.grow()
-        self.textual.grow()
-        s, T = self.towers.logit_scale, self.anchors.to(z.device)
+        for projector in self.projectors.values():
+            projector.grow()
 
         def loss(rows: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-            x, local = rows
-            scores = s * (self.visual(x) @ self.textual(T).T + self.config.local.weight * local)
-            return cross_entropy(scores, labels.to(scores.device))
+            x, S = rows
+            return cross_entropy(s * (self._cosines(x) + config.local.weight * S), labels.to(x.device))
 
-        batches = _Batches(z, S, y, old, self.config.schedule.batch, self.config.replay)
-        fit(loss, [self.visual.current, self.textual.current], batches, self.config.schedule, seeds, log.at(stage=1))
+        share = max(1, config.schedule.batch // len(task.classes))
+        replay = share if config.replay is None else config.replay
+        batches = _Batches(x, S, y, old, config.schedule.batch, replay, self._unit)
+        current = [projector.current for projector in self.projectors.values()]
+        fit(loss, current, batches, config.schedule, seeds, log.at(stage=1))
 
         # Statistics of the new classes; the encoder never moves, so they never need calibration [P].
-        self.memory = old.add(z.cpu(), y.cpu())
+        self.memory = old.add(x.cpu(), y.cpu())
 
     def embed(self, pixels: Pixels) -> Features:
         """The image's embedding and behind it, in the same row, its unit patches one after the other."""
@@ -165,10 +183,23 @@ class SPA:
 
     @torch.no_grad()
     def scores(self, features: Features) -> Scores:
-        d, s = self.towers.dim, self.towers.logit_scale
-        features = features.to(self.visual.finished.device)
-        T = self.textual(self.anchors.to(features.device))
-        return s * (self.visual(unit(features[:, :d])) @ T.T + self.config.local.weight * self._local(features, T))
+        features = features.to(_device(self.towers))
+        x, S = self._seen(features, None)
+        return self.towers.logit_scale * (self._cosines(x) + self.config.local.weight * S)
+
+    def _cosines(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n k"]:
+        """cos(g(z), h(t_c)), and where rows are [z ; v] also lambda cos(g'(v), h'(d_c))."""
+        d, project = self.towers.dim, self.projectors
+        scores = project["visual"](x[:, :d]) @ project["textual"](self.anchors.to(x.device)).T
+        if not self.two:
+            return scores
+        D, b = self._padded
+        said = unit((D * b[..., None]).sum(1))
+        return scores + self.config.local.weight * project["local_visual"](x[:, d:]) @ project["local_textual"](said).T
+
+    def _unit(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """Draws, back on the sphere: z and v apart."""
+        return unit(x.view(-1, self.towers.dim)).view(x.shape)
 
     # the patch branch
 
@@ -177,8 +208,8 @@ class SPA:
         """Why one image (1 x 3 x h x w) looks like each of its `best` classes, the likeliest first.
 
         Per class: `class` (arrival number), `score`, `global` (cosine of the class token), `local` (S), and `patches`:
-        the number of each chosen patch (row by row from the top left), its share of all transported likeness
-        sum_l P_li cos_li / S, and the sentence that most of it was transported to.
+        the number of each chosen patch (row by row from the top left), its share of all transported likeness (sums to
+        1), and the sentence that most of it was transported to.
 
         Raises ConfigError without patches, ValueError for more than one image.
         """
@@ -187,26 +218,26 @@ class SPA:
         if len(pixels) != 1:
             raise ValueError(f"{len(pixels)} images: one at a time")
         features = self.embed(pixels)
-        d, how = self.towers.dim, self._how()
-        T = self.textual(self.anchors.to(features.device))
-        z, p = self.visual(unit(features[:, :d])) @ T.T, features[0, d:].view(-1, d)
-        scores = self.scores(features)[0]
+        d, s, how = self.towers.dim, self.towers.logit_scale, self._how()
+        p, scores = features[0, d:].view(-1, d), self.scores(features)[0]
+        z = unit(features[:, :d])
+        cls = (self.projectors["visual"](z) @ self.projectors["textual"](self.anchors.to(z.device)).T)[0]
+        local = (scores / s - cls) / self.config.local.weight
         found = []
         for c in scores.topk(min(best, len(scores))).indices.tolist():
             tokens = self._tokens[c]
             weights = tokens.new_full((1, 1, len(tokens)), 1 / len(tokens))
             cos = (tokens @ p.T)[None, None]
             alignment = aligned(cos, weights, **how)
-            chosen, P = alignment.chosen[0, 0], alignment.plan[0, 0]
-            gain = (P * cos[0, 0][:, chosen]).sum(0) / alignment.score[0, 0]
-            to = P.argmax(0).tolist()
+            chosen, share = alignment.chosen[0, 0], alignment.share[0, 0]
+            to = alignment.plan[0, 0].argmax(0).tolist()
             patches = [
                 {"patch": patch, "share": share, "sentence": self._sentence(c, token)}
-                for patch, share, token in zip(chosen.tolist(), gain.tolist(), to, strict=True)
+                for patch, share, token in zip(chosen.tolist(), share.tolist(), to, strict=True)
             ]
             found.append(
-                {"class": c, "score": scores[c].item(), "global": z[0, c].item(),
-                 "local": alignment.score[0, 0].item(), "patches": patches}
+                {"class": c, "score": scores[c].item(), "global": cls[c].item(), "local": local[c].item(),
+                 "patches": patches}
             )  # fmt: skip
         return found
 
@@ -248,42 +279,47 @@ class SPA:
         self.sentences += sentences
         self._padded = padded_tokens(self._tokens)
 
-    def _local(self, features: Features, T: Float[Tensor, "k d"]) -> Scores:
-        """S of every image and class; zero without patches."""
-        d, choice = self.towers.dim, self.config.local
+    def _seen(self, features: Features, labels: Tensor | None) -> tuple[Float[Tensor, "n w"], Scores]:
+        """What scoring and training need of embedded images: rows z or [z ; v], and the plan's scores, if those count.
+
+        The classes that look at an image are its m best by cos(z, t_c), weighted by their softmax; with `labels`, in
+        training, its own class alone. Nothing of this depends on a projector.
+        """
+        d, choice, s = self.towers.dim, self.config.local, self.towers.logit_scale
+        z, T = unit(features[:, :d]), self.anchors.to(features.device)
+        nothing = z.new_zeros(len(z), len(T))
         if not choice.weight:
-            return features.new_zeros(len(features), len(T))
-        z, p = features[:, :d], features[:, d:].unflatten(1, (-1, d))
-        candidates = None
-        if choice.best is not None and choice.best < len(T):
-            candidates = (self.visual(unit(z)) @ T.T).topk(choice.best, dim=1).indices
-        return local_scores(p, *self._padded, candidates, **self._how())
+            return z, nothing
+        p, cls = features[:, d:].unflatten(1, (-1, d)), s * z @ T.T
+        likely, candidates = cls.topk(min(choice.best or len(T), len(T)), dim=1)
+        if self.two:
+            prior = torch.softmax(likely, 1)
+            if labels is not None and choice.training_guide == "label":
+                candidates, prior = labels.to(z.device)[:, None], prior.new_ones(len(z), 1)
+            return torch.cat([z, local_features(p, *self._padded, candidates, prior, **self._how())], 1), nothing
+        some = candidates if candidates.shape[1] < len(T) else None
+        return z, local_scores(p, *self._padded, some, **self._how())
 
     @torch.no_grad()
     def _encoded(self, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit embeddings, local scores against the classes so far, and labels of the task's images."""
-        rows, T = [], self.textual(self.anchors.to(_device(self.towers)))
-        for pixels, labels in loader:
-            features = self.embed(pixels)
-            rows.append((unit(features[:, : self.towers.dim]), self._local(features, T), labels))
-        z, S, y = (torch.cat(column) for column in zip(*rows, strict=True))
-        return z, S, y.to(z.device)
+        """Rows, the plan's scores and labels of the task's images."""
+        batches = [(*self._seen(self.embed(pixels), labels), labels) for pixels, labels in loader]
+        x, S, y = (torch.cat(column) for column in zip(*batches, strict=True))
+        return x, S, y.to(x.device)
 
     # on disk
 
     def state_dict(self) -> State:
-        projectors = {"visual": self.visual.state_dict(), "textual": self.textual.state_dict()}
         sizes = torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int64)
         tokens = torch.cat(self._tokens).cpu() if self._tokens else torch.zeros(0, self.towers.dim)
         said = words([sentence for own in self.sentences for sentence in own])
         counts = torch.tensor([len(own) for own in self.sentences], dtype=torch.int64)
         held = {"anchors": self.anchors, "tokens": tokens, "sizes": sizes, "sentences": said, "counts": counts}
-        return held | flattened({**projectors, "memory": self.memory.state_dict()})
+        return held | flattened({"projectors": self.projectors.state_dict(), "memory": self.memory.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
-        self.visual.load_state_dict(part(state, "visual"))
-        self.textual.load_state_dict(part(state, "textual"))
+        self.projectors.load_state_dict(part(state, "projectors"))
         self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
         self._tokens = list(state["tokens"].to(_device(self.towers)).split(state["sizes"].tolist()))
         if self._tokens:
@@ -293,22 +329,26 @@ class SPA:
 
 
 class _Batches:
-    """Real rows with their local scores; pseudo-features of old classes, which have no patches, with local scores 0."""
+    """Real rows with the plan's scores, and pseudo-features of old classes, which have no patches: scores 0."""
 
-    def __init__(self, z: Tensor, S: Tensor, y: Tensor, old: GaussianMemory, batch: int, per_class: int):
-        self.z, self.S, self.y, self.old, self.batch, self.per_class = z, S, y, old, batch, per_class
+    def __init__(
+        self, x: Tensor, S: Tensor, y: Tensor, old: GaussianMemory, batch: int, per_class: int,
+        on_sphere: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self.x, self.S, self.y, self.old = x, S, y, old
+        self.batch, self.per_class, self.on_sphere = batch, per_class, on_sphere
 
     def __len__(self) -> int:
-        return -(-len(self.z) // self.batch)
+        return -(-len(self.x) // self.batch)
 
     def epoch(self, rng: torch.Generator) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        for rows in torch.randperm(len(self.z), generator=rng).split(self.batch):
-            x, local, y = self.z[rows], self.S[rows], self.y[rows]
+        for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
+            x, S, y = self.x[rows], self.S[rows], self.y[rows]
             if self.per_class and self.old.classes:
                 drawn, names = self.old.draw(self.per_class, rng)
-                x, y = torch.cat([x, unit(drawn).to(x.device)]), torch.cat([y, names.to(y.device)])
-                local = torch.cat([local, local.new_zeros(len(names), local.shape[1])])
-            yield (x, local), y
+                x, y = torch.cat([x, self.on_sphere(drawn).to(x.device)]), torch.cat([y, names.to(y.device)])
+                S = torch.cat([S, S.new_zeros(len(names), S.shape[1])])
+            yield (x, S), y
 
 
 def _device(towers: Towers) -> torch.device:

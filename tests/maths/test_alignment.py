@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from cairn.maths.alignment import aligned, local_scores, padded_tokens
+from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
 
 
 def rng(seed: int) -> torch.Generator:
@@ -113,6 +113,32 @@ def test_the_plan_is_a_constant_and_the_score_is_not():
 def test_no_temperature_gives_nan(eps):
     x, D = world()
     assert torch.isfinite(local_scores(x, D, uniform(D), patches=9, eps=eps)).all()
+
+
+def test_shares_are_the_transported_likeness_and_sum_to_one():
+    x, D = world()
+    cos = torch.einsum("npd,kld->nklp", x, D)
+    found = aligned(cos, uniform(D).expand(3, -1, -1), patches=6)
+    kept = cos.gather(-1, found.chosen[:, :, None].expand(-1, -1, 5, -1))
+    likeness = (found.plan * kept.clamp_min(0)).sum(-2)
+    torch.testing.assert_close(found.share, likeness / likeness.sum(-1, keepdim=True))
+    nothing = aligned(-cos.abs(), uniform(D).expand(3, -1, -1), patches=6)
+    torch.testing.assert_close(nothing.share, torch.full((3, 4, 6), 1 / 6))
+
+
+@pytest.mark.parametrize("values", [1, 400, 2**20])
+def test_local_features_are_the_weighted_patches_image_by_image(values):
+    x, D = world(n=5, k=9)
+    b = uniform(D)
+    picked = torch.stack([torch.randperm(9, generator=rng(i))[:3] for i in range(5)])
+    prior = torch.softmax(torch.randn(5, 3, generator=rng(9)), 1)
+    found = local_features(x, D, b, picked, prior, values=values, patches=6)
+    for i, rows in enumerate(x):
+        total = torch.zeros(rows.shape[1])
+        for c, weight in zip(picked[i].tolist(), prior[i], strict=True):
+            one = aligned((D[c] @ rows.T)[None, None], b[c][None, None], patches=6)
+            total += weight * one.share[0, 0] @ rows[one.chosen[0, 0]]
+        torch.testing.assert_close(found[i], normalize(total, dim=0), atol=1e-5, rtol=1e-4)
 
 
 def test_a_class_without_tokens_is_refused():

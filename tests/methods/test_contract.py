@@ -21,7 +21,7 @@ from cairn.training.log import Log
 QUICK = {
     "stage1.schedule.epochs": "1", "stage1.schedule.batch": "8", "stage1.schedule.lr": "1e-3",
     "stage2.schedule.epochs": "2", "stage2.schedule.batch": "8", "stage2.text.shared": "4",
-    "schedule.epochs": "2", "schedule.batch": "8",
+    "schedule.epochs": "2", "schedule.batch": "4",
 }  # fmt: skip
 CASES = [(name, form) for name in METHODS for form in ("images", "embeddings")]
 

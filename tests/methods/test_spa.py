@@ -9,7 +9,7 @@ import torch
 
 from cairn.data.loading import Loader
 from cairn.errors import ConfigError, DataError
-from cairn.maths.alignment import local_scores
+from cairn.maths.alignment import aligned, local_scores
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
@@ -37,17 +37,43 @@ def pixels_of(stream, towers, task=0):
     return next(iter(Loader(stream.tests[task], towers.prepare, towers.pixels)))[0]
 
 
-def test_it_starts_at_zero_shot_plus_the_local_score(towers, small_stream):
-    method = learned(towers, small_stream, "schedule.epochs=0")
-    pixels = pixels_of(small_stream, towers)
+def starting_point(towers, stream, *assignments):
+    """A method without training, its scores of some images, and what they are made of, by hand."""
+    method = learned(towers, stream, "schedule.epochs=0", *assignments)
+    pixels = pixels_of(stream, towers)
     z, p = towers.image_and_patches(pixels, "value")
-    found = method.scores(method.embed(pixels))
-    cls = unit(z) @ method.anchors.T
+    z, p = unit(z), unit(p.flatten(0, 1)).view_as(p)
     said = torch.stack([unit(towers.text(sentences)) for sentences in method.sentences])
-    local = local_scores(unit(p.flatten(0, 1)).view_as(p), said, torch.full(said.shape[:2], 1 / 6), patches=16)
+    return method, method.scores(method.embed(pixels)), z, p, said, z @ method.anchors.T
+
+
+def test_it_starts_at_zero_shot_plus_the_likeness_of_the_local_feature(towers, small_stream):
+    method, found, _, p, said, cls = starting_point(towers, small_stream, "local.best=3", "local.patches=16")
+    s, v = towers.logit_scale, torch.zeros(len(p), p.shape[2])
+    likely = cls.topk(3, dim=1)
+    for i, rows in enumerate(p):
+        for c, share in zip(likely.indices[i].tolist(), torch.softmax(s * likely.values[i], 0), strict=True):
+            alignment = aligned((said[c] @ rows.T)[None, None], torch.full((1, 1, 6), 1 / 6), patches=16)
+            v[i] += share * alignment.share[0, 0] @ rows[alignment.chosen[0, 0]]
+    expected = s * (cls + unit(v) @ unit(said.mean(1)).T)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    assert method.memory.dim == 2 * towers.dim
+
+
+def test_the_plans_own_score_is_added_as_it_is(towers, small_stream):
+    changes = ("local.score=plan", "local.best=null", "local.weight=0.5", "local.patches=16")
+    method, found, _, p, said, cls = starting_point(towers, small_stream, *changes)
+    local = local_scores(p, said, torch.full(said.shape[:2], 1 / 6), patches=16)
     torch.testing.assert_close(found, towers.logit_scale * (cls + 0.5 * local), atol=1e-4, rtol=1e-4)
-    assert local.abs().max() <= 1
     assert local.std() > 1e-3
+    assert method.memory.dim == towers.dim
+
+
+def test_old_classes_are_drawn_in_both_branches_on_the_sphere(towers, small_stream):
+    method = learned(towers, small_stream)
+    drawn = method._unit(method.memory.draw(5, torch.Generator().manual_seed(0))[0])
+    for half in drawn.split(towers.dim, dim=1):
+        torch.testing.assert_close(half.norm(dim=1), torch.ones(len(drawn)))
 
 
 def test_every_training_image_passes_the_tower_once(towers, small_stream):
@@ -74,8 +100,9 @@ def test_finished_projectors_stand_still_and_are_one_matrix():
     "switch",
     [
         "local.weight=0", "local.patches=null", "local.transport=false", "schedule.epochs=0", "replay=0",
-        "local.attention=native", "local.patches=4", "local.best=2", "local.eps=1", "local.weight=2",
-        "local.tokens=words", "local.guide=mean", "descriptions=template",
+        "local.attention=native", "local.patches=4", "local.best=1", "local.eps=1", "local.weight=2",
+        "local.tokens=words", "local.guide=mean", "descriptions=template", "local.score=plan",
+        "local.training_guide=label",
     ],
 )  # fmt: skip
 def test_every_switch_changes_the_scores_and_nothing_breaks(towers, small_stream, switch):

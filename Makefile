@@ -28,13 +28,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# The methods on the drawn world, three seeds each (five of the two that are compared), then the table in the README.
+# Every stored result that is missing, then the documents' tables.
 results: install
-	for method in zero-shot simplecil finetune joint dmc dmc-ot; do \
-		case $$method in dmc*) seeds=1,2,3,4,5;; *) seeds=1,2,3;; esac; \
-		$(BIN)/cairn run $$method --data shapes --seeds $$seeds --out results/shapes/$$method || exit 1; \
-	done
-	$(BIN)/cairn table results/shapes --into README.md --name shapes
+	$(BIN)/python scripts/results.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

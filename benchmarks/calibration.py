@@ -97,9 +97,9 @@ def main() -> None:
     )
 
     began = time.perf_counter()
-    Z0, Z1, y = method.move(task)
+    motion, Z1, y = method.move(task)
     moved = time.perf_counter()
-    method.settle(task, Z0, Z1, y)
+    method.settle(task, motion, Z1, y)
     stages = {"stage 1 and statistics": moved - began, "stage 2": time.perf_counter() - moved}
     whole = sum(stages.values())
 
@@ -109,7 +109,7 @@ def main() -> None:
         learner.memory = memory
         forget_peak()
         before, mark = resident("VmRSS"), time.perf_counter()
-        calibrated = learner.calibrated(Z0, Z1, y, Log())
+        calibrated = learner.calibrated(motion, Log())
         seconds, grown = time.perf_counter() - mark, resident("VmHWM") - before
         rows.append(
             {"estimator": name, "seconds": seconds, "share": seconds / (whole + seconds), "extra_bytes": grown,

@@ -1,6 +1,7 @@
 """Every stored result and the call that makes it; what is there already is left as it is.
 
-    python scripts/results.py [--only PART] [--jobs 2] [--list]
+    python scripts/results.py [--only STREAM[/FOLDER]] [--jobs 2] [--list]
+    python scripts/results.py --tables      # only write the documents' tables anew from what is stored
 
 Sets other than the drawn world are looked for under `data/` (a link will do): `cifar100` (photographs in folders),
 `mini-clip` (a small CLIP in the transformers layout), `clip-vit-b32-features/*.safetensors`. Those that are missing are
@@ -48,8 +49,36 @@ SPA_SWITCHES = {
 DESCRIBED = ["descriptions=examples/cifar100-descriptions.json"]
 """The photographs bring no descriptions of their own."""
 
+VALIDATED = [*PHOTOGRAPHS, "--order", "seed:1993", "--validation", "0.2"]
+RESIDUAL, MOVING = "stage2.text=residual", "stage1.schedule.lr=1e-3"
+FEWER = ["--estimators", "bures,paired,local"]
+DRIFT = {
+    "shapes-dev": (["--data", "shapes:dev"], [RESIDUAL]),
+    "shapes-dev-probes": (["--data", "shapes:dev", *FEWER], [RESIDUAL, "probes=1"]),
+    "cifar100": (VALIDATED, [RESIDUAL]),
+    "cifar100-moving": (VALIDATED, [RESIDUAL, MOVING]),
+    "cifar100-probes": ([*VALIDATED, *FEWER], [RESIDUAL, "probes=1"]),
+    "caltech51": (STREAMS["caltech51"], []),
+    "ucf101": (STREAMS["ucf101"], []),
+}
+"""Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
+
+TABLES = {
+    "README.md": ["shapes"],
+    "docs/measured.md": ["caltech51", "ucf101", "cifar100", "cifar100-50"],
+    "docs/spa.md": ["spa-shapes", "spa-cifar100"],
+    "docs/drift.md": [f"drift/{name}" for name in DRIFT],
+}
+COMPARISONS = {
+    "docs/measured.md": [
+        "shapes/dmc-ot:shapes/dmc", "cifar100/dmc-ot-moving:cifar100/dmc-moving",
+        "cifar100/dmc-ot-residual:cifar100/dmc-frozen",
+    ],
+    "docs/spa.md": ["spa-shapes/spa:spa-shapes/no-patches", "spa-cifar100/spa:spa-cifar100/no-patches"],
+}  # fmt: skip
+
 Job = tuple[str, str, str, list[str], str]
-"""Stream, folder, method, settings, seeds."""
+"""Stream, folder, method (or `drift`, the laboratory), settings, seeds."""
 
 
 def jobs() -> list[Job]:
@@ -61,12 +90,11 @@ def jobs() -> list[Job]:
                 continue
             found.append((stream, method, method, said, FIVE if stream == "shapes" and "dmc" in method else THREE))
     found.append(("ucf101", "simplecil", "simplecil", [], "1"))
-    moving, residual = "stage1.schedule.lr=1e-3", "stage2.text=residual"
     found += [
-        ("cifar100", "dmc-moving", "dmc", [moving], THREE),
+        ("cifar100", "dmc-moving", "dmc", [MOVING], THREE),
         ("cifar100", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
-        ("cifar100", "dmc-ot-residual", "dmc-ot", [residual], THREE),
-        ("cifar100", "dmc-ot-moving", "dmc-ot", [residual, moving], THREE),
+        ("cifar100", "dmc-ot-residual", "dmc-ot", [RESIDUAL], THREE),
+        ("cifar100", "dmc-ot-moving", "dmc-ot", [RESIDUAL, MOVING], THREE),
     ]
     for name, switches in SPA_SWITCHES.items():
         found.append(("spa-shapes", name, "spa", switches, THREE))
@@ -74,29 +102,66 @@ def jobs() -> list[Job]:
             found.append(("spa-cifar100", name, "spa", [*DESCRIBED, *switches], THREE))
         else:
             found.append(("spa-cifar100", name, "spa", switches, THREE))
+    found += [("drift", name, "drift", settings, THREE) for name, (_, settings) in DRIFT.items()]
     return found
+
+
+def where(job: Job) -> list[str]:
+    return DRIFT[job[1]][0] if job[2] == "drift" else STREAMS[job[0]]
 
 
 def command(job: Job) -> list[str]:
     stream, folder, method, settings, seeds = job
     flags = [part for setting in settings for part in ("--set", setting)]
     out = ["--out", f"results/{stream}/{folder}", "--seeds", seeds]
-    return ["cairn", "run", method, *STREAMS[stream], *flags, *out]
+    return ["cairn", *(["drift"] if method == "drift" else ["run", method]), *where(job), *flags, *out]
 
 
 def missing(job: Job) -> bool:
-    return any(part.startswith("data/") and not (ROOT / part).exists() for part in STREAMS[job[0]])
+    return any(part.startswith("data/") and not (ROOT / part).exists() for part in where(job))
+
+
+def done(job: Job) -> bool:
+    """Runs skip what is finished by themselves; the laboratory does not."""
+    return job[2] == "drift" and (ROOT / "results" / "drift" / job[1] / "drift.json").exists()
+
+
+def write_tables() -> None:
+    """Every block whose results are there."""
+
+    def stored(name: str) -> bool:
+        return all((ROOT / "results" / half).is_dir() for half in name.split(":"))
+
+    for page, names in TABLES.items():
+        for name in filter(stored, names):
+            cairn("table", f"results/{name}", "--into", page, "--name", name)
+    for page, names in COMPARISONS.items():
+        for name in filter(stored, names):
+            cairn("compare", *(f"results/{half}" for half in name.split(":")), "--into", page, "--name", name)
+    cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
+
+
+def cairn(*words: str) -> None:
+    subprocess.run([Path(sys.executable).with_name("cairn"), *words], cwd=ROOT, check=True)
+
+
+def cairn_script(name: str, *words: str) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / name, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def run(job: Job) -> int:
     words = command(job)
+    if done(job):
+        return 0
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(
+    ended = subprocess.run(
         [Path(sys.executable).with_name("cairn"), *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True
     )
-    last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    print(f"{'ok' if done.returncode == 0 else 'FAILED'}  {' '.join(words)}\n    {last[-1] if last else ''}", flush=True)
-    return done.returncode
+    last = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
+    print(
+        f"{'ok' if ended.returncode == 0 else 'FAILED'}  {' '.join(words)}\n    {last[-1] if last else ''}", flush=True
+    )
+    return ended.returncode
 
 
 def main() -> None:
@@ -104,7 +169,10 @@ def main() -> None:
     parser.add_argument("--only", help="stream, or stream/folder")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--list", action="store_true", help="print the calls alone")
+    parser.add_argument("--tables", action="store_true", help="write the documents' tables from what is stored")
     args = parser.parse_args()
+    if args.tables:
+        return write_tables()
     wanted = [job for job in jobs() if args.only in (None, job[0], f"{job[0]}/{job[1]}")]
     if not wanted:
         parser.error(f"--only {args.only}: no such stream or folder")
@@ -115,7 +183,11 @@ def main() -> None:
             print(f"skipped, no data: {' '.join(command(job))}")
     if not args.list:
         with ThreadPoolExecutor(args.jobs) as pool:
-            sys.exit(max(pool.map(run, [job for job in wanted if not missing(job)]), default=0))
+            failed = max(pool.map(run, [job for job in wanted if not missing(job)]), default=0)
+        if failed:
+            sys.exit(failed)
+        if args.only is None:
+            write_tables()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from jaxtyping import install_import_hook
 
 # The annotations of tensors are executed: a wrong shape fails where it happens.
 _hook = install_import_hook(
-    ["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prompts"], "beartype.beartype"
+    ["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prefix", "cairn.towers.prompts"],
+    "beartype.beartype",
 )
 
 import numpy as np

@@ -19,10 +19,9 @@ from cairn.evaluation.metrics import average_incremental, seen_accuracy
 from cairn.maths.bures import bures_parts
 from cairn.maths.drift import Drift
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.dmc_ot import DMCOT, Config
+from cairn.methods.dmc_ot import DMCOT, Config, Motion
 from cairn.towers.protocol import Towers
 from cairn.training.log import Log
-from cairn.types import Features, Labels
 
 Row = dict[str, Any]
 
@@ -35,7 +34,7 @@ class _Truthful(DMCOT):
 
     truth: GaussianMemory
 
-    def calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
+    def calibrated(self, motion: Motion, log: Log) -> GaussianMemory:
         return self.truth
 
 

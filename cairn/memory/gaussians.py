@@ -66,7 +66,7 @@ class GaussianMemory:
 
     def _set(self, dim: int, kind: Covariance, shrinkage: Shrinkage, stored: _Stored) -> None:
         self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
-        self._factors: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+        self._factors: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, ...]] = {}
 
     def _with(self, stored: _Stored) -> GaussianMemory:
         other = object.__new__(type(self))
@@ -315,19 +315,16 @@ class GaussianMemory:
             _write(stored.held[name], row, tensor, f"moved covariance of {whose}")
 
     def _factored(self, rows: list[int], device: torch.device) -> tuple[Tensor, ...]:
-        """Factors of these covariances, stacked; what is not kept from an earlier draw is computed together."""
-        kept = self._factors
-        missing = [row for row in dict.fromkeys(rows) if (row, device) not in kept]
-        fresh: dict[int, tuple[Tensor, ...]] = {}
-        if missing:
-            factors = self._kind.factors(*self._readable(missing), self._dim, self._shrinkage)
-            fresh = dict(
-                zip(missing, zip(*(tensor.to(device).unbind() for tensor in factors), strict=True), strict=True)
-            )
-            if (len(kept) + len(fresh)) * 4 * self._kind.factor_values(self._dim) <= CACHE_BYTES:
-                kept.update({(row, device): tensors for row, tensors in fresh.items()})
-        each = [fresh[row] if row in fresh else kept[row, device] for row in rows]
-        return tuple(torch.stack(tensors) for tensors in zip(*each, strict=True))
+        """Factors of these covariances, stacked: training asks for the same ones at every step, and stacks are large."""
+        key = (tuple(rows), device)
+        if key not in self._factors:
+            factors = self._kind.factors(*self._readable(rows), self._dim, self._shrinkage)
+            stacked = tuple(tensor.to(device) for tensor in factors)
+            held = sum(tensor.nbytes for tensors in self._factors.values() for tensor in tensors)
+            if held + sum(tensor.nbytes for tensor in stacked) > CACHE_BYTES:
+                return stacked
+            self._factors[key] = stacked
+        return self._factors[key]
 
     def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, "rows"]]:
         """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""

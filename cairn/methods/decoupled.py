@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cairn.data.loading import Loader, encoded
+from cairn.data.probes import Probes
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.towers.protocol import Towers
@@ -39,7 +40,7 @@ class Decoupled:
     def memory_bytes(self) -> int:
         return self.memory.bytes
 
-    def features(self, loader: Loader) -> tuple[Features, Labels]:
+    def features(self, loader: Loader | Probes) -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass."""
         with self.image.inference():
             z, y = encoded(loader, self.image)

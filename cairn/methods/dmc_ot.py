@@ -5,17 +5,21 @@ states optimal-transport guided calibration of the class statistics and task-spe
 calibration and the form of the prompts are not public and are ours [I] or from nearest practice [K]. `drift=bures` is the
 Gaussian optimal transport map, the nearest reading of the abstract; docs/drift.md says why the default is another one.
 
-Letters: f_old, f_new the encoder before and after stage 1; Z0, Z1 the task's unit features under each; N(mu_c, S_c) the
-Gaussian of class c; x -> A_c x + b_c the map that moves it.
+Letters: f_old, f_new the encoder before and after stage 1; Z0, Z1 unit features of the same images under each; N(mu_c,
+S_c) the Gaussian of class c; x -> A_c x + b_c the map that moves it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cairn.data.loading import Loader
+from cairn.data.probes import Probes
 from cairn.data.stream import Task
+from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
@@ -24,6 +28,7 @@ from cairn.methods.decoupled import Decoupled
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.prompts import Prompts
+from cairn.towers.protocol import Towers
 from cairn.training.log import Log
 from cairn.types import Features, Labels
 
@@ -46,6 +51,11 @@ class Config(BaseModel):
         LocalPairedMap(),
         description="how old Gaussians follow the encoder: none, mean, sdc, bures [P, as read], sinkhorn, paired or local",
     )
+    probes: int = Field(
+        0,
+        ge=0,
+        description="altered copies of the task's images that pass both encoders too, to see the motion elsewhere [I]",
+    )
     condition_limit: float = Field(
         1e4, gt=1, description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]"
     )
@@ -67,35 +77,59 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
 
+class Motion(NamedTuple):
+    """What stage 1 did to images: the same ones in the same order under both encoders, and their labels.
+
+    The task's own come first; behind them stand the probes, if any.
+    """
+
+    Z0: Features
+    Z1: Features
+    y: Labels
+
+
 class DMCOT(Decoupled):
     """argmax over the classes seen of s cos(f(x), t_c)."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        if config.probes and not towers.has_images:
+            raise ConfigError("probes: a features file has no images to alter; set probes=0")
+        super().__init__(towers, config, seed=seed, log=log)
 
     def learn(self, task: Task) -> None:
         self.settle(task, *self.move(task))
 
-    def move(self, task: Task) -> tuple[Features | None, Features, Labels]:
-        """Stage 1: vision moves, the template texts are its anchor [P]. The features before (None if nothing of old
-        classes depends on them), the features after, and the labels of the task's images."""
+    def move(self, task: Task) -> tuple[Motion | None, Features, Labels]:
+        """Stage 1: vision moves, the template texts are its anchor [P]. The motion seen (None if nothing of old classes
+        depends on it), and the features after and the labels of the task's images."""
         stage, seeds, log = self.config.stage1, self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
 
         # Z0 describes what the old Gaussians describe. Taken before f_old is gone, it needs no second encoder.
         moves = self.memory.classes > 0 and stage.tuning.kind != "none"
-        Z0 = self.features(loader)[0] if moves else None
+        probes = Probes(loader, self.config.probes, lambda copy: seeds.at(copy=copy).generator("probes"))
+        Z0 = torch.cat([self.features(loader)[0], self._probed(probes)]) if moves else None
 
         first = task.classes.start if stage.classes == "current" else 0
         T = self.anchors[first:].to(self.towers.device)
         s = self.towers.logit_scale
         align_vision(stage, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
-        return Z0, *self.features(loader)
+        Z1, y = self.features(loader)
+        if Z0 is None:
+            return None, Z1, y
+        return Motion(Z0, torch.cat([Z1, self._probed(probes)]), torch.cat([y, probes.labels])), Z1, y
 
-    def settle(self, task: Task, Z0: Features | None, Z1: Features, y: Labels) -> None:
+    def _probed(self, probes: Probes) -> Features:
+        """Unit features of the probes under the encoder as it stands."""
+        return self.features(probes)[0] if probes.copies else torch.zeros(0, self.towers.dim)
+
+    def settle(self, task: Task, motion: Motion | None, Z1: Features, y: Labels) -> None:
         """What follows stage 1: calibration, statistics, stage 2."""
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
-        old = self.memory if Z0 is None else self.calibrated(Z0, Z1, y, log)
+        old = self.memory if motion is None else self.calibrated(motion, log)
 
         # Statistics of the new classes under the new encoder.
         self.memory = old.add(Z1, y)
@@ -109,13 +143,13 @@ class DMCOT(Decoupled):
         )  # fmt: skip
         self.remember_texts()
 
-    def calibrated(self, Z0: Features, Z1: Features, y: Labels, log: Log) -> GaussianMemory:
+    def calibrated(self, motion: Motion, log: Log) -> GaussianMemory:
         """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""
         kind = self.config.drift.kind
         if kind == "none":
             return self.memory
-        shift = next(MeanShift().maps(Z0, Z1, y, self.memory))
-        maps = Guarded(self.config.drift.maps(Z0, Z1, y, self.memory), shift, self.config.condition_limit)
+        shift = next(MeanShift().maps(*motion, self.memory))
+        maps = Guarded(self.config.drift.maps(*motion, self.memory), shift, self.config.condition_limit)
         memory = self.memory.moved(maps)
         if maps.reason:
             log("warning", text=f"drift '{kind}': {maps.reason}; the mean shift is used instead")

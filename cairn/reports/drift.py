@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cairn.errors import ConfigError
 from cairn.evaluation.metrics import mean_and_deviation
+from cairn.reports.tables import stored_below
 
 COLUMNS = (
     ("mean_error", "mean error", 1, 3), ("covariance_error", "covariance error", 1, 3), ("bures_error", "Bures error", 1, 3),
@@ -17,6 +18,11 @@ COLUMNS = (
 
 def _estimators(report: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(entry["estimator"] for entry in report["relative"]))
+
+
+def drift_reports_below(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every drift.json at or below the folders, possibly none. Raises ResultError if one is not JSON."""
+    return stored_below(folders, "drift.json")
 
 
 def drift_table(reports: Sequence[dict[str, Any]]) -> str:

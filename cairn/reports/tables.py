@@ -14,18 +14,24 @@ from cairn.evaluation.metrics import mean_and_deviation
 Result = dict[str, Any]
 
 
-def results_below(folders: Iterable[Path]) -> list[Result]:
-    """Every result.json at or below the folders. Raises ResultError if there is none, or one is not JSON."""
+def stored_below(folders: Iterable[Path], name: str) -> list[dict[str, Any]]:
+    """Every JSON file of that name at or below the folders, possibly none. Raises ResultError if one is not JSON."""
     found = []
     for folder in folders:
-        for path in sorted(folder.rglob("result.json")):
+        for path in sorted(folder.rglob(name)):
             try:
                 found.append(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
                 raise ResultError(f"'{path}': not JSON: {error}") from None
-    if not found:
-        raise ResultError(f"'{' '.join(map(str, folders))}': no result.json there; run `cairn run` first")
     return found
+
+
+def results_below(folders: Iterable[Path]) -> list[Result]:
+    """Every result.json at or below the folders. Raises ResultError if there is none, or one is not JSON."""
+    folders = list(folders)
+    if found := stored_below(folders, "result.json"):
+        return found
+    raise ResultError(f"'{' '.join(map(str, folders))}': no result.json there; run `cairn run` first")
 
 
 def comparable(results: Sequence[Result]) -> list[str]:
@@ -50,6 +56,12 @@ def _cell(values: Sequence[float | None], factor: float = 100, digits: int = 2) 
     return f"{factor * mean:.{digits}f} ± {factor * deviation:.{digits}f}"
 
 
+def _label(result: Result) -> str:
+    """The method and what was changed of its settings."""
+    changed = ", ".join(result["run"]["settings"])
+    return f"{result['method']} ({changed})" if changed else result["method"]
+
+
 def markdown_table(results: Sequence[Result]) -> str:
     """One row per method and settings, in the order found: mean ± sample standard deviation over seeds, in percent.
 
@@ -61,10 +73,7 @@ def markdown_table(results: Sequence[Result]) -> str:
         )
     groups: dict[str, list[Result]] = {}
     for result in results:
-        label = result["method"]
-        if result["run"]["settings"]:
-            label += " (" + ", ".join(result["run"]["settings"]) + ")"
-        groups.setdefault(label, []).append(result)
+        groups.setdefault(_label(result), []).append(result)
     lines = [
         "| method | average % | last % | forgetting | keeps, kB | seconds | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -106,7 +115,7 @@ def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
         mean, deviation = mean_and_deviation([100 * (of_first[s][key] - of_second[s][key]) for s in seeds])
         half = t.ppf(0.975, len(seeds) - 1) * deviation / len(seeds) ** 0.5
         cells.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
-    names = f"{first[0]['method']} - {second[0]['method']}"
+    names = f"{_label(first[0])} - {_label(second[0])}"
     return "\n".join(
         [
             "| difference | average | last | forgetting | seeds |",

@@ -16,6 +16,7 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from cairn.errors import ConfigError, TowersError
 from cairn.towers.patches import Attention, embedded_tokens
+from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
 from cairn.types import Features, Pixels
 
@@ -166,12 +167,23 @@ class ClipTowers:
         """The positions that `picked` takes of the last block's output, through norm and projection."""
         tower = self._model.text_model
         self.passes["text_tokens"] += tokens.shape[0] * tokens.shape[1]
-        reduced = self.precision != "float32"
-        with torch.autocast(tokens.device.type, torch.bfloat16) if reduced else nullcontext():
+        with self._autocast():
             hidden = tokens + tower.embeddings.position_embedding.weight[: tokens.shape[1]]
             hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None, is_causal=True).last_hidden_state
             projected = self._model.text_projection(tower.final_layer_norm(picked(hidden)))
-        return projected.float()
+        return projected.to(tokens.dtype)
+
+    def encoded_tree(self, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k d"]:
+        """As `encoded`, for prompts that begin alike: each token of the tree is run once. Differentiable in `tokens`."""
+        tower = self._model.text_model
+        self.passes["text_tokens"] += len(tokens)
+        with self._autocast():
+            projected = self._model.text_projection(tower.final_layer_norm(last_hidden(tower, tokens, tree)))
+        return projected.to(tokens.dtype)
+
+    def _autocast(self):
+        reduced = self.precision != "float32"
+        return torch.autocast(self.device.type, torch.bfloat16) if reduced else nullcontext()
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:

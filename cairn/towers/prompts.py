@@ -8,41 +8,53 @@ Both grow with the classes, and both are called without arguments for the texts 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.errors import ConfigError
 from cairn.towers.clip import ClipTowers, spoken
+from cairn.towers.prefix import PromptTree, prompt_tree
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, spelled, words
 
 
-def prompt_embeddings(
-    towers: ClipTowers, contexts: Float[Tensor, "k M w"], names: Sequence[str]
-) -> Float[Tensor, "k d"]:
-    """Text embeddings (k x d, not normalised) of "[contexts[c]] names[c]." for every class c.
+def name_tokens(towers: ClipTowers, names: Sequence[str], context: int) -> list[list[int]]:
+    """Token ids of "name." and the end, for every name.
 
-    The sequence is start, the M context vectors, the tokens of "name.", end; everything after the end is cut. The
-    result is differentiable in `contexts`. Raises ConfigError naming the first class that does not fit the context.
+    Raises ConfigError naming the first class that does not fit the text tower behind `context` vectors.
     """
-    length = contexts.shape[1]
-    rows = [towers.tokens(spoken(name) + ".") for name in names]
+    rows = [[*towers.tokens(spoken(name) + "."), towers.eos] for name in names]
     for name, row in zip(names, rows, strict=True):
-        if (needed := 1 + length + len(row) + 1) > towers.context_length:
+        if (needed := 1 + context + len(row)) > towers.context_length:
             raise ConfigError(
-                f"class '{name}': {length} context vectors and the name need {needed} tokens, the text tower takes "
+                f"class '{name}': {context} context vectors and the name need {needed} tokens, the text tower takes "
                 f"{towers.context_length}; lower stage2.text.shared (or task, per_class) or shorten the name"
             )
-    longest = max(map(len, rows)) + 1
-    ids = torch.tensor([row + [towers.eos] * (longest - len(row)) for row in rows])
-    start = towers.token_embeddings(torch.tensor([[towers.bos]])).expand(len(rows), 1, -1)
+    return rows
+
+
+def prompt_embeddings(
+    towers: ClipTowers, contexts: Float[Tensor, "k M w"], names: Sequence[str], length: int = 0
+) -> Float[Tensor, "k d"]:
+    """Text embeddings (k x d, not normalised) of "[contexts[c]] names[c]." for every class c, each run whole.
+
+    The sequence is start, the M context vectors, the tokens of "name.", end; it is padded to the longest, or to `length`
+    tokens. Differentiable in `contexts`. `SoftPrompts` gives the same at less cost; this is what it is held against.
+    Raises ConfigError as `name_tokens`.
+    """
+    k, M, _ = contexts.shape
+    rows = name_tokens(towers, names, M)
+    behind = max(max(map(len, rows)), length - 1 - M)
+    ids = torch.tensor([row + [towers.eos] * (behind - len(row)) for row in rows])
+    start = towers.token_embeddings(torch.tensor([[towers.bos]])).expand(k, 1, -1)
     tokens = torch.cat([start, contexts, towers.token_embeddings(ids)], dim=1)
-    return towers.encoded(tokens, torch.tensor([1 + length + len(row) for row in rows]))
+    return towers.encoded(tokens, torch.tensor([M + len(row) for row in rows]))
 
 
 class _Choice(BaseModel):
@@ -160,7 +172,10 @@ class ResidualTexts(FixedTexts):
 
 
 class SoftPrompts(nn.Module):
-    """t_c = unit(p_c + residual r_c / s),  p_c = unit(text tower("[shared][block of c's task][block of c] name_c."))."""
+    """t_c = unit(p_c + residual r_c / s),  p_c = unit(text tower("[shared][block of c's task][block of c] name_c.")).
+
+    Blocks that prompts share run through the tower once (METHODS, section 7).
+    """
 
     def __init__(self, towers: ClipTowers, choice: Prompts):
         super().__init__()
@@ -168,6 +183,9 @@ class SoftPrompts(nn.Module):
         self._towers = towers
         self.names: list[str] = []
         self.sizes: list[int] = []  # classes per task
+        self._since: int  # the first task whose prompts are computed
+        self._ids: Int[Tensor, "m"]  # start, then every name with its end
+        self._tree: PromptTree
         self.shared = nn.Parameter(torch.zeros(choice.shared, towers.width))
         self.task = nn.ParameterList()  # M x w each
         self.per_class = nn.ParameterList()  # k x M x w each
@@ -188,6 +206,7 @@ class SoftPrompts(nn.Module):
         self.per_class.append(nn.Parameter(torch.stack(blocks)))
         if choice.residual:
             self.residuals.append(nn.Parameter(torch.zeros(len(names), self._towers.dim, device=self._towers.device)))
+        self._plan()
 
     def _start(self, rng: torch.Generator, length: int, *, words: bool) -> Float[Tensor, "M w"]:
         values = 0.02 * torch.randn(length, self._towers.width, generator=rng)
@@ -201,14 +220,6 @@ class SoftPrompts(nn.Module):
         blocks = [self.shared, *list(self.task)[since:], *list(self.per_class)[since:], *self.residuals]
         return [block for block in blocks if block.numel()]
 
-    def _contexts(self, since: int) -> Float[Tensor, "k M w"]:
-        """One context per class of the tasks from number `since`."""
-        rows = []
-        for size, task, own in zip(self.sizes[since:], self.task[since:], self.per_class[since:], strict=True):
-            common = torch.cat([self.shared, task])
-            rows.append(torch.cat([common.expand(size, -1, -1), own], dim=1))
-        return torch.cat(rows)
-
     def forward(self) -> Float[Tensor, "k d"]:
         """Unit text embeddings of all classes so far."""
         texts = self._prompted()
@@ -218,12 +229,25 @@ class SoftPrompts(nn.Module):
         return normalize(texts + step * torch.cat(list(self.residuals)), dim=-1)
 
     def _prompted(self) -> Float[Tensor, "k d"]:
-        """Unit embeddings of the prompts."""
+        """Unit embeddings of the prompts, those of the tasks since number `_since` computed."""
+        blocks = [self.shared, *list(self.task)[self._since :]]
+        blocks += [own.flatten(0, 1) for own in list(self.per_class)[self._since :]]
+        start, named = self._towers.token_embeddings(self._ids).split([1, len(self._ids) - 1])
+        texts = normalize(self._towers.encoded_tree(torch.cat([start, *blocks, named]), self._tree), dim=-1)
+        return torch.cat([self.cached, texts])
+
+    def _plan(self) -> None:
+        """Which prompts are computed, and where their tokens stand. Neither changes until the classes do."""
         done, since = len(self.cached), 0
         while sum(self.sizes[:since]) < done:
             since += 1
-        texts = normalize(prompt_embeddings(self._towers, self._contexts(since), self.names[done:]), dim=-1)
-        return torch.cat([self.cached, texts]) if done else texts
+        choice, towers = self.choice, self._towers
+        rows = name_tokens(towers, self.names[done:], choice.shared + choice.task + choice.per_class)
+        self._since = since
+        self._ids = torch.tensor([towers.bos, *chain.from_iterable(rows)], device=towers.device)
+        self._tree = prompt_tree(
+            choice.shared, choice.task, choice.per_class, self.sizes[since:], [len(row) for row in rows], towers.device
+        )
 
     def state(self) -> State:
         parts = {"shared": self.shared.detach().cpu().clone(), "cached": self.cached.cpu()}
@@ -239,6 +263,8 @@ class SoftPrompts(nn.Module):
         self.task = _parameters("task", state, device)
         self.per_class = _parameters("per_class", state, device)
         self.residuals = _parameters("residual", state, device)
+        if self.names:
+            self._plan()
 
 
 def _numbered(name: str, parameters: nn.ParameterList) -> State:

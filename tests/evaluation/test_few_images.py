@@ -32,5 +32,5 @@ def test_every_estimator_stays_finite_over_ten_tasks(tmp_path, size):
     report = drift_report(config, FAMILY, [1])
     assert all(math.isfinite(value) for row in report["rows"] for value in row.values() if isinstance(value, float))
     errors = {row["estimator"]: row["mean_error"] for row in report["relative"]}
-    assert errors.keys() == {"none", *FAMILY}
+    assert errors.keys() == {"none", *FAMILY, "truth"}
     assert errors["paired"] < errors["mean"] <= 1.0 + 1e-9

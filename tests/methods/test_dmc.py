@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cairn.data.stream import task_stream
+from cairn.errors import ConfigError
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
@@ -152,3 +153,23 @@ def test_separability_pushes_new_texts_from_old_ones(flat, stream):
         T = method.texts().detach()
         worst.append(((T[4:] @ T[:4].T) ** 2).mean().item())
     assert worst[1] < 0.8 * worst[0]
+
+
+def test_probes_pass_both_encoders_and_change_the_map_alone(towers, small_stream):
+    def learned(probes):
+        method = build("dmc-ot", towers, f"probes={probes}", "stage2.text=residual", "stage1.schedule.lr=1e-3")
+        before = towers.passes["images"]
+        for task in small_stream.tasks[:2]:
+            method.learn(task)
+        return method, towers.passes["images"] - before
+
+    (plain, passes), (probed, more) = learned(0), learned(2)
+    assert more - passes == 2 * 2 * len(small_stream.tasks[1].train)
+    old = len(small_stream.tasks[0].names)
+    assert not torch.allclose(plain.memory.means[:old], probed.memory.means[:old])
+    assert torch.equal(plain.memory.means[old:], probed.memory.means[old:])
+
+
+def test_probes_of_a_features_file_are_refused(flat):
+    with pytest.raises(ConfigError, match="set probes=0"):
+        build("dmc-ot", flat, "probes=1")

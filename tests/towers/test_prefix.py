@@ -1,0 +1,131 @@
+"""Soft prompts through a tree of shared segments, against every prompt run whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel
+
+from cairn.errors import ConfigError
+from cairn.towers.clip import ClipTowers
+from cairn.towers.preprocessing import Preprocessing
+from cairn.towers.prompts import Prompts, SoftPrompts, prompt_embeddings
+
+TASKS = (("ring", "sweet pepper"), ("striped red star",), ("plain_blue_circle", "bear", "red ring", "bed"))
+BLOCKS = [(4, 0, 0), (0, 3, 0), (0, 0, 2), (4, 3, 0), (4, 0, 2), (0, 3, 2), (4, 3, 2)]
+
+
+def small(towers, act: str = "quick_gelu", precision: str = "float32") -> ClipTowers:
+    """A text tower of random weights, norms and positions, with the tokenizer of the tiny towers."""
+    text = {
+        "vocab_size": towers.tokenizer.vocab_size + 8, "bos_token_id": towers.bos, "eos_token_id": towers.eos,
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": act,
+    }  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=vision | {"image_size": 32}))
+    generator = rng()
+    with torch.no_grad():
+        for name, parameter in (*model.text_model.named_parameters(), *model.text_projection.named_parameters()):
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(mean + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return ClipTowers(model, towers.tokenizer, Preprocessing(size=32), name="small", device="cpu", precision=precision)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grown(towers: ClipTowers, blocks: tuple[int, int, int], tasks=TASKS, **choice) -> SoftPrompts:
+    """Every block filled with numbers as large as token embeddings and larger."""
+    shared, task, per_class = blocks
+    texts = Prompts(shared=shared, task=task, per_class=per_class, **choice).build(towers)
+    for index, names in enumerate(tasks):
+        texts.grow(names, torch.zeros(len(names), towers.dim), rng(index))
+        with torch.no_grad():
+            for block in texts.trainable():
+                block.copy_(0.5 * torch.randn(block.shape, generator=rng(index)))
+    return texts
+
+
+def run_whole(towers: ClipTowers, texts: SoftPrompts) -> torch.Tensor:
+    """The naive twin: one context per class, put together one by one."""
+    contexts = [
+        torch.cat([texts.shared, task, own]) for task, owns in zip(texts.task, texts.per_class, strict=True) for own in owns
+    ]  # fmt: skip
+    return normalize(prompt_embeddings(towers, torch.stack(contexts), texts.names), dim=-1)
+
+
+def with_gradients(value: torch.Tensor, texts: SoftPrompts) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    weight = torch.randn(value.shape, generator=rng(9), dtype=value.dtype)
+    return value.detach(), list(torch.autograd.grad((weight * value).sum(), texts.trainable()))
+
+
+def apart(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative difference, block by block."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[2:]], ids=["three tasks", "one task"])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_sharing_changes_neither_texts_nor_gradients(towers, blocks, tasks, act):
+    double = small(towers, act)
+    double._model.double()
+    texts = grown(double, blocks, tasks).double()
+    got, gradients = with_gradients(texts(), texts)
+    expected, theirs = with_gradients(run_whole(double, texts), texts)
+    assert got.dtype == torch.float64
+    assert (got - expected).abs().max() < 1e-10
+    assert apart(gradients, theirs) < 1e-10
+    assert min(gradient.flatten(1).norm(dim=1).min() for gradient in gradients) > 1e-4  # every row of every block
+
+
+@pytest.mark.parametrize("blocks", [(0, 0, 4), (4, 3, 2)], ids=str)
+def test_so_it_is_in_single_precision(towers, blocks):
+    for single in (small(towers), towers):
+        texts = grown(single, blocks)
+        got, gradients = with_gradients(texts(), texts)
+        expected, theirs = with_gradients(run_whole(single, texts), texts)
+        assert (got - expected).abs().max() < 1e-5
+        assert apart(gradients, theirs) < 1e-4
+
+
+def test_names_of_one_length_need_no_padding(towers):
+    texts = grown(small(towers), (4, 0, 0), [("red ring", "blue star"), ("red star",)])
+    assert texts._tree.levels[-1].slots is None
+    torch.testing.assert_close(texts(), run_whole(texts._towers, texts), atol=1e-5, rtol=0)
+
+
+def test_in_bfloat16_the_texts_stay_near_and_come_out_in_float32(towers):
+    reduced = small(towers, precision="bfloat16")
+    texts = grown(reduced, (4, 3, 2))
+    assert texts().dtype == torch.float32
+    exact = grown(small(towers), (4, 3, 2))()
+    assert 1e-4 < (texts() - exact).norm() / exact.norm() < 0.05
+    assert (texts() - exact).norm() < 2 * (run_whole(reduced, texts) - exact).norm()
+
+
+@pytest.mark.parametrize(("shared", "task", "per_class"), BLOCKS, ids=str)
+def test_the_tokens_counted_are_those_run(towers, shared, task, per_class):
+    texts = grown(towers, (shared, task, per_class))
+    before = towers.passes["text_tokens"]
+    texts()
+    names = [name.replace("_", " ") for names in TASKS for name in names]
+    ran = 1 + shared + 3 * task + sum(per_class + len(towers.tokens(f"{name}.")) + 1 for name in names)
+    assert towers.passes["text_tokens"] - before == ran
+
+
+def test_texts_of_frozen_tasks_are_not_run_again(towers):
+    texts = grown(towers, (4, 3, 2), freeze_old=True)
+    kept = texts.cached.clone()
+    before = towers.passes["text_tokens"]
+    assert torch.equal(texts()[:3], kept)
+    names = [name.replace("_", " ") for name in TASKS[2]]
+    assert towers.passes["text_tokens"] - before == 8 + sum(2 + len(towers.tokens(f"{name}.")) + 1 for name in names)
+    torch.testing.assert_close(texts()[3:], run_whole(towers, texts)[3:], atol=1e-5, rtol=0)
+
+
+def test_a_name_that_does_not_fit_is_refused_when_it_arrives(towers):
+    with pytest.raises(ConfigError, match=r"class 'red .*need \d+ tokens, the text tower takes 32"):
+        grown(towers, (16, 0, 0), [("ring", "red " * 20)])

@@ -65,8 +65,12 @@ def run(
     keep_learner: Annotated[
         bool, typer.Option("--keep-learner", help="keep what was learned, for `cairn explain-image`")
     ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
+    ] = False,
 ) -> None:
     """Learn a class stream with a method and write DIR/result.json."""
+    from cairn.data.feature_store import FeatureStore
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
 
@@ -79,7 +83,8 @@ def run(
         settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
         device=device, precision=precision, preprocess=preprocess, revision=revision,
     )  # fmt: skip
-    _run_all(config, numbers if seeds is not None else None, folder, overwrite, keep_learner)
+    store = FeatureStore.configured() if cache else None
+    _run_all(config, numbers if seeds is not None else None, folder, overwrite, keep_learner, store)
 
 
 def _checked(kind: type[Settings], **values: Any) -> Settings:
@@ -110,7 +115,9 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool, keep_learner: bool = False) -> list:
+def _run_all(
+    config, numbers: list[int] | None, folder: Path, overwrite: bool, keep_learner: bool = False, store=None
+) -> list:
     """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
     from cairn.store import SUMMARY, summary, write_json
 
@@ -118,14 +125,15 @@ def _run_all(config, numbers: list[int] | None, folder: Path, overwrite: bool, k
     results = []
     for number in numbers or [config.seed]:
         place = folder / f"seed-{number}" if numbers else folder
-        results.append(_run_one(config.model_copy(update={"seed": number}), place, overwrite, console, keep_learner))
+        own = config.model_copy(update={"seed": number})
+        results.append(_run_one(own, place, overwrite, console, keep_learner, store))
     if numbers:
         write_json(folder / SUMMARY, summary(results))
         console.summary(results, folder / SUMMARY)
     return results
 
 
-def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learner: bool):
+def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learner: bool, store):
     from cairn.run import run_stream
     from cairn.store import LEARNER, RESULT, RunFolder, write_learner
     from cairn.training.log import Log
@@ -146,7 +154,7 @@ def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learn
     try:
         with console.live():
             learned = (lambda method: write_learner(folder / LEARNER, method)) if keep_learner else None
-            result = run_stream(config, Log(keep=keep, show=console.progress), learned)
+            result = run_stream(config, Log(keep=keep, show=console.progress), learned, store)
         output.write(result)
     finally:
         output.close()
@@ -362,10 +370,12 @@ def table(
     into: Into = None,
     name: Block = "results",
 ) -> None:
-    """Results as a Markdown table, mean and standard deviation over seeds, on standard output or into a file."""
+    """Results (of runs, or of the drift laboratory) as a Markdown table, mean and standard deviation over seeds."""
+    from cairn.reports.drift import drift_reports_below, drift_table
     from cairn.reports.tables import markdown_table, results_below
 
-    _put(markdown_table(results_below(folders)), into, f"table {name}")
+    drifts = drift_reports_below(folders)
+    _put(drift_table(drifts) if drifts else markdown_table(results_below(folders)), into, f"table {name}")
 
 
 @app.command()
@@ -389,6 +399,41 @@ def _put(text: str, into: Path | None, block: str) -> None:
         typer.echo(text)
     else:
         into.write_text(replaced_block(into.read_text(encoding="utf-8"), block, text), encoding="utf-8")
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="Embeddings of frozen towers, kept by `cairn run --cache`.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command()
+def info() -> None:
+    """Where the cache is, what it holds and when that was last used."""
+    from datetime import datetime
+
+    from cairn.data.feature_store import FeatureStore
+
+    console, store = Console(), FeatureStore.configured()
+    listed = store.listed()
+    total, limit = sum(held.bytes for held in listed) / 1e6, store.limit / 1e6
+    console.note(f"{store.folder}: {total:.1f} of {limit:.1f} MB")
+    if listed:
+        rows = [
+            (held.data, held.towers, held.kind, str(held.rows), f"{held.bytes / 1e6:.1f}",
+             f"{datetime.fromtimestamp(held.used):%Y-%m-%d %H:%M}")
+            for held in listed
+        ]  # fmt: skip
+        console.table("Sets", ("data", "towers", "kind", "rows", "MB", "last used"), rows)
+
+
+@cache_app.command()
+def clear(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Remove everything that the cache holds."""
+    from cairn.data.feature_store import FeatureStore
+
+    store = FeatureStore.configured()
+    if not yes:
+        typer.confirm(f"remove every set below {store.folder}?", abort=True)
+    Console().note(f"{store.folder}: {store.clear() / 1e6:.1f} MB freed")
 
 
 @app.command()

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.catalogue import open_dataset
+from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import unreadable
 from cairn.data.images import Concatenation, Dataset
 from cairn.data.stream import TaskStream, task_stream
@@ -21,6 +22,7 @@ from cairn.errors import ConfigError, DataError, UnknownName
 from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
+from cairn.kept import kept
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import choices, with_settings
@@ -67,6 +69,7 @@ class TowersUsed(BaseModel):
 class Passes(BaseModel):
     images: int = Field(description="images through the vision tower, forward")
     text_tokens: int = Field(description="tokens through the text tower, forward")
+    stored: int = Field(0, description="images whose embeddings a feature store held, in place of a pass")
 
 
 class RunResult(BaseModel):
@@ -161,15 +164,34 @@ def prepared(config: RunConfig) -> Prepared:
     return Prepared(entry, stream, towers, settings)
 
 
-def run_stream(config: RunConfig, log: Log | None = None, learned: Callable[[Method], Any] | None = None) -> RunResult:
+def tower_stands(entry: Entry, settings: BaseModel) -> bool:
+    """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
+    tuning = settings.stage1.tuning.kind if hasattr(settings, "stage1") else "none"
+    alters = tuning != "none" and getattr(settings, "probes", 0) > 0
+    return tuning in ("none", "adapter") and not alters and entry.exemplar_free
+
+
+def run_stream(
+    config: RunConfig,
+    log: Log | None = None,
+    learned: Callable[[Method], Any] | None = None,
+    store: FeatureStore | None = None,
+) -> RunResult:
     """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts.
 
-    `learned` is called with the method when the last task is done, for who wants more than its numbers.
+    `learned` is called with the method when the last task is done, for who wants more than its numbers. Where the method
+    leaves the image tower as it is, embeddings are looked up in `store`, if one is given, and kept there.
     """
     log = log or Log()
     entry, stream, towers, settings = prepared(config)
     for notice in stream.notices:
         log("notice", text=notice)
+    if store is not None:
+        if towers.has_images and tower_stands(entry, settings):
+            stream, towers = kept(stream, towers, store)
+        else:
+            reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
+            log("notice", text=f"the cache is not used: {reason}")
     if not towers.has_images and hasattr(entry.config, "embedding"):
         log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
             "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
@@ -186,7 +208,7 @@ def run_stream(config: RunConfig, log: Log | None = None, learned: Callable[[Met
 
     began = time.perf_counter()
     evaluations: list[Evaluation] = []
-    durations, learning, evaluating = [], {"images": 0, "text_tokens": 0}, {"images": 0, "text_tokens": 0}
+    durations, learning, evaluating = [], dict.fromkeys(towers.passes, 0), dict.fromkeys(towers.passes, 0)
     for task in stream.tasks:
         before = dict(towers.passes)
         mark = time.perf_counter()

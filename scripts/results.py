@@ -149,8 +149,8 @@ def cairn_script(name: str, *words: str) -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / name, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def run(job: Job) -> int:
-    words = command(job)
+def run(job: Job, cache: bool) -> int:
+    words = [*command(job), *(["--cache"] if cache and job[2] != "drift" else [])]
     if done(job):
         return 0
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="stream, or stream/folder")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--cache", action="store_true", help="frozen towers keep their embeddings between runs")
     parser.add_argument("--list", action="store_true", help="print the calls alone")
     parser.add_argument("--tables", action="store_true", help="write the documents' tables from what is stored")
     args = parser.parse_args()
@@ -183,7 +184,9 @@ def main() -> None:
             print(f"skipped, no data: {' '.join(command(job))}")
     if not args.list:
         with ThreadPoolExecutor(args.jobs) as pool:
-            failed = max(pool.map(run, [job for job in wanted if not missing(job)]), default=0)
+            failed = max(
+                pool.map(lambda job: run(job, args.cache), [job for job in wanted if not missing(job)]), default=0
+            )
         if failed:
             sys.exit(failed)
         if args.only is None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from cairn import cli
@@ -165,3 +166,28 @@ def test_a_table_from_results(cairn, features, tmp_path):
     status, _, err = cairn("table", "r")
     assert status == 2
     assert "differ in split or class order" in err
+
+
+def test_a_cache_spares_the_second_run_its_passes(cairn, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAIRN_CACHE", str(tmp_path / "kept"))
+    call = ("run", "simplecil", "--step", 20, "--limit-train", 2, "--limit-test", 1, "--device", "cpu")
+    for out, more in (("plain", ()), ("first", ("--cache",)), ("second", ("--cache",))):
+        status, _, err = cairn(*call, "--out", out, *more)
+        assert (status, err) == (0, "")
+    assert cairn("cache", "info")[1].startswith(f"{tmp_path / 'kept'}: 0.1 of 20000.0 MB")
+    stored = {out: json.loads((tmp_path / out / "result.json").read_text()) for out in ("plain", "first", "second")}
+    assert stored["plain"]["accuracy"] == stored["first"]["accuracy"] == stored["second"]["accuracy"]
+    assert stored["plain"]["tower_passes"] == {"images": 80, "text_tokens": 0, "stored": 0}
+    assert stored["second"]["tower_passes"] == {"images": 0, "text_tokens": 0, "stored": 80}
+    assert stored["second"]["evaluation_passes"]["images"] == 0
+
+    assert "120" in cairn("cache", "info")[1].splitlines()[-2]
+    monkeypatch.setattr("typer.confirm", lambda text, abort: (_ for _ in ()).throw(typer.Abort()))
+    assert cairn("cache", "clear")[0] == 130
+    assert list((tmp_path / "kept").rglob("*.safetensors"))
+    assert "0.1 MB freed" in cairn("cache", "clear", "--yes")[1]
+    assert cairn("cache", "info")[1] == f"{tmp_path / 'kept'}: 0.0 of 20000.0 MB\n"
+    monkeypatch.setenv("CAIRN_CACHE_BYTES", "much")
+    status, _, err = cairn("cache", "info")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "CAIRN_CACHE_BYTES 'much'" in err

@@ -64,6 +64,9 @@ class Rows:
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def identity(self, index: int) -> bytes:
+        return self.values[index].tobytes()
+
 
 def features_dataset(path: str | Path) -> Dataset:
     """The data set in a features file; `Dataset.embeddings` is an `Embeddings`. Rows stay as stored, not normalised.

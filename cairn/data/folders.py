@@ -58,6 +58,14 @@ class FolderImages:
         """The path below the data set's root, with forward slashes: the same on every machine."""
         return f"{self.folders[self.labels[index]]}/{self.names[index]}"
 
+    def identity(self, index: int) -> bytes:
+        """The path below the root, with the file's size and the time it was last written. Raises DataError if it is gone."""
+        try:
+            found = self.path(index).stat()
+        except OSError as error:
+            raise DataError(f"image '{self.path(index)}': {error.strerror}; replace or remove the file") from None
+        return os.fsencode(f"{self.describe(index)}\0{found.st_size}\0{found.st_mtime_ns}")
+
     def path(self, index: int) -> Path:
         return self.root / self.folders[self.labels[index]] / self.names[index]
 

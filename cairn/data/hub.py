@@ -7,6 +7,7 @@ imported when a table is opened; a copy that is a plain folder of images does wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +48,15 @@ class HubImages:
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    def identity(self, index: int) -> bytes:
+        """The encoded file, as the table has it."""
+        stored = self._encoded[int(index)][self.column]
+        return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.rows.cast_column(self.column, type(self.rows.features[self.column])(decode=False))
 
 
 def hub_dataset(key: str, local: str | Path | None = None, revision: str | None = None) -> Dataset:

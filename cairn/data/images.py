@@ -25,6 +25,10 @@ class Images(Protocol):
         """Where the item comes from, for error messages: a file name, a row number."""
         ...
 
+    def identity(self, index: int) -> bytes:
+        """What the item is: equal bytes, equal items. Nothing is decoded for it. Asked for by a feature store alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -42,6 +46,9 @@ class Subset:
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
+
+    def identity(self, index: int) -> bytes:
+        return self.source.identity(int(self.indices[index]))
 
 
 class Concatenation:
@@ -66,6 +73,10 @@ class Concatenation:
     def describe(self, index: int) -> str:
         part, position = self._place(index)
         return part.describe(position)
+
+    def identity(self, index: int) -> bytes:
+        part, position = self._place(index)
+        return part.identity(position)
 
 
 @dataclass(frozen=True)

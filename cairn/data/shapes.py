@@ -380,6 +380,10 @@ class ShapesImages:
         scene = self.scenes[index]
         return f"scene {scene.seed} ({scene.name} on {BACKGROUNDS[scene.background]})"
 
+    def identity(self, index: int) -> bytes:
+        """The scene, the style, and the version of the world that draws them."""
+        return f"{WORLD_HASH} {self.scenes[index]} {self.style}".encode()
+
 
 def shapes_dataset(part: str = "stream") -> Dataset:
     """The 40 compositions of `stream` or `dev` in the shifted style, 200 training and 25 test images each."""

@@ -362,3 +362,26 @@ def test_real_photographs():
     assert np.bincount(data.train.labels).tolist() == [100] * 100
     assert np.bincount(data.test.labels).tolist() == [20] * 100
     assert data.train[1234].size == (32, 32)
+
+
+# --- identity ---
+
+
+def test_an_image_is_its_path_size_and_time(tmp_path):
+    root = flat_layout(tmp_path / "here")
+    before = folder_dataset(root).train
+    known = [before.identity(i) for i in range(len(before))]
+    assert len(set(known)) == len(known)
+    again = folder_dataset(root.rename(tmp_path / "there")).train
+    assert [again.identity(i) for i in range(len(again))] == known
+    path = tmp_path / "there" / again.describe(0)
+    old = path.stat()
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    assert again.identity(0) != known[0]
+    paint(path, size=(40, 30))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert again.identity(0) != known[0]
+    path.unlink()
+    with pytest.raises(DataError) as error:
+        again.identity(0)
+    one_line(error, str(path), "remove the file")

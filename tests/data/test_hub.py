@@ -19,7 +19,7 @@ from cairn.data.catalogue import (
     spaced,
     wordnet_name,
 )
-from cairn.data.hub import hub_dataset
+from cairn.data.hub import HubImages, hub_dataset
 from cairn.data.images import Dataset
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import CairnError, DataError, UnknownName
@@ -491,3 +491,21 @@ def test_the_drawn_world(monkeypatch):
 def test_names_of_nothing(spec, error, parts):
     assert issubclass(error, CairnError)
     refused(lambda: open_dataset(spec), *parts, error=error)
+
+
+# --- identity ---
+
+
+def test_an_image_is_its_encoded_file(tmp_path, row):
+    row("cifar100", classes=(3,))
+    data = open_dataset(f"cifar100={cifar(tmp_path)}")
+    known = [data.train.identity(i) for i in range(6)]
+    assert len(set(known)) == 6
+    assert known[:3] == [data.test.identity(i) for i in range(3)]  # the same pictures
+    assert Image.open(io.BytesIO(known[4])).getpixel((0, 0)) == (4, 7, 9)
+
+
+def test_an_image_that_a_table_has_by_its_path_is_the_file(tmp_path):
+    picture(5).save(tmp_path / "five.png")
+    rows = datasets.Dataset.from_dict({"img": [str(tmp_path / "five.png")]}).cast_column("img", datasets.Image())
+    assert HubImages(rows, "img", np.zeros(1), "made").identity(0) == (tmp_path / "five.png").read_bytes()

@@ -100,3 +100,12 @@ def test_the_shifted_style_is_another_style():
 
 def test_names_are_words():
     assert class_name((3, 0, 1)) == "striped red star"
+
+
+def test_an_image_is_its_scene_and_style():
+    data = shapes_dataset()
+    known = {data.train.identity(i) for i in range(0, 8000, 40)} | {data.test.identity(i) for i in range(0, 1000, 40)}
+    assert len(known) == 225
+    plain = shapes.ShapesImages(data.train.scenes, data.train.labels, PLAIN)
+    assert plain.identity(0) != data.train.identity(0) == shapes_dataset().train.identity(0)
+    assert shapes.WORLD_HASH.encode() in data.train.identity(0)

@@ -51,15 +51,18 @@ DESCRIBED = ["descriptions=examples/cifar100-descriptions.json"]
 
 VALIDATED = [*PHOTOGRAPHS, "--order", "seed:1993", "--validation", "0.2"]
 RESIDUAL, MOVING = "stage2.text=residual", "stage1.schedule.lr=1e-3"
+FEW_IMAGES = "build/few-images.safetensors"
+"""A features file of CUB's size, made by `scripts/few_images.py` when it is needed."""
+
 FEWER = ["--estimators", "bures,paired,local"]
 DRIFT = {
     "shapes-dev": (["--data", "shapes:dev"], [RESIDUAL]),
     "shapes-dev-probes": (["--data", "shapes:dev", *FEWER], [RESIDUAL, "probes=1"]),
     "cifar100": (VALIDATED, [RESIDUAL]),
     "cifar100-moving": (VALIDATED, [RESIDUAL, MOVING]),
-    "cifar100-probes": ([*VALIDATED, *FEWER], [RESIDUAL, "probes=1"]),
     "caltech51": (STREAMS["caltech51"], []),
     "ucf101": (STREAMS["ucf101"], []),
+    "few-images": (["--data", FEW_IMAGES, "--step", "20"], []),
 }
 """Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
 
@@ -102,7 +105,8 @@ def jobs() -> list[Job]:
             found.append(("spa-cifar100", name, "spa", [*DESCRIBED, *switches], THREE))
         else:
             found.append(("spa-cifar100", name, "spa", switches, THREE))
-    found += [("drift", name, "drift", settings, THREE) for name, (_, settings) in DRIFT.items()]
+    for name, (_, settings) in DRIFT.items():
+        found.append(("drift", name, "drift", settings, "1" if name == "few-images" else THREE))
     return found
 
 
@@ -153,6 +157,9 @@ def run(job: Job, cache: bool) -> int:
     words = [*command(job), *(["--cache"] if cache and job[2] != "drift" else [])]
     if done(job):
         return 0
+    if FEW_IMAGES in words and not (ROOT / FEW_IMAGES).exists():
+        (ROOT / "build").mkdir(exist_ok=True)
+        cairn_script("few_images.py", FEW_IMAGES)
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     ended = subprocess.run(
         [Path(sys.executable).with_name("cairn"), *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True

@@ -94,8 +94,8 @@ METHODS = {
             "spa", "SPA: patches chosen by descriptions", spa.SPA, spa.Config,
             "arXiv 2605.13835",
             (
-                "one pass: embedding and patches; descriptions choose patches, transport aligns them",
-                "projectors of the task, with pseudo-features of old classes",
+                "one pass: descriptions choose patches, transport weighs them into the local feature",
+                "projectors of the task on class token and local feature, old classes drawn in both",
                 "statistics: a Gaussian per new class",
             ),
             "projectors", "gaussians",

@@ -141,6 +141,15 @@ def test_local_features_are_the_weighted_patches_image_by_image(values):
         torch.testing.assert_close(found[i], normalize(total, dim=0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_sweeps_leave_less_than_a_percent_of_marginal_error(seed):
+    x, D = world(n=20, k=6, p=49, L=6, seed=seed)
+    cos = torch.einsum("npd,kld->nklp", x, D)
+    found = aligned(cos, uniform(D).expand(20, -1, -1), patches=24)
+    rows, columns = 6 * found.plan.sum(-1), 24 * found.plan.sum(-2)
+    assert max((rows - 1).abs().max(), (columns - 1).abs().max()) < 0.01
+
+
 def test_a_class_without_tokens_is_refused():
     with pytest.raises(ValueError, match="class 1 has no description token"):
         padded_tokens([torch.ones(2, 3), torch.ones(0, 3)])

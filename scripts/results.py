@@ -11,6 +11,7 @@ skipped, and said.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -131,7 +132,8 @@ def done(job: Job) -> bool:
 
 
 def write_tables() -> None:
-    """Every block whose results are there."""
+    """Every block whose results are there, and the laboratory's figures."""
+    from cairn.reports.drift import drift_figure
 
     def stored(name: str) -> bool:
         return all((ROOT / "results" / half).is_dir() for half in name.split(":"))
@@ -142,6 +144,8 @@ def write_tables() -> None:
     for page, names in COMPARISONS.items():
         for name in filter(stored, names):
             cairn("compare", *(f"results/{half}" for half in name.split(":")), "--into", page, "--name", name)
+    for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
+        drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test slow lint results clean
+.PHONY: install demo test slow lint results bench bench-quick clean
 
 install: $(BIN)/.installed
 
@@ -31,6 +31,13 @@ lint: install
 # Every stored result that is missing, then the documents' tables.
 results: install
 	$(BIN)/python scripts/results.py
+
+# What is done in fewer steps, against its plain form: reports and tables. For figures to quote, leave the machine alone.
+bench: install
+	$(BIN)/python benchmarks/run.py --out results/benchmarks --into docs
+
+bench-quick: install
+	$(BIN)/python benchmarks/run.py --size quick --out runs/bench-quick
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -11,54 +11,85 @@ set's peak over the call (Linux).
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.functional import normalize
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from measure import Row, in_turns, stored, written
+from standins import clustered_rows, vit_b
 
 from cairn.maths.alignment import local_features, local_scores
-from cairn.reports.tables import replaced_block
-from cairn.run import versions
-from cairn.store import write_json
-from cairn.towers.patches import embedded_tokens
 
-IMAGES, SENTENCES, BEST, DIM = 64, 8, 5, 512
+SENTENCES, BEST, DIM = 8, 5, 512
 HOW = {"patches": 24, "eps": 0.1, "iterations": 100}
-
-
-def resident(key: str) -> int:
-    """VmRSS (now) or VmHWM (peak since it was last cleared), bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(key)
-
-
-def measured(call: Callable[[], object], repeats: int) -> tuple[float, int]:
-    """Median seconds, and the largest growth of memory."""
-    seconds, grown = [], 0
-    for _ in range(repeats):
-        Path("/proc/self/clear_refs").write_text("5")
-        before, mark = resident("VmRSS"), time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - mark)
-        grown = max(grown, resident("VmHWM") - before)
-    return statistics.median(seconds), grown
-
-
-def clustered(n: int, rng: torch.Generator) -> torch.Tensor:
-    centres = torch.randn(50, DIM, generator=rng)
-    which = torch.randint(50, (n,), generator=rng)
-    return normalize(centres[which] + 0.7 * torch.randn(n, DIM, generator=rng), dim=-1)
+SIZES = {
+    "full": {"classes": [100, 1000, 5000], "repeats": 3, "images": 64},
+    "quick": {"classes": [100], "repeats": 1, "images": 16},
+}
 
 
 @torch.no_grad()
+def measured(classes: Sequence[int], repeats: int, images: int = 64) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(0)
+    towers = vit_b(16)
+    pixels = torch.randn(images, 3, 224, 224, generator=rng)
+
+    def clustered(*shape: int) -> torch.Tensor:
+        return clustered_rows(*shape, d=DIM, clusters=50, spread=0.7, rng=rng)
+
+    p = clustered(images, 196)
+    ways = {
+        (0, "tower"): lambda: towers.image(pixels),
+        (0, "tower, patches by value attention"): lambda: towers.image_and_patches(pixels, "value"),
+    }
+    for k in classes:
+        D, b = clustered(k, SENTENCES), torch.full((k, SENTENCES), 1 / SENTENCES)
+        c, w = torch.rand(images, k, generator=rng).topk(BEST, dim=1).indices, torch.full((images, BEST), 1 / BEST)
+        ways |= {
+            (k, "plan, all classes"): lambda D=D, b=b: local_scores(p, D, b, **HOW),
+            (k, "plan, 5 likeliest"): lambda D=D, b=b, c=c: local_scores(p, D, b, c, **HOW),
+            (k, "feature, 5 likeliest"): lambda D=D, b=b, c=c, w=w: local_features(p, D, b, c, w, **HOW),
+        }
+    towers.image(pixels[:16])
+    found = in_turns(ways, repeats, warm=False)
+    tower, patches, *scores = found.items()
+    return {
+        "images": images, "tower_seconds": tower[1].seconds, "tower_and_patches_seconds": patches[1].seconds,
+        "tower_extra_bytes": tower[1].extra_bytes,
+        "rows": [
+            {"classes": k, "form": form, "seconds": own.seconds, "share_of_tower": own.seconds / tower[1].seconds,
+             "extra_bytes": own.extra_bytes}
+            for (k, form), own in scores
+        ],
+    }  # fmt: skip
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    tower = f"the tower alone, {report['images']} images"
+    return [
+        Row(f"SPA's patch branch, {row['classes']:,} classes", tower, report["tower_seconds"], row["form"], row["seconds"],
+            extra_bytes=row["extra_bytes"], plain_extra_bytes=report["tower_extra_bytes"], equal="what it adds")
+        for row in report["rows"] if row["form"].startswith("feature")
+    ]  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        f"Tower: {report['tower_seconds']:.2f} s for {report['images']} images; with patches by value attention "
+        f"{report['tower_and_patches_seconds']:.2f} s.",
+        "",
+        "| classes | form | seconds | share of the tower's time % | extra memory MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
+        lines.append(
+            f"| {row['classes']} | {row['form']} | {row['seconds']:.3f} | {100 * row['share_of_tower']:.1f} | {extra} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -66,58 +97,12 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[100, 1000, 5000])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    rng = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
-        image_size=224, projection_dim=DIM,
-    )  # fmt: skip
-    tower = CLIPVisionModelWithProjection(config).eval()
-    pixels = torch.randn(IMAGES, 3, 224, 224, generator=rng)
-
-    def both(attention: str) -> object:
-        return embedded_tokens(tower.vision_model, tower.visual_projection, pixels, attention)
-
-    both("native")
-    plain, _ = measured(lambda: tower(pixel_values=pixels), args.repeats)
-    value, _ = measured(lambda: both("value"), args.repeats)
-    p = clustered(IMAGES * 196, rng).view(IMAGES, 196, DIM)
-    rows = []
-    for k in args.classes:
-        D = clustered(k * SENTENCES, rng).view(k, SENTENCES, DIM)
-        b = torch.full((k, SENTENCES), 1 / SENTENCES)
-        candidates = torch.rand(IMAGES, k, generator=rng).topk(BEST, dim=1).indices
-        prior = torch.full((IMAGES, BEST), 1 / BEST)
-        calls = {
-            "plan, all classes": lambda D=D, b=b: local_scores(p, D, b, **HOW),
-            "plan, 5 likeliest": lambda D=D, b=b, c=candidates: local_scores(p, D, b, c, **HOW),
-            "feature, 5 likeliest": lambda D=D, b=b, c=candidates, w=prior: local_features(p, D, b, c, w, **HOW),
-        }
-        for name, call in calls.items():
-            seconds, grown = measured(call, args.repeats if k < 2000 else 1)
-            rows.append(
-                {"classes": k, "form": name, "seconds": seconds, "share_of_tower": seconds / plain, "extra_bytes": grown}
-            )  # fmt: skip
-    lines = [
-        f"Tower: {plain:.2f} s for {IMAGES} images; with patches by value attention {value:.2f} s.",
-        "",
-        "| classes | form | seconds | share of the tower's time % | extra memory MB |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['classes']} | {row['form']} | {row['seconds']:.3f} | {100 * row['share_of_tower']:.1f} "
-            f"| {row['extra_bytes'] / 1e6:.0f} |"
-        )
-    table = "\n".join(lines)
-    print(table)
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()}
+    report = measured(args.classes, args.repeats)
+    print(table(report))
     if args.out:
-        report = {"images": IMAGES, "tower_seconds": plain, "tower_and_patches_seconds": value, "rows": rows}
-        write_json(args.out, report | {"machine": machine, "versions": versions()})
+        stored(args.out, report)
     if args.into:
-        text = args.into.read_text(encoding="utf-8")
-        args.into.write_text(replaced_block(text, "alignment", table), encoding="utf-8")
+        written(args.into, "alignment", table(report))
 
 
 if __name__ == "__main__":

@@ -105,13 +105,14 @@ def sinkhorn_kernel(
         u, v = torch.ones_like(a), torch.ones_like(b)
         spent = 0
         while spent < iterations:
-            sums = (K @ v[..., None])[..., 0]
+            # v as a row: several times as fast in a batch as K times a column
+            sums = (v[..., None, :] @ K.mT)[..., 0, :]
             if spent and _worst(u * sums / a - 1) <= tolerance:
                 break
             u = a / sums
             v = b / (u[..., None, :] @ K)[..., 0, :]
             spent += 1
-            if _worst(u.log()) > ABSORB or _worst(v.log()) > ABSORB:
+            if _far_from_one(u) or _far_from_one(v):
                 f, g = f + u.log(), g + v.log()
                 K = (f[..., :, None] + g[..., None, :] - C / eps).exp()
                 u, v = torch.ones_like(a), torch.ones_like(b)
@@ -193,6 +194,14 @@ def _problem(C: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> tuple
 def _worst(relative: Tensor) -> float:
     # A batch of no problems has none that is wrong
     return float(relative.detach().abs().amax()) if relative.numel() else 0.0
+
+
+def _far_from_one(u: Tensor) -> bool:
+    """|log u| > ABSORB somewhere."""
+    if not u.numel():
+        return False
+    least, most = u.aminmax()
+    return float(least) < math.exp(-ABSORB) or float(most) > math.exp(ABSORB)
 
 
 def _plan(P: Tensor, C: Tensor, a: Tensor, b: Tensor, spent: int) -> Plan:

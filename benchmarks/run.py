@@ -1,0 +1,82 @@
+"""Every benchmark, one table: what is done in fewer steps here, against its plain form, in the same run and by turns.
+
+    python benchmarks/run.py [--size full|quick|tiny] [--only transport bures] [--out results/benchmarks] [--into docs]
+
+`--out` takes bench.json, growth.png and the two reports that other pages show, `--into` the folder of pages whose tables
+are written. `tiny` is there so that a test can run what has such a size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import alignment
+import bures
+import calibration
+import draws
+import growth
+import prefix
+import shares
+import transport
+from measure import machine_line, row_table, stored, surroundings, written
+
+ITEMS = {
+    "prefix": prefix, "transport": transport, "bures": bures, "draws": draws, "shares": shares, "growth": growth,
+    "alignment": alignment, "calibration": calibration,
+}  # fmt: skip
+ELSEWHERE = {"alignment": "spa.md", "calibration": "drift.md"}
+"""Items whose whole report is a file of its own, and the page that shows it."""
+
+
+def bench_table(bench: dict[str, Any]) -> str:
+    """What stands in the page, from the stored report."""
+    lines = [row_table(bench["rows"])]
+    if "growth" in bench["items"]:
+        lines += ["", "By the number of old classes, d = 512:", "", growth.table(bench["items"]["growth"])]
+    size = (
+        ""
+        if bench["size"] == "full"
+        else f" Form: {bench['size']}, fewer repeats and smaller; not the figures to quote."
+    )
+    return "\n".join([*lines, "", machine_line(bench) + size])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
+    parser.add_argument("--only", nargs="+", choices=tuple(ITEMS), help="items; all that have such a size if left out")
+    parser.add_argument("--out", type=Path, help="folder of the reports")
+    parser.add_argument("--into", type=Path, help="folder of the pages")
+    args = parser.parse_args()
+    chosen = args.only or [name for name, item in ITEMS.items() if args.size in item.SIZES]
+    for name in chosen:
+        if args.size not in ITEMS[name].SIZES:
+            parser.error(f"--only {name}: it has no size '{args.size}', but {', '.join(ITEMS[name].SIZES)}")
+
+    reports, rows = {}, []
+    for name in chosen:
+        mark = time.perf_counter()
+        reports[name] = ITEMS[name].measured(**ITEMS[name].SIZES[args.size])
+        rows += [row.as_json() for row in ITEMS[name].rows(reports[name])]
+        print(f"{name}: {time.perf_counter() - mark:.0f} s", flush=True)
+
+    own = {name: report for name, report in reports.items() if name not in ELSEWHERE}
+    bench = {"size": args.size, "rows": rows, "items": own} | surroundings()
+    if args.out:
+        stored(args.out / "bench.json", bench)
+        for name in reports.keys() - own.keys():
+            stored(args.out / f"{name}.json", reports[name])
+        if "growth" in own:
+            growth.figure(own["growth"], args.out / "growth.png")
+    print("\n" + bench_table(bench))
+    if args.into:
+        written(args.into / "speed.md", "bench", bench_table(bench))
+        for name in reports.keys() - own.keys():
+            written(args.into / ELSEWHERE[name], name, ITEMS[name].table(reports[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ are written. `tiny` is there so that a test can run what has such a size.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ def bench_table(bench: dict[str, Any]) -> str:
     return "\n".join([*lines, "", machine_line(bench) + size])
 
 
+def kept(folder: Path, size: str) -> dict[str, Any]:
+    """Reports of an earlier run of that size: `--only` renews some and leaves the others, each item being a run of its own."""
+    bench = folder / "bench.json"
+    if not bench.exists() or (held := json.loads(bench.read_text(encoding="utf-8")))["size"] != size:
+        return {}
+    others = {name: folder / f"{name}.json" for name in ELSEWHERE}
+    return held["items"] | {
+        name: json.loads(path.read_text(encoding="utf-8")) for name, path in others.items() if path.exists()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
@@ -56,13 +68,14 @@ def main() -> None:
         if args.size not in ITEMS[name].SIZES:
             parser.error(f"--only {name}: it has no size '{args.size}', but {', '.join(ITEMS[name].SIZES)}")
 
-    reports, rows = {}, []
+    reports = kept(args.out, args.size) if args.only and args.out else {}
     for name in chosen:
         mark = time.perf_counter()
         reports[name] = ITEMS[name].measured(**ITEMS[name].SIZES[args.size])
-        rows += [row.as_json() for row in ITEMS[name].rows(reports[name])]
         print(f"{name}: {time.perf_counter() - mark:.0f} s", flush=True)
 
+    reports = {name: reports[name] for name in ITEMS if name in reports}
+    rows = [row.as_json() for name, report in reports.items() for row in ITEMS[name].rows(report)]
     own = {name: report for name, report in reports.items() if name not in ELSEWHERE}
     bench = {"size": args.size, "rows": rows, "items": own} | surroundings()
     if args.out:

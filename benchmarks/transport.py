@@ -18,7 +18,7 @@ from torch import Tensor
 from cairn.maths.transport import sinkhorn_kernel, sinkhorn_log
 
 SIZES = {
-    "full": {"problems": 6400, "repeats": 5},
+    "full": {"problems": 6400, "repeats": 15},
     "quick": {"problems": 6400, "repeats": 1},
     "tiny": {"problems": 16, "repeats": 1},
 }

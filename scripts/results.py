@@ -102,10 +102,8 @@ def jobs() -> list[Job]:
     ]
     for name, switches in SPA_SWITCHES.items():
         found.append(("spa-shapes", name, "spa", switches, THREE))
-        if name != "templates":
-            found.append(("spa-cifar100", name, "spa", [*DESCRIBED, *switches], THREE))
-        else:
-            found.append(("spa-cifar100", name, "spa", switches, THREE))
+        said = [] if name == "templates" else DESCRIBED
+        found.append(("spa-cifar100", name, "spa", [*said, *switches], THREE))
     for name, (_, settings) in DRIFT.items():
         found.append(("drift", name, "drift", settings, "1" if name == "few-images" else THREE))
     return found

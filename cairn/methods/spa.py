@@ -190,12 +190,16 @@ class SPA:
     def _cosines(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n k"]:
         """cos(g(z), h(t_c)), and where rows are [z ; v] also lambda cos(g'(v), h'(d_c))."""
         d, project = self.towers.dim, self.projectors
-        scores = project["visual"](x[:, :d]) @ project["textual"](self.anchors.to(x.device)).T
+        scores = self._global(x[:, :d])
         if not self.two:
             return scores
         D, b = self._padded
         said = unit((D * b[..., None]).sum(1))
         return scores + self.config.local.weight * project["local_visual"](x[:, d:]) @ project["local_textual"](said).T
+
+    def _global(self, z: Features) -> Scores:
+        """cos(g(z), h(t_c))."""
+        return self.projectors["visual"](z) @ self.projectors["textual"](self.anchors.to(z.device)).T
 
     def _unit(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         """Draws, back on the sphere: z and v apart."""
@@ -220,8 +224,7 @@ class SPA:
         features = self.embed(pixels)
         d, s, how = self.towers.dim, self.towers.logit_scale, self._how()
         p, scores = features[0, d:].view(-1, d), self.scores(features)[0]
-        z = unit(features[:, :d])
-        cls = (self.projectors["visual"](z) @ self.projectors["textual"](self.anchors.to(z.device)).T)[0]
+        cls = self._global(unit(features[:, :d]))[0]
         local = (scores / s - cls) / self.config.local.weight
         found = []
         for c in scores.topk(min(best, len(scores))).indices.tolist():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, in_turns, stored, written
+from measure import Row, handed_out, in_turns
 from standins import clustered_rows, vit_b
 
 from cairn.maths.alignment import local_features, local_scores
@@ -98,11 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     report = measured(args.classes, args.repeats)
-    print(table(report))
-    if args.out:
-        stored(args.out, report)
-    if args.into:
-        written(args.into, "alignment", table(report))
+    handed_out(report, table(report), "alignment", args.out, args.into)
 
 
 if __name__ == "__main__":

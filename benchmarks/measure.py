@@ -196,3 +196,12 @@ def stored(path: Path, report: dict[str, Any]) -> None:
 def written(page: Path, block: str, content: str) -> None:
     """Put the content between `<!-- cairn BLOCK -->` and `<!-- end -->` of the page."""
     page.write_text(replaced_block(page.read_text(encoding="utf-8"), block, content), encoding="utf-8")
+
+
+def handed_out(report: dict[str, Any], text: str, block: str, out: Path | None, into: Path | None) -> None:
+    """Print a benchmark's table; store its report and put the table into a page, where those are asked for."""
+    print(text)
+    if out:
+        stored(out, report)
+    if into:
+        written(into, block, text)

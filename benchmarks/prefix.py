@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, in_turns, stored, threads
+from measure import Row, handed_out, in_turns, threads
 from standins import vit_b
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -125,9 +125,7 @@ def main() -> None:
     print(
         f"{report['classes']} classes, {args.shared} shared context vectors, forward and backward, {args.repeats} repeats\n"
     )
-    print(table(report))
-    if args.out:
-        stored(args.out, report)
+    handed_out(report, table(report), "prefix", args.out, into=None)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from cairn.data.images import Dataset
 from cairn.errors import DataError, UnknownName
 
 SETTING_A_TEMPLATE = "a good photo of a {}."
-"""The one template of setting A (METHODS, section 6); the rows hold setting B's."""
+"""The one template of RAPF's protocol; the rows hold those of PROOF's and ENGINE's."""
 
 
 # --- class names ------------------------------------------------------------------------------------------------------

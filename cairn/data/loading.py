@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -62,6 +62,9 @@ class Loader:
     def epoch(self, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """In an order drawn from `rng`."""
         return self._batches(torch.randperm(len(self.images), generator=rng))
+
+    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        return map(self.epoch, rngs)
 
     def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chunks = iter(order.split(self.batch))

@@ -1,4 +1,4 @@
-"""A data set as a sequence of tasks, in the field's "B-m Inc-n" protocol (METHODS: m classes first, then n per task).
+"""A data set as a sequence of tasks, in the field's "B-m Inc-n" protocol (m classes first, then n per task).
 
 Outside, a class is its name; inside, its number in order of arrival. A `Task` carries no test image, by design.
 """
@@ -52,7 +52,7 @@ class TaskStream:
 def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     """Natural indices in order of arrival.
 
-    `natural`; `seed:N` for `numpy.random.RandomState(N).permutation(k)`, the field's convention (METHODS, section 6);
+    `natural`; `seed:N` for `numpy.random.RandomState(N).permutation(k)`, the field's convention;
     or a file with every class name once: JSON or YAML list, or one name per line.
     Raises ConfigError for anything else, naming what is missing or unknown.
     """

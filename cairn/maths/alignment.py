@@ -77,7 +77,7 @@ def aligned(
     patches None: all of them. P is a constant, S is differentiable in cos. With a single token or a single patch the plan
     is forced, and S the plain mean.
 
-    Source: SPA (arXiv 2605.13835) for selection and transport [P]; uniform marginals, the cost and eps [I], METHODS 3.
+    Source: SPA (arXiv 2605.13835) for selection and transport [P]; uniform marginals, the cost and eps [I] (docs/deviations.md).
     """
     K = cos.shape[-1] if patches is None else min(patches, cos.shape[-1])
     ranked = cos.amax(-2) if guide == "max" else (cos * b[..., None]).sum(-2)
@@ -132,7 +132,7 @@ def local_features(
     v = unit(sum_i w_i p_i),  w_i = sum_c prior_c share_ci over the image's candidates c, share as in `Alignment`
     `prior` holds how likely each candidate is, rows sum to 1. A constant: no gradient flows through it.
 
-    Source: ours, METHODS 3; the barycentric reading of a transport plan, after Ferradans et al. 2014.
+    Source: ours; the barycentric reading of a transport plan, after Ferradans et al. 2014.
     """
     with torch.no_grad():
         w = p.new_zeros(p.shape[:2])

@@ -133,7 +133,7 @@ class BuresMap(BaseModel, frozen=True, extra="forbid"):
     Only the moments of the current images count, not which image went where. The map is symmetric, so that a drift that
     rotates features is not what it finds.
 
-    Source: METHODS section 2 (the reading of DMC-OT's "optimal-transport guided" calibration); map as in `gaussian_map`.
+    Source: ours, a reading of DMC-OT's "optimal-transport guided" calibration (abstract); map as in `gaussian_map`.
     """
 
     kind: Literal["bures"] = Field(
@@ -158,7 +158,7 @@ class SinkhornMap(BaseModel, frozen=True, extra="forbid"):
     A_c = sum_j w_cj A_j, b_c = sum_j w_cj b_j, w_cj = P_cj / sum_j P_cj, (A_j, b_j) = gaussian_map of class j
     Drift is local: a class near a drifting class drifts with it.
 
-    Source: METHODS section 2 (`sinkhorn`). Ours: eps is relative to the average cost, so that it means the same at
+    Source: ours, a reading of DMC-OT's abstract; eps is relative to the average cost, so that it means the same at
     every spread; moments of one class are shrunk (`oas`) as n < d is normal there; and distances are taken in the
     `rank` leading directions of all classes together, since k x j full ones would take minutes at d = 512.
     """
@@ -210,7 +210,7 @@ class PairedMap(BaseModel, frozen=True, extra="forbid"):
     lam None: of LAMS the one that predicts best how *classes* held out of the regression move (FOLDS parts in turn),
     which is what old classes are. On a mini-CLIP's drift it lowers both errors where images are few, and none otherwise.
 
-    Source: METHODS section 2 (`paired`); the choice of lam by held-out classes is ours.
+    Source: ours, ridge regression on image pairs; the choice of lam by held-out classes is ours.
     """
 
     kind: Literal["paired"] = Field(default="paired", description="regression of where images went on where they were")

@@ -13,7 +13,7 @@ def class_cross_entropy(
 ) -> Float[Tensor, ""]:
     """CE(s z T^T, y), the loss of both stages: an image against the class texts.
 
-    Source: DMC [P: abstract], METHODS 1.1 and 1.3; Radford et al., CLIP (2021), section 2.3 for the form.
+    Source: both stages of DMC [P: abstract]; Radford et al., CLIP (2021), section 2.3 for the form.
     """
     return cross_entropy(s * z @ T.T, y)
 

@@ -24,7 +24,7 @@ def representative_and_diverse(z: Float[Tensor, "n d"], representative: int, div
     whose largest cosine to a chosen row is smallest. The list is a function of z alone.
     All rows, nearest first, where there are no more than are asked for.
 
-    Source: SPA's guide images [P], METHODS section 3; farthest-point traversal after Gonzalez 1985.
+    Source: SPA's guide images [P]; farthest-point traversal after Gonzalez 1985.
     """
     z = unit(z.double())
     near = (z @ z.mean(0)).argsort(descending=True, stable=True).tolist()

@@ -231,17 +231,25 @@ class GaussianMemory:
 
         Raises IndexError for a class not held, NotFinite where a covariance has no factor.
         """
+        (features,), labels = self.draws(per_class, [generator], classes)
+        return features, labels
+
+    def draws(
+        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+    ) -> tuple[list[Features], Labels]:
+        """What `draw` gives of each generator in turn, to the bit; every factor is made or fetched once for all of them."""
         wanted = [self._known(c) for c in (range(self.classes) if classes is None else classes)]
-        device = generator.device
-        features = torch.empty(len(wanted), per_class, self._dim, device=device)
+        device = generators[0].device
+        features = [torch.empty(len(wanted), per_class, self._dim, device=device) for _ in generators]
         step = max(1, CHUNK_VALUES // max(1, per_class * self._dim, self._kind.factor_values(self._dim)))
         for start in range(0, len(wanted), step):
             chunk = wanted[start : start + step]
             means = self._stored.means[chunk].to(device)
-            rows = [0] if self._kind.pooled else chunk
-            features[start : start + step] = self._kind.drawn(means, self._factored(rows, device), per_class, generator)
+            factors = self._factored([0] if self._kind.pooled else chunk, device)
+            for own, generator in zip(features, generators, strict=True):
+                own[start : start + step] = self._kind.drawn(means, factors, per_class, generator)
         labels = torch.tensor(wanted, dtype=torch.int64, device=device).repeat_interleave(per_class)
-        return features.flatten(0, 1), labels
+        return [own.flatten(0, 1) for own in features], labels
 
     # On disk
 

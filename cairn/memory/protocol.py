@@ -52,6 +52,12 @@ class ClassMemory(Protocol):
         """`per_class` pseudo-features of each of `classes` (all of them if None), grouped by class."""
         ...
 
+    def draws(
+        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+    ) -> tuple[list[Features], Labels]:
+        """The same for several generators at once."""
+        ...
+
     def moved(self, maps: AffineMap | Sequence[AffineMap]) -> ClassMemory:
         """With every class carried along by its affine map, or all by the same."""
         ...

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
+
+
+AHEAD_VALUES = 2**25
+"""Numbers in the draws that are made for several epochs at once, 128 MiB: a class's factor then serves all of them."""
 
 
 class ReplayBatches:
@@ -33,17 +37,31 @@ class ReplayBatches:
         return -(-len(self.features) // (self.real or self.drawn))
 
     def epoch(self, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.features), generator=rng)
-        steps = len(self)
-        if self.drawn:
-            per_class = -(-steps * self.drawn // self.memory.classes)
-            pseudo, names = self.memory.draw(per_class, rng)
-            mixed = torch.randperm(len(names), generator=rng)
-            pseudo, names = unit(pseudo)[mixed], names[mixed]
-        for step in range(steps):
+        return next(self.epochs([rng]))
+
+    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One epoch for each generator. What a generator gives does not depend on the others."""
+        per_class = -(-len(self) * self.drawn // max(1, self.memory.classes))
+        rows = per_class * self.memory.classes
+        ahead = max(1, AHEAD_VALUES // max(1, rows * self.features.shape[1]))
+        for start in range(0, len(rngs), ahead):
+            some = rngs[start : start + ahead]
+            orders = [torch.randperm(len(self.features), generator=rng) for rng in some]
+            if not rows:
+                yield from (self._batches(order) for order in orders)
+                continue
+            drawn, names = self.memory.draws(per_class, some)
+            for rng, order in zip(some, orders, strict=True):
+                mixed = torch.randperm(rows, generator=rng)
+                yield self._batches(order, unit(drawn.pop(0))[mixed], names[mixed])
+
+    def _batches(
+        self, order: Tensor, pseudo: Tensor | None = None, names: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(len(self)):
             picked = order[step * self.real : (step + 1) * self.real]
             x, y = self.features[picked], self.labels[picked]
-            if self.drawn:
+            if pseudo is not None:
                 rows = slice(step * self.drawn, (step + 1) * self.drawn)
                 x, y = torch.cat([x, pseudo[rows]]), torch.cat([y, names[rows]])
             yield x, y

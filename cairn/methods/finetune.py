@@ -1,6 +1,6 @@
 """Fine-tuning without memory: stage 1 alone, task after task. The lower bound of every table.
 
-Source: the field's `finetune` baseline, in the form of DMC's stage 1 (METHODS, section 4).
+Source: the field's `finetune` baseline, in the form of DMC's stage 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Joint training: after each task, both stages on the images of *all* tasks so far.
 
-It keeps every image, so it is no class-incremental method: it is the upper bound of every table (METHODS, section 4).
+It keeps every image, so it is no class-incremental method: it is the upper bound of every table.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -344,7 +344,10 @@ class _Batches:
     def __len__(self) -> int:
         return -(-len(self.x) // self.batch)
 
-    def epoch(self, rng: torch.Generator) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[tuple[Tensor, Tensor], Tensor]]]:
+        return map(self._epoch, rngs)
+
+    def _epoch(self, rng: torch.Generator) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
             x, S, y = self.x[rows], self.S[rows], self.y[rows]
             if self.per_class and self.old.classes:

@@ -96,7 +96,7 @@ def align_vision(
 ) -> None:
     """Stage 1. Minimise CE(s z T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T = `anchors` held fixed.
 
-    Row 0 of `anchors` is class number `first`. Source: [P] for the stage, METHODS 1.1 for its parts.
+    Row 0 of `anchors` is class number `first`. Source: [P] for the stage; its parts are in docs/deviations.md.
     """
 
     def loss(pixels: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def align_text(
     """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
 
     z are the cached unit features of the task and unit draws from the Gaussians in `old`. `separability` weighs the mean
-    squared cosine between new and old class texts, which is added. Source: [P], METHODS 1.3 and 2; the last is [K:
+    squared cosine between new and old class texts, which is added. Source: [P]; the last is [K:
     STAR-Prompt].
     """
 

@@ -24,7 +24,7 @@ def embedded_tokens(
     sqrt(w)) v, head by head (w the width of a head). The last block's queries and keys serve the class token; by its
     values a patch attends to patches like itself, and its embedding stays local. The image's embedding is the same.
 
-    Source: METHODS, section 3 (`patch_attention`); after value-value attention in dense prediction with CLIP (Li et al.
+    Source: value-value attention in dense prediction with CLIP (Li et al.
     2023, CLIP Surgery). Ours: residual and MLP of the block are kept.
     """
     block, entered = vision_model.encoder.layers[-1], []

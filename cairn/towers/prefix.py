@@ -10,7 +10,7 @@ and everything else in a block acts token by token. Output and gradient are thos
 
 Tokens run: N = 1 + shared + t task + sum over the k classes of (per_class + name + end), t tasks.
 
-Source: METHODS, section 7 (2).
+Source: ours; exact because the tower is causal.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class ResidualTexts(FixedTexts):
 class SoftPrompts(nn.Module):
     """t_c = unit(p_c + residual r_c / s),  p_c = unit(text tower("[shared][block of c's task][block of c] name_c.")).
 
-    Blocks that prompts share run through the tower once (METHODS, section 7).
+    Blocks that prompts share run through the tower once.
     """
 
     def __init__(self, towers: ClipTowers, choice: Prompts):

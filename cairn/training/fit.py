@@ -17,13 +17,15 @@ from cairn.training.seeds import Seeds
 
 
 class Batches(Protocol):
-    """A source of batches: `(inputs, labels)` pairs, in an order drawn from the generator."""
+    """A source of batches: `(inputs, labels)` pairs."""
 
     def __len__(self) -> int:
         """Steps per epoch."""
         ...
 
-    def epoch(self, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One pass for each generator, which alone decides its order and draws."""
+        ...
 
 
 def fit(
@@ -47,8 +49,8 @@ def fit(
         return
     optimiser = schedule.optimiser(parameters)
     step, waited, start = 0, 0.0, time.perf_counter()
-    for epoch in range(schedule.epochs):
-        source = batches.epoch(seeds.at(epoch=epoch).generator("batches"))
+    rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(schedule.epochs)]
+    for epoch, source in enumerate(batches.epochs(rngs)):
         seen, total, began = 0, 0.0, time.perf_counter()
         mark = began
         for inputs, labels in source:

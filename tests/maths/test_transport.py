@@ -213,3 +213,26 @@ def test_refuses_what_is_no_transport_problem(form):
         form(C, torch.tensor([0.5, 0.5, 0.0, 0.0]))
     with pytest.raises(ValueError, match="total weight"):
         form(C, torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.05, 0.02])
+def test_over_relaxation_takes_fewer_sweeps_to_the_same_cost(eps):
+    C = clustered((50,), 32, 16, seed=11)
+    how = {"eps": eps, "iterations": 100_000, "tolerance": 1e-2}
+    plain, kernel = sinkhorn_log(C, **how), sinkhorn_kernel(C, **how)
+    assert plain.iterations > 20
+    assert kernel.iterations < 0.6 * plain.iterations
+    torch.testing.assert_close(kernel.cost, plain.cost, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (5, 7), (32, 16), (64, 8), (60, 60)])
+def test_over_relaxation_never_costs_many_sweeps(n, m, seed):
+    rng = torch.Generator().manual_seed(seed)
+    for scale in (0.1, 1.0, 3.0):
+        C = scale * torch.rand(n, m, generator=rng, dtype=torch.float64)
+        for eps in (0.1, 0.02, 0.005):
+            how = {"eps": eps, "iterations": 20_000, "tolerance": 1e-3}
+            plain, kernel = sinkhorn_log(C, **how), sinkhorn_kernel(C, **how)
+            assert kernel.iterations <= 1.3 * plain.iterations + 6
+            assert float(kernel.error) <= 2e-3 or plain.iterations == 20_000

@@ -80,3 +80,29 @@ def test_epochs_differ_and_repeat_by_their_generator(world):
     first, again, other = (torch.cat([x for x, _ in batches.epoch(rng(seed))]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("ahead", [1, 200, 2**25])
+def test_epochs_together_are_the_epochs_alone(world, ahead, monkeypatch):
+    real, labels, memory = world
+    monkeypatch.setattr("cairn.memory.replay.AHEAD_VALUES", ahead)
+    batches = ReplayBatches(real, labels, memory, batch=16, real_share=0.5)
+    together = [list(epoch) for epoch in batches.epochs([rng(seed) for seed in range(5)])]
+    assert len(together) == 5
+    for seed, epoch in enumerate(together):
+        for (x, y), (x_alone, y_alone) in zip(epoch, batches.epoch(rng(seed)), strict=True):
+            assert torch.equal(x, x_alone)
+            assert torch.equal(y, y_alone)
+
+
+def test_a_factor_is_made_once_for_several_epochs(world, monkeypatch):
+    """What no cache holds is factorised once per group of epochs, not once per epoch."""
+    real, labels, memory = world
+    monkeypatch.setattr("cairn.memory.gaussians.CACHE_BYTES", 0)
+    made = []
+    plain = type(memory.kind).factors
+    monkeypatch.setattr(type(memory.kind), "factors", lambda *args: made.append(1) or plain(*args))
+    batches = ReplayBatches(real, labels, memory, batch=16, real_share=0.5)
+    for epoch in batches.epochs([rng(seed) for seed in range(6)]):
+        list(epoch)
+    assert len(made) == 1

@@ -23,7 +23,10 @@ class Rows:
     def __len__(self):
         return -(-len(self.x) // self.batch)
 
-    def epoch(self, rng):
+    def epochs(self, rngs):
+        return map(self._epoch, rngs)
+
+    def _epoch(self, rng):
         for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
             yield self.x[rows], self.y[rows]
 

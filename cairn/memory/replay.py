@@ -10,7 +10,6 @@ from torch import Tensor
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 
-
 AHEAD_VALUES = 2**25
 """Numbers in the draws that are made for several epochs at once, 128 MiB: a class's factor then serves all of them."""
 

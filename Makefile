@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test slow lint results bench bench-quick clean
+.PHONY: install demo test slow torture fuzz lint results bench bench-quick clean
 
 install: $(BIN)/.installed
 
@@ -22,6 +22,14 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Two hundred kills at random moments, each run gone on with and compared bit for bit.
+torture: install
+	$(BIN)/python scripts/torture.py --kills 200
+
+# Ten thousand damaged and hostile files, none of which may be let in or cause more than one line.
+fuzz: install
+	$(BIN)/python scripts/fuzz.py --cases 10000
 
 lint: install
 	$(BIN)/ruff check .

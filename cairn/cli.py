@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cairn.errors import CairnError, ConfigError, DataError
+from cairn.errors import CairnError, ConfigError, DataError, Stopped
 from cairn.reports.console import Console
 
 app = typer.Typer(
@@ -28,6 +31,9 @@ def main() -> None:
     """Entry point of the `cairn` command."""
     try:
         app(standalone_mode=False)
+    except Stopped as error:
+        print(f"cairn: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal)
     except CairnError as error:
         print(f"cairn: {error}", file=sys.stderr)
         sys.exit(2)
@@ -44,7 +50,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(help="a method of `cairn list`")],
+    method: Annotated[str | None, typer.Argument(help="a method of `cairn list`; none with --resume")] = None,
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
     base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
@@ -61,7 +67,15 @@ def run(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
     preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
     revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a result that is already there")] = False,
+    on_bad_image: Annotated[str, typer.Option(help="image files that cannot be read: error or skip")] = "error",
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run that was begun in this folder; no other option")
+    ] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if the run is killed")] = 60.0,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="the same in steps of training")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin again, whatever result or unfinished run is there")
+    ] = False,
     keep_learner: Annotated[
         bool, typer.Option("--keep-learner", help="keep what was learned, for `cairn explain-image`")
     ] = False,
@@ -69,11 +83,18 @@ def run(
         bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
     ] = False,
 ) -> None:
-    """Learn a class stream with a method and write DIR/result.json."""
-    from cairn.data.feature_store import FeatureStore
+    """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off."""
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
+    from cairn.store import Call, read_call
 
+    if resume is not None:
+        if method is not None:
+            raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
+        _run_all(read_call(resume), resume)
+        return
+    if method is None:
+        raise ConfigError("no method given; see `cairn list`")
     entry = method_named(method)
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
@@ -81,10 +102,13 @@ def run(
     config = _checked(
         RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order, seed=numbers[0],
         settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
-        device=device, precision=precision, preprocess=preprocess, revision=revision,
+        device=device, precision=precision, preprocess=preprocess, revision=revision, on_bad_image=on_bad_image,
     )  # fmt: skip
-    store = FeatureStore.configured() if cache else None
-    _run_all(config, numbers if seeds is not None else None, folder, overwrite, keep_learner, store)
+    call = _checked(
+        Call, run=config, seeds=numbers if seeds is not None else None, keep_learner=keep_learner, cache=cache,
+        checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps,
+    )  # fmt: skip
+    _run_all(call, folder, overwrite)
 
 
 def _checked(kind: type[Settings], **values: Any) -> Settings:
@@ -95,7 +119,8 @@ def _checked(kind: type[Settings], **values: Any) -> Settings:
         return kind(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg'].lower()}") from None
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option} {problem['input']}: {problem['msg'].lower()}") from None
 
 
 def _step(step: int | None, data: str) -> int:
@@ -115,30 +140,39 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_all(
-    config, numbers: list[int] | None, folder: Path, overwrite: bool, keep_learner: bool = False, store=None
-) -> list:
+def _run_all(call, folder: Path, overwrite: bool = False) -> list:
     """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
-    from cairn.store import SUMMARY, summary, write_json
+    from cairn.files import write_json
+    from cairn.store import CALL, SUMMARY, summary
 
     console = Console()
+    if call.seeds is None:
+        return [_run_one(call, folder, overwrite, console)]
     results = []
-    for number in numbers or [config.seed]:
-        place = folder / f"seed-{number}" if numbers else folder
-        own = config.model_copy(update={"seed": number})
-        results.append(_run_one(own, place, overwrite, console, keep_learner, store))
-    if numbers:
-        write_json(folder / SUMMARY, summary(results))
-        console.summary(results, folder / SUMMARY)
+
+    def opened() -> None:
+        write_json(folder / CALL, call.model_dump(mode="json"))
+
+    for number in call.seeds:
+        own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
+        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, opened))
+    write_json(folder / SUMMARY, summary(results))
+    (folder / CALL).unlink(missing_ok=True)
+    console.summary(results, folder / SUMMARY)
     return results
 
 
-def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learner: bool, store):
+def _run_one(
+    call, folder: Path, overwrite: bool, console: Console, opened: Callable[[], Any] = lambda: None
+):  # fmt: skip
+    """`opened` is called when the folder is there: when all input was found good."""
+    from cairn.data.feature_store import FeatureStore
     from cairn.run import run_stream
-    from cairn.store import LEARNER, RESULT, RunFolder, write_learner
+    from cairn.store import RESULT, RunFolder, write_learner
+    from cairn.training.checkpoint import Checkpoint
     from cairn.training.log import Log
 
-    output = RunFolder(folder, config)
+    output = RunFolder(folder, call)
     if not overwrite and (done := output.finished()) is not None:
         console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
         console.result(done, folder / RESULT)
@@ -147,19 +181,46 @@ def _run_one(config, folder: Path, overwrite: bool, console: Console, keep_learn
     # The folder is opened with the first event, after all input was found good: a bad call leaves nothing behind.
     def keep(event: dict) -> None:
         if output.closed:
-            output.open()
+            held = output.open(overwrite)
+            if held is not None:
+                console.note(f"{folder}: {held} did not finish; taking over")
+            opened()
         output.keep(event)
         console.event(event)
 
+    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps)
+    store = FeatureStore.configured() if call.cache else None
     try:
-        with console.live():
-            learned = (lambda method: write_learner(folder / LEARNER, method)) if keep_learner else None
-            result = run_stream(config, Log(keep=keep, show=console.progress), learned, store)
+        with _stopped_by_signals(checkpoint), console.live():
+            learned = (lambda method: write_learner(folder, method)) if call.keep_learner else None
+            log = Log(keep=keep, show=console.progress)
+            result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
         output.write(result)
+    except Stopped:
+        console.note(f"stopped; the state is kept. To go on: cairn run --resume {folder}")
+        raise
     finally:
         output.close()
     console.result(result, folder / RESULT)
     return result
+
+
+@contextmanager
+def _stopped_by_signals(checkpoint) -> Iterator[None]:
+    """SIGINT and SIGTERM finish the step and keep the state; a second one stops at once, at the last state kept."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, before[number])
+        checkpoint.stop(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command(name="list")
@@ -213,6 +274,7 @@ def demo(
 ) -> None:
     """Forty classes of the drawn world in eight tasks: zero-shot, class means and DMC side by side."""
     from cairn.run import RunConfig
+    from cairn.store import Call
 
     console = Console()
     console.note(
@@ -222,7 +284,7 @@ def demo(
     results = []
     for method in ("zero-shot", "simplecil", "dmc"):
         config = RunConfig(method=method, data="shapes", step=5, seed=seed, limit_train=60)
-        results += _run_all(config, None, out / method, overwrite=True)
+        results += _run_all(Call(run=config, checkpoint_seconds=60.0), out / method, overwrite=True)
     console.curves(results)
 
 
@@ -244,9 +306,9 @@ def drift(
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
 ) -> None:
     """The drift laboratory: stored Gaussians against the truth, for research (it opens the images of old tasks)."""
+    from cairn.files import make_folder, write_json
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.run import RunConfig, drift_report
-    from cairn.store import make_folder, write_json
     from cairn.training.log import Log
 
     console = Console()
@@ -284,7 +346,7 @@ def describe(
     from cairn.data.catalogue import open_dataset
     from cairn.data.descriptions import Descriptions, read_descriptions
     from cairn.describe import DescribeConfig, described, guide_images, request
-    from cairn.store import make_folder, write_json
+    from cairn.files import make_folder, write_json
     from cairn.towers.catalogue import load_towers
     from cairn.training.log import Log
 
@@ -335,16 +397,16 @@ def explain_image(
 ) -> None:
     """Which patches of an image speak for its best classes, and for which words: a picture and JSON."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
+    from cairn.data.folders import decoded
+    from cairn.files import write_json
     from cairn.reports.patches import patch_figure
-    from cairn.store import read_learner, write_json
+    from cairn.store import read_learner
 
     try:
-        with Image.open(image) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"image '{image}': cannot be read: {error}") from None
+        picture = decoded(image)
+    except Exception as error:  # a decoder fed with damaged bytes may raise anything
+        raise DataError(f"image '{image}': cannot be read: {(str(error) or 'empty').splitlines()[0]}") from None
     result, method = read_learner(run)
     if not hasattr(method, "reasons"):
         raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")

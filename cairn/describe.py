@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.descriptions import ClassDescription
 from cairn.data.images import Dataset, Subset
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.errors import CairnError, ConfigError
 from cairn.maths.similarity import representative_and_diverse
 from cairn.towers.clip import spoken
 from cairn.towers.protocol import Towers
+from cairn.training.encode import encoded
 from cairn.training.log import Log
 
 KEPT_SIZE = 512
@@ -75,7 +76,7 @@ def guide_images(
     for name in names:
         rows = np.flatnonzero(dataset.train.labels == dataset.classes.index(name))
         images = Subset(dataset.train, rows, dataset.train.labels[rows])
-        z, _ = encoded(Loader(images, towers.prepare, towers.pixels), towers.image)
+        z, _ = encoded(Loader(images, towers.prepare, towers.pixels), lambda pixels, _: towers.image(pixels))
         chosen[name] = [int(rows[i]) for i in representative_and_diverse(z, config.representative, config.diverse)]
     return chosen
 

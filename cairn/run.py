@@ -6,19 +6,22 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from cairn.archive import Archive
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import unreadable
-from cairn.data.images import Concatenation, Dataset
-from cairn.data.stream import TaskStream, task_stream
-from cairn.errors import ConfigError, DataError, UnknownName
+from cairn.data.images import Dataset
+from cairn.data.stream import TaskStream, task_stream, without
+from cairn.errors import ConfigError, DataError, NotFinite, ResultError, UnknownName
 from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
@@ -26,9 +29,11 @@ from cairn.kept import kept
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import choices, with_settings
+from cairn.methods.stored import fit_into
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
+from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.log import Log
 
 SCHEMA_VERSION = 1
@@ -57,6 +62,7 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] = Field("crop", description="how images are brought to the towers' size")
+    on_bad_image: Literal["error", "skip"] = Field("error", description="image files that cannot be read")
     revision: str | None = Field(None, description="revision of the towers on the hub")
 
 
@@ -95,12 +101,16 @@ class RunResult(BaseModel):
     seen_accuracy: list[float] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[float] = Field(description="the same, every class weighing alike")
     future_accuracy: list[float | None] = Field(description="zero-shot, after task i, among the classes still to come")
+    zero_shot_accuracy: list[float | None] = Field(
+        [], description="of the towers as they came, on the classes seen after task i; null without class texts"
+    )
     average: float = Field(description="average incremental accuracy, the mean of seen_accuracy")
     last: float = Field(description="the last of seen_accuracy")
     forgetting: float | None = Field(description="null with a single task")
     bwt: float | None = Field(description="backward transfer; null with a single task")
     seconds: float = Field(description="wall-clock time, learning and evaluation")
     seconds_per_task: list[float] = Field(description="of learning alone")
+    resumed: int = Field(0, description="how often the run was cut off and gone on with")
     peak_rss_bytes: int = Field(description="largest resident memory of the process")
     memory_bytes: int = Field(description="kept of old classes beyond trained parameters, after the last task")
     tower_passes: Passes = Field(description="while learning")
@@ -160,7 +170,7 @@ def prepared(config: RunConfig) -> Prepared:
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
     settings = with_settings(entry.default_config(towers), config.settings)
-    _refuse_unreadable(stream)
+    stream = _readable(stream, skip=config.on_bad_image == "skip")
     return Prepared(entry, stream, towers, settings)
 
 
@@ -176,13 +186,17 @@ def run_stream(
     log: Log | None = None,
     learned: Callable[[Method], Any] | None = None,
     store: FeatureStore | None = None,
+    checkpoint: Checkpoint | None = None,
+    archive: Archive | None = None,
 ) -> RunResult:
     """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts.
 
     `learned` is called with the method when the last task is done, for who wants more than its numbers. Where the method
-    leaves the image tower as it is, embeddings are looked up in `store`, if one is given, and kept there.
+    leaves the image tower as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the
+    state is kept there whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is
+    the same to the bit, apart from times and passes.
     """
-    log = log or Log()
+    log, checkpoint = log or Log(), checkpoint or Checkpoint()
     entry, stream, towers, settings = prepared(config)
     for notice in stream.notices:
         log("notice", text=notice)
@@ -195,8 +209,6 @@ def run_stream(
     if not towers.has_images and hasattr(entry.config, "embedding"):
         log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
             "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
-    method = entry.build(towers, settings, seed=config.seed, log=log)
-    evaluator = Evaluator(stream, towers)
     log(
         "start",
         method=entry.name,
@@ -205,30 +217,34 @@ def run_stream(
         classes=len(stream.class_names),
         seed=config.seed,
     )
-
-    began = time.perf_counter()
-    evaluations: list[Evaluation] = []
-    durations, learning, evaluating = [], dict.fromkeys(towers.passes, 0), dict.fromkeys(towers.passes, 0)
-    for task in stream.tasks:
-        before = dict(towers.passes)
-        mark = time.perf_counter()
-        method.learn(task)
-        durations.append(time.perf_counter() - mark)
-        between = dict(towers.passes)
-        evaluations.append(evaluator.after(task.index, method))
-        for key in learning:
-            learning[key] += between[key] - before[key]
-            evaluating[key] += towers.passes[key] - between[key]
-        sizes = [len(test) for test in stream.tests[: task.index + 1]]
-        seen = seen_accuracy([[*e.accuracy] for e in evaluations], sizes)[-1]
-        log("task", task=task.index, seconds=durations[-1], accuracy=evaluations[-1].accuracy, seen=seen,
-            future=evaluations[-1].future, memory_bytes=method.memory_bytes)  # fmt: skip
+    course = _Course(config, entry, stream, towers, settings, log)
+    if archive is not None:
+        course.keep(checkpoint, archive)
+    method, sizes = course.method, [len(test) for test in stream.tests]
+    evaluator = Evaluator(stream, towers, between=checkpoint.poll)
+    for task in stream.tasks[course.done :]:
+        with course.learning():
+            try:
+                method.learn(task, checkpoint)
+            except NotFinite as error:
+                place = "" if str(error).startswith("task") else f"task {task.index}: "
+                raise NotFinite(f"{place}{error}") from None
+        with course.evaluating():
+            found = evaluator.after(task.index, method)
+        course.evaluations.append(found)
+        seen = seen_accuracy([e.accuracy for e in course.evaluations], sizes[: task.index + 1])[-1]
+        log("task", task=task.index, seconds=course.durations[-1], accuracy=found.accuracy, seen=seen,
+            future=found.future, zero_shot=found.zero_shot, memory_bytes=method.memory_bytes)  # fmt: skip
+        if found.zero_shot is not None and seen < found.zero_shot:
+            log("warning", text=f"after task {task.index}: {100 * seen:.2f} % is below the {100 * found.zero_shot:.2f} % of "
+                "zero-shot, so learning did harm; a lower learning rate is the first thing to try")  # fmt: skip
+        course.snapshot()
+        checkpoint.begin()
 
     if learned is not None:
         learned(method)
-    B = len(stream.tasks)
+    B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
-    sizes = [len(test) for test in stream.tests]
     seen = seen_accuracy(table, sizes)
     return RunResult(
         method=entry.name,
@@ -248,19 +264,144 @@ def run_stream(
         seen_accuracy=seen,
         seen_accuracy_by_class=[class_mean(e.correct, e.total) for e in evaluations],
         future_accuracy=[e.future for e in evaluations],
+        zero_shot_accuracy=[e.zero_shot for e in evaluations],
         average=average_incremental(seen),
         last=seen[-1],
         forgetting=forgetting(table),
         bwt=backward_transfer(table),
-        seconds=time.perf_counter() - began,
-        seconds_per_task=durations,
+        seconds=course.seconds,
+        seconds_per_task=course.durations,
+        resumed=course.resumed,
         peak_rss_bytes=_peak_rss(),
         memory_bytes=method.memory_bytes,
-        tower_passes=Passes(**learning),
-        evaluation_passes=Passes(**evaluating),
+        tower_passes=Passes(**course.passes["learning"]),
+        evaluation_passes=Passes(**course.passes["evaluating"]),
         device=str(getattr(towers, "device", torch.device("cpu"))),
         versions=versions(),
     )
+
+
+class _Course:
+    """How far a run is: the method, what was found of it, and what it took. Kept between tasks, or within one."""
+
+    def __init__(
+        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log
+    ):
+        self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
+        self.method: Method = entry.build(towers, settings, seed=config.seed, log=log)
+        self.evaluations: list[Evaluation] = []
+        self.durations: list[float] = []
+        self.passes = {part: dict.fromkeys(towers.passes, 0) for part in ("learning", "evaluating")}
+        self.resumed = 0
+        self._began, self._spent = time.perf_counter(), 0.0
+        self._archive: Archive | None = None
+        self._learned: State = {}
+        self._marks: tuple[float, dict[str, int]] | None = None
+
+    @property
+    def done(self) -> int:
+        """Tasks learned and evaluated."""
+        return len(self.evaluations)
+
+    @property
+    def seconds(self) -> float:
+        return self._spent + time.perf_counter() - self._began
+
+    # what it takes
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        self._mark()
+        if len(self.durations) == self.done:
+            self.durations.append(0.0)
+        yield
+        self._take("learning")
+        self._marks = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        before = dict(self.towers.passes)
+        yield
+        for key, count in self.towers.passes.items():
+            self.passes["evaluating"][key] += count - before[key]
+
+    def _mark(self) -> None:
+        self._marks = time.perf_counter(), dict(self.towers.passes)
+
+    def _take(self, part: str) -> None:
+        """Add what was spent since the mark, and mark anew."""
+        since, before = self._marks
+        self.durations[-1] += time.perf_counter() - since
+        for key, count in self.towers.passes.items():
+            self.passes[part][key] += count - before[key]
+        self._mark()
+
+    # on disk
+
+    def keep(self, checkpoint: Checkpoint, archive: Archive) -> None:
+        """Go on with what `archive` holds, and keep what is due there. Raises ResultError for what cannot be gone on with."""
+        self._archive = archive
+        held = archive.read()
+        work: dict[str, State] = {}
+        if held is not None:
+            work = dict(held.parts)
+            for damaged in held.damaged:
+                self.log("warning", text=f"{damaged}; the checkpoint before it is taken")
+            try:
+                self._restore(held.record, work.pop("learner"))
+            except ResultError:
+                raise
+            except Exception as error:  # a record from outside may hold anything
+                raise ResultError(
+                    f"'{archive.folder}': the checkpoint does not fit ({type(error).__name__}: "
+                    f"{(str(error) or 'nothing').splitlines()[0]}); --overwrite to start again"
+                ) from None
+            self.log("resumed", task=self.done, work=sorted(work), seconds=self._spent)
+        self.snapshot()
+        checkpoint.kept_by(self._write)
+        checkpoint.begin(work)
+
+    def snapshot(self) -> None:
+        """The method as it is between tasks: where the next one is begun again from."""
+        if self._archive is not None:
+            self._learned = self.method.state_dict()
+
+    def _write(self, work: dict[str, State]) -> None:
+        if self._marks is not None:
+            self._take("learning")
+        self._archive.write(self._record(), {"learner": self._learned, **work})
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "run": self.config.model_dump(mode="json"), "split": self.stream.fingerprint,
+            "towers": self.towers.fingerprint, "versions": versions(), "resumed": self.resumed, "seconds": self.seconds,
+            "evaluations": [asdict(found) for found in self.evaluations], "durations": self.durations,
+            "passes": self.passes,
+        }  # fmt: skip
+
+    def _restore(self, record: dict[str, Any], learner: State) -> None:
+        same = {
+            "call": (record["run"], self.config.model_dump(mode="json")),
+            "data": (record["split"], self.stream.fingerprint),
+            "towers": (record["towers"], self.towers.fingerprint),
+        }
+        for what, (then, now) in same.items():
+            if then != now:
+                raise ResultError(
+                    f"'{self._archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
+                )
+        if (then := record["versions"]) != (now := versions()):
+            changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
+            self.log("warning", text=f"versions changed since the run began ({changed}): it would not reproduce")
+        self.evaluations = TypeAdapter(list[Evaluation]).validate_python(record["evaluations"])
+        self.durations = [float(seconds) for seconds in record["durations"]]
+        self.passes = {part: {key: int(n) for key, n in counts.items()} for part, counts in record["passes"].items()}
+        self._spent, self.resumed = float(record["seconds"]), int(record["resumed"]) + 1
+        fit_into(
+            self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
+        )
+        if not self.entry.exemplar_free:
+            self.method.remember(self.stream.tasks[: self.done])
 
 
 def drift_report(
@@ -305,12 +446,22 @@ def drift_report(
     }
 
 
-def _refuse_unreadable(stream: TaskStream) -> None:
-    """Raises DataError listing the image files that cannot be opened, before anything is learned."""
-    bad = unreadable(Concatenation([*(task.train for task in stream.tasks), *stream.tests]))
-    if bad:
-        shown = ", ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
-        raise DataError(f"data '{stream.name}': {len(bad)} unreadable image(s): {shown}; repair or remove them")
+def _readable(stream: TaskStream, skip: bool) -> TaskStream:
+    """The stream without the image files that cannot be read, which a notice names; unless `skip`, a DataError does."""
+    found = [unreadable(images) for images in stream.collections]
+    bad = [
+        f"{images.describe(row)} ({reason})"
+        for images, reasons in zip(stream.collections, found, strict=True)
+        for row, reason in reasons.items()
+    ]
+    if not bad:
+        return stream
+    named = f"{len(bad)} image(s) that cannot be read: {', '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}"
+    if not skip:
+        raise DataError(
+            f"data '{stream.name}': {named}; repair or remove them, or leave them out with --on-bad-image skip"
+        )
+    return replace(without(stream, found), notices=(*stream.notices, f"left out: {named}"))
 
 
 def _peak_rss() -> int:

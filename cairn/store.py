@@ -1,69 +1,41 @@
-"""Results on disk: whole or not at all."""
+"""Runs on disk: the call, the result, what happened, and the state of one that is not finished. Whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cairn.archive import Archive
 from cairn.data.catalogue import open_dataset
-from cairn.errors import ResultError
+from cairn.errors import CairnError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
+from cairn.files import growing, make_folder, read_bytes, read_json, write_json
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
+from cairn.methods.stored import fit_into
 from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, towers_for
 from cairn.towers.catalogue import load_towers
 from cairn.training.log import Log
 
-RESULT, EVENTS, SUMMARY, LEARNER = "result.json", "events.jsonl", "summary.json", "learner.safetensors"
+RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
+    "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
+)  # fmt: skip
 SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
-
-
-def make_folder(path: Path) -> None:
-    """Raises ResultError if the folder cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultError(f"'{path}': cannot be written: {error.strerror}; give another --out") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write to a temporary file beside it, flush to the disk, rename: a reader sees the old file or the new one."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ResultError(f"'{path.parent}': cannot be written: {error.strerror}; give another --out") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise ResultError(
-            f"'{path}': cannot be written: {error.strerror}; free some space or give another --out"
-        ) from None
 
 
 def read_result(path: Path) -> RunResult:
     """A result from its file or its folder. Raises ResultError for what is missing, damaged or of a newer version."""
     file = path / RESULT if path.is_dir() else path
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"'{file}': cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultError(f"'{file}': not JSON: {error}") from None
+    stored = read_json(file)
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:
         raise ResultError(
@@ -76,63 +48,143 @@ def read_result(path: Path) -> RunResult:
         raise ResultError(f"'{file}': {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
 
 
-class RunFolder:
-    """Where one run writes: `events.jsonl` as it goes, `result.json` when it is done."""
+class Call(BaseModel):
+    """What a folder was asked for, as `call.json`: enough to go on with it."""
 
-    def __init__(self, path: Path, config: RunConfig):
-        self.path, self.config = path, config
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    run: RunConfig
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="one run each, in folders of their own")
+    keep_learner: bool = False
+    cache: bool = False
+    checkpoint_seconds: float = Field(ge=0, allow_inf_nan=False)
+    checkpoint_steps: int | None = None
+
+
+def read_call(folder: Path) -> Call:
+    """Raises ResultError for a folder in which no run is under way."""
+    if not (folder / CALL).is_file():
+        finished = next((name for name in (RESULT, SUMMARY) if (folder / name).is_file()), None)
+        raise ResultError(
+            f"'{folder}': the run is finished, see {finished}"
+            if finished
+            else f"'{folder}': no {CALL}, so no run was begun there; give the folder of one"
+        )
+    stored = read_json(folder / CALL)
+    try:
+        return Call.model_validate(stored)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ResultError(
+            f"'{folder / CALL}': {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}; use the version that wrote it"
+        ) from None
+
+
+class Lock:
+    """One writer per folder. The system lets go of the lock when its holder dies, however that happens; who it was stays
+    in the file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = FileLock(folder / LOCK)
+        self.stale: str | None = None
+        """Who held it and did not let go."""
+
+    def take(self) -> Lock:
+        """Raises ResultError naming the holder, if that is another process that lives."""
+        path = self.folder / LOCK
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResultError(
+                f"'{self.folder}' is being written by {self._holder() or 'another process'}; wait for it or give another folder"
+            ) from None
+        except OSError as error:
+            raise ResultError(f"'{self.folder}': cannot be written: {error.strerror}; give another folder") from None
+        self.stale = self._holder()
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        return self
+
+    def release(self) -> None:
+        with suppress(OSError):
+            (self.folder / LOCK).unlink()
+        self._lock.release()
+
+    def _holder(self) -> str | None:
+        with suppress(ResultError):
+            return read_bytes(self.folder / LOCK, 1000).decode(errors="replace")[:200].strip() or None
+        return None
+
+
+class RunFolder:
+    """Where one run writes: `call.json` and `checkpoint/` until it is done, `events.jsonl` as it goes, then `result.json`."""
+
+    def __init__(self, path: Path, call: Call):
+        self.path, self.call = path, call
+        self.archive = Archive(path / CHECKPOINT, "run")
         self._events: TextIO | None = None
+        self._lock = Lock(path)
 
     def finished(self) -> RunResult | None:
-        """The result that is already there, if the same call made it. Raises ResultError if another call did."""
-        if not (self.path / RESULT).exists():
+        """The result that is already there. Raises ResultError if another call made it, or is under way here."""
+        done = (self.path / RESULT).exists()
+        if not done and not self.archive:
             return None
-        stored = read_result(self.path)
-        if stored.run != self.config:
-            ours, theirs = self.config.model_dump(), stored.run.model_dump()
+        stored = read_result(self.path) if done else read_call(self.path)
+        if stored.run != self.call.run:
+            ours, theirs = self.call.run.model_dump(), stored.run.model_dump()
             key = next(key for key in ours if ours[key] != theirs[key])
             raise ResultError(
                 f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); give another --out or --overwrite"
             )
-        return stored
+        return stored if done else None
 
     @property
     def closed(self) -> bool:
         return self._events is None
 
-    def open(self) -> None:
-        """Make the folder, with an empty event log. Raises ResultError if it cannot be written."""
+    def open(self, overwrite: bool = False) -> str | None:
+        """Make the folder and take its lock; who held it and did not let go, if anybody. An unfinished run is gone on with,
+        unless `overwrite`. Raises ResultError if it cannot be written, or another process writes there."""
         make_folder(self.path)
+        self._lock.take()
+        if overwrite:
+            self.archive.clear()
         try:
             (self.path / RESULT).unlink(missing_ok=True)
-            self._events = open(self.path / EVENTS, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+            self._events = growing(self.path / EVENTS, append=bool(self.archive))
         except OSError as error:
+            self._lock.release()
             raise ResultError(f"'{self.path}': cannot be written: {error.strerror}; give another --out") from None
+        write_json(self.path / CALL, self.call.model_dump(mode="json"))
+        return self._lock.stale
 
     def keep(self, event: dict[str, Any]) -> None:
-        self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self._events.flush()
+        try:
+            self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._events.flush()
+        except OSError as error:
+            raise ResultError(f"'{self.path / EVENTS}': cannot be written: {error.strerror}; free some space") from None
 
     def write(self, result: RunResult) -> None:
+        """The result, in place of what was kept to come to it."""
         write_json(self.path / RESULT, result.model_dump(mode="json"))
+        self.archive.clear()
+        (self.path / CALL).unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):  # what could not be written was told when it was
+                self._events.close()
             self._events = None
+            self._lock.release()
 
 
-def write_learner(path: Path, method: Method) -> None:
-    """What a method has learned, as safetensors; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in method.state_dict().items()}, temporary
-        )
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResultError(f"'{path}': cannot be written: {error}; free some space or give another --out") from None
+def write_learner(folder: Path, method: Method) -> None:
+    """What a method has learned, beside the result of its run."""
+    Archive(folder / LEARNER, "learner").write({}, {"method": method.state_dict()})
 
 
 def read_learner(folder: Path) -> tuple[RunResult, Method]:
@@ -140,8 +192,8 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
 
     Raises ResultError where the run kept no learner, the file is damaged, or today's towers are not those of the run.
     """
-    result, file = read_result(folder), folder / LEARNER
-    if not file.is_file():
+    result, archive = read_result(folder), Archive(folder / LEARNER, "learner")
+    if not archive:
         raise ResultError(f"'{folder}': the run kept no learner; run it again with --keep-learner")
     run = result.run
     if run.data.endswith(".safetensors"):
@@ -156,12 +208,17 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
             f"'{folder}': learned on towers {result.towers.fingerprint}, '{towers.name}' is {towers.fingerprint} today"
         )
     entry = method_named(result.method)
-    method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
     try:
-        # Cloned into aligned memory: a product's last bits depend on where a tensor begins
-        method.load_state_dict({key: value.clone() for key, value in load_file(file).items()})
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ResultError(f"'{file}': cannot be read: {str(error).splitlines()[0]}; run again") from None
+        method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
+    except CairnError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ResultError(f"'{folder / RESULT}': its config does not make a {result.method}: {reason}") from None
+    parts = archive.read().parts
+    if parts.keys() != {"method"}:
+        raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
+    fit_into(method, parts["method"], archive.folder, len(result.class_order))
     return result, method
 
 

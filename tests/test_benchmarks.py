@@ -27,7 +27,7 @@ def bench(tmp_path_factory) -> dict:
 
 
 def test_the_smallest_form_runs_and_says_where(bench):
-    assert bench["items"].keys() == {"transport", "bures", "draws"}
+    assert bench["items"].keys() == {"transport", "bures", "draws", "input", "compiled", "accelerator"}
     assert bench["machine"].keys() == {"cores", "threads", "processor", "memory_bytes"}
     assert {"torch", "POT"} <= bench["versions"].keys()
     assert all(row["plain_amount"] > 0 and row["amount"] > 0 and row["ratio"] > 0 for row in bench["rows"])
@@ -39,6 +39,43 @@ def test_both_forms_give_the_same(bench):
     assert all(row["residual"] < 1e-9 and row["to_pot"] < 1e-6 for row in bures["rows"])
     assert draws["full"]["difference"] < 1e-6
     assert draws["low_rank"]["covariance_error"] < 2 * draws["low_rank"]["torch_covariance_error"]
+    assert bench["items"]["input"]["equal"]
+    compiled = bench["items"]["compiled"]
+    assert compiled["reason"] is None
+    assert compiled["loss_difference"] < 1e-5
+    assert compiled["gradient_difference"] < 1e-4
+
+
+def test_the_parts_of_a_run_on_an_accelerator_are_told(bench):
+    report = bench["items"]["accelerator"]
+    run = report["run"]
+    assert run["parts"].keys() == {
+        "stage 1", "passes before and after", "calibration", "statistics", "stage 2", "evaluation", "all else"
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in run["parts"].values())
+    assert sum(run["parts"].values()) == pytest.approx(run["seconds"])
+    assert 0 < run["waited"] < run["seconds"]
+    # A float32 step of the embedded towers: twice the forward pass, which is 2 x 50 tokens x 1.84 M weights and attention
+    assert report["stage1"][0]["operations_per_image"] == pytest.approx(2 * 2 * 50 * 1.84e6, rel=0.15)
+
+
+def test_what_a_machine_lacks_is_said_and_no_rows_come_of_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import accelerator
+    import compiled
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    report = accelerator.measured(**accelerator.SIZES["full"])
+    assert report == {"available": False}
+    assert accelerator.rows(report) == []
+
+    def refused(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nfound in a list of names")
+
+    monkeypatch.setattr("torch.compile", lambda *args, **kwargs: refused)
+    report = compiled.measured(**compiled.SIZES["tiny"])
+    assert report["reason"] == "RuntimeError: no C++ compiler"
+    assert compiled.rows(report) == []
 
 
 def shown(page: str, block: str) -> str:

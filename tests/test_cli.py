@@ -91,7 +91,7 @@ def test_seeds_write_a_folder_each_and_a_summary(cairn, features, tmp_path):
         (("run", "dmc", "--precision", "float7"), "--precision float7"),
         (("run", "dmc", "--seed", "-3"), "--seed -3"),
         (("run", "dmc", "--towers", "tinny"), "did you mean tiny"),
-        (("run",), "Missing argument"),
+        (("run",), "no method given"),
         (("runn", "dmc"), "No such command 'runn'"),
         (("run", "dmc", "--stepp", "3"), "No such option"),
         (("explain", "dmc-x"), "unknown method 'dmc-x'"),

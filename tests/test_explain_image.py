@@ -13,7 +13,7 @@ from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, ResultError
 from cairn.methods.catalogue import METHODS
 from cairn.run import RunConfig, run_stream
-from cairn.store import LEARNER, RunFolder, read_learner, write_learner
+from cairn.store import LEARNER, Call, RunFolder, read_learner, write_learner
 from cairn.training.log import Log
 
 
@@ -27,8 +27,8 @@ def kept(tmp_path_factory):
     )  # fmt: skip
     methods = []
     result = run_stream(config, Log(), methods.append)
-    write_learner(folder / LEARNER, methods[0])
-    RunFolder(folder, config).write(result)
+    write_learner(folder, methods[0])
+    RunFolder(folder, Call(run=config, checkpoint_seconds=60)).write(result)
     return folder, methods[0]
 
 
@@ -88,11 +88,13 @@ def test_what_cannot_be_explained_is_said(kept, tmp_path, towers):
     folder, method = kept
     with pytest.raises(ResultError, match="cannot be read"):
         read_learner(tmp_path)
-    RunFolder(tmp_path, read_learner(folder)[0].run).write(read_learner(folder)[0])
+    result, _ = read_learner(folder)
+    RunFolder(tmp_path, Call(run=result.run, checkpoint_seconds=60)).write(result)
     with pytest.raises(ResultError, match="run it again with --keep-learner"):
         read_learner(tmp_path)
-    (tmp_path / LEARNER).write_bytes(b"no learner")
-    with pytest.raises(ResultError, match="cannot be read"):
+    (tmp_path / LEARNER).mkdir()
+    (tmp_path / LEARNER / "learner-000001.json").write_bytes(b"no learner")
+    with pytest.raises(ResultError, match="not JSON"):
         read_learner(tmp_path)
     with pytest.raises(ValueError, match="2 images: one at a time"):
         method.reasons(pixels(method).expand(2, -1, -1, -1))

@@ -10,11 +10,12 @@ import torch
 
 from cairn.data.feature_store import FeatureStore
 from cairn.data.images import Concatenation, Subset
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
 from cairn.kept import BATCH, KeptTowers, kept
 from cairn.run import RunConfig, run_stream
 from cairn.towers.protocol import Towers
+from cairn.training.encode import encoded
 from cairn.training.log import Log
 
 
@@ -30,7 +31,7 @@ def images():
 
 
 def seen(towers, images, ask, batch=16):
-    return encoded(Loader(images, towers.prepare, towers.pixels, batch=batch), ask)[0]
+    return encoded(Loader(images, towers.prepare, towers.pixels, batch=batch), lambda pixels, _: ask(pixels))[0]
 
 
 def test_kept_towers_are_towers(towers, store):
@@ -75,7 +76,7 @@ def test_places_go_through_views_and_in_any_batch(towers, store, images):
     knowing = KeptTowers(towers, store())
     parts = [knowing.placed(Subset(images, rows, images.labels[rows])) for rows in np.split(np.arange(70), [30])]
     both = Concatenation([Subset(part, np.arange(0, 30, 3), part.labels[:30:3]) for part in parts])
-    z, _ = encoded(Loader(both, knowing.prepare, knowing.pixels, batch=7), knowing.image)
+    z, _ = encoded(Loader(both, knowing.prepare, knowing.pixels, batch=7), lambda pixels, _: knowing.image(pixels))
     expected = np.r_[0:30:3, 30:60:3]
     torch.testing.assert_close(z, seen(towers, images, towers.image)[expected], atol=1e-6, rtol=1e-6)
     assert both.identity(11) == images.identity(33)

@@ -260,11 +260,12 @@ def open_dataset(spec: str) -> Dataset:
             raise DataError(f"data '{spec}': no path after '='; write {key}=PATH, or {key} to read it from the hub")
         return hub_dataset(key, local=local or None)
     path = Path(spec).expanduser()
+    exists = os.path.exists(path)  # Path.exists raises for what is too long to be a path
     if path.suffix == ".safetensors":
         from cairn.data.embeddings import features_dataset
 
         return features_dataset(spec)
-    if path.exists():
+    if exists:
         from cairn.data.folders import folder_dataset
 
         return folder_dataset(spec)

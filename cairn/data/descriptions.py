@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from cairn.errors import DataError
+from cairn.errors import DataError, ResultError
+from cairn.files import read_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "descriptions.json"
@@ -64,13 +65,12 @@ class Descriptions(BaseModel):
 def read_descriptions(path: str | Path) -> Descriptions:
     """Raises DataError for a file that is missing, no JSON, of another schema or with an empty sentence."""
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"descriptions '{path}': no such file; write one with `cairn describe`")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise DataError(f"descriptions '{path}': {reason}; write one with `cairn describe`") from None
-    try:
-        found = Descriptions.model_validate_json(text)
+        found = Descriptions.model_validate(read_json(path, links=True))
+    except ResultError as error:
+        raise DataError(f"descriptions {error}; write them with `cairn describe`") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -6,21 +6,21 @@ embedded too, `text_features` (k, d). Metadata: `class_names`, and optionally `t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from cairn.data.images import Dataset
-from cairn.errors import DataError
+from cairn.errors import DataError, one_line
+from cairn.files import sha256_of, write_chunks
+from cairn.tensors import CODES, serialized
 
 NAME_KEYS = ("class_names", "classnames", "classes", "names")
 """Metadata keys under which class names are looked for. A JSON list, a JSON object (number to name or name to
@@ -78,7 +78,7 @@ def features_dataset(path: str | Path) -> Dataset:
     shown = f"features file '{path}'"
     if not file.is_file():
         raise DataError(f"{shown}: no such file; give the path of a .safetensors file")
-    try:
+    try:  # mapped, not read: it may be larger than memory
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             stored = set(opened.keys())
@@ -88,14 +88,14 @@ def features_dataset(path: str | Path) -> Dataset:
                     f"{shown}: lacks {', '.join(missing)}; it holds {', '.join(sorted(stored)) or 'nothing'}"
                 )
             tensors = {name: opened.get_tensor(name) for name in (*REQUIRED, "text_features") if name in stored}
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except DataError:
+        raise
+    except Exception as error:  # whatever a parser makes of hostile bytes
+        reason = str(error) or type(error).__name__
         raise DataError(f"{shown}: not a safetensors file, or truncated ({reason}); write it again") from None
 
     names = _names(metadata, shown)
     arrays = _checked(tensors, names, shown)
-    with file.open("rb") as stream:
-        fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     model = next((metadata[key] for key in MODEL_KEYS if metadata.get(key)), file.stem)
     text = arrays.get("text_features")
     dim = arrays["train_features"].shape[1]
@@ -105,7 +105,7 @@ def features_dataset(path: str | Path) -> Dataset:
         train=Rows(arrays["train_features"], arrays["train_labels"], "train_features"),
         test=Rows(arrays["test_features"], arrays["test_labels"], "test_features"),
         templates=_templates(metadata, shown),
-        embeddings=Embeddings(dim, text, _logit_scale(metadata, shown), fingerprint, model),
+        embeddings=Embeddings(dim, text, _logit_scale(metadata, shown), sha256_of(file)[:16], one_line(model)),
     )
 
 
@@ -124,7 +124,8 @@ def save_features(
 ) -> None:
     """Write a file that `features_dataset` reads, whole or not at all. Features keep their precision.
 
-    Raises DataError, before anything is written, for what `features_dataset` would refuse.
+    Raises DataError, before anything is written, for what `features_dataset` would refuse; ResultError where it cannot be
+    written.
     """
     tensors = {
         "train_features": train_features,
@@ -143,16 +144,16 @@ def save_features(
     if model is not None:
         metadata["model"] = model
     shown = f"features file '{path}'"
+    for key, text in metadata.items():
+        if text.encode(errors="ignore").decode() != text:
+            raise DataError(f"{shown}: '{key}' is not UTF-8: {text}; leave that out")
+    for name, values in tensors.items():
+        if values.dtype not in CODES:
+            raise DataError(f"{shown}: {name} of {_dtype(values)}; store float32, float16 or bfloat16")
     _checked(tensors, _names(metadata, shown), shown)
     _templates(metadata, shown)
     _logit_scale(metadata, shown)
-    file = Path(path).expanduser()
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_chunks(Path(path).expanduser(), serialized(tensors, metadata))
 
 
 def _owned(values: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -249,7 +250,7 @@ def _names(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"{shown}: metadata '{key}' is not a list of names; store a JSON list of strings")
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise DataError(f"{shown}: class name '{twice}' appears twice in '{key}'; names must differ")
     return tuple(names)
 
@@ -258,14 +259,18 @@ def _listed(text: str) -> list | None:
     """A list from JSON (a list; an object between names and numbers 0..k-1) or from lines; None for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(value, dict):
         if all(isinstance(name, str) for name in value.values()):
             value = {name: number for number, name in value.items()}
-        numbers = {int(number): name for name, number in value.items() if str(number).isdecimal()}
+        numbers = {int(number): name for name, number in value.items() if _is_small(str(number))}
         return [numbers[i] for i in range(len(numbers))] if sorted(numbers) == list(range(len(value))) else None
     return value if isinstance(value, list) else None
+
+
+def _is_small(number: str) -> bool:
+    return number.isdecimal() and len(number) < 10
 
 
 def _templates(metadata: dict[str, str], shown: str) -> tuple[str, ...]:

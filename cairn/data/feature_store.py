@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -22,9 +22,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cairn.data.images import Images
-from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.errors import CairnError, ConfigError
+from cairn.files import make_folder, safetensors_header, whole
 
 LIMIT_BYTES = 20 * 10**9
+
+REMEDY = "free some space, set CAIRN_CACHE to another folder, or leave --cache out"
 
 FORMAT = "cairn features 1"
 """Counts up when opened images change on their way to the tower, or the file's layout does: old sets are then passed over."""
@@ -41,6 +44,8 @@ HOLDERS: dict[str, tuple[str, ...]] = {
 }
 """Where the rows of a kind may lie besides its own folder: beside patches, the image's embedding is the same."""
 
+_RANKS = ({"ids": 2, "image": 2}, {"ids": 2, "image": 2, "patches": 3})
+
 _DTYPES = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 Batch = tuple[np.ndarray, np.ndarray | None]
@@ -55,6 +60,11 @@ def image_ids(images: Images) -> np.ndarray:
     """16 bytes for each image, (n,) S16: a hash of its identity."""
     rows = (hashlib.blake2b(images.identity(i), digest_size=ID_BYTES).digest() for i in range(len(images)))
     return np.frombuffer(b"".join(rows), dtype=f"S{ID_BYTES}")
+
+
+def _part(entry: dict) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    start, stop = map(operator.index, entry["data_offsets"])
+    return _DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"])), start, stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,19 +88,20 @@ class FeatureSet:
             text = file.read(length)
         try:
             header = json.loads(text)
-            about = header.pop("__metadata__")
-            parts = {key: (_DTYPES[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for key, t in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            about = dict(header.pop("__metadata__"))
+            parts = {key: _part(entry) for key, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"'{path}': no header of rows: {error}") from None
         end = 0
         for key, (dtype, shape, start, stop) in sorted(parts.items(), key=lambda part: part[1][2]):
-            if start != end or stop - start != dtype.itemsize * math.prod(shape) or stop == start:
+            if start != end or min(shape, default=0) < 1 or stop - start != dtype.itemsize * math.prod(shape):
                 raise Damaged(f"'{path}': '{key}' of shape {shape} from byte {start} to {stop}")
             end = stop
         if 8 + length + end != size or about.get("format") != FORMAT:
             raise Damaged(f"'{path}': {size} bytes of {8 + length + end}, {about.get('format')}")
         lengths = {shape[0] for _, shape, _, _ in parts.values()}
-        if not {"ids", "image"} <= parts.keys() <= {"ids", "image", "patches"} or len(lengths) > 1:
+        ranks = {key: len(shape) for key, (_, shape, _, _) in parts.items()}
+        if ranks not in _RANKS or len(lengths) > 1:
             raise Damaged(f"'{path}': holds {', '.join(parts)}, not rows of the same images")
         rows = {
             key: np.memmap(path, dtype, "r", 8 + length + start, shape)
@@ -231,27 +242,18 @@ class FeatureStore:
         place = self._features / maker / name
         raw = ids.view("u1").reshape(-1, ID_BYTES)
         target = place / f"{_name(raw)}.safetensors"
-        temporary = None
+        make_folder(place, REMEDY)
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=place, suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
-                size = file.tell()
-            made = FeatureSet.opened(Path(temporary), target.stem)
-            if size > self.limit:
-                return made
-            self._make_room(size)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise ResultError(
-                f"cache '{self.folder}': cannot be written: {error.strerror}; free some space, set CAIRN_CACHE to "
-                "another folder, or leave --cache out"
-            ) from None
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            with whole(target, REMEDY) as temporary:
+                with temporary.open("wb") as file:
+                    _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
+                    size = file.tell()
+                made = FeatureSet.opened(temporary, target.stem)
+                if size > self.limit:
+                    raise _TooLarge
+                self._make_room(size)
+        except _TooLarge:
+            return made
         self._open[target] = replace(made, path=target)
         return self._open[target]
 
@@ -308,6 +310,10 @@ class FeatureStore:
         return freed
 
 
+class _TooLarge(Exception):
+    """For the place that the store has."""
+
+
 _PATTERN = "[0-9a-f]" * 32 + ".safetensors"
 
 
@@ -316,7 +322,7 @@ def _name(ids: np.ndarray) -> str:
 
 
 def _write(file, ids: np.ndarray, batches: Iterable[Batch], about: Mapping[str, str], precision: str) -> None:
-    """A safetensors file, batch by batch: what the first one is like tells the layout. Flushed to the disk."""
+    """A safetensors file, batch by batch: what the first one is like tells the layout."""
     starts: list[int] = []
     done = 0
     for image, patches in batches:
@@ -333,22 +339,14 @@ def _write(file, ids: np.ndarray, batches: Iterable[Batch], about: Mapping[str, 
         done += len(image)
     if done != len(ids):
         raise ValueError(f"{done} rows of {len(ids)} images")
-    file.flush()
-    os.fsync(file.fileno())
     file.seek(0, os.SEEK_END)
 
 
 def _begin(file, dtypes: list[np.dtype], shapes: list[tuple[int, ...]], about: Mapping[str, str]) -> list[int]:
     """Write the header; where each tensor starts."""
     codes = {dtype: code for code, dtype in _DTYPES.items()}
-    header: dict = {"__metadata__": dict(about)}
-    end = 0
-    starts = []
-    for key, dtype, shape in zip(("ids", "image", "patches"), dtypes, shapes, strict=False):
-        starts.append(end)
-        end += dtype.itemsize * math.prod(shape)
-        header[key] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [starts[-1], end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    return [8 + len(text) + start for start in starts]
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
+    keys = ("ids", "image", "patches")[: len(sizes)]
+    header = safetensors_header(zip(keys, (codes[dtype] for dtype in dtypes), shapes, sizes, strict=True), about)
+    file.write(header)
+    return [len(header) + sum(sizes[:number]) for number in range(len(sizes))]

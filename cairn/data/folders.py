@@ -1,27 +1,34 @@
 """Folders of images: `train/<class>/*` with `test/` or `val/`, or `<class>/*` with a seeded split.
 
-The folder's listing is all that is read beforehand. A file is opened when its image is asked for.
+The folder's listing is all that is read beforehand. A file is opened when its image is asked for, or by `unreadable`,
+which looks for damage. What becomes of odd files is in docs/hard-inputs.md.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cairn.data.descriptions import FILE_NAME, read_descriptions
 from cairn.data.images import Concatenation, Dataset, Images, Subset
-from cairn.data.stream import held_out
+from cairn.data.stream import held_out, one_line, require_text
 from cairn.errors import ConfigError, DataError
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 )
 """Endings of the files that count as images, lower case; every other file is passed over."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""What a file may hold, whatever its ending. Pillow knows more, among them PostScript, which it has run by Ghostscript."""
 
 TEST_FOLDERS = ("test", "val", "validation")
 """Where test images may lie beside `train/`; the first that exists is taken."""
@@ -47,36 +54,68 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> Image.Image:
         """The image. Raises DataError that names the file if it cannot be decoded."""
-        path = self.path(index)
         try:
-            with Image.open(path) as image:
-                return rgb(image)
+            return decoded(self._file(index))
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
-            raise DataError(f"image '{path}': cannot be read ({_reason(error)}); replace or remove the file") from None
+            raise DataError(
+                f"image '{one_line(self.path(index))}': cannot be read ({reason(error)}); replace or remove the file"
+            ) from None
+
+    def check(self, index: int) -> None:
+        """Raises what opening the image would raise, at less cost."""
+        check(self._file(index))
 
     def describe(self, index: int) -> str:
-        """The path below the data set's root, with forward slashes: the same on every machine."""
-        return f"{self.folders[self.labels[index]]}/{self.names[index]}"
+        """The path below the data set's root, with forward slashes and on one line: the same on every machine."""
+        return one_line(self._below(index))
 
     def identity(self, index: int) -> bytes:
         """The path below the root, with the file's size and the time it was last written. Raises DataError if it is gone."""
         try:
             found = self.path(index).stat()
         except OSError as error:
-            raise DataError(f"image '{self.path(index)}': {error.strerror}; replace or remove the file") from None
-        return os.fsencode(f"{self.describe(index)}\0{found.st_size}\0{found.st_mtime_ns}")
+            raise DataError(
+                f"image '{one_line(self.path(index))}': {error.strerror}; replace or remove the file"
+            ) from None
+        return os.fsencode(f"{self._below(index)}\0{found.st_size}\0{found.st_mtime_ns}")
 
     def path(self, index: int) -> Path:
-        return self.root / self.folders[self.labels[index]] / self.names[index]
+        return self.root / self._below(index)
 
-    def header_is_sound(self, index: int) -> bool:
-        """Whether the file opens and passes Pillow's check; pixels are not decoded."""
-        try:
-            with Image.open(self.path(index)) as image:
-                image.verify()
-        except Exception:  # as above
-            return False
-        return True
+    def _below(self, index: int) -> str:
+        return f"{self.folders[self.labels[index]]}/{self.names[index]}"
+
+    def _file(self, index: int) -> Path:
+        """The path of what is a file: to open a named pipe would be to wait for ever."""
+        path = self.path(index)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")
+        return path
+
+
+def decoded(file: Path | IO[bytes]) -> Image.Image:
+    """The image as `rgb` gives it. Raises whatever the decoder raises, and refuses a decompression bomb by its header."""
+    with Image.open(file, formats=FORMATS) as image:
+        _refuse_bomb(image)
+        return rgb(image)
+
+
+def check(file: Path | IO[bytes]) -> None:
+    """Raises what `decoded` would raise, at less cost: a PNG's checksums stand for its pixels, a JPEG is made small."""
+    with Image.open(file, formats=FORMATS) as image:
+        _refuse_bomb(image)
+        if image.format == "PNG":
+            image.verify()
+        else:
+            image.draft(None, (1, 1))  # a JPEG's bytes are all read, but 1 pixel in 64 is made; others stay as they are
+            rgb(image)
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    """Raises DecompressionBombError where Pillow only warns; it raises by itself from twice its limit on."""
+    limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if limit is not None and pixels > limit:
+        raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {limit}")
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -107,8 +146,13 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     return scaled.astype(np.uint8)
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def reason(error: Exception) -> str:
+    """Why something could not be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):  # its message is the path once more, or an address in memory
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
 def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.2) -> Dataset:
@@ -116,28 +160,29 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
 
     With `train/`, test images come from `test/` or `val/`. Without it, the folders of `path` are the classes and
     `test_share` of each class's images, at least one on either side, are set aside by `split_seed`.
-    Hidden files and files that are no images (see EXTENSIONS) are passed over; nothing is opened.
-    Raises DataError for a missing folder, no class, an empty class, and a class that one side lacks.
+    Hidden files and files that are no images (see EXTENSIONS) are passed over; links are followed; nothing is opened.
+    Raises DataError for a missing folder, no class, an empty class, a class that one side lacks, a class name that is no
+    text, and a link in place of a class that leads nowhere.
     """
     if not 0 < test_share < 1:
         raise ConfigError(f"test_share {test_share}: must be above 0 and below 1")
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        problem = "is a file, not a folder" if root.is_file() else "no such folder"
-        raise DataError(f"data '{path}': {problem}; give a folder with train/<class>/ and test/<class>/, or <class>/")
+    root, shown = Path(path).expanduser(), one_line(path)
+    if not os.path.isdir(root):  # unlike Path.is_dir, no error where one may not look
+        problem = "is a file, not a folder" if os.path.isfile(root) else "no such folder"
+        raise DataError(f"data '{shown}': {problem}; give a folder with train/<class>/ and test/<class>/, or <class>/")
     folders = _subfolders(root)
     test_folder = next((name for name in TEST_FOLDERS if name in folders), None)
     if "train" in folders and test_folder is None:
-        raise DataError(f"data '{path}': has train/ but neither test/ nor val/; add one, or move the classes up")
+        raise DataError(f"data '{shown}': has train/ but neither test/ nor val/; add one, or move the classes up")
     if "train" not in folders and test_folder is not None:
-        raise DataError(f"data '{path}': has {test_folder}/ but no train/; add it, or move the classes up")
+        raise DataError(f"data '{shown}': has {test_folder}/ but no train/; add it, or move the classes up")
 
     if test_folder is None:
         classes = folders
         _require_classes(classes, root)
         everything = _images(root, "", classes)
         for label in np.flatnonzero(np.bincount(everything.labels) == 1):
-            raise DataError(f"class '{classes[label]}' in '{root}': has one image, a split needs two; add some")
+            raise DataError(f"class '{classes[label]}' in '{shown}': has one image, a split needs two; add some")
         kept, out = held_out(everything, test_share, split_seed)
         train: Images = Subset(everything, kept, everything.labels[kept])
         test: Images = Subset(everything, out, everything.labels[out])
@@ -145,39 +190,45 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
         classes = _subfolders(root / "train")
         _require_classes(classes, root / "train")
         tested = _subfolders(root / test_folder)
+        _require_classes(tested, root / test_folder)
         for here, there, lone in (
             (test_folder, "train", sorted(set(tested) - set(classes))),
             ("train", test_folder, sorted(set(classes) - set(tested))),
         ):
             if lone:
                 raise DataError(
-                    f"class '{lone[0]}' in '{root / here}': '{there}' lacks it ({len(lone)} such class(es)); "
+                    f"class '{lone[0]}' in '{one_line(root / here)}': '{there}' lacks it ({len(lone)} such class(es)); "
                     f"add images to {there}/{lone[0]} or remove {here}/{lone[0]}"
                 )
         train, test = _images(root, "train/", classes), _images(root, f"{test_folder}/", classes)
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
-    return Dataset(root.resolve().name, tuple(classes), train, test, TEMPLATES, descriptions=said)
+    return Dataset(one_line(root.resolve().name), tuple(classes), train, test, TEMPLATES, descriptions=said)
 
 
-def unreadable(images: Images) -> list[str]:
-    """Descriptions of the files whose header or checksum is damaged, in order; pixels are not decoded.
+def unreadable(images: Images) -> dict[int, str]:
+    """Which images cannot be opened, in order, and why. Every file is read (see `check`), several at a time.
 
     To be called before a long training, so that all offenders are known at once. Looks through `Subset` and
-    `Concatenation`; collections that hold no files are left alone.
+    `Concatenation`; collections whose items are no encoded files, and so have no `check`, are left alone.
     """
 
-    def damaged(start: int) -> list[str]:
-        found = []
+    def damaged(start: int) -> dict[int, str]:
+        found = {}
         for index in range(start, min(start + block, len(images))):
             source, position = _source(images, index)
-            if isinstance(source, FolderImages) and not source.header_is_sound(position):
-                found.append(source.describe(position))
+            if hasattr(source, "check"):
+                try:
+                    source.check(position)
+                except Exception as error:  # as in FolderImages
+                    found[index] = reason(error)
         return found
 
-    block = 1000  # one future per file would cost more than the check
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return [name for part in pool.map(damaged, range(0, len(images), block)) for name in part]
+    block = 32  # one future per file would cost more than a small file's check
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=8) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, and said once
+        parts = pool.map(damaged, range(0, len(images), block))
+        return {index: why for part in parts for index, why in part.items()}
 
 
 def _source(images: Images, index: int) -> tuple[Images, int]:
@@ -190,13 +241,22 @@ def _source(images: Images, index: int) -> tuple[Images, int]:
 
 
 def _subfolders(folder: Path) -> list[str]:
+    names = []
     with _scan(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):  # a class must not go missing in silence
+                raise DataError(f"link '{one_line(entry.path)}': leads nowhere; repair or remove it")
+            if entry.is_dir():
+                names.append(entry.name)
+    return sorted(names)
 
 
 def _require_classes(classes: list[str], folder: Path) -> None:
     if not classes:
-        raise DataError(f"data '{folder}': no class found; make one folder of images per class in it")
+        raise DataError(f"data '{one_line(folder)}': no class found; make one folder of images per class in it")
+    require_text(classes)
 
 
 def _images(root: Path, prefix: str, classes: Sequence[str]) -> FolderImages:
@@ -206,24 +266,35 @@ def _images(root: Path, prefix: str, classes: Sequence[str]) -> FolderImages:
     for name in classes:
         folder = root / prefix / name
         with _scan(folder) as entries:
-            # a directory entry knows its kind: no file is touched, and a broken link fails when it is opened
+            # a directory entry knows its kind: no file is touched
             found = sorted(
                 entry.name
                 for entry in entries
                 if not entry.name.startswith(".")
                 and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-                and not entry.is_dir()
+                and not _is_folder(entry)
             )
         if not found:
-            raise DataError(f"class '{name}': no image in '{folder}'; add some (.jpg, .png, ...) or remove the folder")
+            raise DataError(
+                f"class '{name}': no image in '{one_line(folder)}'; add some (.jpg, .png, ...) or remove the folder"
+            )
         names += found
         counts.append(len(found))
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return FolderImages(root, [prefix + name for name in classes], names, labels)
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: like one that leads nowhere, it fails when it is opened
+        return False
+
+
 def _scan(folder: Path):
     try:
         return os.scandir(folder)
     except OSError as error:
-        raise DataError(f"folder '{folder}': cannot be listed ({error.strerror}); check its permissions") from None
+        raise DataError(
+            f"folder '{one_line(folder)}': cannot be listed ({error.strerror}); check its permissions"
+        ) from None

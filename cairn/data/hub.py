@@ -6,6 +6,7 @@ imported when a table is opened; a copy that is a plain folder of images does wi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cairn.data.catalogue import CATALOGUE, HubRow
-from cairn.data.folders import folder_dataset, rgb
+from cairn.data.folders import check, decoded, folder_dataset, reason
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.stream import held_out
 from cairn.errors import DataError, UnknownName
@@ -40,11 +41,15 @@ class HubImages:
     def __getitem__(self, index: int) -> Image.Image:
         """The image. Raises DataError that names the row if it cannot be decoded."""
         try:
-            return rgb(self.rows[int(index)][self.column])
+            return decoded(io.BytesIO(self.identity(index)))
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             raise DataError(
-                f"image {self.describe(index)}: cannot be read ({_reason(error)}); repair the copy"
+                f"image {self.describe(index)}: cannot be read ({reason(error)}); repair the copy"
             ) from None
+
+    def check(self, index: int) -> None:
+        """Raises what opening the image would raise, at less cost."""
+        check(io.BytesIO(self.identity(index)))
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"

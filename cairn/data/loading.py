@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,41 @@ from torch import Tensor
 
 from cairn.data.images import Images
 
-CACHE_BYTES = 1 << 30
+AHEAD = 3
+"""Batches under way when one is asked for; the others still are while that one is in use."""
+
+MOST_WORKERS = 8
+"""Threads share Python's lock between the calls that decode and resize: more of them would mostly wait for it."""
+
+LEAST_KEPT, MOST_KEPT = 256 << 20, 8 << 30
+UNKNOWN_MEMORY = 1 << 30
+"""Taken for available where the system does not tell."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container or a batch job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes() -> int:
+    """Memory that is not in use now. On Linux what the system would give back of its file cache counts as available: once
+    many images were read, almost nothing else would be."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return UNKNOWN_MEMORY
+
+
+def room_for_images() -> int:
+    """Bytes of prepared images that a loader keeps if nobody says how many: a quarter of the available memory, but at
+    least 256 MiB and at most 8 GiB."""
+    # Loaders of training images and of test images live at once, each with a quarter of what is left when it asks: that
+    # never adds up to all of it. 256 MiB (1,700 images of 224 x 224) are less than the towers take themselves; in
+    # 8 GiB are 57,000 images, more than most tasks have, and the rest of a large machine belongs to others.
+    return min(MOST_KEPT, max(LEAST_KEPT, available_bytes() // 4))
 
 
 class Loader:
@@ -21,6 +60,7 @@ class Loader:
 
     `prepare` turns an opened item into what is kept (uint8 at the tower's resolution), `pixels` a stack of those into
     the tower's input. Prepared items are kept while they fit into `cache_bytes`, so that only the first epoch decodes.
+    `waited` counts the seconds that whoever iterates stood still because a batch was not there yet.
     """
 
     def __init__(
@@ -30,64 +70,131 @@ class Loader:
         pixels: Callable[[Tensor], Tensor],
         *,
         batch: int = 128,
-        workers: int = 2,
-        cache_bytes: int = CACHE_BYTES,
+        workers: int | None = None,
+        cache_bytes: int | None = None,
     ):
-        self.images, self.batch, self.workers = images, batch, workers
+        self.images, self.batch = images, batch
+        self.workers = workers or min(usable_cores(), MOST_WORKERS)
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-        self._prepare, self._pixels = prepare, pixels
-        self._kept: dict[int, Tensor] = {}
-        self._room = cache_bytes
+        self.waited = 0.0
+        self._prepare, self._pixels, self._cache_bytes = prepare, pixels, cache_bytes
+        # Row i is item i, for as many of the first items as fit. Made with the first item, which knows the shape. Numpy
+        # copies rows in the thread that asks, where torch would give every worker a team of threads of its own, and takes
+        # large arrays in large pages.
+        self._kept: np.ndarray | None = None
+        self._filled = np.zeros(len(images), dtype=bool)
+        self._making = threading.Lock()
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch)
 
-    def _open(self, index: int) -> Tensor:
-        if (kept := self._kept.get(index)) is not None:
-            return kept
-        prepared = self._prepare(self.images[index])
-        size = prepared.numel() * prepared.element_size()
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = prepared
-        return prepared
-
-    def _stack(self, indices: list[int]) -> Tensor:
-        return torch.stack([self._open(i) for i in indices])
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """In the collection's own order."""
-        return self._batches(torch.arange(len(self.images)))
+        return self.ordered()
 
-    def epoch(self, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """In an order drawn from `rng`."""
-        return self._batches(torch.randperm(len(self.images), generator=rng))
+    def ordered(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """In the collection's own order, all but the first `skip` batches."""
+        return self._batches(torch.arange(len(self.images)), skip)
 
-    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        return map(self.epoch, rngs)
+    def epoch(self, rng: torch.Generator, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """In an order drawn from `rng`, all but the first `skip` batches."""
+        return self._batches(torch.randperm(len(self.images), generator=rng), skip)
 
-    def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        chunks = iter(order.split(self.batch))
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead: deque = deque()
-            try:
-                for chunk in chunks:
-                    ahead.append((chunk, pool.submit(self._stack, chunk.tolist())))
-                    if len(ahead) > self.workers:
-                        yield self._next(ahead)
-                while ahead:
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One epoch for each generator; of the first one, `skip` batches are left out."""
+        return (self.epoch(rng, 0 if i else skip) for i, rng in enumerate(rngs))
+
+    def _batches(self, order: Tensor, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        pool = ThreadPoolExecutor(self.workers)
+        ahead: deque[_Batch] = deque()
+        try:
+            for start in range(skip * self.batch, len(order), self.batch):
+                ahead.append(_Batch(self, order[start : start + self.batch].numpy(), pool))
+                if len(ahead) == AHEAD:
                     yield self._next(ahead)
-            finally:
-                for _, future in ahead:
-                    future.cancel()
+            while ahead:
+                yield self._next(ahead)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _next(self, ahead: deque) -> tuple[Tensor, Tensor]:
-        chunk, future = ahead.popleft()
-        return self._pixels(future.result()), self.labels[chunk]
+    def _next(self, ahead: deque[_Batch]) -> tuple[Tensor, Tensor]:
+        batch = ahead.popleft()
+        began = time.perf_counter()
+        try:
+            stack = batch.result()
+        finally:
+            self.waited += time.perf_counter() - began
+        return self._pixels(stack), self.labels[torch.from_numpy(batch.indices)]
+
+    def _rows(self, like: np.ndarray) -> np.ndarray:
+        """Where items like this one are kept. Memory is taken page by page as rows are written, not here."""
+        with self._making:
+            if self._kept is None:
+                room = room_for_images() if self._cache_bytes is None else self._cache_bytes
+                rows = min(len(self.images), room // max(1, like.nbytes))
+                self._kept = np.empty((rows, *like.shape), like.dtype)
+            return self._kept
 
 
-@torch.no_grad()
-def encoded(loader: Loader, image: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Embeddings (n x d, as `image` gives them) and labels (n) of the whole collection, in its order, on the CPU."""
-    pairs = [(image(pixels).cpu(), labels) for pixels, labels in loader]
-    return torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])
+class _Batch:
+    """Items on their way to being a stack. The missing ones are shared out to all workers, so that the batch is there
+    sooner; the worker that is done last puts it together."""
+
+    def __init__(self, loader: Loader, indices: np.ndarray, pool: ThreadPoolExecutor):
+        self.loader, self.indices = loader, indices
+        self._passing: dict[int, np.ndarray] = {}
+        self._stack: Tensor | None = None
+        self._lock = threading.Lock()
+        missing = np.flatnonzero(~loader._filled[indices])
+        share = max(1, -(-len(missing) // loader.workers))
+        # Where nothing is missing there is one part, an empty one: the stack is made off the main thread all the same
+        parts = [missing[start : start + share] for start in range(0, max(1, len(missing)), share)]
+        self._left = len(parts)
+        self._parts: list[Future] = [pool.submit(self._work, part) for part in parts]
+
+    def result(self) -> Tensor:
+        """The stack, when it is there. An item that cannot be opened raises its own error, the first item first."""
+        for part in self._parts:
+            part.result()
+        return self._stack
+
+    def _work(self, part: np.ndarray) -> None:
+        self._open(part)
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._stack = self._together()
+
+    def _open(self, part: np.ndarray) -> None:
+        """Open the items at these positions of the batch: into their row, or where there is none, for this batch alone."""
+        loader = self.loader
+        for position, index in zip(part.tolist(), self.indices[part].tolist(), strict=True):
+            prepared = loader._prepare(loader.images[index]).numpy()
+            kept = loader._rows(like=prepared)
+            if index < len(kept):
+                kept[index] = prepared
+                loader._filled[index] = True
+            else:
+                self._passing[position] = prepared
+
+    def _together(self) -> Tensor:
+        kept = self.loader._kept
+        stack = _rows_for_device((len(self.indices), *kept.shape[1:]), kept.dtype)
+        rows = stack.numpy()
+        if not self._passing:
+            # No index is out of range, and only where those are clipped does numpy write into `rows` at once
+            np.take(kept, self.indices, axis=0, out=rows, mode="clip")
+            return stack
+        inside = self.indices < len(kept)
+        rows[inside] = kept[self.indices[inside]]
+        for position, prepared in self._passing.items():
+            rows[position] = prepared
+        return stack
+
+
+def _rows_for_device(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """Uninitialised memory for a batch. Where an accelerator is in use it is page-locked: a copy to the device then needs no
+    stop on the way, and the processor goes on meanwhile."""
+    if torch.cuda.is_initialized():
+        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype))

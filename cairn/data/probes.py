@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import islice, permutations
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Probes:
             rng = self.draws(copy)
             for pixels, labels in self.loader:
                 yield halved(exchanged(pixels, rng), rng), labels
+
+    def ordered(self, skip: int = 0) -> Iterator[tuple[Pixels, Tensor]]:
+        """All but the first `skip` batches; those are made and passed over, since what follows depends on their draws."""
+        return islice(iter(self), skip, None)
 
 
 def exchanged(pixels: Pixels, rng: torch.Generator) -> Pixels:

@@ -7,20 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from cairn.data.images import Dataset, Images, Subset
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError, DataError, ResultError, one_line
+from cairn.files import JSON_BYTES, read_bytes, read_json, read_yaml
+
+
+def require_text(names: Iterable[str]) -> None:
+    """Raises DataError for a class name that has what `one_line` escapes: it goes into prompts, results and tables."""
+    for name in names:
+        if one_line(name) != name:
+            raise DataError(
+                f"class '{one_line(name)}': the name holds a control character or is not UTF-8; rename the class"
+            )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given of task `index`: its classes (arrival numbers), their names, prompts and images."""
+    """What a method is given of task `index`: its new classes (arrival numbers), their names, prompts and images.
+
+    Among the images may be some of classes that came earlier: those are learned on.
+    """
 
     index: int
     classes: range
@@ -48,6 +61,11 @@ class TaskStream:
     fingerprint: str
     notices: tuple[str, ...] = ()
 
+    @property
+    def collections(self) -> tuple[Images, ...]:
+        """Every image there is: the training images of each task, then the test images of each."""
+        return *(task.train for task in self.tasks), *self.tests
+
 
 def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     """Natural indices in order of arrival.
@@ -67,10 +85,10 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     if not path.is_file():
         raise ConfigError(f"order '{order}': neither natural, seed:N nor a file")
     names = _listed(path)
-    position = {name: i for i, name in enumerate(classes)}
+    position, counts = {name: i for i, name in enumerate(classes)}, Counter(names)
     unknown = [name for name in names if name not in position]
-    missing = [name for name in classes if name not in set(names)]
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    missing = [name for name in classes if name not in counts]
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     for problem, which in (("unknown", unknown), ("missing", missing), ("repeated", repeated)):
         if which:
             shown = ", ".join(map(repr, which[:3])) + (" ..." if len(which) > 3 else "")
@@ -79,16 +97,15 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
 
 
 def _listed(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":
-            names = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            names = yaml.safe_load(text)
+            names = read_json(path, links=True)
         else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"order file '{path}': cannot be read: {str(error).splitlines()[0]}") from None
+            text = read_bytes(path, JSON_BYTES, links=True).decode("utf-8-sig")
+            lines = (line.strip() for line in text.splitlines())
+            names = read_yaml(text) if path.suffix in (".yaml", ".yml") else [line for line in lines if line]
+    except (ResultError, ValueError) as error:
+        raise ConfigError(f"order file '{path}': cannot be read: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"order file '{path}': must hold one list of class names")
     return names
@@ -159,19 +176,42 @@ def task_stream(
         tasks.append(Task(index, ids, names[start : start + size], dataset.templates, images, dataset.descriptions))
         tests.append(_of(test, arrival, ids, limit_test))
         start += size
-    notices = []
+    notices = _alike(names)
     if len(sizes) > 1 and sizes[-1] < step:
         notices.append(f"the last task has {sizes[-1]} of {step} classes: {len(names)} classes do not divide evenly")
-    return TaskStream(
-        dataset.name,
-        tuple(tasks),
-        tuple(tests),
-        names,
-        base,
-        step,
-        _fingerprint(names, sizes, tasks, tests),
-        tuple(notices),
-    )
+    stream = TaskStream(dataset.name, tuple(tasks), tuple(tests), names, base, step, "", tuple(notices))
+    return replace(stream, fingerprint=_fingerprint(stream))
+
+
+def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStream:
+    """The stream less some images: of each of its `collections`, those at the given positions.
+
+    Raises DataError for a class that loses all its training or all its test images.
+    """
+    parts = []
+    for number, (images, rows) in enumerate(zip(stream.collections, left_out, strict=True)):
+        kept = np.delete(np.arange(len(images)), list(rows))
+        part = Subset(images, kept, images.labels[kept])
+        for label in np.setdiff1d(images.labels, part.labels):
+            side = "training" if number < len(stream.tasks) else "test"
+            raise DataError(
+                f"data '{stream.name}': class '{stream.class_names[label]}' loses all its {side} images; repair or add "
+                "some, or remove the class"
+            )
+        parts.append(part)
+    trains, tests = parts[: len(stream.tasks)], parts[len(stream.tasks) :]
+    tasks = tuple(replace(task, train=train) for task, train in zip(stream.tasks, trains, strict=True))
+    less = replace(stream, tasks=tasks, tests=tuple(tests))
+    return replace(less, fingerprint=_fingerprint(less))
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """A notice of the classes whose names differ in capital letters alone, if there are any."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.lower(), []).append(name)
+    shown = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    return [f"different classes whose names differ by case alone: {', '.join(shown)}"] if shown else []
 
 
 def _of(images: Images, arrival: np.ndarray, ids: range, limit: int | None) -> Subset:
@@ -184,6 +224,7 @@ def _of(images: Images, arrival: np.ndarray, ids: range, limit: int | None) -> S
 def _check(dataset: Dataset) -> None:
     if not dataset.classes:
         raise DataError(f"data '{dataset.name}': no class found")
+    require_text(dataset.classes)
     if len(set(dataset.classes)) < len(dataset.classes):
         twice = next(name for name in dataset.classes if dataset.classes.count(name) > 1)
         raise DataError(f"data '{dataset.name}': class '{twice}' appears twice; names must differ")
@@ -200,9 +241,9 @@ def _check(dataset: Dataset) -> None:
             )
 
 
-def _fingerprint(names, sizes, tasks: Sequence[Task], tests: Sequence[Images]) -> str:
-    digest = hashlib.sha256(json.dumps([names, sizes]).encode())
-    for images in [*(task.train for task in tasks), *tests]:
+def _fingerprint(stream: TaskStream) -> str:
+    digest = hashlib.sha256(json.dumps([stream.class_names, [len(task.classes) for task in stream.tasks]]).encode())
+    for images in stream.collections:
         digest.update(b"\0")
         for i in range(len(images)):
             digest.update(f"{images.labels[i]}:{images.describe(i)}\n".encode("utf-8", "surrogateescape"))

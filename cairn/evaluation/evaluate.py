@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cairn.data.loading import Loader
+from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.maths.similarity import unit
-from cairn.methods.protocol import Method
+from cairn.methods.protocol import FROZEN, Method
 from cairn.towers.protocol import Towers
 
 KEEP_BYTES = 2 << 30
@@ -25,24 +28,38 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After one task: `accuracy[j]` on task j <= i, correct and total per class seen, and `future`: zero-shot accuracy
-    of the current image side on the classes still to come, among those classes (None if there are none, or no texts)."""
+    """After one task: `accuracy[j]` on task j <= i, correct and total per class seen; `future`: zero-shot accuracy of the
+    current image side on the classes still to come, among those classes (None if there are none); `zero_shot`: that of
+    the towers as they came, on the classes seen. Both are None without class texts."""
 
     accuracy: list[float]
     correct: list[int]
     total: list[int]
     future: float | None
+    zero_shot: float | None
 
 
 class Evaluator:
     """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
-    `keep_bytes`, beyond that in a temporary file, which patches of many images need."""
+    `keep_bytes`, beyond that in a temporary file, which patches of many images need. `between` is called after every
+    batch."""
 
-    def __init__(self, stream: TaskStream, towers: Towers, keep_bytes: int = KEEP_BYTES):
-        self.stream, self.towers, self.keep_bytes = stream, towers, keep_bytes
-        self.loaders = [Loader(test, towers.prepare, towers.pixels, batch=256) for test in stream.tests]
+    def __init__(
+        self,
+        stream: TaskStream,
+        towers: Towers,
+        keep_bytes: int = KEEP_BYTES,
+        between: Callable[[], Any] = lambda: None,
+    ):
+        self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
+        # Test images count as memory that does not grow: all sets together have what one loader would
+        room = room_for_images() // len(stream.tests)
+        self.loaders = [
+            Loader(test, towers.prepare, towers.pixels, batch=256, cache_bytes=room) for test in stream.tests
+        ]
         self._encoder: str | None = None
         self._kept: dict[int, Tensor] = {}
+        self._frozen: dict[int, Tensor] = {}
 
     def after(self, task: int, method: Method) -> Evaluation:
         """The row of the table that follows learning task number `task`. Raises NotFinite if a score is not a number."""
@@ -62,31 +79,56 @@ class Evaluator:
             accuracy.append(right.float().mean().item())
             correct += torch.bincount(labels[right], minlength=seen)
             total += torch.bincount(labels, minlength=seen)
-        return Evaluation(accuracy, correct.tolist(), total.tolist(), self._future(task, method))
-
-    def _future(self, task: int, method: Method) -> float | None:
         coming = range(task + 1, len(self.stream.tasks))
-        if not coming or not self.towers.has_text:
+        return Evaluation(
+            accuracy, correct.tolist(), total.tolist(),
+            future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
+            zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
+        )  # fmt: skip
+
+    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Tensor]) -> float | None:
+        """Accuracy of class texts alone on the test images of `tasks`, among `classes`."""
+        if not tasks or not self.towers.has_text:
             return None
-        first = self.stream.tasks[task + 1].classes.start
-        T = self.towers.class_texts(self.stream.class_names[first:], self.stream.tasks[0].templates).cpu()
+        T = self._texts[classes.start : classes.stop]
         right = [
-            (unit(self._embedded(j, method)[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + first == self.loaders[j].labels
-            for j in coming
+            (unit(rows(j)[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start == self.loaders[j].labels
+            for j in tasks
         ]
         return torch.cat(right).float().mean().item()
+
+    @cached_property
+    def _texts(self) -> Tensor:
+        """Of all classes, those to come included."""
+        if not self.towers.has_text:
+            return torch.zeros(len(self.stream.class_names), self.towers.dim)
+        return self.towers.class_texts(self.stream.class_names, self.stream.tasks[0].templates).cpu()
 
     @torch.no_grad()
     def _embedded(self, j: int, method: Method) -> Tensor:
         if j not in self._kept:
-            start = 0
-            for pixels, _ in self.loaders[j]:
-                rows = method.embed(pixels)
-                if start == 0:
-                    self._kept[j] = self._room(len(self.loaders[j].labels), rows)
-                self._kept[j][start : start + len(rows)] = rows
-                start += len(rows)
+            self._kept[j] = self._all(j, method.embed)
         return self._kept[j]
+
+    @torch.no_grad()
+    def _untouched(self, j: int, method: Method) -> Tensor:
+        """Embeddings of the towers as they came."""
+        if method.encoder == FROZEN:
+            return self._embedded(j, method)
+        if j not in self._frozen:
+            self._frozen[j] = self._all(j, self.towers.image)
+        return self._frozen[j]
+
+    def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        start = 0
+        for pixels, _ in self.loaders[j]:
+            rows = embed(pixels)
+            if start == 0:
+                kept = self._room(len(self.loaders[j].labels), rows)
+            kept[start : start + len(rows)] = rows
+            start += len(rows)
+            self.between()
+        return kept
 
     def _room(self, n: int, like: Tensor) -> Tensor:
         """An empty matrix for n rows like these, in memory while there is room."""

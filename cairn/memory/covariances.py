@@ -2,8 +2,9 @@
 
 One contract. `shapes`: what is stored per class. `isotropic`: v I. `trace`: tr(S). `absorbed`: w S + B B^T, which is
 what learning a batch amounts to. `plus`: S + sum_i shares_i S_i. `moved`: A S A^T. `covariance`: S after shrinkage,
-written out. `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor. Arithmetic
-is float64; `isotropic`, `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
+written out. `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor; `jitters`: what
+had to be added to a singular S before it had a factor, as a share of its average variance. Arithmetic is float64;
+`isotropic`, `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
 """
 
 from __future__ import annotations
@@ -54,10 +55,15 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
         return d * d
 
     def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
-        factors = torch.empty(len(n), d, d)
+        factors, jitters = torch.empty(len(n), d, d), torch.zeros(len(n))
         for i, count in enumerate(n.tolist()):
-            factors[i], _ = cholesky_repaired(self.covariance({"lower": held["lower"][i]}, count, d, shrinkage))
-        return (factors,)
+            factors[i], jitters[i] = cholesky_repaired(
+                self.covariance({"lower": held["lower"][i]}, count, d, shrinkage)
+            )
+        return factors, jitters
+
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+        return factors[1]
 
     def drawn(
         self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
@@ -121,6 +127,9 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
     def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
         return (shrinkage.diagonal(held["variances"], n).sqrt().float(),)
 
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+        return torch.zeros(len(factors[0]))
+
     def drawn(
         self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
     ) -> Float[Tensor, "k n d"]:
@@ -176,6 +185,9 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
         a, b = self._scales(held, n, d, shrinkage)
         lam, rest = a[:, None] * held["lam"], a[:, None] * held["rest"] + b[:, None]
         return held["U"].float(), lam.float(), rest.float()
+
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+        return torch.zeros(len(factors[0]))
 
     def drawn(
         self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator

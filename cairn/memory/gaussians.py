@@ -8,7 +8,7 @@ factorised and is never stored, so merging and moving stay exact, and shrinking 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple
@@ -67,11 +67,19 @@ class GaussianMemory:
     def _set(self, dim: int, kind: Covariance, shrinkage: Shrinkage, stored: _Stored) -> None:
         self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
         self._factors: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, ...]] = {}
+        self.repaired: dict[int, float] = {}
+        """Covariances drawn from that were singular, and what was added to their diagonal, as a share of its average."""
 
     def _with(self, stored: _Stored) -> GaussianMemory:
         other = object.__new__(type(self))
         other._set(self._dim, self._kind, self._shrinkage, stored)
         return other
+
+    def tell_repairs(self, log: Callable[..., object]) -> None:
+        """A warning, if covariances that were drawn from had to be repaired."""
+        if self.repaired:
+            log("warning", text=f"{len(self.repaired)} of {self.classes} covariances were singular; up to "
+                f"{max(self.repaired.values()):.0e} of their average variance was added: more shrinkage would do better")  # fmt: skip
 
     # What is held
 
@@ -327,6 +335,9 @@ class GaussianMemory:
         key = (tuple(rows), device)
         if key not in self._factors:
             factors = self._kind.factors(*self._readable(rows), self._dim, self._shrinkage)
+            self.repaired |= {
+                c: jitter for c, jitter in zip(rows, self._kind.jitters(factors).tolist(), strict=True) if jitter
+            }
             stacked = tuple(tensor.to(device) for tensor in factors)
             held = sum(tensor.nbytes for tensors in self._factors.values() for tensor in tensors)
             if held + sum(tensor.nbytes for tensor in stacked) > CACHE_BYTES:

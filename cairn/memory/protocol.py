@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -60,6 +60,10 @@ class ClassMemory(Protocol):
 
     def moved(self, maps: AffineMap | Sequence[AffineMap]) -> ClassMemory:
         """With every class carried along by its affine map, or all by the same."""
+        ...
+
+    def tell_repairs(self, log: Callable[..., object]) -> None:
+        """A warning through `log`, if what is held had to be repaired before it could be drawn from."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ class ReplayBatches:
     def epoch(self, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         return next(self.epochs([rng]))
 
-    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """One epoch for each generator. What a generator gives does not depend on the others."""
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One epoch for each generator, which alone decides what it holds. Of the first one, `skip` batches are left out."""
         per_class = -(-len(self) * self.drawn // max(1, self.memory.classes))
         rows = per_class * self.memory.classes
         ahead = max(1, AHEAD_VALUES // max(1, rows * self.features.shape[1]))
@@ -47,17 +47,17 @@ class ReplayBatches:
             some = rngs[start : start + ahead]
             orders = [torch.randperm(len(self.features), generator=rng) for rng in some]
             if not rows:
-                yield from (self._batches(order) for order in orders)
+                yield from (self._batches(order, 0 if start + i else skip) for i, order in enumerate(orders))
                 continue
             drawn, names = self.memory.draws(per_class, some)
-            for rng, order in zip(some, orders, strict=True):
+            for i, (rng, order) in enumerate(zip(some, orders, strict=True)):
                 mixed = torch.randperm(rows, generator=rng)
-                yield self._batches(order, unit(drawn.pop(0))[mixed], names[mixed])
+                yield self._batches(order, 0 if start + i else skip, unit(drawn.pop(0))[mixed], names[mixed])
 
     def _batches(
-        self, order: Tensor, pseudo: Tensor | None = None, names: Tensor | None = None
+        self, order: Tensor, skip: int, pseudo: Tensor | None = None, names: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(len(self)):
+        for step in range(skip, len(self)):
             picked = order[step * self.real : (step + 1) * self.real]
             x, y = self.features[picked], self.labels[picked]
             if pseudo is not None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.probes import Probes
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -40,10 +42,12 @@ class Decoupled:
     def memory_bytes(self) -> int:
         return self.memory.bytes
 
-    def features(self, loader: Loader | Probes) -> tuple[Features, Labels]:
-        """Unit features and labels of a collection under the encoder as it stands; one pass."""
+    def features(
+        self, loader: Loader | Probes, checkpoint: Checkpoint | None = None, name: str = ""
+    ) -> tuple[Features, Labels]:
+        """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
         with self.image.inference():
-            z, y = encoded(loader, self.image)
+            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, name)
         return unit(z), y
 
     @torch.no_grad()
@@ -67,4 +71,5 @@ class Decoupled:
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))
         self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
-        self.remember_texts()
+        if len(self.anchors):
+            self.remember_texts()

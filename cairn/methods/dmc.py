@@ -20,6 +20,7 @@ from cairn.memory.covariances import Covariance, Full
 from cairn.methods.decoupled import Decoupled
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.training.checkpoint import Checkpoint
 
 
 class Config(BaseModel):
@@ -48,25 +49,24 @@ class Config(BaseModel):
 class DMC(Decoupled):
     """argmax over the classes seen of s cos(f(x), t_c)."""
 
-    def learn(self, task: Task) -> None:
-        config, s, device = self.config, self.towers.logit_scale, self.towers.device
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        config, s = self.config, self.towers.logit_scale
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
 
         new = class_anchors(self.towers, task, loader, log)
         self.anchors = torch.cat([self.anchors, new.cpu()])
-        self.texts.grow(task.names, new, seeds.generator("texts"))
+        if task.names:
+            self.texts.grow(task.names, new, seeds.generator("texts"))
 
         # Stage 1: vision moves, the template texts are its anchor [P].
-        first = task.classes.start if config.stage1.classes == "current" else 0
-        T = self.anchors[first:].to(device)
-        align_vision(config.stage1, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
+        align_vision(config.stage1, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
-        z, y = self.features(loader)
+        z, y = self.features(loader, checkpoint, "Z")
         old = self.memory
         self.memory = old.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
-        align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2))
+        align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
         self.remember_texts()

@@ -29,6 +29,7 @@ from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.types import Features, Labels
 
@@ -96,10 +97,10 @@ class DMCOT(Decoupled):
             raise ConfigError("probes: a features file has no images to alter; set probes=0")
         super().__init__(towers, config, seed=seed, log=log)
 
-    def learn(self, task: Task) -> None:
-        self.settle(task, *self.move(task))
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        self.settle(task, *self.move(task, checkpoint), checkpoint)
 
-    def move(self, task: Task) -> tuple[Motion | None, Features, Labels]:
+    def move(self, task: Task, checkpoint: Checkpoint | None = None) -> tuple[Motion | None, Features, Labels]:
         """Stage 1: vision moves, the template texts are its anchor [P]. The motion seen (None if nothing of old classes
         depends on it), and the features after and the labels of the task's images."""
         stage, seeds, log = self.config.stage1, self.seeds.at(task=task.index), self.log.at(task=task.index)
@@ -109,22 +110,29 @@ class DMCOT(Decoupled):
         # Z0 describes what the old Gaussians describe. Taken before f_old is gone, it needs no second encoder.
         moves = self.memory.classes > 0 and stage.tuning.kind != "none"
         probes = Probes(loader, self.config.probes, lambda copy: seeds.at(copy=copy).generator("probes"))
-        Z0 = torch.cat([self.features(loader)[0], self._probed(probes)]) if moves else None
+        Z0 = self._seen(loader, probes, checkpoint, "Z0")[0] if moves else None
 
-        first = task.classes.start if stage.classes == "current" else 0
-        T = self.anchors[first:].to(self.towers.device)
         s = self.towers.logit_scale
-        align_vision(stage, self.image, T, first, loader, s, seeds.at(stage=1), log.at(stage=1))
-        Z1, y = self.features(loader)
+        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
         if Z0 is None:
-            return None, Z1, y
-        return Motion(Z0, torch.cat([Z1, self._probed(probes)]), torch.cat([y, probes.labels])), Z1, y
+            return None, *self.features(loader, checkpoint, "Z1")
+        Z1, y = self._seen(loader, probes, checkpoint, "Z1")
+        own = len(task.train)
+        return Motion(Z0, Z1, y), Z1[:own], y[:own]
 
-    def _probed(self, probes: Probes) -> Features:
-        """Unit features of the probes under the encoder as it stands."""
-        return self.features(probes)[0] if probes.copies else torch.zeros(0, self.towers.dim)
+    def _seen(
+        self, loader: Loader, probes: Probes, checkpoint: Checkpoint | None, name: str
+    ) -> tuple[Features, Labels]:
+        """Unit features and labels of the task's images, and behind them of the probes, under the encoder as it stands."""
+        z, y = self.features(loader, checkpoint, name)
+        if not probes.copies:
+            return z, y
+        more, labels = self.features(probes, checkpoint, f"{name}-probes")
+        return torch.cat([z, more]), torch.cat([y, labels])
 
-    def settle(self, task: Task, motion: Motion | None, Z1: Features, y: Labels) -> None:
+    def settle(
+        self, task: Task, motion: Motion | None, Z1: Features, y: Labels, checkpoint: Checkpoint | None = None
+    ) -> None:
         """What follows stage 1: calibration, statistics, stage 2."""
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
 
@@ -135,11 +143,12 @@ class DMCOT(Decoupled):
         self.memory = old.add(Z1, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
-        new = self.anchors[task.classes.start :].to(self.towers.device)
-        self.texts.grow(task.names, new, seeds.generator("texts"))
+        if task.names:
+            new = self.anchors[task.classes.start :].to(self.towers.device)
+            self.texts.grow(task.names, new, seeds.generator("texts"))
         align_text(
             self.config.stage2, self.texts, Z1, y, old, self.towers.logit_scale, seeds.at(stage=2), log.at(stage=2),
-            separability=self.config.separability,
+            checkpoint, separability=self.config.separability,
         )  # fmt: skip
         self.remember_texts()
 

@@ -15,6 +15,7 @@ from cairn.methods.stages import BOUND, VisionStage, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
@@ -46,15 +47,14 @@ class FineTune:
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
 
-    def learn(self, task: Task) -> None:
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         stage = self.config.stage1
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index, stage=1)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
         new = class_anchors(self.towers, task, loader, log).cpu()
         self.anchors = torch.cat([self.anchors, new])
-        first = task.classes.start if stage.classes == "current" else 0
-        T = self.anchors[first:].to(self.towers.device)
-        align_vision(stage, self.image, T, first, loader, self.towers.logit_scale, seeds.at(stage=1), log)
+        s = self.towers.logit_scale
+        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)

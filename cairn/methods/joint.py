@@ -5,11 +5,13 @@ It keeps every image, so it is no class-incremental method: it is the upper boun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.images import Concatenation
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
@@ -17,6 +19,8 @@ from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, alig
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -57,7 +61,8 @@ class Joint:
 
     def _grow(self, task: Task) -> None:
         rows = self.anchors[task.classes.start : task.classes.stop].to(self.towers.device)
-        self.texts.grow(task.names, rows, self.seeds.at(task=task.index).generator("texts"))
+        if task.names:
+            self.texts.grow(task.names, rows, self.seeds.at(task=task.index).generator("texts"))
 
     @property
     def encoder(self) -> str:
@@ -69,7 +74,7 @@ class Joint:
         samples = (self.towers.prepare(task.train[0]) for task in self.tasks)
         return sum(x.numel() * x.element_size() * len(task.train) for x, task in zip(samples, self.tasks, strict=True))
 
-    def learn(self, task: Task) -> None:
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         stage1, stage2, s = self.config.stage1, self.config.stage2, self.towers.logit_scale
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         own = Loader(task.train, self.towers.prepare, self.towers.pixels)
@@ -81,12 +86,15 @@ class Joint:
 
         everything = Concatenation([seen.train for seen in self.tasks])
         loader = Loader(everything, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
-        T = self.anchors.to(self.towers.device)
-        align_vision(stage1, self.image, T, 0, loader, s, seeds.at(stage=1), log.at(stage=1))
+        align_vision(stage1, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
         with self.image.inference():
-            z, y = encoded(loader, self.image)
+            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
         nothing = GaussianMemory(self.towers.dim)
-        align_text(stage2, self.texts, unit(z), y, nothing, s, seeds.at(stage=2), log.at(stage=2))
+        align_text(stage2, self.texts, unit(z), y, nothing, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
+
+    def remember(self, tasks: Sequence[Task]) -> None:
+        """The tasks learned so far, whose images a state does not hold."""
+        self.tasks = list(tasks)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
@@ -100,7 +108,7 @@ class Joint:
         return {"anchors": self.anchors} | flattened(parts)
 
     def load_state_dict(self, state: State) -> None:
-        """For scoring: learning on would need every image again."""
+        """For scoring. To learn on it must be given its images again: see `remember`."""
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))

@@ -7,8 +7,12 @@ from typing import Any, Protocol
 from cairn.data.stream import Task
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
+
+FROZEN = "frozen"
+"""The `encoder` of a method whose embeddings are, or begin with, those of the towers as they came."""
 
 
 class Method(Protocol):
@@ -30,8 +34,9 @@ class Method(Protocol):
         """Bytes kept of old classes beyond trained parameters."""
         ...
 
-    def learn(self, task: Task) -> None:
-        """Learn a task's classes from its training images; later tasks are never seen."""
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        """Learn a task's classes from its training images; later tasks are never seen. Images of classes seen before are
+        learned on. Called again with the state from before the task, it takes up what `checkpoint` knows of it."""
         ...
 
     def embed(self, pixels: Pixels) -> Features:
@@ -42,6 +47,8 @@ class Method(Protocol):
         """One column per class seen, in order of arrival."""
         ...
 
-    def state_dict(self) -> State: ...
+    def state_dict(self) -> State:
+        """What was learned. Later learning does not change it."""
+        ...
 
     def load_state_dict(self, state: State) -> None: ...

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cairn.errors import ConfigError, UnknownName
+from cairn.files import read_yaml
 
 
 def kind_by_name(value: Any) -> Any:
@@ -50,12 +51,15 @@ def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
         if not equals or not path.strip():
             raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
+            value = read_yaml(text) if text else ""
+        except ValueError:
             value = text
         if isinstance(value, str) and _is_number(value):
             value = float(value)
         config = _assigned(config, path.strip().split("."), value, path.strip(), config)
+    for path, value, _ in settings(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"setting {path}={value}: must be a finite number")
     return config
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
+from cairn.methods.protocol import FROZEN
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
 from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
@@ -26,21 +29,29 @@ class Config(BaseModel):
 class SimpleCIL:
     """argmax_c cos(f(x), p_c), p_c the mean embedding of the class's training images."""
 
-    encoder = "frozen"
+    encoder = FROZEN
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
         self.towers, self.log = towers, log
         self.prototypes = torch.zeros(0, towers.dim)
+        self.counts = torch.zeros(0, dtype=torch.int64)
 
     @property
     def memory_bytes(self) -> int:
-        return self.prototypes.numel() * self.prototypes.element_size()
+        return self.prototypes.nbytes + self.counts.nbytes
 
-    def learn(self, task: Task) -> None:
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encoded(loader, self.towers.image)
-        means = torch.stack([z[y == c].mean(0) for c in task.classes])
-        self.prototypes = torch.cat([self.prototypes, means])
+        z, y = encoded(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        new = task.classes.stop - len(self.counts)
+        p = torch.cat([self.prototypes, torch.zeros(new, self.towers.dim)])
+        n = torch.cat([self.counts, torch.zeros(new, dtype=torch.int64)])
+        for c in y.unique().tolist():
+            own = z[y == c]
+            # p_c + (mean of the new - p_c) times their share: for a new class the mean itself
+            n[c] += len(own)
+            p[c] += (own.mean(0) - p[c]) * (len(own) / n[c])
+        self.prototypes, self.counts = p, n
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
@@ -49,7 +60,7 @@ class SimpleCIL:
         return unit(features) @ unit(self.prototypes.to(features.device)).T
 
     def state_dict(self) -> State:
-        return {"prototypes": self.prototypes}
+        return {"prototypes": self.prototypes, "counts": self.counts}
 
     def load_state_dict(self, state: State) -> None:
-        self.prototypes = state["prototypes"]
+        self.prototypes, self.counts = state["prototypes"], state["counts"]

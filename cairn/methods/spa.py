@@ -16,6 +16,7 @@ description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -33,12 +34,15 @@ from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import FROZEN
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import class_anchors
 from cairn.towers.clip import filled
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -124,7 +128,7 @@ class Projector(nn.Module):
 class SPA:
     """argmax_c s (cos(g(z), h(t_c)) + lambda S_c)."""
 
-    encoder = "frozen"
+    encoder = FROZEN
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
         if config.local.weight and not towers.has_images:
@@ -145,7 +149,7 @@ class SPA:
     def memory_bytes(self) -> int:
         return self.memory.bytes
 
-    def learn(self, task: Task) -> None:
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         config, s = self.config, self.towers.logit_scale
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
@@ -154,7 +158,8 @@ class SPA:
             self._describe(self._said(task, log))
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
-        x, S, y = self._encoded(loader)
+        x, S, y = encoded(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
+        x, S, y = (column.to(_device(self.towers)) for column in (x, S, y))
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
         old = self.memory
@@ -165,11 +170,12 @@ class SPA:
             x, S = rows
             return cross_entropy(s * (self._cosines(x) + config.local.weight * S), labels.to(x.device))
 
-        share = max(1, config.schedule.batch // len(task.classes))
+        share = max(1, config.schedule.batch // len(y.unique()))
         replay = share if config.replay is None else config.replay
         batches = _Batches(x, S, y, old, config.schedule.batch, replay, self._unit)
         current = [projector.current for projector in self.projectors.values()]
-        fit(loss, current, batches, config.schedule, seeds, log.at(stage=1))
+        fit(loss, current, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
+        old.tell_repairs(log)
 
         # Statistics of the new classes; the encoder never moves, so they never need calibration [P].
         self.memory = old.add(x.cpu(), y.cpu())
@@ -303,13 +309,6 @@ class SPA:
         some = candidates if candidates.shape[1] < len(T) else None
         return z, local_scores(p, *self._padded, some, **self._how())
 
-    @torch.no_grad()
-    def _encoded(self, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, the plan's scores and labels of the task's images."""
-        batches = [(*self._seen(self.embed(pixels), labels), labels) for pixels, labels in loader]
-        x, S, y = (torch.cat(column) for column in zip(*batches, strict=True))
-        return x, S, y.to(x.device)
-
     # on disk
 
     def state_dict(self) -> State:
@@ -318,7 +317,8 @@ class SPA:
         said = words([sentence for own in self.sentences for sentence in own])
         counts = torch.tensor([len(own) for own in self.sentences], dtype=torch.int64)
         held = {"anchors": self.anchors, "tokens": tokens, "sizes": sizes, "sentences": said, "counts": counts}
-        return held | flattened({"projectors": self.projectors.state_dict(), "memory": self.memory.state_dict()})
+        projectors = {name: value.cpu().clone() for name, value in self.projectors.state_dict().items()}
+        return held | flattened({"projectors": projectors, "memory": self.memory.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
@@ -344,8 +344,11 @@ class _Batches:
     def __len__(self) -> int:
         return -(-len(self.x) // self.batch)
 
-    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[tuple[Tensor, Tensor], Tensor]]]:
-        return map(self._epoch, rngs)
+    def epochs(
+        self, rngs: Sequence[torch.Generator], skip: int = 0
+    ) -> Iterator[Iterator[tuple[tuple[Tensor, Tensor], Tensor]]]:
+        """One epoch for each generator; of the first one, `skip` batches are drawn and passed over."""
+        return (islice(self._epoch(rng), 0 if i else skip, None) for i, rng in enumerate(rngs))
 
     def _epoch(self, rng: torch.Generator) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from cairn.data.loading import Loader, encoded
+from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy, mean_squared_cosine, text_anchor_contrast
 from cairn.maths.similarity import unit
@@ -20,7 +20,9 @@ from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.averaging import BetaAverage
-from cairn.training.fit import Batches, fit
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -76,11 +78,13 @@ class TextStage(BaseModel):
 
 def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float[Tensor, "k d"]:
     """Unit texts of the task's classes; where the towers have none, the unit means of their training embeddings [I]."""
+    if not task.names:
+        return torch.zeros(0, towers.dim)
     if towers.has_text:
         return towers.class_texts(task.names, task.templates)
     if task.index == 0:
         log("notice", text="no text_features in the file: class means of the frozen embeddings stand in as anchors")
-    z, y = encoded(loader, towers.image)
+    z, y = encoded(loader, lambda pixels, _: towers.image(pixels))
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
 
 
@@ -88,31 +92,34 @@ def align_vision(
     stage: VisionStage,
     encoder: ImageEncoder,
     anchors: Float[Tensor, "k d"],
-    first: int,
-    batches: Batches,
+    batches: Loader,
     s: float,
     seeds: Seeds,
     log: Log,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Stage 1. Minimise CE(s z T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T = `anchors` held fixed.
+    """Stage 1. Minimise CE(s z T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
-    Row 0 of `anchors` is class number `first`. Source: [P] for the stage; its parts are in docs/deviations.md.
+    T are the rows of `anchors` (all classes seen) that are in the softmax. Source: [P] for the stage; what it is made of is
+    in docs/deviations.md.
     """
 
+    classes = batches.labels.unique() if stage.classes == "current" else torch.arange(len(anchors))
+    T = anchors[classes].to(encoder.device)
+
     def loss(pixels: Tensor, y: Tensor) -> Tensor:
-        z, y = unit(encoder(pixels)), y.to(anchors.device) - first
-        value = class_cross_entropy(z, anchors, y, s)
+        z, y = unit(encoder(pixels)), torch.searchsorted(classes, y).to(T.device)
+        value = class_cross_entropy(z, T, y, s)
         if stage.text_anchor_contrast:
-            value = value + stage.text_anchor_contrast * text_anchor_contrast(z, anchors, y, s)
+            value = value + stage.text_anchor_contrast * text_anchor_contrast(z, T, y, s)
         return value
 
     schedule, average = stage.schedule, None
     if isinstance(stage.tuning, Full):
         schedule = schedule.model_copy(update={"lr": stage.tuning.lr})
-        average = BetaAverage(encoder.parameters(), stage.tuning.average)
-    fit(loss, encoder.parameters(), batches, schedule, seeds, log, after_step=average and average.update)
-    if average is not None:
-        average.apply()
+        if stage.tuning.average is not None:
+            average = BetaAverage(encoder.parameters(), stage.tuning.average)
+    fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average)
     if encoder.parameters() and stage.schedule.epochs:
         encoder.version += 1
 
@@ -126,6 +133,7 @@ def align_text(
     s: float,
     seeds: Seeds,
     log: Log,
+    checkpoint: Checkpoint | None = None,
     separability: float = 0.0,
 ) -> None:
     """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
@@ -138,7 +146,7 @@ def align_text(
     def loss(z: Tensor, y: Tensor) -> Tensor:
         T = texts()
         value = class_cross_entropy(z.to(T.device), T, y.to(T.device), s)
-        if separability and old.classes:
+        if separability and 0 < old.classes < len(T):
             value = value + separability * mean_squared_cosine(T[old.classes :], T[: old.classes])
         return value
 
@@ -146,4 +154,5 @@ def align_text(
     if isinstance(stage.text, Prompts):
         schedule = schedule.model_copy(update={"lr": stage.text.lr})
     batches = ReplayBatches(features, labels, old, batch=schedule.batch, real_share=stage.real_share)
-    fit(loss, texts.trainable(), batches, schedule, seeds, log)
+    fit(loss, texts.trainable(), batches, schedule, seeds, log, checkpoint)
+    old.tell_repairs(log)

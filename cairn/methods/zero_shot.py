@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
+from cairn.methods.protocol import FROZEN
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
@@ -25,15 +27,16 @@ class Config(BaseModel):
 class ZeroShot:
     """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
 
-    encoder = "frozen"
+    encoder = FROZEN
     memory_bytes = 0
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
         self.towers = towers
         self.texts = torch.zeros(0, towers.dim)
 
-    def learn(self, task: Task) -> None:
-        self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        if task.names:
+            self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

@@ -45,10 +45,14 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
             )  # fmt: skip
         axis.imshow(np.where(chosen[..., None], image, (0.35 * image + 70).astype(np.uint8)))
         axis.set_axis_off()
-        axis.set_title(f"{reason['name']}\nscore {reason['score']:.1f}", fontsize=10)
+        axis.set_title(f"{reason['name']}\nscore {reason['score']:.1f}", fontsize=10, parse_math=False)
         handles = [
             Patch(facecolor=colour[s], edgecolor="black", linewidth=0.5, label=f"{100 * shares[s]:.0f} %  {s}")
             for s in order
         ]
-        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=8, frameon=False)
+        legend = axis.legend(
+            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=8, frameon=False
+        )
+        for text in legend.get_texts():  # a sentence is text, whatever signs it has
+            text.set_parse_math(False)
     figure.savefig(path, dpi=130)

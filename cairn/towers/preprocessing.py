@@ -15,6 +15,9 @@ from torch import Tensor
 from cairn.errors import TowersError
 from cairn.types import Pixels
 
+LONGEST = 16
+"""Aspect ratio past which an image is cut before it is resized."""
+
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -62,6 +65,11 @@ class Preprocessing(BaseModel):
             return image.resize((self.size, self.size), filter_)
         width, height = image.size
         short = min(width, height)
+        if max(width, height) > LONGEST * short:
+            # Of a thread of an image only the middle is seen: without this, 1 x 20,000 would first become 4.5 million long
+            cut = max(0, width - LONGEST * short) // 2, max(0, height - LONGEST * short) // 2
+            image = image.crop((*cut, width - cut[0], height - cut[1]))
+            width, height = image.size
         width, height = int(self.size * width / short), int(self.size * height / short)
         image = image.resize((width, height), filter_)
         left, top = (width - self.size) // 2, (height - self.size) // 2

@@ -116,8 +116,8 @@ class ImageEncoder:
         self.tuning = tuning
         self._frozen = towers if tuning.kind in ("none", "adapter") else None
         vision = _Frozen(towers) if self._frozen is not None else towers.vision()
-        device = getattr(towers, "device", "cpu")
-        self.module = tuning.attach(vision, towers.dim, rng).to(device).eval()
+        self.device = towers.device
+        self.module = tuning.attach(vision, towers.dim, rng).to(self.device).eval()
         self.version = 0
 
     def __call__(self, pixels: Pixels) -> Features:
@@ -134,7 +134,7 @@ class ImageEncoder:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         given = {name: value for name, value in state.items() if name != "version"}
-        if own.keys() != given.keys():
+        if {name: p.shape for name, p in own.items()} != {name: value.shape for name, value in given.items()}:
             raise ConfigError(
                 f"encoder state: {len(given)} tensors do not fit tuning '{self.tuning.kind}' ({len(own)})"
             )

@@ -15,7 +15,7 @@ class BetaAverage:
     Source: Shu et al., CLIPood (2023), section 3.3.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], beta: float | None):
+    def __init__(self, parameters: Sequence[nn.Parameter], beta: float):
         self.parameters, self.beta = list(parameters), beta
         self.sum = [torch.zeros_like(p) for p in self.parameters]
         self.start = [p.detach().clone() for p in self.parameters]
@@ -23,8 +23,6 @@ class BetaAverage:
 
     def update(self, step: int, steps: int) -> None:
         """After the step with index `step` of `steps`."""
-        if self.beta is None:
-            return
         if step == 0:
             self._add(self.start, 0, steps)
         self._add(self.parameters, step + 1, steps)
@@ -37,7 +35,15 @@ class BetaAverage:
             total.add_(value.detach(), alpha=density)
 
     def apply(self) -> None:
-        """Put the average into the parameters; nothing if there was no step or no average was asked for."""
-        if self.weight:
-            for parameter, total in zip(self.parameters, self.sum, strict=True):
-                parameter.data.copy_(total / self.weight)
+        """Put the average into the parameters. There must have been a step."""
+        for parameter, total in zip(self.parameters, self.sum, strict=True):
+            parameter.data.copy_(total / self.weight)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        sums = {f"sum-{i}": total.cpu() for i, total in enumerate(self.sum)}
+        return {"weight": torch.tensor(self.weight, dtype=torch.float64)} | sums
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.weight = float(state["weight"])
+        for i, total in enumerate(self.sum):
+            total.copy_(state[f"sum-{i}"])

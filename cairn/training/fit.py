@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cairn.errors import NotFinite
+from cairn.training.averaging import BetaAverage
+from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -23,8 +25,9 @@ class Batches(Protocol):
         """Steps per epoch."""
         ...
 
-    def epochs(self, rngs: Sequence[torch.Generator]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """One pass for each generator, which alone decides its order and draws."""
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One pass for each generator, which alone decides its order and draws. Of the first one, `skip` batches are left
+        out."""
         ...
 
 
@@ -35,47 +38,112 @@ def fit(
     schedule: Schedule,
     seeds: Seeds,
     log: Log,
+    checkpoint: Checkpoint | None = None,
     *,
-    after_step: Callable[[int, int], Any] | None = None,
+    average: BetaAverage | None = None,
 ) -> None:
-    """Minimise the mean of `loss(inputs, labels)` over the batches.
+    """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, the parameters end as their average.
 
-    Epoch e draws its order from `seeds.at(epoch=e)`. `after_step(step, steps)` runs after each update.
+    Epoch e draws its order from `seeds.at(epoch=e)`. What `checkpoint` knows of this stage, named by `seeds`, is taken up
+    where it stood.
     Raises NotFinite, naming the step, if a loss is not a number; the parameters then are those of the step before.
     """
-    parameters = list(parameters)
+    parameters, checkpoint = list(parameters), checkpoint or Checkpoint()
     steps = schedule.epochs * len(batches)
     if not parameters or not steps:
         return
-    optimiser = schedule.optimiser(parameters)
-    step, waited, start = 0, 0.0, time.perf_counter()
-    rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(schedule.epochs)]
-    for epoch, source in enumerate(batches.epochs(rngs)):
-        seen, total, began = 0, 0.0, time.perf_counter()
-        mark = began
+    name = "fit-" + "-".join(seeds.path)
+    course = _Course(parameters, schedule.optimiser(parameters), average)
+    if (held := checkpoint.work(name)) is not None:
+        course.restore(held)
+        if course.step == steps:
+            return
+    waited, start, begun = 0.0, time.perf_counter(), course.step
+    done, skip = divmod(course.step, len(batches))
+    rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
+    for epoch, source in enumerate(batches.epochs(rngs, skip), start=done):
+        mark = began = time.perf_counter()
+        rows = course.rows
         for inputs, labels in source:
             waited += time.perf_counter() - mark
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.lr * schedule.factor(step, steps)
+            for group in course.optimiser.param_groups:
+                group["lr"] = schedule.lr * schedule.factor(course.step, steps)
             value = loss(inputs, labels)
             if not torch.isfinite(value):
                 raise NotFinite(
-                    f"{log.place}, epoch {epoch}, step {step}: the loss is {value.item()}; lower the learning rate"
+                    f"{log.place}, epoch {epoch}, step {course.step}: the loss is {value.item()}; lower the learning rate"
                 )
-            optimiser.zero_grad()
+            course.optimiser.zero_grad()
             value.backward()
             clip_grad_norm_(parameters, schedule.clip)
-            optimiser.step()
-            if after_step is not None:
-                after_step(step, steps)
-            step, seen, total = step + 1, seen + len(labels), total + value.item() * len(labels)
+            course.optimiser.step()
+            if average is not None:
+                average.update(course.step, steps)
+            course.count(len(labels), value.item())
             mark = time.perf_counter()
             log.progress(
-                epoch=epoch, epochs=schedule.epochs, step=step, steps=steps, loss=total / seen,
-                rate=seen / (mark - began), remaining=(mark - start) / step * (steps - step),
+                epoch=epoch, epochs=schedule.epochs, step=course.step, steps=steps, loss=course.loss / course.rows,
+                rate=(course.rows - rows) / (mark - began),
+                remaining=(mark - start) / (course.step - begun) * (steps - course.step),
             )  # fmt: skip
+            if course.step % len(batches):
+                checkpoint.step(name, course.state)
         log(
-            "epoch", epoch=epoch, loss=total / max(1, seen), rows=seen,
+            "epoch", epoch=epoch, loss=course.loss / max(1, course.rows), rows=course.rows,
             seconds=time.perf_counter() - began, waited=waited,
         )  # fmt: skip
-        waited = 0.0
+        waited, course.rows, course.loss = 0.0, 0, 0.0
+        if epoch + 1 < schedule.epochs:
+            checkpoint.step(name, course.state)
+    if average is not None:
+        average.apply()
+    checkpoint.finish(name, course.finished)
+
+
+class _Course:
+    """How far a stage is: everything that its next step depends on."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, average: BetaAverage | None
+    ):
+        self.parameters, self.optimiser, self.average = parameters, optimiser, average
+        self.step = self.rows = 0
+        self.loss = 0.0
+        """Sums over the rows of the epoch so far."""
+
+    def count(self, rows: int, loss: float) -> None:
+        self.step, self.rows, self.loss = self.step + 1, self.rows + rows, self.loss + loss * rows
+
+    def finished(self) -> State:
+        """Step and parameters: what remains of a stage that is done."""
+        parameters = {f"parameter-{i}": p.detach().cpu().clone() for i, p in enumerate(self.parameters)}
+        return {"step": torch.tensor(self.step)} | parameters
+
+    def state(self) -> State:
+        moments = {
+            f"moment-{i}-{key}": torch.as_tensor(value).cpu()
+            for i, own in self.optimiser.state_dict()["state"].items()
+            for key, value in own.items()
+            if value is not None
+        }
+        epoch = {"rows": torch.tensor(self.rows), "loss": torch.tensor(self.loss, dtype=torch.float64)}
+        averages = {} if self.average is None else self.average.state()
+        return self.finished() | epoch | moments | {f"average-{key}": value for key, value in averages.items()}
+
+    def restore(self, state: State) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(state[f"parameter-{i}"])
+        self.step = int(state["step"])
+        if "rows" not in state:
+            return
+        self.rows, self.loss = int(state["rows"]), float(state["loss"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("moment-"):
+                _, i, name = key.split("-", 2)
+                moments.setdefault(int(i), {})[name] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        if self.average is not None:
+            prefix = "average-"
+            self.average.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

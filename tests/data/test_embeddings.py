@@ -1,5 +1,6 @@
 """Features files: what is read, what is written, what is refused."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from cairn.data.embeddings import features_dataset, save_features
 from cairn.data.stream import task_stream
-from cairn.errors import DataError
+from cairn.errors import DataError, ResultError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "clip-vit-b32-features"
 NAMES = ["cat", "dog", "grey owl"]
@@ -288,17 +289,40 @@ def test_refused_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "changes", [{"class_names": ["cat", "dog", "\ud800"]}, {"model": "\udcff"}, {"templates": ["\ud800 {}"]}]
+)
+def test_half_a_character_is_refused(tmp_path, changes):
+    with pytest.raises(DataError, match=r"is not UTF-8: .*; leave that out") as error:
+        save_features(tmp_path / "toy.safetensors", **tensors(), **({"class_names": NAMES} | changes))
+    str(error.value).encode()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_that_no_file_holds_is_refused(tmp_path):
+    values = tensors() | {"test_features": torch.zeros(6, 4, dtype=torch.float8_e5m2)}
+    with pytest.raises(DataError, match="test_features of float8_e5m2; store float32"):
+        save_features(tmp_path / "toy.safetensors", **values, class_names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, np.int8])
+def test_labels_of_any_width_are_written(tmp_path, dtype):
+    values = {name: value.numpy() for name, value in tensors().items()}
+    values |= {name: values[name].astype(dtype) for name in ("train_labels", "test_labels")}
+    save_features(tmp_path / "toy.safetensors", **values, class_names=NAMES)
+    assert np.array_equal(features_dataset(tmp_path / "toy.safetensors").train.labels, values["train_labels"])
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "toy.safetensors"
     save_features(file, **tensors(), class_names=NAMES)
     before = file.read_bytes()
 
-    def full_disk(values, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
+    def full_disk(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cairn.data.embeddings.save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(ResultError, match="toy.safetensors': cannot be written: No space left on device; free some space"):
         save_features(file, **tensors(), class_names=NAMES)
     assert file.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -618,3 +618,21 @@ def test_kinds_are_frozen_chosen_by_name_and_refused_when_wrong():
     for wrong in ({"kind": "low_rank", "rank": 0}, {"kind": "full", "rank": 3}, {"kind": "sparse"}):
         with pytest.raises(pydantic.ValidationError):
             choice.validate_python(wrong)
+
+
+def test_a_singular_covariance_is_repaired_and_told():
+    """Fewer images than directions and no shrinkage: there is no factor without help."""
+    told = []
+    memory = GaussianMemory(8, covariance=Full(), shrinkage=Ridge(eps=0.0)).add(
+        torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 0, 0, 0])
+    )
+    memory.tell_repairs(lambda *args, **kwargs: told.append(kwargs))
+    assert told == []
+    drawn, _ = memory.draw(4, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all()
+    assert memory.repaired.keys() == {0}
+    memory.tell_repairs(lambda *args, **kwargs: told.append(kwargs["text"]))
+    assert "1 of 1 covariances were singular" in told[0]
+    sound = GaussianMemory(8).add(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(5).long())
+    sound.draw(4, torch.Generator().manual_seed(0))
+    assert sound.repaired == {}

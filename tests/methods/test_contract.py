@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cairn.data.images import Subset
+from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.evaluation.evaluate import Evaluator
@@ -92,7 +92,8 @@ def test_the_seed_moves_what_is_trained_with_batches(world):
     trained = []
     for seed in (1, 2):
         method = build(entry, towers, seed)
-        method.learn(stream.tasks[0])
+        for task in stream.tasks[:2]:
+            method.learn(task)
         trained.append(scores(method, test_images(stream, towers)))
     random = entry.trains != "nothing"
     assert torch.equal(*trained) != random
@@ -148,6 +149,37 @@ def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
     for learner in (method, restored):
         learner.learn(stream.tasks[1])
     assert torch.equal(scores(method, pixels), scores(restored, pixels))
+
+
+def test_a_class_that_comes_back_is_learned_on(world):
+    """Alone, or beside new ones: no column is added for it, and its images count."""
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)
+    first, second = stream.tasks[:2]
+    method.learn(first)
+    before, k = scores(method, pixels), first.classes.stop
+    some = np.flatnonzero(first.train.labels == 0)
+    again = Subset(first.train, some, first.train.labels[some])
+    method.learn(replace(first, index=1, classes=range(k, k), names=(), train=again))
+    after = scores(method, pixels)
+    assert after.shape == before.shape
+    assert torch.isfinite(after).all()
+    method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
+    assert scores(method, pixels).shape == (len(pixels), second.classes.stop)
+    if entry.keeps in ("means", "gaussians"):
+        counts = method.memory.counts if entry.keeps == "gaussians" else method.counts
+        assert counts.tolist()[: k + 1] == [3 * len(some), *[(first.train.labels == c).sum() for c in range(1, k)],
+                                            (second.train.labels == k).sum()]  # fmt: skip
+
+
+def test_what_was_kept_of_a_state_does_not_change_with_learning(world):
+    entry, towers, stream = world
+    method = build(entry, towers)
+    method.learn(stream.tasks[0])
+    state = method.state_dict()
+    copy = {key: value.clone() for key, value in state.items()}
+    method.learn(stream.tasks[1])
+    assert not [key for key in copy if not torch.equal(copy[key], state[key])]
 
 
 class Sealed:

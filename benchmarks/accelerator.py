@@ -1,0 +1,245 @@
+"""A run on an accelerator: what stage 1 makes of it, and where the time of DMC-OT goes. Nothing where there is none.
+
+The tower is ViT-B/16 of random weights (times do not depend on weights). Stage 1 trains LoRA with its usual settings on one
+batch that lies on the device, in float32 and in bfloat16. Its share of the peak is the arithmetic of its products (counted,
+attention included, forward and backward) per second, over that of one large product in the same precision, measured by turns
+with it.
+
+DMC-OT is a whole run with its evaluations, in bfloat16, over images of noise, 32 x 32, that lie in memory and are enlarged
+for the tower. A part lasts until the device is done with it. Waiting is inside the parts that ask for images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Row, in_turns, seconds_cell
+from standins import vit_b
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cairn.data.images import Dataset
+from cairn.data.loading import Loader
+from cairn.data.stream import task_stream
+from cairn.evaluation.evaluate import Evaluator
+from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods import dmc_ot
+from cairn.methods.catalogue import METHODS
+from cairn.methods.decoupled import Decoupled
+from cairn.methods.stages import VisionStage, align_vision
+from cairn.towers.catalogue import load_towers
+from cairn.towers.clip import ClipTowers
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+
+SIZES = {
+    "full": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 20, "repeats": 3, "product": 8192,
+             "images": 50_000, "classes": 100, "tasks": 10},
+    "quick": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 5, "repeats": 1, "product": 8192,
+              "images": 2000, "classes": 20, "tasks": 2},
+    "tiny": {"device": "cpu", "tower": "tiny", "batch": 4, "steps": 1, "repeats": 1, "product": 64,
+             "images": 24, "classes": 4, "tasks": 2},
+}  # fmt: skip
+"""`tiny` runs on the processor: it is there for the test."""
+
+PRECISIONS = ("float32", "bfloat16")
+PRODUCTS = 10
+"""Large products that are timed at once."""
+
+
+class RandomImages:
+    """Images of noise, 32 x 32, in memory."""
+
+    def __init__(self, number: int, classes: int, seed: int):
+        self.values = np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+        self.labels = np.arange(number, dtype=np.int64) % classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[index]
+
+    def describe(self, index: int) -> str:
+        return f"noise {index}"
+
+
+class OneBatch:
+    """The same batch, so many times an epoch, in place of a loader."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, steps: int):
+        self.pixels, self.labels, self.steps = pixels, labels, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        return (iter([(self.pixels, self.labels)] * self.steps) for _ in rngs)
+
+
+def random_towers(tower: str, device: torch.device) -> dict[str, ClipTowers]:
+    """The same weights on the device in each precision."""
+    own = load_towers("tiny", device="cpu") if tower == "tiny" else vit_b(16)
+    return {
+        precision: ClipTowers(
+            own._model, own.tokenizer, own.preprocessing, name=own.name, device=str(device), precision=precision
+        )
+        for precision in PRECISIONS
+    }
+
+
+def settled(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations(encoder: ImageEncoder, pixels: Tensor) -> float:
+    """Floating point operations in the products of one image's forward and backward pass."""
+    # Of all ways to compute attention, the one by plain products is counted everywhere
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(pixels).sum().backward()
+    return counter.get_total_flops() / len(pixels)
+
+
+def stage_speed(
+    towers: dict[str, ClipTowers], device: torch.device, *, batch: int, steps: int, repeats: int, product: int
+) -> list[dict[str, Any]]:
+    rng = torch.Generator().manual_seed(0)
+    own = towers["float32"]
+    size, stage = own.preprocessing.size, VisionStage()
+    stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"epochs": 1})})
+    anchors = unit(torch.randn(10, own.dim, generator=rng))
+    batches = OneBatch(torch.randn(batch, 3, size, size, generator=rng).to(device), torch.arange(batch) % 10, steps)
+
+    def trained(encoder: ImageEncoder) -> None:
+        align_vision(stage, encoder, anchors, batches, own.logit_scale, Seeds(1), Log())
+        settled(device)
+
+    def multiplied(a: Tensor) -> None:
+        for _ in range(PRODUCTS):
+            a @ a
+        settled(device)
+
+    encoders, ways = {}, {}
+    for precision in PRECISIONS:
+        encoders[precision] = encoder = ImageEncoder(towers[precision], stage.tuning, rng)
+        a = torch.randn(product, product, generator=rng).to(device, getattr(torch, precision))
+        ways[precision, "stage 1"] = lambda encoder=encoder: trained(encoder)
+        ways[precision, "product"] = lambda a=a: multiplied(a)
+    found = in_turns(ways, repeats)
+    each = operations(encoders["float32"], batches.pixels[:2])
+    told = []
+    for precision in PRECISIONS:
+        seconds, whole = found[precision, "stage 1"].seconds / steps, found[precision, "product"].seconds
+        peak = 2 * product**3 * PRODUCTS / whole
+        told.append({
+            "precision": precision, "step_seconds": seconds, "images_per_second": batch / seconds,
+            "operations_per_image": each, "peak": peak, "share_of_peak": each * batch / seconds / peak,
+            "all_seconds": found[precision, "stage 1"].all_seconds,
+        })  # fmt: skip
+    return told
+
+
+@contextmanager
+def parts(device: torch.device) -> Iterator[Counter]:
+    """Seconds in each part of DMC-OT, and waiting for data, of whatever runs inside."""
+    spent: Counter = Counter()
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            settled(device)
+            mark = time.perf_counter()
+            value = call(*args, **kwargs)
+            settled(device)
+            spent[part] += time.perf_counter() - mark
+            return value
+
+        return inside
+
+    def next_batch(loader: Loader, *args: Any) -> Any:
+        before = loader.waited
+        value = plain_next(loader, *args)
+        spent["waiting for data"] += loader.waited - before
+        return value
+
+    plain_next = Loader._next
+    replaced = [
+        (dmc_ot, "align_vision", "stage 1"), (Decoupled, "features", "passes before and after"),
+        (dmc_ot.DMCOT, "calibrated", "calibration"), (GaussianMemory, "add", "statistics"),
+        (dmc_ot, "align_text", "stage 2"), (Evaluator, "after", "evaluation"),
+    ]  # fmt: skip
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        Loader._next = next_batch
+        for owner, name, part in replaced:
+            setattr(owner, name, timed(part, getattr(owner, name)))
+        yield spent
+    finally:
+        Loader._next = plain_next
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes: int, tasks: int) -> dict[str, Any]:
+    train, test = RandomImages(images, classes, seed=0), RandomImages(images // 5, classes, seed=1)
+    names = tuple(f"class {c}" for c in range(classes))
+    stream = task_stream(Dataset("noise", names, train, test, ("a photo of a {}.",)), step=classes // tasks)
+    entry = METHODS["dmc-ot"]
+    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    evaluator = Evaluator(stream, towers)
+    with parts(device) as spent:
+        began = time.perf_counter()
+        for task in stream.tasks:
+            method.learn(task)
+            evaluator.after(task.index, method)
+        seconds = time.perf_counter() - began
+    waited = spent.pop("waiting for data")
+    return {
+        "precision": towers.precision, "images": images, "test_images": len(test), "classes": classes,
+        "tasks": len(stream.tasks), "seconds": seconds, "waited": waited,
+        "parts": dict(spent) | {"all else": seconds - sum(spent.values())},
+    }  # fmt: skip
+
+
+def measured(
+    device: str, tower: str, batch: int, steps: int, repeats: int, product: int, images: int, classes: int, tasks: int
+) -> dict[str, Any]:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return {"available": False}
+    used = torch.device(device)
+    towers = random_towers(tower, used)
+    name = torch.cuda.get_device_name(used) if used.type == "cuda" else used.type
+    return {
+        "available": True, "device": name, "tower": tower, "batch": batch, "product": product,
+        "stage1": stage_speed(towers, used, batch=batch, steps=steps, repeats=repeats, product=product),
+        "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
+    }  # fmt: skip
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    if not report["available"]:
+        return []
+    plain, own = report["stage1"]
+    run, where = report["run"], f"{report['tower']} on {report['device']}"
+    speeds = [
+        f"{one['precision']} {one['images_per_second']:,.0f} images/s, {100 * one['share_of_peak']:.0f} % of the peak of a "
+        f"product of {report['product']:,}"
+        for one in (own, plain)
+    ]
+    return [
+        Row(f"stage-1 step, batch {report['batch']}, {where}", plain["precision"], plain["step_seconds"],
+            own["precision"], own["step_seconds"], equal="; ".join(speeds)),
+        Row(f"DMC-OT, {run['images']:,} images of {run['classes']} classes in {run['tasks']} tasks, {run['precision']}, {where}",
+            "the whole run", run["seconds"], "waiting for data", run["waited"],
+            equal=", ".join(f"{part} {seconds_cell(seconds)}" for part, seconds in run["parts"].items())),
+    ]  # fmt: skip

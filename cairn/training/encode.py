@@ -1,0 +1,53 @@
+"""One pass over a collection: what a tower makes of it, in the collection's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cairn.training.checkpoint import Checkpoint, State
+
+
+class Ordered(Protocol):
+    """Batches in the collection's own order."""
+
+    def ordered(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """All but the first `skip` batches."""
+        ...
+
+
+@torch.no_grad()
+def encoded(
+    batches: Ordered,
+    rows: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    checkpoint: Checkpoint | None = None,
+    name: str = "",
+) -> tuple[Tensor, ...]:
+    """Rows of every item, as `rows(pixels, labels)` gives them, one tensor or several, and its label; on the CPU.
+
+    What `checkpoint` knows of the pass called `name` is not computed again.
+    """
+    checkpoint = checkpoint or Checkpoint()
+    held = checkpoint.work(name)
+    columns: list[list[Tensor]] = [] if held is None else [[held[f"column-{i}"]] for i in range(len(held) - 1)]
+    done = 0 if held is None else int(held["batches"])
+
+    def state() -> State:
+        for i, column in enumerate(columns):
+            columns[i] = [torch.cat(column)]
+        return {"batches": torch.tensor(done)} | {f"column-{i}": column[0] for i, column in enumerate(columns)}
+
+    for pixels, labels in batches.ordered(done):
+        made = rows(pixels, labels)
+        values = [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
+        columns = columns or [[] for _ in values]
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+        done += 1
+        checkpoint.step(name, state)
+    if held is None or done > int(held["batches"]):
+        checkpoint.finish(name, state)
+    return tuple(torch.cat(column) for column in columns)

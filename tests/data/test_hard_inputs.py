@@ -1,0 +1,467 @@
+"""Hard inputs: every row of the table in docs/hard-inputs.md is a test here, and the other way round."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import struct
+import time
+import tracemalloc
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from cairn import cli
+from cairn.data.folders import folder_dataset, unreadable
+from cairn.data.stream import task_sizes, task_stream
+from cairn.errors import ConfigError, DataError
+from cairn.run import RunConfig, prepared, run_stream
+from cairn.towers.catalogue import load_towers
+from cairn.towers.clip import filled
+from cairn.training.log import Log
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "hard-inputs.md"
+QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
+
+
+# --- what the tests stand on ---
+
+
+def paint(path, colour=(200, 30, 30), size=(6, 5)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, "PNG")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A sound folder: two classes of two training images and a test image each."""
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(("cat", "dog")):
+        for file in ("train/{}/1.png", "train/{}/2.png", "test/{}/3.png"):
+            paint(folder / file.format(name), colour=(200 * i, 30, 200 - 200 * i))
+    return folder
+
+
+def config(data, **changes):
+    return RunConfig(**({"method": "zero-shot", "data": str(data), "step": 1, "device": "cpu"} | changes))
+
+
+def refusal(call, *parts, kind=DataError):
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert text.isprintable()  # and so on one line
+    for part in parts:
+        assert part in text
+    return text
+
+
+def described(stream):
+    return [images.describe(i) for images in stream.collections for i in range(len(images))]
+
+
+def refused(root, *names, why):
+    """Those files, below `root`, are all named before training and when opened; `skip` leaves out them and no others."""
+    refusal(
+        lambda: prepared(config(root)), f"{len(names)} image(s) that cannot be read", why, "repair or remove them",
+        "--on-bad-image skip", *names,
+    )  # fmt: skip
+    data = folder_dataset(root)
+    for images in (data.train, data.test):
+        for i in range(len(images)):
+            if images.describe(i) in names:
+                refusal(lambda images=images, i=i: images[i], images.describe(i), why, "remove the file")
+    stream = prepared(config(root, on_bad_image="skip")).stream
+    assert sorted([*described(stream), *names]) == sorted(described(task_stream(data, step=1)))
+    assert f"left out: {len(names)} image(s)" in stream.notices[-1]
+    assert all(name in stream.notices[-1] for name in names)
+
+
+def read(root, name):
+    """The image as a method gets it, after a run's checks: an array (h, w, 3) of ints."""
+    ready = prepared(config(root))
+    images = next(i for i in ready.stream.collections if name in [i.describe(k) for k in range(len(i))])
+    image = images[[images.describe(k) for k in range(len(images))].index(name)]
+    assert image.mode == "RGB"
+    assert ready.towers.prepare(image).shape == (3, 56, 56)
+    return np.asarray(image).astype(int)
+
+
+def saved(root, image, name="0.png", **options):
+    """What is read of an image that was saved as a training image."""
+    image.save(root / "train" / "cat" / name, **options)
+    return read(root, f"train/cat/{name}")
+
+
+def noise(size=64):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+def bytes_of(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# --- the table ---
+
+
+def test_the_table_names_the_tests():
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `(test_\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    here = {name for name in globals() if name.startswith("test_")} - {"test_the_table_names_the_tests"}
+    assert len(rows) == len(set(rows))
+    assert set(rows) == here
+
+
+# --- damaged files ---
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_truncated_jpeg(root, options):
+    whole = bytes_of(noise(), "JPEG", **options)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    names = []
+    for i, cut in enumerate((2, 3, 100, len(whole) // 2)):
+        names.append(f"train/cat/cut{i}.jpg")
+        (root / names[-1]).write_bytes(whole[:-cut])
+    (root / "train" / "cat" / "whole.jpg").write_bytes(whole)
+    refused(root, *names, why="truncated")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_other_truncated_images(root, kind):
+    name = f"test/dog/cut.{kind.lower()}"
+    (root / name).write_bytes(bytes_of(noise(), kind)[:-200])
+    refused(root, name, why="(")
+
+
+def test_zero_bytes(root):
+    (root / "train" / "cat" / "0.jpg").touch()
+    refused(root, "train/cat/0.jpg", why="not an image")
+
+
+@pytest.mark.parametrize(
+    "text", ["some words", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"], ids=["words", "postscript"]
+)
+def test_text_called_an_image(root, text):
+    (root / "train" / "cat" / "0.png").write_text(text)
+    refused(root, "train/cat/0.png", why="not an image")
+
+
+@pytest.mark.parametrize("size", [(10_000, 9_000), (50_000, 50_000)], ids=["Pillow warns", "Pillow refuses"])
+def test_decompression_bomb(root, size):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    # No pixels at all follow the header: whoever tries to decode them says that the file is truncated.
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    (root / "train" / "cat" / "0.png").write_bytes(bomb)
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
+    refused(root, "train/cat/0.png", why="limit of")
+
+
+def test_many_damaged_images(root):
+    for i in range(30):
+        (root / "train" / "dog" / f"bad{i:02d}.png").touch()
+    (root / "train" / "cat" / "bad.png").touch()
+    (root / "test" / "cat" / "bad.png").touch()
+    text = refusal(lambda: prepared(config(root)), "32 image(s)", "train/cat/bad.png", "train/dog/bad18.png", ", ...")
+    assert "bad19" not in text
+
+
+def test_damaged_images_left_out(root, monkeypatch, capsys):
+    (root / "train" / "cat" / "bad.png").touch()
+    monkeypatch.chdir(root.parent)
+    call = ["run", "zero-shot", "--data", "pictures", "--step", "1", "--out", "here"]
+    refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png")
+    assert not Path("here").exists()
+    cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
+    assert "note: left out: 1 image(s) that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
+    # the split is that of the folder without the file
+    skipped, everything = prepared(config(root, on_bad_image="skip")).stream, task_stream(folder_dataset(root), step=1)
+    (root / "train" / "cat" / "bad.png").unlink()
+    assert skipped.fingerprint == task_stream(folder_dataset(root), step=1).fingerprint != everything.fingerprint
+
+
+def test_class_of_damaged_images(root):
+    for file in (root / "test" / "dog").iterdir():
+        file.write_bytes(b"")
+    refusal(
+        lambda: prepared(config(root, on_bad_image="skip")), "class 'dog' loses all its test images", "remove the class"
+    )
+
+
+def test_damaged_row_of_a_table():
+    datasets = pytest.importorskip("datasets", reason="the hub extra is not installed")
+    from cairn.data.hub import HubImages
+
+    sound, cut = bytes_of(noise(), "PNG"), bytes_of(noise(), "JPEG")[:-100]
+    cells = [{"bytes": data, "path": None} for data in (sound, cut, b"")]
+    rows = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    images = HubImages(rows, "image", np.zeros(3, dtype=np.int64), "toy/train")
+    found = unreadable(images)
+    assert list(found) == [1, 2]
+    assert "truncated" in found[1]
+    refusal(lambda: images[1], "toy/train[1]", "truncated", "repair the copy")
+
+
+# --- kinds of pixels ---
+
+
+def test_cmyk(root):
+    pixels = saved(root, Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "0.jpg", quality=100)
+    assert np.abs(pixels[0, 0] - [0, 255, 255]).max() <= 3
+
+
+def test_sixteen_bits(root):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    assert saved(root, Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_palette(root):
+    assert saved(root, Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4))[0, 0].tolist() == [10, 200, 30]
+
+
+def test_alpha(root):
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    assert saved(root, image).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    grey = Image.new("LA", (2, 1), (40, 255))
+    grey.putpixel((1, 0), (40, 0))
+    assert saved(root, grey).tolist() == [[[40] * 3, [255] * 3]]
+
+
+def test_palette_with_alpha(root):
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    image.putdata([0, 1])
+    assert saved(root, image, transparency=b"\x00\xff").tolist() == [[[255] * 3, [9, 8, 7]]]
+
+
+def test_animation(root):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    pixels = saved(root, frames[0], "0.gif", save_all=True, append_images=frames[1:])
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+
+
+def test_one_pixel(root):
+    for kind in ("png", "jpg", "gif", "bmp"):
+        assert saved(root, Image.new("RGB", (1, 1)), f"0.{kind}").shape == (1, 1, 3)
+
+
+def test_thread_of_an_image(root):
+    """A thread of an image becomes one of the tower's size, and nothing of a thousand times that in between."""
+    towers = load_towers("tiny", device="cpu")
+    colours = np.zeros((1, 20_000, 3), dtype=np.uint8)
+    colours[:, 9_900:10_100] = 255  # the middle
+    paint(root / "train" / "cat" / "0.png")
+    Image.fromarray(colours).save(root / "train" / "cat" / "0.png")
+    tracemalloc.start()
+    prepared_image = towers.prepare(folder_dataset(root).train[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = prepared_image.shape[-1]
+    assert prepared_image.shape == (3, size, size)
+    assert (prepared_image == 255).all()
+    assert peak < 50_000_000
+    tall = towers.prepare(Image.fromarray(colours.transpose(1, 0, 2)))
+    assert torch.equal(tall, prepared_image)
+
+
+def test_rotation(root):
+    image = Image.new("RGB", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert saved(root, image, "0.jpg", exif=exif).shape == (8, 4, 3)
+
+
+# --- the file system ---
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to this user")
+def test_no_permission(root):
+    (root / "train" / "cat" / "2.png").chmod(0)
+    refused(root, "train/cat/2.png", why="Permission denied")
+
+
+def test_broken_link(root):
+    (root / "train" / "cat" / "0.png").symlink_to(root / "gone.png")
+    refused(root, "train/cat/0.png", why="No such file")
+
+
+def test_file_link_to_itself(root):
+    (root / "train" / "cat" / "0.png").symlink_to("0.png")
+    refused(root, "train/cat/0.png", why=os.strerror(errno.ELOOP))
+
+
+@pytest.mark.parametrize("target", ["owl", "gone"])
+def test_class_link_to_nowhere(root, target):
+    (root / "train" / "owl").symlink_to(target)
+    refusal(lambda: prepared(config(root)), str(root / "train" / "owl"), "leads nowhere", "repair or remove it")
+
+
+def test_folder_link_upwards(root):
+    before = task_stream(folder_dataset(root), step=1).fingerprint
+    (root / "train" / "cat" / "up").symlink_to("..")
+    (root / "train" / "cat" / "up.png").symlink_to(root)
+    assert prepared(config(root)).stream.fingerprint == before
+
+
+def test_link_out_of_the_folder(root, tmp_path):
+    paint(tmp_path / "elsewhere" / "one.png", (1, 2, 3))
+    (root / "train" / "cat" / "0.png").symlink_to((tmp_path / "elsewhere" / "one.png").absolute())
+    for side in ("train", "test"):
+        (root / side / "owl").symlink_to((tmp_path / "elsewhere").absolute())
+    assert read(root, "train/cat/0.png")[0, 0].tolist() == [1, 2, 3]
+    assert read(root, "test/owl/one.png")[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_named_pipe(root):
+    os.mkfifo(root / "train" / "cat" / "0.png")
+    refused(root, "train/cat/0.png", why="not a regular file")
+
+
+@pytest.mark.parametrize("number", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_files(tmp_path, number):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(number // 2):
+            (tmp_path / name / f"{i:08d}.jpg").touch()
+    began = time.perf_counter()
+    data = folder_dataset(tmp_path)
+    assert time.perf_counter() - began < number / 10_000  # seconds; thirty times what it takes
+    assert len(data.train) + len(data.test) == number
+    tracemalloc.start()
+    folder_dataset(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 250 * number  # bytes
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    "name", ["a b  c.png", "猫 été κότα.png", '\'; rm -rf "$HOME" #.png', "two\nlines\t.png", "\x1b[31m.png"]
+)
+def test_file_names(root, name):
+    shown = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    paint(root / "train" / "cat" / name, (1, 2, 3))
+    assert read(root, f"train/cat/{shown}")[0, 0].tolist() == [1, 2, 3]
+    (root / "train" / "cat" / name).write_bytes(b"")
+    refused(root, f"train/cat/{shown}", why="not an image")
+
+
+def test_file_name_that_is_not_utf8(root, monkeypatch):
+    try:
+        paint(root / "train" / "cat" / os.fsdecode(b"\xff.png"), (1, 2, 3))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert read(root, "train/cat/\\udcff.png")[0, 0].tolist() == [1, 2, 3]
+    assert run_stream(config(root)).last >= 0
+    (root / "train" / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    refused(root, "train/cat/\\udcff.png", why="not an image")
+
+
+@pytest.mark.parametrize("name", [b"ow\xffl", b"ow\nl", b"ow\x1b[31ml"], ids=repr)
+def test_class_name_that_is_no_text(root, embedded_dataset, name):
+    name = os.fsdecode(name)
+    asks = ("class 'ow\\", "control character or is not UTF-8", "rename the class")
+    refusal(lambda: task_stream(replace(embedded_dataset, classes=(name, *"abcde")), step=1), *asks)
+    try:
+        paint(root / "train" / name / "1.png")
+    except OSError:
+        pytest.skip("this file system does not take such a name")
+    refusal(lambda: prepared(config(root)), *asks)
+
+
+def test_braces_in_a_class_name(root, towers):
+    names = ["a{b}c", "{0}", "{}", "{name!r}"]
+    for name in names:
+        for side in ("train", "test"):
+            paint(root / side / name / "1.png")
+    assert [filled("a photo of a {}.", name) for name in names] == [f"a photo of a {name}." for name in names]
+    assert {*names} < {*run_stream(config(root)).class_order}
+
+
+ODD = ["<script>alert(1)</script>", "..%2f", "../../x", "[red]b[/red]", "%s", "$x^$"]
+
+
+def test_class_names_like_markup_and_paths(root, features_file, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    before = {path for path in root.parent.rglob("*") if root not in path.parents}
+    data = features_file(class_names=ODD)
+    cli.app(["run", "simplecil", "--data", data, "--step", "2", "--out", "here"], standalone_mode=False)
+    made = {path for path in root.parent.rglob("*") if root not in path.parents} - before - {Path(data)}
+    assert {path.relative_to(root.parent).parts[0] for path in made} == {"here"}
+    assert run_stream(config(data, method="simplecil", step=2)).class_order == ODD
+    folders = {"<b>bold<b>", "%2e%2e%2f", "[red]", "%s", "$x^$", "a;b & c", "~"}
+    for name in folders:
+        for side in ("train", "test"):
+            paint(root / side / name / "1.png")
+    assert folders < {*run_stream(config(root)).class_order}
+
+
+def test_class_names_that_differ_by_case(features_file):
+    names = ["Owl", "cat", "owl", "OWL", "dog", "Dog"]
+    stream = prepared(config(features_file(class_names=names), step=2)).stream
+    assert list(stream.class_names) == names
+    assert stream.notices == (
+        "different classes whose names differ by case alone: 'Owl' and 'owl' and 'OWL', 'dog' and 'Dog'",
+    )
+
+
+# --- classes and tasks ---
+
+
+def test_class_with_one_image(root):
+    for name in ("cat", "dog"):
+        (root / "train" / name / "2.png").unlink()
+    result = run_stream(config(root, method="dmc", settings=QUICK))
+    assert result.test_sizes == [1, 1]
+    refusal(lambda: prepared(config(root, validation=0.2)), "has one training image", "needs two")
+
+
+def test_class_with_one_image_to_split(tmp_path):
+    for file in ("cat/1.png", "cat/2.png", "owl/1.png"):
+        paint(tmp_path / file)
+    refusal(lambda: prepared(config(tmp_path)), "class 'owl'", "has one image, a split needs two", "add some")
+
+
+def test_one_image_in_two_classes(root):
+    for file in root.rglob("*.png"):
+        paint(file, (9, 9, 9))
+    assert run_stream(config(root, method="simplecil")).last == 0.5  # one of the two is always wrong
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_empty_class(root, side):
+    paint(root / ("test" if side == "train" else "train") / "owl" / "1.png")
+    (root / side / "owl").mkdir()
+    refusal(lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder")
+
+
+def test_class_that_comes_back(root):
+    """What every method does with it is in the contract tests; here the count of images of one that keeps means."""
+    entry, stream, towers, settings = prepared(config(root, method="simplecil"))
+    method = entry.build(towers, settings, seed=1, log=Log())
+    first = stream.tasks[0]
+    method.learn(first)
+    mean = method.prototypes.clone()
+    method.learn(replace(first, index=1, classes=range(1, 1), names=()))
+    assert method.counts.tolist() == [4]
+    torch.testing.assert_close(method.prototypes, mean)
+
+
+def test_empty_task(root):
+    refusal(lambda: prepared(config(root, step=0)), "step 0", "at least 1", kind=ConfigError)
+    assert all(size > 0 for base in range(8) for step in range(1, 8) for size in task_sizes(7, base, step))

@@ -29,8 +29,8 @@ from cairn.data.loading import Loader
 from cairn.towers.preprocessing import Preprocessing
 
 SIZES = {
-    "full": {"images": 2000, "repeats": 5, "later_repeats": 15},
-    "quick": {"images": 400, "repeats": 1, "later_repeats": 5},
+    "full": {"images": 2000, "repeats": 5, "later_repeats": 31},
+    "quick": {"images": 400, "repeats": 1, "later_repeats": 15},
     "tiny": {"images": 12, "repeats": 1, "later_repeats": 1},
 }
 BATCH, RESOLUTION, SMALL = 128, 224, 56

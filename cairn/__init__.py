@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cairn.data.stream import Task, TaskStream, task_stream
     from cairn.errors import CairnError
     from cairn.evaluation.evaluate import Evaluator
+    from cairn.learner import IncrementalClassifier
     from cairn.memory.gaussians import GaussianMemory
     from cairn.methods.catalogue import METHODS, method_named
     from cairn.methods.protocol import Method
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CairnError": "errors", "Dataset": "data.images", "Evaluator": "evaluation.evaluate",
-    "GaussianMemory": "memory.gaussians", "Images": "data.images", "Log": "training.log",
+    "GaussianMemory": "memory.gaussians", "Images": "data.images",
+    "IncrementalClassifier": "learner", "Log": "training.log",
     "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "run", "RunResult": "run",
     "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
     "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "run",
@@ -31,7 +33,7 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "METHODS", "CairnError", "Dataset", "Evaluator", "GaussianMemory", "Images", "Log", "Method", "RunConfig",
+    "METHODS", "CairnError", "Dataset", "Evaluator", "GaussianMemory", "Images", "IncrementalClassifier", "Log", "Method", "RunConfig",
     "RunResult", "Task", "TaskStream", "Towers", "load_towers", "method_named", "open_dataset", "run_stream",
     "save_features", "task_stream", "with_settings",
 ]  # fmt: skip

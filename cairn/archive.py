@@ -55,8 +55,6 @@ class Archive:
         Raises ResultError where it cannot be written or does not read back; the generations before are then untouched.
         """
         make_folder(self.folder)
-        if self.folder.is_symlink():
-            raise ResultError(f"'{self.folder}': a link, which is not followed; put a folder in its place")
         entries, numbers = {}, self._numbers()
         try:
             for name, state in parts.items():
@@ -64,7 +62,7 @@ class Archive:
                 same = before is not None and before[0] is state and (self.folder / before[1]["file"]).is_file()
                 entries[name] = before[1] if same else self._part(name, state)
             manifest = {"schema_version": SCHEMA_VERSION, "parts": entries, "record": dict(record)}
-            manifest["sha256"] = _digest(manifest)
+            manifest["sha256"] = digest(manifest)
             path = self._manifest(numbers[-1] + 1 if numbers else 1)
             write_json(path, manifest)
             try:
@@ -110,10 +108,10 @@ class Archive:
         if not PART.fullmatch(name):
             raise ValueError(f"part '{name}'")
         require_finite(self.folder / name, state)
-        digest = hashlib.sha256()
+        running = hashlib.sha256()
         for chunk in serialized(state):
-            digest.update(chunk)
-        sha256 = digest.hexdigest()
+            running.update(chunk)
+        sha256 = running.hexdigest()
         path = self.folder / self._file(name, sha256)
         write_chunks(path, serialized(state))
         if sha256_of(path) != sha256:
@@ -145,7 +143,7 @@ class Archive:
                 f"'{path}': schema_version {version}, this cairn reads up to {SCHEMA_VERSION}; use the version that wrote it"
             )
         given = manifest.pop("sha256", None)
-        if given != _digest(manifest):
+        if given != digest(manifest):
             raise ResultError(f"'{path}': damaged: it does not match its own SHA-256")
         record, entries = manifest.get("record"), manifest.get("parts")
         if not isinstance(record, dict) or not isinstance(entries, dict):
@@ -184,6 +182,6 @@ class Newer(ResultError):
     """Written by a later version: reading an older generation instead would lose what that one learned."""
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cairn import learner_commands
 from cairn.errors import CairnError, ConfigError, DataError, Stopped
 from cairn.reports.console import Console
 
@@ -30,7 +30,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the m
 def main() -> None:
     """Entry point of the `cairn` command."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
+        if isinstance(status, int):  # what an interrupt is turned into
+            sys.exit(status)
     except Stopped as error:
         print(f"cairn: {error}", file=sys.stderr)
         sys.exit(128 + error.signal)
@@ -48,9 +50,35 @@ def main() -> None:
         raise
 
 
+def _read_file(context: typer.Context, path: Path | None) -> Path | None:
+    """What the file says stands in for the options' defaults, so that the command line goes before it."""
+    if path is not None:
+        context.obj = _run_file(path)
+        context.default_map = context.obj.options
+    return path
+
+
+def _run_file(path: Path):
+    """What a file asks for, one of ours or another toolbox's."""
+    from cairn.pycil import read_config
+    from cairn.runfile import read_run_file
+
+    return read_config(path) if path.suffix.lower() == ".json" else read_run_file(path)
+
+
 @app.command()
 def run(
+    context: typer.Context,
     method: Annotated[str | None, typer.Argument(help="a method of `cairn list`; none with --resume")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            callback=_read_file,
+            is_eager=True,
+            help="a run file (TOML), or a config of PyCIL, PILOT or C3Box (JSON); options given here override it",
+        ),
+    ] = None,
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
     base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
@@ -66,6 +94,9 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
     preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
+    template: Annotated[
+        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
     on_bad_image: Annotated[str, typer.Option(help="image files that cannot be read: error or skip")] = "error",
     resume: Annotated[
@@ -82,10 +113,17 @@ def run(
     cache: Annotated[
         bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
     ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tell tensorboard, wandb, trackio or mlflow as well; may be repeated")
+    ] = None,
+    log_lines: Annotated[
+        bool, typer.Option("--log-lines", help="after each task also print the accuracy lines of PyCIL and C3Box")
+    ] = False,
 ) -> None:
     """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off."""
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
+    from cairn.runfile import RunFile
     from cairn.store import Call, read_call
 
     if resume is not None:
@@ -93,20 +131,24 @@ def run(
             raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
         _run_all(read_call(resume), resume)
         return
+    asked = context.obj or RunFile()
     if method is None:
-        raise ConfigError("no method given; see `cairn list`")
+        raise ConfigError(asked.problem or "no method given; see `cairn list`")
     entry = method_named(method)
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
-    numbers = _seeds(seeds) if seeds is not None else [seed]
+    several = _seeds(seeds) if seeds is not None else None
+    if several is None and context.get_parameter_source("seed").name != "COMMANDLINE":
+        several = asked.seeds
     config = _checked(
-        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order, seed=numbers[0],
-        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
-        device=device, precision=precision, preprocess=preprocess, revision=revision, on_bad_image=on_bad_image,
+        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order,
+        seed=several[0] if several else seed, settings=(*asked.settings, *(set_ or ())), limit_train=limit_train,
+        limit_test=limit_test, validation=validation, device=device, precision=precision, preprocess=preprocess,
+        template=template, revision=revision, on_bad_image=on_bad_image,
     )  # fmt: skip
     call = _checked(
-        Call, run=config, seeds=numbers if seeds is not None else None, keep_learner=keep_learner, cache=cache,
-        checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps,
+        Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
     )  # fmt: skip
     _run_all(call, folder, overwrite)
 
@@ -130,7 +172,7 @@ def _step(step: int | None, data: str) -> int:
 
 def _data_name(data: str) -> str:
     """What a default output folder is called after."""
-    return Path(data).stem if Path(data).exists() else data.partition("=")[0].replace(":", "-")
+    return Path(data).stem if os.path.exists(data) else data.partition("=")[0].replace(":", "-")
 
 
 def _seeds(text: str) -> list[int]:
@@ -167,12 +209,15 @@ def _run_one(
 ):  # fmt: skip
     """`opened` is called when the folder is there: when all input was found good."""
     from cairn.data.feature_store import FeatureStore
+    from cairn.pycil import curve_lines
     from cairn.run import run_stream
     from cairn.store import RESULT, RunFolder, write_learner
-    from cairn.training.checkpoint import Checkpoint
+    from cairn.tracking import Tracking
+    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
     from cairn.training.log import Log
 
     output = RunFolder(folder, call)
+    tracking = Tracking(call.track, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
     if not overwrite and (done := output.finished()) is not None:
         console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
         console.result(done, folder / RESULT)
@@ -185,42 +230,57 @@ def _run_one(
             if held is not None:
                 console.note(f"{folder}: {held} did not finish; taking over")
             opened()
+            tracking.begin(output.happened())
+            for text in call.notices:
+                tell({"event": "notice", "text": text})
+        tell(event)
+
+    def tell(event: dict) -> None:
         output.keep(event)
         console.event(event)
+        tracking(event)
+        if call.log_lines and event["event"] == "task":
+            seen = {past["task"]: past["seen"] for past in output.happened() if past["event"] == "task"}
+            for line in curve_lines(list(seen.values())):
+                console.note(line)
 
     checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps)
     store = FeatureStore.configured() if call.cache else None
     try:
-        with _stopped_by_signals(checkpoint), console.live():
+        with stopped_by_signals(checkpoint), console.live():
             learned = (lambda method: write_learner(folder, method)) if call.keep_learner else None
             log = Log(keep=keep, show=console.progress)
             result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
         output.write(result)
+        tracking.result(result)
     except Stopped:
         console.note(f"stopped; the state is kept. To go on: cairn run --resume {folder}")
         raise
     finally:
+        tracking.close()
         output.close()
     console.result(result, folder / RESULT)
     return result
 
 
-@contextmanager
-def _stopped_by_signals(checkpoint) -> Iterator[None]:
-    """SIGINT and SIGTERM finish the step and keep the state; a second one stops at once, at the last state kept."""
+@app.command(name="import")
+def import_(
+    config: Annotated[Path, typer.Argument(help="a config of PyCIL, PILOT or C3Box (JSON)")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the run file to write  [default: print it]")] = None,
+) -> None:
+    """Another toolbox's config as a run file; what it says that has no counterpart here is told in comments."""
+    from cairn.files import write_chunks
+    from cairn.pycil import read_config
+    from cairn.runfile import run_file_text
 
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(number, before[number])
-        checkpoint.stop(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    file = read_config(config)
+    if file.problem:
+        raise ConfigError(file.problem)
+    text = run_file_text(file, f"from {config.name}")
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_chunks(out, [text.encode()])
 
 
 @app.command(name="list")
@@ -453,6 +513,31 @@ def compare(
     _put(difference_table(results_below([first]), results_below([second])), into, f"compare {name}")
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders that hold results or drift reports, at any depth")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the page, one HTML file")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="a folder for figures (PNG, SVG) and tables (Markdown, LaTeX, CSV)")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="the method that differences are to  [default: the first found]")
+    ] = None,
+) -> None:
+    """Runs side by side on one page: tables, curves, matrices, costs, settings, and what keeps them from being compared."""
+    from cairn.files import make_folder, write_chunks
+    from cairn.reports.page import page_of
+
+    page = page_of(runs, reference)
+    make_folder(out.parent)
+    write_chunks(out, [page.html().encode()])
+    written = [] if figures is None else page.write_files(figures)
+    Console().note(f"-> {out}" + (f", {len(written)} files in {figures}" if written else ""))
+
+
+learner_commands.register(app)
+
+
 def _put(text: str, into: Path | None, block: str) -> None:
     """The text on standard output, or in place of a Markdown file's block."""
     from cairn.reports.tables import replaced_block
@@ -496,6 +581,37 @@ def clear(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
     if not yes:
         typer.confirm(f"remove every set below {store.folder}?", abort=True)
     Console().note(f"{store.folder}: {store.clear() / 1e6:.1f} MB freed")
+
+
+@app.command()
+def serve(
+    learner: Annotated[Path, typer.Argument(help="the folder of a learner; what is taught goes there")],
+    host: Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs --token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="CAIRN_TOKEN", help="what clients have to know to teach  [default: made and printed]"),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1000, help="largest picture")] = 10_000_000,
+    rate: Annotated[int, typer.Option(min=1, help="requests of one client in a minute")] = 60,
+) -> None:
+    """A page and an HTTP service: look at pictures, teach new classes, forget old ones."""
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'serve: {error.name} is missing; pip install "cairn[serve]"') from None
+    from cairn.serve.app import serve
+
+    console = Console()
+
+    def ready(where: str) -> None:
+        console.note(f"open {where}  (to stop: Ctrl-C)")
+
+    serve(learner, host, port, token=token, max_bytes=max_bytes, rate=rate, ready=ready)
 
 
 @app.command()

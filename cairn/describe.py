@@ -103,7 +103,7 @@ def problem_with(answer: str, name: str, config: DescribeConfig) -> tuple[list[s
     """The sentences of an answer, and what is wrong with them; "" if nothing is."""
     try:
         sentences = json.loads(answer)["sentences"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return [], "the answer is not the JSON that was asked for"
     if not isinstance(sentences, list) or not all(isinstance(text, str) for text in sentences):
         return [], "'sentences' is not a list of texts"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import unreadable
 from cairn.data.images import Dataset
 from cairn.data.stream import TaskStream, task_stream, without
-from cairn.errors import ConfigError, DataError, NotFinite, ResultError, UnknownName
+from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError, UnknownName
 from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
@@ -35,6 +33,7 @@ from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.log import Log
+from cairn.versions import versions
 
 SCHEMA_VERSION = 1
 
@@ -62,6 +61,7 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] = Field("crop", description="how images are brought to the towers' size")
+    template: str | None = Field(None, description="one prompt, {} for the class name, in place of the data set's")
     on_bad_image: Literal["error", "skip"] = Field("error", description="image files that cannot be read")
     revision: str | None = Field(None, description="revision of the towers on the hub")
 
@@ -91,7 +91,7 @@ class RunResult(BaseModel):
     data: str
     split: str = Field(description="fingerprint of which images are in which task")
     towers: TowersUsed
-    class_order: list[str] = Field(description="class names in order of arrival")
+    class_order: list[str] = Field(min_length=1, description="class names in order of arrival")
     task_sizes: list[int] = Field(description="classes per task")
     test_sizes: list[int] = Field(description="test images per task")
     base: int
@@ -117,12 +117,6 @@ class RunResult(BaseModel):
     evaluation_passes: Passes
     device: str
     versions: dict[str, str]
-
-
-def versions() -> dict[str, str]:
-    packages = ("cairn", "torch", "transformers", "peft", "numpy", "safetensors")
-    found = {name: metadata.version(name) for name in packages}
-    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def towers_for(config: RunConfig, dataset: Dataset) -> Towers:
@@ -166,7 +160,7 @@ class Prepared(NamedTuple):
 def prepared(config: RunConfig) -> Prepared:
     """Raises a CairnError for any bad input."""
     entry = method_named(config.method)
-    dataset = open_dataset(config.data)
+    dataset = _prompted(open_dataset(config.data), config.template)
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
     settings = with_settings(entry.default_config(towers), config.settings)
@@ -216,6 +210,7 @@ def run_stream(
         tasks=len(stream.tasks),
         classes=len(stream.class_names),
         seed=config.seed,
+        config=settings.model_dump(mode="json"),
     )
     course = _Course(config, entry, stream, towers, settings, log)
     if archive is not None:
@@ -295,6 +290,7 @@ class _Course:
         self.resumed = 0
         self._began, self._spent = time.perf_counter(), 0.0
         self._archive: Archive | None = None
+        self._taken_up = False
         self._learned: State = {}
         self._marks: tuple[float, dict[str, int]] | None = None
 
@@ -314,9 +310,16 @@ class _Course:
         self._mark()
         if len(self.durations) == self.done:
             self.durations.append(0.0)
-        yield
+        try:
+            yield
+        except CairnError:
+            raise
+        except Exception as error:
+            if not self._taken_up:
+                raise
+            raise self._misfit(error) from error
         self._take("learning")
-        self._marks = None
+        self._marks, self._taken_up = None, False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -351,15 +354,33 @@ class _Course:
                 self._restore(held.record, work.pop("learner"))
             except ResultError:
                 raise
-            except Exception as error:  # a record from outside may hold anything
-                raise ResultError(
-                    f"'{archive.folder}': the checkpoint does not fit ({type(error).__name__}: "
-                    f"{(str(error) or 'nothing').splitlines()[0]}); --overwrite to start again"
-                ) from None
+            except Exception as error:
+                raise self._misfit(error) from None
+            self._taken_up = True
             self.log("resumed", task=self.done, work=sorted(work), seconds=self._spent)
         self.snapshot()
         checkpoint.kept_by(self._write)
         checkpoint.begin(work)
+
+    def _plausible(self) -> bool:
+        """Whether what was read has the lengths, names and ranges of what would have been written."""
+        tasks, kinds = self.stream.tasks, {part: self.towers.passes.keys() for part in ("learning", "evaluating")}
+        if self.done > len(tasks) or len(self.durations) - self.done not in (0, 1):
+            return False
+        return {part: counts.keys() for part, counts in self.passes.items()} == kinds and all(
+            len(found.accuracy) == task.index + 1
+            and len(found.correct) == len(found.total) == task.classes.stop
+            and all(0 <= accuracy <= 1 for accuracy in found.accuracy)
+            and all(0 <= right <= number > 0 for right, number in zip(found.correct, found.total, strict=True))
+            for task, found in zip(tasks, self.evaluations, strict=False)
+        )
+
+    def _misfit(self, error: Exception) -> ResultError:
+        """What comes from outside may hold anything, and some of it shows only when it is learned on."""
+        return ResultError(
+            f"'{self._archive.folder}': the checkpoint does not fit ({type(error).__name__}: {error}); --overwrite to start "
+            "again"
+        )
 
     def snapshot(self) -> None:
         """The method as it is between tasks: where the next one is begun again from."""
@@ -397,6 +418,8 @@ class _Course:
         self.durations = [float(seconds) for seconds in record["durations"]]
         self.passes = {part: {key: int(n) for key, n in counts.items()} for part, counts in record["passes"].items()}
         self._spent, self.resumed = float(record["seconds"]), int(record["resumed"]) + 1
+        if not self._plausible():
+            raise ValueError("a record of other tasks")
         fit_into(
             self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
         )
@@ -444,6 +467,19 @@ def drift_report(
         "rows": rows,
         "versions": versions(),
     }
+
+
+def _prompted(dataset: Dataset, template: str | None) -> Dataset:
+    """The data set with one template in place of its own, if one is given."""
+    if template is None:
+        return dataset
+    if template.count("{}") != 1:
+        raise ConfigError(f"template '{template}': must hold {{}} once, in place of the class name")
+    if dataset.embeddings is not None:
+        raise ConfigError(
+            f"template '{template}': data '{dataset.name}' holds embeddings of texts; leave --template out"
+        )
+    return replace(dataset, templates=(template,))
 
 
 def _readable(stream: TaskStream, skip: bool) -> TaskStream:

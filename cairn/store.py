@@ -60,6 +60,9 @@ class Call(BaseModel):
     cache: bool = False
     checkpoint_seconds: float = Field(ge=0, allow_inf_nan=False)
     checkpoint_steps: int | None = None
+    track: list[str] = Field([], description="trackers that are told as well")
+    log_lines: bool = False
+    notices: tuple[str, ...] = Field((), description="of the file that the call came from")
 
 
 def read_call(folder: Path) -> Call:
@@ -149,7 +152,13 @@ class RunFolder:
         """Make the folder and take its lock; who held it and did not let go, if anybody. An unfinished run is gone on with,
         unless `overwrite`. Raises ResultError if it cannot be written, or another process writes there."""
         make_folder(self.path)
+        for inner in (CHECKPOINT, LEARNER):  # a folder that somebody else made may lead anywhere
+            if (self.path / inner).is_symlink():
+                raise ResultError(f"'{self.path / inner}': a link, which is not followed; put a folder in its place")
         self._lock.take()
+        for litter in self.path.glob(".*.part"):  # of a writer that was killed
+            with suppress(OSError):
+                litter.unlink()
         if overwrite:
             self.archive.clear()
         try:
@@ -167,6 +176,15 @@ class RunFolder:
             self._events.flush()
         except OSError as error:
             raise ResultError(f"'{self.path / EVENTS}': cannot be written: {error.strerror}; free some space") from None
+
+    def happened(self) -> list[dict[str, Any]]:
+        """The events so far, those before the run was cut off too; a line that was cut short is left out."""
+        found = []
+        with suppress(OSError):
+            for line in (self.path / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+        return [event for event in found if isinstance(event, dict) and "event" in event]
 
     def write(self, result: RunResult) -> None:
         """The result, in place of what was kept to come to it."""

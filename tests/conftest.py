@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,3 +105,23 @@ def features_file(tmp_path, embedded_dataset):
 def features(features_file) -> str:
     """A features file as it should be."""
     return features_file()
+
+
+@pytest.fixture
+def cairn(monkeypatch, tmp_path, capsys):
+    """Call the command in an empty folder; returns (exit status, standard output, standard error)."""
+    from cairn import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cairn", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call

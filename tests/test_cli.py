@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import typer
 from PIL import Image
-
-from cairn import cli
-
-
-@pytest.fixture
-def cairn(monkeypatch, tmp_path, capsys):
-    """Call the command in an empty folder; returns (exit status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cairn", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
 
 
 def test_a_run_leaves_a_result_and_its_events(cairn, features, tmp_path):

@@ -1,39 +1,165 @@
-"""What the documents say is true: the README's Python runs, its table is what the stored results give."""
+"""What the documents say is true: their Python runs, their commands exist, their tables are what the stored results give."""
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
+import yaml
+from PIL import Image
 
+import cairn
+from cairn.cli import app
 from cairn.methods.catalogue import METHODS
 from cairn.reports.drift import drift_reports_below, drift_table
 from cairn.reports.tables import difference_table, markdown_table, results_below
 from cairn.run import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+NETWORK = "# needs the network"
 
 
-def test_the_python_of_the_readme_runs_offline(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 20
-    exec(compile(block, "README.md", "exec"), {})
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def fenced(page: Path, info: str) -> list[str]:
+    return [
+        found["text"] for found in FENCE.finditer(page.read_text(encoding="utf-8")) if found["info"].strip() == info
+    ]
+
+
+# Python
+
+
+@pytest.fixture
+def methods_as_they_are():
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def run_python(page: Path) -> None:
+    """The blocks of a page one after the other, as a reader would type them."""
+    scope = {"__name__": page.stem.replace("-", "_")}
+    for block in fenced(page, "python"):
+        exec(compile(block, page.name, "exec", dont_inherit=True), scope)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if fenced(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+@pytest.mark.usefixtures("methods_as_they_are")
+def test_the_python_of_a_page_runs_offline(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_python(page)
     out = capsys.readouterr().out
-    assert "MB kept of 40 classes, no image" in out
+    if page.name == "README.md":
+        assert "MB kept of 40 classes, no image" in out
+    if page.name == "start.md":
+        drawn, shown = (np.asarray(Image.open(path)) for path in (tmp_path / "world.png", DOCS / "pictures/world.png"))
+        assert np.array_equal(drawn, shown)
+    if page.name == "your-images.md":
+        assert "[None None None None None]" in out.splitlines()[-1]
 
 
-def test_the_commands_of_the_readme_are_make_targets():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for target in set(re.findall(r"`?make (\w+)", README)):
-        assert target in targets
+def test_a_block_that_is_not_run_needs_the_network():
+    for page in PAGES:
+        infos = {found["info"].strip() for found in FENCE.finditer(page.read_text(encoding="utf-8"))}
+        assert not [info for info in infos if info.startswith("python") and info not in ("python", "python no-run")]
+        assert all(NETWORK in block for block in fenced(page, "python no-run")), page.name
+
+
+@pytest.mark.parametrize(("name", "number"), [("README.md", 20), ("docs/start.md", 20)])
+def test_first_examples_are_short(name, number):
+    first = fenced(ROOT / name, "python")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= number
+
+
+def test_the_method_of_ones_own_has_ten_statements():
+    source = fenced(DOCS / "extend.md", "python")[0]
+    (method,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Sums")
+    bodies = [method.body, *(node.body for node in method.body if isinstance(node, ast.FunctionDef))]
+    statements = [
+        node
+        for body in bodies
+        for node in body
+        if not isinstance(node, ast.FunctionDef)
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
+    assert len(statements) == 10
+
+
+@pytest.mark.slow
+def test_the_contract_runs_on_the_method_of_ones_own_as_the_page_says(tmp_path):
+    definition, run = fenced(DOCS / "extend.md", "python")
+    (tmp_path / "sums.py").write_text(f"{definition}\n\n{run.partition('result =')[0]}", encoding="utf-8")
+    (words,) = (shlex.split(line) for block in fenced(DOCS / "extend.md", "sh") for line in block.splitlines())
+    assert words[0] == ".venv/bin/python"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert re.search(r"\b\d\d passed", ended.stdout)
+
+
+# commands
+
+
+def test_the_commands_of_the_documents_are_make_targets():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in PAGES:
+        code = re.findall(r"`(make [\w-]+)", text := page.read_text(encoding="utf-8"))
+        code += re.findall(r"^(make [\w-]+)", text, re.MULTILINE)
+        assert not [words for words in code if words.split()[1] not in targets], page.name
+
+
+def commands():
+    """Every call of `cairn` in a block, and in the text in backquotes."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shells = "".join(found["text"] for found in FENCE.finditer(text) if found["info"].strip() in ("sh", ""))
+        calls = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?cairn (.*)$", shells.replace("\\\n", " "), re.MULTILINE)
+        calls += [" ".join(call.split()) for call in re.findall(r"`cairn ([^`]+)`", FENCE.sub("", text))]
+        for call in dict.fromkeys(calls):
+            yield pytest.param(call, id=f"{page.stem}: {call}")
+
+
+@pytest.mark.parametrize("call", list(commands()))
+def test_a_command_of_the_documents_parses(call):
+    words, command = shlex.split(call, comments=True), typer.main.get_command(app)
+    context = command.context_class(command, info_name="cairn")
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands or "|" in name, f"no command '{name}'"
+        if "|" in name:  # `cairn cache info|clear`
+            assert all(part in command.commands for part in name.split("|"))
+            return
+        command = command.commands[name]
+        context = command.context_class(command, info_name=name, parent=context)
+    _, left, _ = command.make_parser(context).parse_args(words)
+    assert not left, f"too many arguments: {left}"
+
+
+# tables
 
 
 def blocks():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in PAGES:
         for kind, name, text in re.findall(
-            r"<!-- cairn (table|compare) (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL
+            r"<!-- cairn (table|compare) (\S+) -->\n(.*?)<!-- end -->", page.read_text(encoding="utf-8"), re.DOTALL
         ):
             yield pytest.param(kind, name, text, id=f"{page.stem}-{kind}-{name}")
 
@@ -60,8 +186,11 @@ def test_stored_results_are_readable_and_name_no_machine(path):
     assert str(Path.home()) not in text
 
 
+# completeness
+
+
 def test_every_key_of_a_result_is_documented():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = read("results.md")
     assert not [key for key in RunResult.model_fields if f"`{key}`" not in page]
 
 
@@ -69,7 +198,84 @@ def test_every_method_is_in_the_readme():
     assert not [name for name in METHODS if f"`{name}`" not in README]
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_the_page_on_choosing_says_of_every_method_what_its_row_says():
+    rows = {found[0]: found[1:] for found in re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| (\w+) \|", read("choose-a-method.md"),
+                                                       re.MULTILINE)}  # fmt: skip
+    assert rows == {name: (entry.trains, entry.keeps) for name, entry in METHODS.items()}
+
+
+def test_the_page_on_the_api_has_every_public_name():
+    named = re.findall(r"^::: cairn\.(\S+)\.(\w+)$", read("api.md"), re.MULTILINE)
+    assert {name: home for home, name in named} == cairn._HOMES
+    assert sorted(name for _, name in named) == sorted(cairn.__all__)
+
+
+def test_equations_are_those_of_the_files_that_are_named():
+    """Each line of a block in maths.md stands, up to spaces, in a file that its section links to."""
+    for section in read("maths.md").split("\n## ")[1:]:
+        files = [DOCS / target for target in re.findall(r"\]\((\.\./cairn/[^)]+)\)", section)]
+        code = " ".join(" ".join(file.read_text(encoding="utf-8") for file in files).split())
+        lines = [line for found in FENCE.finditer(section) for line in found["text"].splitlines()]
+        assert not [line for line in lines if " ".join(line.split()) not in code], section.splitlines()[0]
+
+
+# links and the site
+
+
+def headings(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", text):
+            found = page.parent / target if target else page
+            assert found.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings(found), f"{page.name}: {target}#{anchor}"
+
+
+def in_nav(entry) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in in_nav(part)]
+
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+OF_THE_TOP = {"overview.md", "contributing.md", "changelog.md"}
+"""Pages that docs/hooks.py makes of files at the top."""
+
+
+def test_every_page_is_in_the_navigation_once():
+    pages = in_nav(SITE["nav"])
+    assert len(pages) == len(set(pages))
+    assert set(pages) == {page.name for page in DOCS.glob("*.md")} | OF_THE_TOP
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_asks_for_nothing_elsewhere(tmp_path):
+    pytest.importorskip("material", reason="pip install 'cairn[docs]'")
+    pytest.importorskip("mkdocstrings")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    site = tmp_path / "site"
+    built = {page.name for page in site.glob("*.html")} - {"404.html"}
+    assert built == {Path(page).with_suffix(".html").name for page in in_nav(SITE["nav"])}
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", text):
+            for address in re.findall(r'(?:src|href)="([^"]+)"', tag):
+                assert not address.startswith(("http:", "https:", "//")), f"{page.name}: {tag}"
+        article = text[text.index("<article") : text.index("</article>")]
+        assert "```" not in article, f"{page.name}: a block that is not one"
+        for source in re.findall(r'<img[^>]* src="([^"]+)"', text):
+            assert source.startswith("data:") or (page.parent / source).is_file(), f"{page.name}: {source}"
+    api = (site / "api.html").read_text(encoding="utf-8")
+    assert not [name for name in cairn.__all__ if f'id="cairn.{cairn._HOMES[name]}.{name}"' not in api]
+    for page in DOCS.glob("*.md"):
+        tables = len(re.findall(r"^\|(?:---\|)+$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE))
+        html = (site / page.with_suffix(".html").name).read_text(encoding="utf-8")
+        assert html.count("<table>") >= tables, f"{page.name}: a table that is not one"

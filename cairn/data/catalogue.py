@@ -259,8 +259,9 @@ def open_dataset(spec: str) -> Dataset:
         if equals and not local:
             raise DataError(f"data '{spec}': no path after '='; write {key}=PATH, or {key} to read it from the hub")
         return hub_dataset(key, local=local or None)
-    path = Path(spec).expanduser()
-    exists = os.path.exists(path)  # Path.exists raises for what is too long to be a path
+    # Path's own methods raise for a user that there is not, and for what is too long to be a path
+    path = Path(os.path.expanduser(spec))
+    exists = os.path.exists(path)
     if path.suffix == ".safetensors":
         from cairn.data.embeddings import features_dataset
 

@@ -9,6 +9,7 @@ them: JSON, sentences keyed by class name, never by position.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Descriptions(BaseModel):
 def read_descriptions(path: str | Path) -> Descriptions:
     """Raises DataError for a file that is missing, no JSON, of another schema or with an empty sentence."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"descriptions '{path}': no such file; write one with `cairn describe`")
     try:
         found = Descriptions.model_validate(read_json(path, links=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ def features_dataset(path: str | Path) -> Dataset:
     Raises DataError for a file that is missing, damaged or incomplete, for shapes and widths that disagree, labels
     that are no class numbers, rows that are not finite, and a class without rows.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     shown = f"features file '{path}'"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DataError(f"{shown}: no such file; give the path of a .safetensors file")
     try:  # mapped, not read: it may be larger than memory
         with safe_open(file, framework="pt") as opened:
@@ -153,7 +154,7 @@ def save_features(
     _checked(tensors, _names(metadata, shown), shown)
     _templates(metadata, shown)
     _logit_scale(metadata, shown)
-    write_chunks(Path(path).expanduser(), serialized(tensors, metadata))
+    write_chunks(Path(os.path.expanduser(path)), serialized(tensors, metadata))
 
 
 def _owned(values: np.ndarray | torch.Tensor) -> torch.Tensor:

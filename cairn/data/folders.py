@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cairn.data.descriptions import FILE_NAME, read_descriptions
+from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.stream import held_out, one_line, require_text
 from cairn.errors import ConfigError, DataError
@@ -166,7 +166,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
     """
     if not 0 < test_share < 1:
         raise ConfigError(f"test_share {test_share}: must be above 0 and below 1")
-    root, shown = Path(path).expanduser(), one_line(path)
+    root, shown = Path(os.path.expanduser(path)), one_line(path)
     if not os.path.isdir(root):  # unlike Path.is_dir, no error where one may not look
         problem = "is a file, not a folder" if os.path.isfile(root) else "no such folder"
         raise DataError(f"data '{shown}': {problem}; give a folder with train/<class>/ and test/<class>/, or <class>/")
@@ -251,6 +251,19 @@ def _subfolders(folder: Path) -> list[str]:
             if entry.is_dir():
                 names.append(entry.name)
     return sorted(names)
+
+
+def class_images(path: str | Path) -> tuple[FolderImages, tuple[str, ...], Descriptions | None]:
+    """All images below `path/<class>/`, or where there is a `train/` those below `path/train/<class>/`; the classes; and what
+    the folder says of them. Raises DataError as `folder_dataset`."""
+    root, shown = Path(os.path.expanduser(path)), one_line(path)
+    if not os.path.isdir(root):
+        raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
+    prefix = "train/" if "train" in _subfolders(root) else ""
+    classes = _subfolders(root / prefix)
+    _require_classes(classes, root / prefix)
+    file = root / FILE_NAME
+    return _images(root, prefix, classes), tuple(classes), read_descriptions(file) if file.is_file() else None
 
 
 def _require_classes(classes: list[str], folder: Path) -> None:

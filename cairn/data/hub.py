@@ -7,6 +7,7 @@ imported when a table is opened; a copy that is a plain folder of images does wi
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -78,8 +79,8 @@ def hub_dataset(key: str, local: str | Path | None = None, revision: str | None 
     row = CATALOGUE[key]
     if local is None:
         return _from_tables(row, _downloaded(row, revision))
-    path = Path(local).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(local))
+    if not os.path.exists(path):
         raise DataError(f"data '{key}={local}': no such folder; give the folder of a local copy")
     tables = _stored(row, path)
     if tables is not None:

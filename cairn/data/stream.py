@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +72,8 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     """Natural indices in order of arrival.
 
     `natural`; `seed:N` for `numpy.random.RandomState(N).permutation(k)`, the field's convention;
-    or a file with every class name once: JSON or YAML list, or one name per line.
+    or a file with every class once: a JSON or YAML list of names or of natural indices, bare or under the key `class_order`,
+    or one name per line.
     Raises ConfigError for anything else, naming what is missing or unknown.
     """
     if order == "natural":
@@ -82,9 +84,9 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
             raise ConfigError(f"order '{order}': the seed must be a whole number from 0 to 4294967295")
         return np.random.RandomState(int(digits)).permutation(len(classes))
     path = Path(order)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"order '{order}': neither natural, seed:N nor a file")
-    names = _listed(path)
+    names = [_name(entry, classes) for entry in _listed(path)]
     position, counts = {name: i for i, name in enumerate(classes)}, Counter(names)
     unknown = [name for name in names if name not in position]
     missing = [name for name in classes if name not in counts]
@@ -96,7 +98,7 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     return np.array([position[name] for name in names])
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(path: Path) -> list[str] | list[int]:
     try:
         if path.suffix == ".json":
             names = read_json(path, links=True)
@@ -106,9 +108,18 @@ def _listed(path: Path) -> list[str]:
             names = read_yaml(text) if path.suffix in (".yaml", ".yml") else [line for line in lines if line]
     except (ResultError, ValueError) as error:
         raise ConfigError(f"order file '{path}': cannot be read: {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"order file '{path}': must hold one list of class names")
+    if isinstance(names, dict):
+        names = names.get("class_order")
+    if not isinstance(names, list) or {type(name) for name in names} not in ({str}, {int}):
+        raise ConfigError(f"order file '{path}': must hold one list of class names, or of their natural indices")
     return names
+
+
+def _name(entry: str | int, classes: Sequence[str]) -> str:
+    """The class of a natural index; an index without one is left to be refused as a name."""
+    if isinstance(entry, str):
+        return entry
+    return classes[entry] if 0 <= entry < len(classes) else f"number {entry}"
 
 
 def task_sizes(classes: int, base: int, step: int) -> list[int]:
@@ -212,6 +223,16 @@ def _alike(names: Sequence[str]) -> list[str]:
         groups.setdefault(name.lower(), []).append(name)
     shown = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
     return [f"different classes whose names differ by case alone: {', '.join(shown)}"] if shown else []
+
+
+def without_class(task: Task, c: int) -> Task:
+    """The task without class number c; later classes one number lower. Its images may be none."""
+    kept = np.flatnonzero(task.train.labels != c)
+    labels = task.train.labels[kept]
+    names = tuple(name for number, name in zip(task.classes, task.names, strict=True) if number != c)
+    start = task.classes.start - (c < task.classes.start)
+    images = Subset(task.train, kept, labels - (labels > c))
+    return replace(task, classes=range(start, start + len(names)), names=names, train=images)
 
 
 def _of(images: Images, arrival: np.ndarray, ids: range, limit: int | None) -> Subset:

@@ -226,6 +226,19 @@ class GaussianMemory:
             self._place(stored, 0, self._plus_moved(after, stored, last, share), "all classes")
         return self._with(stored)
 
+    def without(self, c: int) -> GaussianMemory:
+        """With class c gone and later classes one number lower. A pooled covariance keeps what the class put into it: what
+        is kept does not tell which part that is. Raises IndexError for a class not held."""
+        self._known(c)
+        counts, means, held = self._stored
+
+        def rest(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:c], tensor[c + 1 :]])
+
+        return self._with(
+            _Stored(rest(counts), rest(means), held if self._kind.pooled else {k: rest(v) for k, v in held.items()})
+        )
+
     # What it is for
 
     def draw(

@@ -62,6 +62,10 @@ class ClassMemory(Protocol):
         """With every class carried along by its affine map, or all by the same."""
         ...
 
+    def without(self, c: int) -> ClassMemory:
+        """With class c gone and later classes one number lower."""
+        ...
+
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """A warning through `log`, if what is held had to be repaired before it could be drawn from."""
         ...

@@ -56,11 +56,28 @@ class Decoupled:
         w = self.config.template_weight
         self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
 
+    def forget(self, c: int) -> None:
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.memory = self.memory.without(c)
+        self.texts.forget(c)
+        self._class_texts = torch.cat([self._class_texts[:c], self._class_texts[c + 1 :]])
+
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 
     def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self._class_texts.to(features.device).T
+        return self.row_scores(self.remembered(features))
+
+    def remembered(self, features: Features) -> Features:
+        """Rows as the memory holds them."""
+        return unit(features)
+
+    def on_sphere(self, drawn: Features) -> Features:
+        """Draws from the memory, where rows of images lie."""
+        return unit(drawn)
+
+    def row_scores(self, z: Features) -> Scores:
+        return self.towers.logit_scale * z @ self._class_texts.to(z.device).T
 
     def state_dict(self) -> State:
         parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}

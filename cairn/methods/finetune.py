@@ -56,6 +56,9 @@ class FineTune:
         s = self.towers.logit_scale
         align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
 
+    def forget(self, c: int) -> None:
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 

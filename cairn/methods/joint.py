@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.images import Concatenation
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.stream import Task, without_class
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
@@ -71,8 +71,8 @@ class Joint:
     @property
     def memory_bytes(self) -> int:
         """Every image, as prepared for the tower."""
-        samples = (self.towers.prepare(task.train[0]) for task in self.tasks)
-        return sum(x.numel() * x.element_size() * len(task.train) for x, task in zip(samples, self.tasks, strict=True))
+        tasks = [task for task in self.tasks if len(task.train)]
+        return sum(self.towers.prepare(task.train[0]).nbytes * len(task.train) for task in tasks)
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         stage1, stage2, s = self.config.stage1, self.config.stage2, self.towers.logit_scale
@@ -95,6 +95,11 @@ class Joint:
     def remember(self, tasks: Sequence[Task]) -> None:
         """The tasks learned so far, whose images a state does not hold."""
         self.tasks = list(tasks)
+
+    def forget(self, c: int) -> None:
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.texts.forget(c)
+        self.tasks = [without_class(task, c) for task in self.tasks]
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)

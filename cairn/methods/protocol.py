@@ -47,6 +47,11 @@ class Method(Protocol):
         """One column per class seen, in order of arrival."""
         ...
 
+    def forget(self, c: int) -> None:
+        """Without class number `c`: its texts and statistics go, later classes move up. What shared weights learned of it
+        stays."""
+        ...
+
     def state_dict(self) -> State:
         """What was learned. Later learning does not change it."""
         ...

@@ -60,6 +60,8 @@ def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
     for path, value, _ in settings(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"setting {path}={value}: must be a finite number")
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise ConfigError(f"setting {path}={value}: must be UTF-8")
     return config
 
 

@@ -27,7 +27,7 @@ class Config(BaseModel):
 
 
 class SimpleCIL:
-    """argmax_c cos(f(x), p_c), p_c the mean embedding of the class's training images."""
+    """argmax_c s cos(f(x), p_c), p_c the mean embedding of the class's training images."""
 
     encoder = FROZEN
 
@@ -53,11 +53,15 @@ class SimpleCIL:
             p[c] += (own.mean(0) - p[c]) * (len(own) / n[c])
         self.prototypes, self.counts = p, n
 
+    def forget(self, c: int) -> None:
+        p, n = self.prototypes, self.counts
+        self.prototypes, self.counts = torch.cat([p[:c], p[c + 1 :]]), torch.cat([n[:c], n[c + 1 :]])
+
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
     def scores(self, features: Features) -> Scores:
-        return unit(features) @ unit(self.prototypes.to(features.device)).T
+        return self.towers.logit_scale * unit(features) @ unit(self.prototypes.to(features.device)).T
 
     def state_dict(self) -> State:
         return {"prototypes": self.prototypes, "counts": self.counts}

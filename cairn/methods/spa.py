@@ -143,7 +143,7 @@ class SPA:
         width = towers.dim * (2 if self.two else 1)
         self.memory = GaussianMemory(width, covariance=config.covariance, shrinkage=config.shrinkage)
         self._tokens: list[Tensor] = []
-        self._padded = torch.zeros(0, 1, towers.dim), torch.zeros(0, 1)
+        self._padded = self._nothing_said()
 
     @property
     def memory_bytes(self) -> int:
@@ -172,13 +172,20 @@ class SPA:
 
         share = max(1, config.schedule.batch // len(y.unique()))
         replay = share if config.replay is None else config.replay
-        batches = _Batches(x, S, y, old, config.schedule.batch, replay, self._unit)
+        batches = _Batches(x, S, y, old, config.schedule.batch, replay, self.on_sphere)
         current = [projector.current for projector in self.projectors.values()]
         fit(loss, current, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
         old.tell_repairs(log)
 
         # Statistics of the new classes; the encoder never moves, so they never need calibration [P].
         self.memory = old.add(x.cpu(), y.cpu())
+
+    def forget(self, c: int) -> None:
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.memory = self.memory.without(c)
+        if self._tokens:
+            del self._tokens[c], self.sentences[c]
+            self._padded = padded_tokens(self._tokens) if self._tokens else self._nothing_said()
 
     def embed(self, pixels: Pixels) -> Features:
         """The image's embedding and behind it, in the same row, its unit patches one after the other."""
@@ -189,9 +196,17 @@ class SPA:
 
     @torch.no_grad()
     def scores(self, features: Features) -> Scores:
-        features = features.to(_device(self.towers))
-        x, S = self._seen(features, None)
-        return self.towers.logit_scale * (self._cosines(x) + self.config.local.weight * S)
+        x, S = self._seen(features.to(_device(self.towers)), None)
+        return self.row_scores(x) + self.towers.logit_scale * self.config.local.weight * S
+
+    def remembered(self, features: Features) -> Float[Tensor, "n w"]:
+        """Rows as the memory holds them."""
+        return self._seen(features.to(_device(self.towers)), None)[0]
+
+    @torch.no_grad()
+    def row_scores(self, x: Float[Tensor, "n w"]) -> Scores:
+        """What rows alone say: of an image, all but the plan's own score, where that counts."""
+        return self.towers.logit_scale * self._cosines(x.to(_device(self.towers)))
 
     def _cosines(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n k"]:
         """cos(g(z), h(t_c)), and where rows are [z ; v] also lambda cos(g'(v), h'(d_c))."""
@@ -207,8 +222,8 @@ class SPA:
         """cos(g(z), h(t_c))."""
         return self.projectors["visual"](z) @ self.projectors["textual"](self.anchors.to(z.device)).T
 
-    def _unit(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
-        """Draws, back on the sphere: z and v apart."""
+    def on_sphere(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """Draws from the memory, where rows of images lie: z and v apart."""
         return unit(x.view(-1, self.towers.dim)).view(x.shape)
 
     # the patch branch
@@ -259,6 +274,9 @@ class SPA:
             if token < 0:
                 return sentence
         raise IndexError(f"class {c} has no token {token}")
+
+    def _nothing_said(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(0, 1, self.towers.dim), torch.zeros(0, 1)
 
     def _how(self) -> dict[str, Any]:
         return self.config.local.model_dump(include={"patches", "guide", "transport", "eps", "iterations"})

@@ -38,6 +38,9 @@ class ZeroShot:
         if task.names:
             self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
 
+    def forget(self, c: int) -> None:
+        self.texts = torch.cat([self.texts[:c], self.texts[c + 1 :]])
+
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 

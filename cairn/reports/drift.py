@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.errors import ConfigError
-from cairn.evaluation.metrics import mean_and_deviation
+from cairn.reports.formats import Column, Table, estimate
 from cairn.reports.tables import stored_below
 
 COLUMNS = (
@@ -26,20 +26,41 @@ def drift_reports_below(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def drift_table(reports: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a row per stream and estimator; errors relative to `none`, mean ± deviation over seeds."""
-    lines = [
-        f"| stream | estimator | {' | '.join(title for _, title, _, _ in COLUMNS)} |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+    """The estimators of every report, as Markdown."""
+    return estimator_table(reports).markdown()
+
+
+def estimator_table(reports: Sequence[dict[str, Any]]) -> Table:
+    """A row per stream and estimator; errors relative to `none`, mean ± deviation over seeds."""
+    rows = [
+        [
+            report["data"],
+            name,
+            *(
+                estimate([e[key] for e in report["relative"] if e["estimator"] == name], by)
+                for key, _, by, _ in COLUMNS
+            ),
+        ]
+        for report in reports
+        for name in _estimators(report)
     ]
-    for report in reports:
-        for name in _estimators(report):
-            cells = []
-            for key, _, factor, digits in COLUMNS:
-                values = [e[key] for e in report["relative"] if e["estimator"] == name]
-                mean, deviation = (factor * figure for figure in mean_and_deviation(values))
-                cells.append(f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else ""))
-            lines.append(f"| {report['data']} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return Table(
+        [Column("stream"), Column("estimator"), *(Column(title, digits) for _, title, _, digits in COLUMNS)], rows
+    )
+
+
+def errors_by_task(report: dict[str, Any], key: str) -> dict[str, dict[int, list[float]]]:
+    """Per estimator and task the error over old classes, summed, one value per seed. Without `truth`, whose errors are
+    rounding."""
+    totals: dict[tuple[str, int, int], float] = {}
+    for row in report["rows"]:
+        place = row["estimator"], row["task"], row["seed"]
+        totals[place] = totals.get(place, 0.0) + row[key]
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in _estimators(report) if name != "truth"}
+    for (name, task, _), total in sorted(totals.items()):
+        if name in found:
+            found[name].setdefault(task, []).append(total)
+    return found
 
 
 def drift_figure(report: dict[str, Any], path: Path) -> None:
@@ -55,14 +76,10 @@ def drift_figure(report: dict[str, Any], path: Path) -> None:
         ("error of the means", "Bures error of the covariances"),
         strict=True,
     ):
-        for name in _estimators(report):
-            if name == "truth":
-                continue  # its errors are rounding
-            rows = [row for row in report["rows"] if row["estimator"] == name]
-            tasks = sorted({row["task"] for row in rows})
-            totals = [sum(row[key] for row in rows if row["task"] == task) / len(report["seeds"]) for task in tasks]
+        for name, totals in errors_by_task(report, key).items():
             style = {"color": "black", "linestyle": "--"} if name == "none" else {}
-            axis.plot(tasks, totals, marker="o", markersize=3, label=name, **style)
+            means = [sum(values) / len(report["seeds"]) for values in totals.values()]
+            axis.plot(list(totals), means, marker="o", markersize=3, label=name, **style)
         axis.set_yscale("log")
         axis.set_xlabel("after task")
         axis.set_title(f"{title}, {report['data']}", fontsize=10)

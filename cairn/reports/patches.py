@@ -20,13 +20,10 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
     The rest of the image is dimmed. Below, the sentences that patches went to, with their share of the local score.
     Raises ConfigError if matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch, Rectangle
-    except ImportError:
-        raise ConfigError('figure: matplotlib is missing; pip install "cairn[report]"') from None
+    figure = _figure(figsize=(3.6 * len(reasons), 5.2))
+    from matplotlib.patches import Patch, Rectangle
+
     height, width = image.shape[0] / grid, image.shape[1] / grid
-    figure = Figure(figsize=(3.6 * len(reasons), 5.2), layout="constrained")
     for axis, reason in zip(np.atleast_1d(figure.subplots(1, len(reasons))), reasons, strict=True):
         shares: dict[str, float] = {}
         for patch in reason["patches"]:
@@ -56,3 +53,29 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
         for text in legend.get_texts():  # a sentence is text, whatever signs it has
             text.set_parse_math(False)
     figure.savefig(path, dpi=130)
+
+
+def bar_figure(image: np.ndarray, reasons: Sequence[dict[str, Any]], path: Path) -> None:
+    """The image (h x w x 3) beside its likeliest classes, with their probabilities as bars.
+
+    Raises ConfigError if matplotlib is missing.
+    """
+    figure = _figure(figsize=(7.2, 3.2))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    left.imshow(image)
+    left.set_axis_off()
+    rows = range(len(reasons))
+    right.barh(rows, [100 * reason["probability"] for reason in reasons], color=COLOURS[1])
+    for row, reason in zip(rows, reasons, strict=True):
+        right.text(1, row, f"{reason['name']}  {100 * reason['probability']:.1f} %", va="center", parse_math=False)
+    right.set(xlim=(0, 100), xlabel="probability, %", yticks=[])
+    right.invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
+def _figure(**how: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('figure: matplotlib is missing; pip install "cairn[report]"') from None
+    return Figure(layout="constrained", **how)

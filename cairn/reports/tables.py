@@ -1,29 +1,43 @@
-"""Tables from stored results. JSON in, Markdown out; torch is not needed."""
+"""Tables from stored results. JSON in, tables out; torch is not needed."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cairn.errors import ConfigError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
+from cairn.files import read_json
+from cairn.reports.formats import Column, Estimate, Interval, Table, estimate
 
 Result = dict[str, Any]
+
+STREAM = (
+    ("towers", lambda result: result["towers"]["fingerprint"]),
+    ("split or class order", lambda result: (result["split"], *result.get("class_order", ()))),
+    ("precision", lambda result: result["run"]["precision"]),
+)
+"""What runs have in common that a table may put side by side."""
+
+COMPARED = ("average", "last", "forgetting")
+"""What is subtracted, seed by seed."""
+
+
+def files_below(folders: Iterable[Path], name: str) -> list[Path]:
+    """Every file of that name at or below the folders, once, however many of them lead to it."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        at = [folder] if folder.is_file() and folder.name == name else sorted(folder.rglob(name))
+        for path in at:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def stored_below(folders: Iterable[Path], name: str) -> list[dict[str, Any]]:
     """Every JSON file of that name at or below the folders, possibly none. Raises ResultError if one is not JSON."""
-    found = []
-    for folder in folders:
-        for path in sorted(folder.rglob(name)):
-            try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ResultError(f"'{path}': not JSON: {error}") from None
-    return found
+    return [read_json(path, links=True) for path in files_below(folders, name)]
 
 
 def results_below(folders: Iterable[Path]) -> list[Result]:
@@ -31,39 +45,56 @@ def results_below(folders: Iterable[Path]) -> list[Result]:
     folders = list(folders)
     if found := stored_below(folders, "result.json"):
         return found
-    raise ResultError(f"'{' '.join(map(str, folders))}': no result.json there; run `cairn run` first")
+    raise none_below(folders)
+
+
+def none_below(folders: Iterable[Path], kinds: str = "result.json") -> ResultError:
+    return ResultError(f"'{' '.join(map(str, folders))}': no {kinds} there; run `cairn run` first")
+
+
+def stream_of(result: Result) -> tuple:
+    """Equal for runs that saw the same images, in the same order, through the same towers."""
+    return tuple(of(result) for _, of in STREAM)
 
 
 def comparable(results: Sequence[Result]) -> list[str]:
     """What differs between runs that a table puts side by side: weights, split, or protocol. Empty if all is alike."""
-    problems = []
-    for what, key in (
-        ("towers", lambda r: r["towers"]["fingerprint"]),
-        ("split or class order", lambda r: r["split"]),
-        ("precision", lambda r: r["run"]["precision"]),
-    ):
-        if len({key(result) for result in results}) > 1:
-            problems.append(what)
-    return problems
+    return [what for what, of in STREAM if len({of(result) for result in results}) > 1]
 
 
-def _cell(values: Sequence[float | None], factor: float = 100, digits: int = 2) -> str:
-    if None in values:
-        return "-"
-    mean, deviation = mean_and_deviation(values)
-    if len(values) == 1:
-        return f"{factor * mean:.{digits}f}"
-    return f"{factor * mean:.{digits}f} ± {factor * deviation:.{digits}f}"
-
-
-def _label(result: Result) -> str:
+def label(result: Result) -> str:
     """The method and what was changed of its settings."""
     changed = ", ".join(result["run"]["settings"])
     return f"{result['method']} ({changed})" if changed else result["method"]
 
 
+def seed_list(results: Iterable[Result]) -> str:
+    return ", ".join(str(result["seed"]) for result in results)
+
+
+def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
+    """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent."""
+    columns = [
+        Column("method"), Column("average %"), Column("last %"), Column("forgetting"), Column("keeps, kB", 0),
+        Column("seconds", 0), Column("seeds"),
+    ]  # fmt: skip
+    rows = []
+    for name, group in sorted(groups.items(), key=lambda item: mean_and_deviation([r["average"] for r in item[1]])):
+        memory = group[0]["memory_bytes"]
+        rows.append(
+            [
+                name if group[0]["exemplar_free"] else f"{name} (keeps images)",
+                *(estimate([r[key] for r in group], 100) for key in COMPARED),
+                None if memory is None else Estimate(memory / 1000),
+                estimate([r["seconds"] for r in group]),
+                seed_list(group),
+            ]
+        )
+    return Table(columns, rows)
+
+
 def markdown_table(results: Sequence[Result]) -> str:
-    """One row per method and settings, in the order found: mean ± sample standard deviation over seeds, in percent.
+    """The summary, a row per method and settings.
 
     Raises ResultError if the runs cannot stand in one table: other weights, split or class order.
     """
@@ -73,56 +104,54 @@ def markdown_table(results: Sequence[Result]) -> str:
         )
     groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(_label(result), []).append(result)
-    lines = [
-        "| method | average % | last % | forgetting | keeps, kB | seconds | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label, group in sorted(groups.items(), key=lambda item: mean_and_deviation([r["average"] for r in item[1]])):
-        star = "" if group[0]["exemplar_free"] else " (keeps images)"
-        cells = [
-            f"{label}{star}",
-            _cell([r["average"] for r in group]),
-            _cell([r["last"] for r in group]),
-            _cell([r["forgetting"] for r in group]),
-            f"{group[0]['memory_bytes'] / 1000:.0f}",
-            _cell([r["seconds"] for r in group], 1, 0),
-            ", ".join(str(r["seed"]) for r in group),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        groups.setdefault(label(result), []).append(result)
+    return summary_table(groups).markdown()
 
 
-def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
-    """What the first method gains over the second, paired by seed: mean difference in points, and in brackets the
+def paired_seeds(first: Sequence[Result], second: Sequence[Result]) -> list[int]:
+    return sorted({result["seed"] for result in first} & {result["seed"] for result in second})
+
+
+def gains(first: Sequence[Result], second: Sequence[Result]) -> list[Interval | None]:
+    """What the first runs gain over the second in each of COMPARED, paired by seed: mean difference in points, and the
     interval that holds the true mean with 95 % confidence (Student's t over the paired differences).
 
-    Raises ResultError if the runs cannot be compared, or fewer than two seeds are in both; ConfigError if scipy is missing.
+    None where a run has no such figure. Two seeds at least must be in both. Raises ConfigError if scipy is missing.
     """
     try:
         from scipy.stats import t
     except ImportError:
         raise ConfigError('comparison: scipy is missing; pip install "cairn[report]"') from None
+    seeds = paired_seeds(first, second)
+    of_first, of_second = ({result["seed"]: result for result in runs} for runs in (first, second))
+    found: list[Interval | None] = []
+    for key in COMPARED:
+        pairs = [(of_first[seed][key], of_second[seed][key]) for seed in seeds]
+        if any(None in pair for pair in pairs):
+            found.append(None)
+            continue
+        mean, deviation = mean_and_deviation([100 * (one - other) for one, other in pairs])
+        half = t.ppf(0.975, len(seeds) - 1) * deviation / len(seeds) ** 0.5
+        found.append(Interval(mean, mean - half, mean + half))
+    return found
 
+
+def gains_table(pairs: Mapping[str, tuple[Sequence[Result], Sequence[Result]]]) -> Table:
+    """One row per pair: the gains of its first runs over its second, and the seeds that are in both."""
+    rows = [[name, *gains(*pair), ", ".join(map(str, paired_seeds(*pair)))] for name, pair in pairs.items()]
+    return Table([Column("difference"), *map(Column, COMPARED), Column("seeds")], rows)
+
+
+def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
+    """What the first method gains over the second, as Markdown.
+
+    Raises ResultError if the runs cannot be compared, or fewer than two seeds are in both; ConfigError if scipy is missing.
+    """
     if problems := comparable([*first, *second]):
         raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
-    of_first, of_second = ({result["seed"]: result for result in runs} for runs in (first, second))
-    seeds = sorted(of_first.keys() & of_second.keys())
-    if len(seeds) < 2:
+    if len(seeds := paired_seeds(first, second)) < 2:
         raise ResultError(f"{len(seeds)} seeds are in both folders: an interval needs two or more; run more --seeds")
-    cells = []
-    for key in ("average", "last", "forgetting"):
-        mean, deviation = mean_and_deviation([100 * (of_first[s][key] - of_second[s][key]) for s in seeds])
-        half = t.ppf(0.975, len(seeds) - 1) * deviation / len(seeds) ** 0.5
-        cells.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
-    names = f"{_label(first[0])} - {_label(second[0])}"
-    return "\n".join(
-        [
-            "| difference | average | last | forgetting | seeds |",
-            "|---|---|---|---|---|",
-            f"| {names} | {' | '.join(cells)} | {', '.join(map(str, seeds))} |",
-        ]
-    )
+    return gains_table({f"{label(first[0])} - {label(second[0])}": (first, second)}).markdown()
 
 
 def replaced_block(text: str, name: str, content: str) -> str:

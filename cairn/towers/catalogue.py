@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,7 @@ def load_towers(
         if spec == "tiny":
             folder = Path(str(resources.files("cairn.towers").joinpath("tiny")))
             source = str(folder)
-        elif not folder.exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
+        elif not os.path.exists(folder) and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
             if "/" in spec:
                 raise TowersError(f"towers '{spec}': no such folder")
             raise UnknownName("towers", spec, KNOWN)

@@ -67,7 +67,8 @@ class VisionTower(nn.Module):
         return torch.autocast(pixels.device.type, self.precision) if reduced else nullcontext()
 
     def forward(self, pixels: Pixels) -> Features:
-        self.passes["images"] += len(pixels)
+        if not torch.compiler.is_compiling():  # an export would take the number of images for a constant
+            self.passes["images"] += len(pixels)
         with self._autocast(pixels):
             embedded = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
         return embedded.float()

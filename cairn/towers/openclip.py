@@ -411,7 +411,7 @@ def _described(folder: Path) -> Mapping[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TowersError(f"'{folder}' holds no {CONFIG}: copy it beside the weights") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TowersError(f"'{path}' is not JSON: {_line(error)}; fetch the checkpoint again") from None
     if not isinstance(described, Mapping):
         raise TowersError(f"'{path}' is not a table; fetch the checkpoint again")

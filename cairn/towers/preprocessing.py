@@ -47,7 +47,7 @@ class Preprocessing(BaseModel):
             mean, std = stored.get("image_mean"), stored.get("image_std")
             known = {"mean": mean, "std": std, "resample": _RESAMPLE.get(stored.get("resample", 3))}
             return cls(size=size, **{key: value for key, value in known.items() if value is not None})
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TowersError(f"'{path}': not a preprocessor config: {str(error).splitlines()[0]}") from None
 
     def prepare(self, item: Any) -> Tensor:

@@ -8,7 +8,7 @@ Both grow with the classes, and both are called without arguments for the texts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Annotated, Literal
 
 import torch
@@ -131,6 +131,10 @@ class FixedTexts(nn.Module):
         """New classes with the texts they start from (unit rows)."""
         self.anchors = anchors.clone() if self.anchors.numel() == 0 else torch.cat([self.anchors, anchors])
 
+    def forget(self, c: int) -> None:
+        """Without class number c."""
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+
     def trainable(self) -> list[nn.Parameter]:
         return []
 
@@ -156,6 +160,10 @@ class ResidualTexts(FixedTexts):
     def grow(self, names: Sequence[str], anchors: Float[Tensor, "k d"], rng: torch.Generator) -> None:
         super().grow(names, anchors, rng)
         self.residuals.append(nn.Parameter(torch.zeros_like(anchors)))
+
+    def forget(self, c: int) -> None:
+        super().forget(c)
+        self.residuals = _without(self.residuals, c)
 
     def trainable(self) -> list[nn.Parameter]:
         return list(self.residuals)[-1:] if self.choice.freeze_old else list(self.residuals)
@@ -208,6 +216,20 @@ class SoftPrompts(nn.Module):
             self.residuals.append(nn.Parameter(torch.zeros(len(names), self._towers.dim, device=self._towers.device)))
         self._plan()
 
+    def forget(self, c: int) -> None:
+        """Without class number c; the block of a task that has no class left goes too."""
+        ends = list(accumulate(self.sizes))
+        task = next(i for i, end in enumerate(ends) if c < end)
+        del self.names[c]
+        self.cached = torch.cat([self.cached[:c], self.cached[c + 1 :]])
+        self.per_class, self.residuals = _without(self.per_class, c), _without(self.residuals, c)
+        self.sizes[task] -= 1
+        if not self.sizes[task]:
+            del self.sizes[task]
+            self.task = nn.ParameterList([block for i, block in enumerate(self.task) if i != task])
+        if self.names:
+            self._plan()
+
     def _start(self, rng: torch.Generator, length: int, *, words: bool) -> Float[Tensor, "M w"]:
         values = 0.02 * torch.randn(length, self._towers.width, generator=rng)
         if words and self.choice.init and length:
@@ -216,20 +238,22 @@ class SoftPrompts(nn.Module):
         return values.to(self._towers.device)
 
     def trainable(self) -> list[nn.Parameter]:
-        since = len(self.sizes) - 1 if self.choice.freeze_old else 0
+        since = max(len(self.sizes) - 1, self._since) if self.choice.freeze_old else 0
         blocks = [self.shared, *list(self.task)[since:], *list(self.per_class)[since:], *self.residuals]
         return [block for block in blocks if block.numel()]
 
     def forward(self) -> Float[Tensor, "k d"]:
         """Unit text embeddings of all classes so far."""
         texts = self._prompted()
-        if not self.choice.residual:
+        if not self.residuals:
             return texts
         step = self.choice.residual / self._towers.logit_scale
         return normalize(texts + step * torch.cat(list(self.residuals)), dim=-1)
 
     def _prompted(self) -> Float[Tensor, "k d"]:
         """Unit embeddings of the prompts, those of the tasks since number `_since` computed."""
+        if self._since == len(self.sizes):
+            return self.cached
         blocks = [self.shared, *list(self.task)[self._since :]]
         blocks += [own.flatten(0, 1) for own in list(self.per_class)[self._since :]]
         start, named = self._towers.token_embeddings(self._ids).split([1, len(self._ids) - 1])
@@ -244,6 +268,8 @@ class SoftPrompts(nn.Module):
         choice, towers = self.choice, self._towers
         rows = name_tokens(towers, self.names[done:], choice.shared + choice.task + choice.per_class)
         self._since = since
+        if not rows:
+            return
         self._ids = torch.tensor([towers.bos, *chain.from_iterable(rows)], device=towers.device)
         self._tree = prompt_tree(
             choice.shared, choice.task, choice.per_class, self.sizes[since:], [len(row) for row in rows], towers.device
@@ -265,6 +291,17 @@ class SoftPrompts(nn.Module):
         self.residuals = _parameters("residual", state, device)
         if self.names:
             self._plan()
+
+
+def _without(blocks: nn.ParameterList, c: int) -> nn.ParameterList:
+    """Blocks of rows, one row per class, without row c of all; an empty block goes."""
+    kept, start = [], 0
+    for block in blocks:
+        rows = [i for i in range(len(block)) if start + i != c]
+        start += len(block)
+        if rows:
+            kept.append(nn.Parameter(block.detach()[rows]))
+    return nn.ParameterList(kept)
 
 
 def _numbered(name: str, parameters: nn.ParameterList) -> State:

@@ -7,8 +7,10 @@ is handed back instead of done again: finished stages, rows already encoded, and
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -70,9 +72,9 @@ class Checkpoint:
             self.save()
             raise Stopped(self._signal)
 
-    def stop(self, signal: int) -> None:
+    def stop(self, number: int) -> None:
         """Ask it to stop after the unit of work that is going on."""
-        self._signal = signal
+        self._signal = number
 
     def save(self) -> None:
         """Keep everything now."""
@@ -83,3 +85,21 @@ class Checkpoint:
     def _due(self) -> bool:
         late = time.monotonic() - self._since >= self.seconds
         return self._write is not None and (late or (self.steps is not None and self._counted >= self.steps))
+
+
+@contextmanager
+def stopped_by_signals(checkpoint: Checkpoint) -> Iterator[None]:
+    """SIGINT and SIGTERM finish the step and keep the state; a second one stops at once, at the last state kept."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, before[number])
+        checkpoint.stop(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -34,6 +34,8 @@ def encoded(
     held = checkpoint.work(name)
     columns: list[list[Tensor]] = [] if held is None else [[held[f"column-{i}"]] for i in range(len(held) - 1)]
     done = 0 if held is None else int(held["batches"])
+    if done < 0:
+        raise ValueError(f"{name}: {done} batches")
 
     def state() -> State:
         for i, column in enumerate(columns):

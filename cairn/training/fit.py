@@ -56,6 +56,8 @@ def fit(
     course = _Course(parameters, schedule.optimiser(parameters), average)
     if (held := checkpoint.work(name)) is not None:
         course.restore(held)
+        if not 0 <= course.step <= steps:
+            raise ValueError(f"{name}: step {course.step} of {steps}")
         if course.step == steps:
             return
     waited, start, begun = 0.0, time.perf_counter(), course.step

@@ -322,7 +322,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(ResultError, match="toy.safetensors': cannot be written: No space left on device; free some space"):
+    with pytest.raises(
+        ResultError, match="toy.safetensors': cannot be written: No space left on device; free some space"
+    ):
         save_features(file, **tensors(), class_names=NAMES)
     assert file.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -75,6 +75,10 @@ def test_seed_out_of_range(bad):
         ("order.yaml", "- c002\n- c000\n- c001\n"),
         ("order.yml", "[c002, c000, c001]"),
         ("order.txt", "c002\n\n  c000\nc001\n"),
+        ("numbers.json", "[2, 0, 1]"),
+        ("numbers.yaml", "- 2\n- 0\n- 1\n"),
+        ("mapping.yaml", "class_order: [2, 0, 1]\n"),
+        ("mapping.json", '{"class_order": ["c002", "c000", "c001"]}'),
     ],
 )
 def test_order_files(tmp_path, file, text):
@@ -93,6 +97,8 @@ def test_order_file_missing(tmp_path):
         (["c000", "c001", "c002", "dog"], r"1 unknown class name\(s\): 'dog'"),
         (["c001"], r"2 missing class name\(s\): 'c000', 'c002'"),
         (["c000", "c001", "c002", "c001"], r"1 repeated class name\(s\): 'c001'"),
+        ([0, 1, 3, -1], r"2 unknown class name\(s\): 'number 3', 'number -1'"),
+        ([0, 1, 1], r"1 missing class name\(s\): 'c002'"),
         (["w", "x", "y", "z"], r"4 unknown class name\(s\): 'w', 'x', 'y' \.\.\."),
     ],
 )
@@ -108,7 +114,9 @@ def test_order_file_that_does_not_match_the_classes(tmp_path, listed, problem):
         ("order.json", "[1, 2", "cannot be read"),
         ("order.yaml", "a: [", "cannot be read"),
         ("order.json", '{"c000": 1}', "must hold one list of class names"),
-        ("order.yaml", "[1, 2, 3]", "must hold one list of class names"),
+        ("order.yaml", "[1, c002, c000]", "must hold one list of class names"),
+        ("order.yaml", "[true, false]", "must hold one list of class names"),
+        ("order.yaml", "class_orders: [0, 1, 2]", "must hold one list of class names"),
     ],
 )
 def test_order_file_that_is_no_list(tmp_path, file, text, problem):

@@ -231,3 +231,40 @@ def test_the_evaluator_takes_the_method(world):
     assert len(first.accuracy) == 1
     assert sum(first.total) == len(stream.tests[0])
     assert first.future is not None
+
+
+def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
+    entry, towers, stream = world
+    method, pixels = build(entry, towers), test_images(stream, towers)
+    for task in stream.tasks[:2]:
+        method.learn(task)
+    before, kept = scores(method, pixels), method.memory_bytes
+    method.forget(1)
+    after = scores(method, pixels)
+    if not getattr(method, "two", False):  # the local feature is made by the classes that look at an image
+        torch.testing.assert_close(after, torch.cat([before[:, :1], before[:, 2:]], 1), rtol=1e-5, atol=1e-4)
+    assert method.memory_bytes < kept or not kept
+    held = method.memory.classes if hasattr(method, "memory") else after.shape[1]
+    assert held == after.shape[1]
+    fresh = build(entry, towers)
+    fresh.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
+    torch.testing.assert_close(scores(fresh, pixels), after)
+    last = stream.tasks[2]
+    start = last.classes.start - 1
+    labels = last.train.labels - 1
+    moved = replace(
+        last, classes=range(start, start + len(last.names)), train=Subset(last.train, np.arange(len(labels)), labels)
+    )
+    method.learn(moved)
+    assert scores(method, pixels).shape[1] == len(stream.class_names) - 1
+
+
+def test_every_class_may_be_forgotten_and_learned_again(world):
+    entry, towers, stream = world
+    method, pixels, task = build(entry, towers), test_images(stream, towers), stream.tasks[0]
+    method.learn(task)
+    for _ in task.names:
+        method.forget(0)
+    assert method.memory_bytes == 0 or entry.keeps == "gaussians"  # a pooled covariance would stay
+    method.learn(replace(task, index=1))
+    assert scores(method, pixels).shape[1] == len(task.names)

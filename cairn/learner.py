@@ -1,0 +1,541 @@
+"""IncrementalClassifier: a classifier that is given new classes whenever there are any, in the manner of scikit-learn."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from cairn.archive import Archive
+from cairn.data.descriptions import Descriptions, read_descriptions
+from cairn.data.folders import check, decoded, rgb, unreadable
+from cairn.data.loading import Loader
+from cairn.data.stream import Task, require_text
+from cairn.errors import ConfigError, DataError, ResultError, one_line
+from cairn.files import whole
+from cairn.methods.catalogue import method_named
+from cairn.methods.protocol import Method
+from cairn.methods.settings import with_settings
+from cairn.methods.stored import fit_into
+from cairn.novelty import Novelty
+from cairn.towers.catalogue import load_towers
+from cairn.towers.protocol import Towers
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.types import Scores
+from cairn.versions import versions
+
+NAME, WORK, CARD = "learner", "work", "CARD.md"
+TEMPLATES = ("a photo of a {}.",)
+BATCH = 64
+"""Images scored at once."""
+
+REFERENCES = 256
+
+Item = str | Path | Image.Image | np.ndarray
+"""A file, a PIL image, an array (h, w, 3) or (h, w) of uint8, or where embeddings are learned a row (d,)."""
+
+
+class Given:
+    """Images as they were handed over, labelled by class number. A file is opened when it is asked for."""
+
+    def __init__(self, items: Sequence[Item], labels: np.ndarray):
+        self.items, self.labels = items, labels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.items[index]
+        if isinstance(item, (str, Path)):
+            try:
+                return decoded(Path(item))
+            except Exception as error:  # a decoder fed with damaged bytes may raise anything
+                reason = one_line(str(error) or type(error).__name__)
+                raise DataError(f"image '{one_line(str(item))}': cannot be read ({reason})") from None
+        if isinstance(item, Image.Image):
+            return rgb(item)
+        array = np.asarray(item)
+        if array.ndim == 1:
+            return array
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+            raise DataError(
+                f"image {index}: an array of {array.dtype} {array.shape}; give uint8 (h, w, 3), (h, w, 4) or (h, w)"
+            )
+        return rgb(Image.fromarray(array))
+
+    def check(self, index: int) -> None:
+        """Raises what opening would raise; pixels in memory are taken as they are."""
+        item = self.items[index]
+        if isinstance(item, (str, Path)):
+            check(Path(item))
+        else:
+            self[index]
+
+    def describe(self, index: int) -> str:
+        item = self.items[index]
+        return str(item) if isinstance(item, (str, Path)) else f"image {index}"
+
+    def identity(self, index: int) -> bytes:
+        item = self.items[index]
+        if isinstance(item, (str, Path)):
+            found = Path(item).stat()
+            return f"{item}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        return hashlib.sha256(np.asarray(item).tobytes()).digest()
+
+
+class IncrementalClassifier:
+    """Learns classes as they come and keeps none of their images.
+
+    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, or a `Towers` object; `settings` are the
+    method's, as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one `{}` for the class name. `descriptions`
+    (for SPA) is a mapping of class names to sentences, or a file. The remaining arguments are as in `RunConfig`. Nothing is
+    loaded before it is needed.
+
+    After `partial_fit`: `classes_`, in order of arrival (columns of `predict_proba`), `counts_`, images learned per class,
+    `history_`, what was learned when, `method_`, the method itself, and `notices_`, what it had to say.
+
+    Predictions may be asked for from many threads; learning waits for them and they wait for it.
+    """
+
+    def __init__(
+        self,
+        method: str = "dmc-ot",
+        towers: str | Towers = "openai/clip-vit-base-patch16",
+        *,
+        settings: Mapping[str, Any] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
+        seed: int = 1,
+        device: str = "auto",
+        precision: str = "float32",
+        preprocess: str = "crop",
+        revision: str | None = None,
+    ):
+        self.method, self.towers, self.settings = method, towers, settings
+        self.templates, self.descriptions, self.seed = templates, descriptions, seed
+        self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
+        self._gate = _Gate()
+        self._towers: Towers | None = None
+        self._novelty: Novelty | None = None
+        self.method_: Method | None = None
+        self.classes_ = np.array([], dtype=object)
+        self.counts_ = np.array([], dtype=np.int64)
+        self.history_: list[dict[str, Any]] = []
+        self.references_: list[float] = []
+        self.notices_: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"IncrementalClassifier(method={self.method!r}, towers={self._towers_name()!r}, classes={len(self.classes_)})"
+
+    # learning
+
+    def partial_fit(
+        self,
+        images: Iterable[Item],
+        labels: Iterable[str],
+        *,
+        log: Log | None = None,
+        checkpoint: Checkpoint | None = None,
+        archive: Archive | None = None,
+    ) -> IncrementalClassifier:
+        """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
+
+        All files are read once before anything is learned. If anything fails, the classifier is as it was. With `archive`,
+        unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on with it.
+        Raises DataError for unreadable images or labels that are no text, ConfigError for unknown settings.
+        """
+        items, names = list(images), list(labels)
+        if len(items) != len(names):
+            raise DataError(f"{len(items)} images with {len(names)} labels: give one label for each image")
+        if not items:
+            raise DataError("no image to learn from")
+        for name in names:
+            if not isinstance(name, str):
+                raise DataError(f"label {name!r}: a class is called by a text, such as 'oak'")
+        require_text(dict.fromkeys(names))
+        with self._gate.writing():
+            known = {name: i for i, name in enumerate(self.classes_)}
+            new = [name for name in dict.fromkeys(names) if name not in known]
+            known |= {name: len(known) + i for i, name in enumerate(new)}
+            given = Given(items, np.array([known[name] for name in names], dtype=np.int64))
+            if bad := unreadable(given):
+                shown = ", ".join(f"{one_line(given.describe(row))} ({why})" for row, why in list(bad.items())[:20])
+                raise DataError(f"{len(bad)} image(s) that cannot be read: {shown}; replace or leave them out")
+            # Class by class, as a stream has them: the order of arrival within a task must not matter
+            order = np.argsort(given.labels, kind="stable")
+            given = Given([items[i] for i in order], given.labels[order])
+            self._learn(given, new, log or Log(), checkpoint or Checkpoint(), archive)
+        return self
+
+    def _learn(self, given: Given, new: list[str], log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
+        k = len(self.classes_)
+        task = Task(
+            len(self.history_), range(k, k + len(new)), tuple(new), tuple(self.templates), given, self._descriptions()
+        )
+        method = self._copy(log)
+        if archive is not None:
+            _go_on(checkpoint, archive, self._fingerprint(task))
+        method.learn(task, checkpoint)
+        self.references_ = [*self.references_, *self._references(method, given)]
+        self.method_, self._novelty = method, None
+        self.classes_ = np.array([*self.classes_, *new], dtype=object)
+        counts = np.bincount(given.labels, minlength=len(self.classes_))
+        counts[:k] += self.counts_
+        again = [str(self.classes_[c]) for c in np.unique(given.labels[given.labels < k])]
+        self.counts_ = counts
+        self.history_.append(
+            {
+                "date": str(date.today()),
+                "new": new,
+                "again": again,
+                "images": len(given),
+                "given": self._identity(given),
+            }
+        )
+
+    def _references(self, method: Method, given: Given) -> list[float]:
+        """What the known score is read against (see `cairn.novelty`): of the images of a task, at most REFERENCES values."""
+        if not hasattr(method, "memory"):
+            return []
+        loader = Loader(given, method.towers.prepare, method.towers.pixels, batch=BATCH)
+        z, y = encoded(loader, lambda pixels, _: method.remembered(method.embed(pixels)))
+        a = Novelty(method, self.seed).left_out(z, y)
+        if len(a) > REFERENCES:
+            a = torch.quantile(a, torch.linspace(0, 1, REFERENCES, dtype=a.dtype))
+        return a.tolist()
+
+    def knows(self, images: Iterable[Item], labels: Iterable[str]) -> bool:
+        """Whether these very images were learned, with these labels and together."""
+        items, names = list(images), list(labels)
+        numbers = {name: i for i, name in enumerate(self.classes_)}
+        if not set(names) <= numbers.keys():
+            return False
+        given = Given(items, np.array([numbers[name] for name in names], dtype=np.int64))
+        return self._identity(given) in {entry.get("given") for entry in self.history_}
+
+    def _identity(self, given: Given) -> str:
+        """Names the images and their classes, whatever their order."""
+        rows = sorted(
+            hashlib.sha256(str(self.classes_[label]).encode() + b"\0" + given.identity(row)).digest()
+            for row, label in enumerate(given.labels)
+        )
+        return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
+
+    def _fingerprint(self, task: Task) -> str:
+        """Names the task and the state that it is learned on."""
+        digest = hashlib.sha256(repr((task.index, task.names, list(self.classes_), self._config())).encode())
+        for row in range(len(task.train)):
+            digest.update(task.train.labels[row].tobytes() + task.train.identity(row))
+        return digest.hexdigest()
+
+    def forget(self, name: str) -> IncrementalClassifier:
+        """Without that class: its name, texts and statistics go. What shared weights learned of it stays. Raises DataError for
+        a class that is not known."""
+        with self._gate.writing():
+            c = self._number(name)
+            method = self._copy(Log())
+            method.forget(c)
+            self.method_, self._novelty = method, None
+            self.classes_, self.counts_ = np.delete(self.classes_, c), np.delete(self.counts_, c)
+            self.history_.append({"date": str(date.today()), "forgotten": name})
+        return self
+
+    # predicting
+
+    def predict(self, images: Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
+        """The likeliest class of each image. With `unknown_below` in [0, 1], None where `known_score` is below it."""
+        with self._gate.reading():
+            scores, known = self._scored(images, known=unknown_below is not None)
+            found = self.classes_[scores.argmax(1).numpy()] if len(scores) else np.array([], dtype=object)
+            if unknown_below is not None:
+                found[known < unknown_below] = None
+        return found
+
+    def predict_proba(self, images: Iterable[Item]) -> np.ndarray:
+        """Softmax of the scores, (n, k), columns in the order of `classes_`."""
+        with self._gate.reading():
+            return torch.softmax(self._scored(images)[0].double(), 1).numpy()
+
+    def predict_topk(self, images: Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each image its k likeliest classes with their probabilities, the likeliest first."""
+        with self._gate.reading():
+            p = torch.softmax(self._scored(images)[0].double(), 1)
+            best = p.topk(min(k, p.shape[1]), 1)
+            return [
+                [(str(self.classes_[c]), value) for c, value in zip(row, values, strict=True)]
+                for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+
+    def known_score(self, images: Iterable[Item]) -> np.ndarray:
+        """How well each image fits the classes that are known, (n,) in [0, 1]; see `cairn.novelty`.
+
+        Of a method that keeps Gaussians: the share of learned images that, left out of the statistics, fitted no better. So
+        about `t` of the images of known classes fall below `t`, if they are like those that were learned. Of other methods:
+        the largest probability, which promises nothing of the kind.
+        """
+        with self._gate.reading():
+            return self._scored(images, known=True)[1]
+
+    def score(self, images: Iterable[Item], labels: Iterable[str]) -> float:
+        """Share of images whose class is predicted."""
+        labels = list(labels)
+        return float(np.mean(self.predict(images) == np.array(labels, dtype=object)))
+
+    def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
+        """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches
+        speak for it and for which sentence (`patches`, see `SPA.reasons`)."""
+        with self._gate.reading():
+            pixels = self._pixels(image)
+            scores = self._scores_of(pixels)[0]
+            p = torch.softmax(scores.double(), 0)
+            if hasattr(self.method_, "reasons") and self.method_.config.local.weight:
+                found = self.method_.reasons(pixels, best)
+            else:
+                top = scores.topk(min(best, len(scores))).indices.tolist()
+                found = [{"class": c, "score": scores[c].item()} for c in top]
+            for reason in found:
+                reason |= {"name": str(self.classes_[reason["class"]]), "probability": p[reason["class"]].item()}
+        return found
+
+    def _pixels(self, image: Item) -> torch.Tensor:
+        towers = self._fitted().towers
+        return towers.pixels(towers.prepare(Given([image], np.zeros(1, dtype=np.int64))[0])[None])
+
+    @torch.no_grad()
+    def _scores_of(self, pixels: torch.Tensor) -> Scores:
+        method = self._fitted()
+        return method.scores(method.embed(pixels)).cpu()
+
+    @torch.no_grad()
+    def _scored(self, images: Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
+        """Scores of every image, and how well it fits what is known, if that is asked for."""
+        method, items = self._fitted(), list(images)
+        if known and self._novelty is None:
+            self._novelty = Novelty(method, self.seed, self.references_)
+        given = Given(items, np.zeros(len(items), dtype=np.int64))
+        towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
+        for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
+            features = method.embed(pixels)
+            scores.append(method.scores(features).cpu())
+            if known:
+                fits.append(self._novelty.known(features, scores[-1]))
+        return torch.cat(scores), np.concatenate(fits)
+
+    # on disk
+
+    def save(self, folder: str | Path) -> None:
+        """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
+        Whole or not at all: a learner that was there stays until this one is written and checked."""
+        with self._gate.reading():
+            method = self._fitted()
+            if not method_named(self.method).exemplar_free:
+                raise ConfigError(
+                    f"method '{self.method}' keeps images, which no folder of ours does; take another to save"
+                )
+            Archive(Path(folder), NAME).write(self._record(), {"method": method.state_dict()})
+            with whole(Path(folder) / CARD) as temporary:
+                temporary.write_text(card(self._record()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, towers: Towers | None = None, device: str = "auto") -> IncrementalClassifier:
+        """The classifier that was saved there. `towers` stand in for those it names, if they are the same.
+
+        Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now.
+        """
+        folder = Path(folder)
+        found = Archive(folder, NAME).read()
+        if found is None:
+            raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+        try:
+            learner, record = cls._described(found.record, towers, device), found.record
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ResultError(
+                f"'{folder}': the record of the learner is not what it must be ({one_line(repr(error))})"
+            ) from None
+        learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
+        held = learner._loaded_towers()
+        if held.fingerprint != (then := record["towers"].get("fingerprint")):
+            raise ResultError(
+                f"'{folder}': learned on towers {one_line(str(then))}, '{held.name}' is "
+                f"{held.fingerprint} today; give the weights that it was learned on"
+            )
+        method = learner._fresh(Log())
+        if "method" not in found.parts:
+            raise ResultError(f"'{folder}': holds no state of a method; learn again")
+        fit_into(method, found.parts["method"], folder, len(learner.classes_))
+        learner.method_ = method
+        return learner
+
+    @classmethod
+    def _described(cls, record: Mapping[str, Any], towers: Towers | None, device: str) -> IncrementalClassifier:
+        """An untrained classifier with what a record says of it."""
+        held = record["towers"]
+        learner = cls(
+            record["method"], towers or held["name"], settings=None, templates=tuple(record["templates"]),
+            descriptions=record["descriptions"], seed=int(record["seed"]), device=device, precision=held["precision"],
+            preprocess=held["preprocess"], revision=held["revision"],
+        )  # fmt: skip
+        learner._stored_config = method_named(record["method"]).config.model_validate(record["config"])
+        names = [str(name) for name in record["classes"]]
+        require_text(names)
+        learner.classes_ = np.array(names, dtype=object)
+        learner.counts_ = np.array([int(n) for n in record["counts"]], dtype=np.int64)
+        learner.history_ = [dict(entry) for entry in record["history"]]
+        learner.references_ = [float(value) for value in record["references"]]
+        if len(learner.counts_) != len(names) or len(set(names)) != len(names):
+            raise ValueError("classes and counts do not agree")
+        return learner
+
+    def _record(self) -> dict[str, Any]:
+        method, towers = self._fitted(), self._loaded_towers()
+        spoken = self._descriptions()
+        return {
+            "method": self.method, "config": self._config(), "seed": self.seed, "templates": list(self.templates),
+            "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
+            "towers": {"name": towers.name, "fingerprint": towers.fingerprint, "precision": self.precision,
+                       "preprocess": self.preprocess, "revision": getattr(towers, "revision", None)},
+            "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
+            "references": self.references_, "memory_bytes": method.memory_bytes,
+            "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
+        }  # fmt: skip
+
+    # inside
+
+    _stored_config: BaseModel | None = None
+
+    def _settings(self) -> BaseModel:
+        """The method's configuration. Sentences that nobody gave are made of the templates."""
+        entry, towers = method_named(self.method), self._loaded_towers()
+        if self._stored_config is not None:
+            return self._stored_config
+        config = entry.default_config(towers)
+        if "descriptions" in type(config).model_fields and self.descriptions is None:
+            config = config.model_copy(update={"descriptions": "template"})
+        return with_settings(config, [f"{key}={value}" for key, value in (self.settings or {}).items()])
+
+    def _config(self) -> dict[str, Any]:
+        return self._settings().model_dump(mode="json")
+
+    def _fresh(self, log: Log) -> Method:
+        def keep(event: dict[str, Any]) -> None:
+            if event["event"] in ("notice", "warning"):
+                self.notices_.append(event["text"])
+            log.keep(event)
+
+        told = Log(keep=keep, show=log.show)
+        return method_named(self.method).build(self._loaded_towers(), self._settings(), seed=self.seed, log=told)
+
+    def _copy(self, log: Log) -> Method:
+        """The method as it stands, apart from the one that predicts."""
+        method = self._fresh(log)
+        if self.method_ is not None:
+            method.load_state_dict(self.method_.state_dict())
+            if hasattr(method, "remember"):
+                method.remember(self.method_.tasks)
+        return method
+
+    def _loaded_towers(self) -> Towers:
+        if self._towers is None and isinstance(self.towers, str):
+            self._towers = load_towers(
+                self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
+                revision=self.revision,
+            )  # fmt: skip
+        return self._towers or self.towers
+
+    def _towers_name(self) -> str:
+        return self.towers if isinstance(self.towers, str) else self.towers.name
+
+    def _descriptions(self) -> Descriptions | None:
+        if self.descriptions is None:
+            return None
+        if isinstance(self.descriptions, (str, Path)):
+            return read_descriptions(self.descriptions)
+        from cairn.data.descriptions import written_by
+
+        return written_by("given", {name: list(sentences) for name, sentences in self.descriptions.items()})
+
+    def _fitted(self) -> Method:
+        if self.method_ is None:
+            raise ConfigError("nothing was learned yet: call partial_fit first, or load a learner")
+        return self.method_
+
+    def _number(self, name: str) -> int:
+        found = np.flatnonzero(self.classes_ == name)
+        if not len(found):
+            raise DataError(f"class '{one_line(str(name))}' is not known; see classes_")
+        return int(found[0])
+
+
+def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:
+    """Take up the work on this very task that `archive` holds, if any, and keep what is due there."""
+    held = archive.read() if archive else None
+    work = held.parts if held is not None and held.record.get("task") == fingerprint else {}
+    checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint}, parts))
+    checkpoint.begin(work)
+
+
+def card(record: Mapping[str, Any]) -> str:
+    """What a learner is, for people."""
+    entry, towers = method_named(record["method"]), record["towers"]
+    lines = [
+        "# A classifier that learns on", "",
+        f"- method: {record['method']}, {entry.title} ({entry.source})",
+        f"- towers: {one_line(towers['name'])}, fingerprint {towers['fingerprint']}, revision {towers['revision'] or 'none'}",
+        f"- {len(record['classes'])} classes from {sum(record['counts'])} images, none of which is kept",
+        f"- {record['bytes']:,} bytes, of which {record['memory_bytes']:,} are statistics of classes",
+        f"- made with cairn {record['versions']['cairn']}, torch {record['versions']['torch']}", "",
+        "| class | images |", "|---|---|",
+        *(f"| {_cell(name)} | {count} |" for name, count in zip(record["classes"], record["counts"], strict=True)), "",
+        "| date | what |", "|---|---|",
+    ]  # fmt: skip
+    for entry in record["history"]:
+        if "forgotten" in entry:
+            lines.append(f"| {entry['date']} | forgot {_cell(entry['forgotten'])} |")
+        else:
+            what = f"{len(entry['new'])} new classes" + (
+                f", more of {len(entry['again'])} known ones" if entry["again"] else ""
+            )
+            lines.append(f"| {entry['date']} | {what}, {entry['images']} images |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str) -> str:
+    """A name in a Markdown table: text, never markup."""
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+-.!|" else sign for sign in one_line(name))
+
+
+class _Gate:
+    """Many readers or one writer."""
+
+    def __init__(self):
+        self._condition, self._readers = threading.Condition(), 0
+        self._writer = threading.RLock()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._writer, self._condition:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._writer:
+            with self._condition:
+                self._condition.wait_for(lambda: self._readers == 0)
+            yield

@@ -1,0 +1,242 @@
+"""The commands for people with folders of pictures: learn, predict, inspect, forget, export. Parse, call, print."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.errors import ConfigError, DataError, one_line
+from cairn.reports.console import Console
+
+Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (learn, predict, inspect, forget, export):
+        app.command()(command)
+
+
+def learn(
+    learner: Learner,
+    pictures: Annotated[Path, typer.Argument(help="a folder with a folder of pictures per class")],
+    method: Annotated[str, typer.Option(help="for a new learner: a method of `cairn list`")] = "dmc-ot",
+    towers: Annotated[
+        str, typer.Option(help="for a new learner: tiny, a hub id, a folder, or open_clip:<either>")
+    ] = "openai/clip-vit-base-patch16",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="for a new learner: a setting, key=value")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="for a new learner: a prompt, {} for the class")] = None,
+    seed: Annotated[int, typer.Option(help="for a new learner")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
+) -> None:
+    """Learn the classes of a folder: new names are new classes, of known ones more is learned. Makes the learner if there is
+    none. Killed in the middle, the same call goes on."""
+    from cairn.archive import Archive
+    from cairn.data.folders import class_images
+    from cairn.files import make_folder
+    from cairn.learner import NAME, TEMPLATES, WORK, IncrementalClassifier
+    from cairn.store import Lock
+    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
+    from cairn.training.log import Log
+
+    console = Console()
+    images, classes, said = class_images(pictures)
+    items = [images.path(row) for row in range(len(images))]
+    names = [classes[label] for label in images.labels]
+    if Archive(learner, NAME):
+        _refuse_for_old(
+            method=method != "dmc-ot", towers=towers != "openai/clip-vit-base-patch16", set=set_, template=template
+        )
+        held = IncrementalClassifier.load(learner, device=device)
+    else:
+        settings = {}
+        for assignment in set_ or ():
+            key, equals, value = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
+            settings[key] = value
+        held = IncrementalClassifier(
+            method, towers, settings=settings, templates=tuple(template or TEMPLATES), seed=seed, device=device
+        )
+    if said is not None:
+        held.descriptions = {
+            **(held.descriptions or {}),
+            **{name: list(d.sentences) for name, d in said.classes.items()},
+        }
+    if not again and held.knows(items, names):
+        console.note(f"{learner} has learned these {len(items)} pictures already (--again to learn them once more)")
+        return
+    before = len(held.classes_)
+    make_folder(learner)
+    lock = Lock(learner).take()
+    try:
+        work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
+        with stopped_by_signals(checkpoint), console.live():
+            log = Log(keep=console.event, show=console.progress)
+            held.partial_fit(items, names, log=log, checkpoint=checkpoint, archive=work)
+        held.save(learner)
+        work.clear()
+    finally:
+        lock.release()
+    new = len(held.classes_) - before
+    console.note(
+        f"{learner}: {len(items)} pictures learned, {new} new classes, {len(held.classes_)} in all; "
+        f"{_bytes(held.method_.memory_bytes)} kept of them, no picture"
+    )
+
+
+def _refuse_for_old(**given: Any) -> None:
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"--{option}: the learner is there already and keeps what it was made with; leave it out")
+
+
+def predict(
+    learner: Learner,
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    topk: Annotated[int, typer.Option(help="classes per image, the likeliest first")] = 1,
+    unknown_below: Annotated[
+        float, typer.Option(help="say 'unknown' where the known score is below this; 0: never")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
+    explain: Annotated[Path | None, typer.Option(help="folder for a picture and JSON of reasons per image")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+) -> None:
+    """The likeliest classes of images, and whether they fit what is known."""
+    from cairn.learner import IncrementalClassifier
+
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv: one of the two")
+    if topk < 1:
+        raise ConfigError(f"--topk {topk}: must be at least 1")
+    files = _files(images)
+    held = IncrementalClassifier.load(learner, device=device)
+    known = held.known_score(files)
+    rows = [
+        {
+            "image": str(file), "known": float(score), "unknown": bool(score < unknown_below),
+            "classes": [{"name": name, "probability": p} for name, p in best],
+        }
+        for file, score, best in zip(files, known, held.predict_topk(files, topk), strict=True)
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
+        for row in rows:
+            for rank, found in enumerate(row["classes"], 1):
+                writer.writerow(
+                    [
+                        row["image"],
+                        f"{row['known']:.6f}",
+                        row["unknown"],
+                        rank,
+                        found["name"],
+                        f"{found['probability']:.6f}",
+                    ]
+                )
+    else:
+        for row in rows:
+            best = ", ".join(f"{found['name']} {100 * found['probability']:.1f} %" for found in row["classes"])
+            unsure = f"unknown (fits like {100 * row['known']:.1f} % of known ones); nearest " if row["unknown"] else ""
+            typer.echo(f"{one_line(row['image'])}: {unsure}{best}")
+    if explain is not None:
+        _explained(held, files, max(topk, 3), explain)
+
+
+def _files(images: list[Path]) -> list[Path]:
+    from cairn.data.folders import EXTENSIONS
+
+    found: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            if not inside:
+                raise DataError(f"folder '{one_line(str(path))}': no image in it")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def _explained(held, files: list[Path], best: int, folder: Path) -> None:
+    """A picture and a JSON per image, called after it."""
+    import numpy as np
+
+    from cairn.data.folders import decoded
+    from cairn.files import make_folder, write_json
+    from cairn.reports.patches import bar_figure, patch_figure
+
+    make_folder(folder)
+    towers, taken = held.method_.towers, set()
+    for file in files:
+        reasons = held.explain(file, best)
+        name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
+        taken.add(name)
+        seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None
+        if "patches" in reasons[0]:
+            count = towers.image_and_patches(towers.pixels(towers.prepare(decoded(file))[None]))[1].shape[1]
+            patch_figure(seen, round(count**0.5), reasons, folder / f"{name}.png")
+        elif seen is not None:
+            bar_figure(seen, reasons, folder / f"{name}.png")
+        write_json(folder / f"{name}.json", {"image": str(file), "classes": reasons})
+
+
+def inspect(learner: Learner) -> None:
+    """What a learner knows, when it learned it, and what it keeps."""
+    from cairn.archive import Archive
+    from cairn.errors import ResultError
+    from cairn.learner import NAME, card
+
+    found = Archive(learner, NAME).read()
+    if found is None:
+        raise ResultError(f"'{learner}': no learner there; `cairn learn {learner} PICTURES` makes one")
+    try:
+        text = card(found.record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"'{learner}': the record is not what it must be ({error!r})") from None
+    for damaged in found.damaged:
+        Console().note(f"WARNING: {damaged}; the one before it was taken")
+    typer.echo(text)
+
+
+def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")]) -> None:
+    """Take a class out: its name, texts and statistics. What shared weights learned of it stays."""
+    from cairn.learner import IncrementalClassifier
+    from cairn.store import Lock
+
+    if not learner.is_dir():
+        raise DataError(f"'{learner}': no such folder")
+    lock = Lock(learner).take()
+    try:
+        held = IncrementalClassifier.load(learner)
+        held.forget(name)
+        held.save(learner)
+        held.save(learner)  # so that the generation before does not know the class either
+    finally:
+        lock.release()
+    Console().note(f"{learner}: '{one_line(name)}' is forgotten, {len(held.classes_)} classes are left")
+
+
+def export(
+    learner: Learner,
+    onnx: Annotated[Path, typer.Option(help="the file to write")],
+) -> None:
+    """The image tower and the class matrix as one ONNX file, checked against the learner before it is kept."""
+    from cairn.export import export_onnx
+    from cairn.learner import IncrementalClassifier
+
+    difference = export_onnx(IncrementalClassifier.load(learner), onnx)
+    Console().note(f"-> {onnx}: scores within {difference:.0e} of the learner's, relative to the largest")
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"

@@ -1,0 +1,1 @@
+"""A learner over HTTP, and a page for people."""

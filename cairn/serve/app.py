@@ -1,0 +1,220 @@
+"""The service: its addresses, its page, and the process that holds it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import uvicorn
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from cairn.errors import CairnError, ConfigError, ResultError, one_line
+from cairn.serve.guard import Guard, Rules
+from cairn.serve.service import Service
+from cairn.versions import versions
+
+IMAGES = 100
+"""Pictures in one request, at most."""
+
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+
+log = logging.getLogger("uvicorn.error")
+
+
+class Known(BaseModel):
+    name: str
+    images: int = Field(description="how many it was learned from")
+
+
+class Classes(BaseModel):
+    classes: list[Known] = Field(description="in order of arrival")
+
+
+class Likely(BaseModel):
+    name: str
+    probability: float
+
+
+class Patch(BaseModel):
+    patch: int = Field(description="number in the grid, row by row from the top left")
+    share: float = Field(description="of all transported likeness")
+    sentence: str = Field(description="what it speaks for")
+
+
+class Reason(Likely):
+    patches: list[Patch]
+
+
+class Prediction(BaseModel):
+    classes: list[Likely] = Field(description="the likeliest first")
+    known: float = Field(description="how well the picture fits what is known, 0 to 1")
+    grid: int | None = Field(description="patches along a side; null for methods without")
+    view: str = Field(description="what the tower saw: crop, the centre square, or squash, all of it")
+    reasons: list[Reason]
+
+
+class Health(BaseModel):
+    status: str = "ok"
+    version: str
+    learning: float | None = Field(description="share of the stage in progress; null if nothing is being changed")
+    may_ask: bool
+    may_change: bool
+    describes: bool = Field(description="whether a new class needs sentences")
+    max_bytes: int
+    max_images: int = IMAGES
+
+
+class Problem(BaseModel):
+    error: str
+
+
+def application(service: Service, rules: Rules) -> ASGIApp:
+    """The ASGI application."""
+    app = FastAPI(
+        title="cairn", version=versions()["cairn"], docs_url=None, redoc_url=None,
+        description="Changes need `Authorization: Bearer TOKEN`; on a network, everything does.",
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )  # fmt: skip
+
+    def small(file: UploadFile) -> None:
+        if (file.size or 0) > rules.max_bytes:
+            raise HTTPException(413, f"too large: a picture may have {rules.max_bytes / 1e6:g} MB")
+
+    def classes() -> dict[str, Any]:
+        return {"classes": service.classes()}
+
+    @app.get("/api/health")
+    async def health(request: Request) -> Health:
+        """Whether it is there, and what it allows."""
+        trusted, work = request.state.trusted, service.work
+        return Health(
+            version=app.version, learning=None if work is None else work.share, may_ask=rules.loopback or trusted,
+            may_change=trusted, describes=service.describes, max_bytes=rules.max_bytes,
+        )  # fmt: skip
+
+    @app.get("/api/classes")
+    async def known() -> Classes:
+        """The classes that are known."""
+        return classes()
+
+    @app.post("/api/predict")
+    def predict(
+        image: Annotated[UploadFile, File(description="one picture")],
+        topk: Annotated[int, Form(ge=1, le=100, description="classes to tell")] = 5,
+    ) -> Prediction:
+        """What a picture shows."""
+        small(image)
+        return service.predict(image.file, topk)
+
+    @app.post("/api/learn")
+    async def learn(
+        name: Annotated[str, Form(description="a new class, or a known one to learn more of")],
+        images: Annotated[list[UploadFile], File(min_length=1, max_length=IMAGES, description="pictures of it")],
+        sentences: Annotated[list[str] | None, Form(description="what a new class looks like, if asked for")] = None,
+    ) -> Classes:
+        """Learn a class; the answer comes when it is learned and saved."""
+        for image in images:
+            small(image)
+        await service.learn(name, [image.file for image in images], sentences or ())
+        return classes()
+
+    @app.delete("/api/classes/{name:path}")
+    async def forget(name: str) -> Classes:
+        """Forget a class."""
+        await service.forget(name)
+        return classes()
+
+    def page(path: str, name: str, kind: str) -> None:
+        content = (resources.files("cairn.serve") / name).read_bytes()
+
+        async def give() -> Response:
+            return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+        app.get(path, include_in_schema=False)(give)
+
+    for path, (name, kind) in PAGE.items():
+        page(path, name, kind)
+
+    def problem(status: int, text: str, headers: Any = None) -> JSONResponse:
+        return JSONResponse({"error": one_line(text)}, status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return problem(422, f"{first['loc'][-1]}: {first['msg'].lower()}")
+
+    @app.exception_handler(CairnError)
+    async def wrong(request: Request, error: CairnError) -> JSONResponse:
+        if isinstance(error, ResultError):  # it names folders of this machine
+            log.error("cairn: %s", error)
+            return problem(503, "the learner's folder is in use or cannot be written; nothing was changed")
+        return problem(422, str(error))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return problem(500, "something went wrong here; nothing was changed")
+
+    return Guard(app, rules)
+
+
+class Server(uvicorn.Server):
+    """The first signal lets requests finish but gives up learning; the second waits for a save alone."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit, self.should_exit = self.should_exit, True
+        self.service.stop(sig)
+
+
+def serve(
+    folder: Path, host: str, port: int, *, token: str | None, max_bytes: int, rate: int, ready: Callable[[str], None]
+) -> None:
+    """Serve the learner of `folder` until a signal comes; `ready` is told where. Raises ConfigError for an address that
+    cannot be had or must not be had without a token."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ConfigError(f"--host {one_line(host)}: {error.strerror}; give 127.0.0.1") from None
+    loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    rules = Rules(loopback=loopback, host=host, token=token, max_bytes=max_bytes, rate=rate)
+    service = Service(folder)
+    try:
+        listening = socket.create_server(address, family=family, backlog=128)
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror}; give another --port") from None
+    with listening:
+        config = uvicorn.Config(
+            application(service, rules), log_level="warning", access_log=False, lifespan="off", proxy_headers=False,
+            server_header=False, limit_concurrency=100,
+        )  # fmt: skip
+        # A token that was given is known to whoever gave it, and is not shown
+        shown = f"[{host}]" if ":" in host else host
+        where = f"http://{shown}:{listening.getsockname()[1]}/"
+        ready(where if token is not None else f"{where}#token={quote(rules.token, safe='')}")
+        try:
+            Server(config, service).run(sockets=[listening])
+        finally:
+            service.close()

@@ -1,0 +1,204 @@
+"""A learner that predicts while a copy of it learns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from starlette.exceptions import HTTPException
+
+from cairn.data.folders import decoded, reason
+from cairn.data.stream import require_text
+from cairn.errors import ConfigError, DataError, Stopped, one_line
+from cairn.learner import IncrementalClassifier
+from cairn.store import Lock
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.log import Log
+
+NAME_LETTERS, SENTENCES, SENTENCE_LETTERS = 100, 20, 300
+EXPLAINED = 3
+"""Classes, of the likeliest, whose patches are told."""
+
+Change = Callable[[IncrementalClassifier], Any]
+
+
+@dataclass
+class Work:
+    """A change that is going on."""
+
+    what: str
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    share: float = 0.0
+    """How much of the stage in progress is done."""
+
+    def progress(self, state: dict[str, Any]) -> None:
+        self.share = (state["step"] + 1) / state["steps"]
+
+
+class Service:
+    """The learner of a folder. Changes are made to a copy, saved, and only then seen; one at a time.
+
+    Raises ConfigError for a learner of embeddings: it has no pictures to look at.
+    """
+
+    def __init__(self, folder: Path, learner: IncrementalClassifier | None = None):
+        self.folder, self.learner = folder, learner or IncrementalClassifier.load(folder)
+        self.towers = self.learner.method_.towers
+        if not self.towers.has_images:
+            raise ConfigError(f"'{folder}': learned from embeddings, so it has no pictures to look at")
+        self.work: Work | None = None
+        self.stopping: int | None = None
+        self._free = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, "learning")
+        self._slots = threading.Semaphore(os.cpu_count() or 1)  # a large picture, unpacked, is some hundred MB
+
+    # asked
+
+    def classes(self) -> list[dict[str, Any]]:
+        learner = self.learner
+        return [{"name": str(n), "images": int(c)} for n, c in zip(learner.classes_, learner.counts_, strict=True)]
+
+    def predict(self, file: IO[bytes], best: int) -> dict[str, Any]:
+        """Raises HTTPException 415 for what is no image."""
+        with self._slots:
+            learner, image = self.learner, self._seen(file)
+            reasons = [
+                {key: found[key] for key in ("name", "probability", "patches")}
+                for found in learner.explain(image, EXPLAINED)
+                if "patches" in found
+            ]
+            return {
+                "classes": [{"name": n, "probability": p} for n, p in learner.predict_topk([image], best)[0]],
+                "known": float(learner.known_score([image])[0]),
+                "grid": self._grid if reasons else None, "view": learner.preprocess, "reasons": reasons,
+            }  # fmt: skip
+
+    @property
+    def describes(self) -> bool:
+        """Whether a new class needs sentences that say what it looks like."""
+        return getattr(self.learner.method_.config, "descriptions", None) == "data"
+
+    # changed
+
+    async def learn(self, name: str, files: Sequence[IO[bytes]], sentences: Sequence[str] = ()) -> None:
+        """Raises HTTPException: 409 while another change is made, 415 and 422 for what cannot be learned."""
+        name = _class_name(name)
+        said = _sentences(sentences)
+
+        def change(copy: IncrementalClassifier) -> None:
+            images = [self._seen(file, f"picture {i}") for i, file in enumerate(files, 1)]
+            if self.describes and name not in copy.classes_:
+                if not said:
+                    raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
+                copy.descriptions = {**(copy.descriptions or {}), name: said}
+            work = self.work
+            copy.partial_fit(images, [name] * len(images), log=Log(show=work.progress), checkpoint=work.checkpoint)
+
+        await self._changed(f"'{name}' is being learned", change)
+
+    async def forget(self, name: str) -> None:
+        """Raises HTTPException: 404 for a class that is not known, 409 for the last one and while another change is made."""
+
+        def change(copy: IncrementalClassifier) -> None:
+            if name not in copy.classes_:
+                raise HTTPException(404, f"class '{one_line(name)}' is not known")
+            if len(copy.classes_) == 1:
+                raise HTTPException(409, f"'{one_line(name)}' is the only class; teach another one first")
+            copy.forget(name)
+            if copy.descriptions is not None:
+                copy.descriptions = {own: said for own, said in copy.descriptions.items() if own != name}
+
+        await self._changed(f"'{one_line(name)}' is being forgotten", change)
+
+    def stop(self, signal: int) -> None:
+        """Give up learning that is going on; a save is finished."""
+        self.stopping = signal
+        if (work := self.work) is not None:
+            work.checkpoint.stop(signal)
+
+    def close(self) -> None:
+        self._worker.shutdown()
+
+    async def _changed(self, what: str, change: Change) -> None:
+        if self.stopping is not None:
+            raise _stopped()
+        if not self._free.acquire(blocking=False):
+            now = self.work
+            raise HTTPException(
+                409, f"{now.what if now else 'something is being learned'}; try again when that is done"
+            )
+        self.work = Work(what)
+        # Not waited for by whoever asked, if they hang up: it is finished all the same
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, self._change, change))
+
+    def _change(self, change: Change) -> None:
+        try:
+            lock = Lock(self.folder).take()
+            try:
+                # What is on disk, which another process may have taught meanwhile
+                copy = IncrementalClassifier.load(self.folder, self.towers)
+                change(copy)
+                if self.stopping is not None:
+                    raise _stopped()
+                copy.save(self.folder)
+            finally:
+                lock.release()
+            self.learner = copy
+        except Stopped:
+            raise _stopped() from None
+        finally:
+            self.work = None
+            self._free.release()
+
+    # inside
+
+    def _seen(self, file: IO[bytes], what: str = "the file") -> np.ndarray:
+        """The image as the tower sees it, (h, w, 3): however large it was, what is kept of it is small."""
+        try:
+            image = decoded(file)
+        except Exception as error:  # a decoder fed with hostile bytes may raise anything
+            raise HTTPException(415, f"{what} cannot be read as a picture ({reason(error)})") from None
+        return self.towers.prepare(image).permute(1, 2, 0).numpy()
+
+    @cached_property
+    def _grid(self) -> int:
+        """Patches along a side."""
+        blank = self.towers.prepare(np.zeros((8, 8, 3), np.uint8))
+        return round(self.towers.patches(self.towers.pixels(blank[None])).shape[1] ** 0.5)
+
+
+def _stopped() -> HTTPException:
+    return HTTPException(503, "the service is being stopped; nothing was changed")
+
+
+def _class_name(name: str) -> str:
+    name = name.strip()
+    if not name or len(name) > NAME_LETTERS:
+        raise HTTPException(422, f"a class name has 1 to {NAME_LETTERS} characters")
+    if name in (".", ".."):  # no address could name it
+        raise HTTPException(422, f"class '{name}': take another name")
+    _text([name])
+    return name
+
+
+def _sentences(given: Sequence[str]) -> list[str]:
+    said = [line.strip() for text in given for line in text.splitlines() if line.strip()]
+    if len(said) > SENTENCES or any(len(sentence) > SENTENCE_LETTERS for sentence in said):
+        raise HTTPException(422, f"at most {SENTENCES} sentences of {SENTENCE_LETTERS} characters")
+    _text(said)
+    return said
+
+
+def _text(texts: Sequence[str]) -> None:
+    try:
+        require_text(texts)
+    except DataError as error:
+        raise HTTPException(422, str(error)) from None

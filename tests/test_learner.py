@@ -1,0 +1,354 @@
+"""The classifier that people hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from cairn import IncrementalClassifier
+from cairn.archive import Archive
+from cairn.data.shapes import shapes_dataset
+from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError
+from cairn.methods.catalogue import METHODS
+from cairn.training.checkpoint import Checkpoint
+
+QUICK = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2, "schedule.epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Images and names of the first four classes: (train, test)."""
+    data = shapes_dataset()
+
+    def some(images, per_class):
+        rows = [i for c in range(4) for i in np.flatnonzero(images.labels == c)[:per_class]]
+        return [images[i] for i in rows], [data.classes[images.labels[i]] for i in rows]
+
+    return some(data.train, 8), some(data.test, 3)
+
+
+def quick(method="dmc-ot", towers="tiny", **changes):
+    config = METHODS[method].config()
+    settings = {key: value for key, value in QUICK.items() if hasattr(config, key.split(".")[0])}
+    return IncrementalClassifier(method, towers, settings=settings, device="cpu", **changes)
+
+
+def halves(images, names):
+    first = [i for i, name in enumerate(names) if name in list(dict.fromkeys(names))[:2]]
+    rest = [i for i in range(len(names)) if i not in first]
+    return [([images[i] for i in part], [names[i] for i in part]) for part in (first, rest)]
+
+
+@pytest.fixture(scope="module")
+def learned(pictures, towers_once):
+    learner = quick(towers=towers_once)
+    for images, names in halves(*pictures[0]):
+        learner.partial_fit(images, names)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def towers_once():
+    from cairn.towers.catalogue import load_towers
+
+    return load_towers("tiny", device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_once, tmp_path):
+    (images, names), (test, truth) = pictures
+    learner = quick(method, towers_once)
+    sizes = []
+    for part in halves(images, names):
+        assert learner.partial_fit(*part) is learner
+        sizes.append(len(learner.classes_))
+    assert sizes == [2, 4]
+    assert list(learner.classes_) == list(dict.fromkeys(names))
+    assert learner.counts_.tolist() == [8, 8, 8, 8]
+    p = learner.predict_proba(test)
+    assert p.shape == (len(test), 4)
+    np.testing.assert_allclose(p.sum(1), 1)
+    predicted = learner.predict(test)
+    assert [learner.classes_[row.argmax()] for row in p] == list(predicted)
+    assert learner.score(test, truth) == np.mean([a == b for a, b in zip(predicted, truth, strict=True)])
+    best = learner.predict_topk(test, k=9)
+    assert [row[0][0] for row in best] == list(predicted)
+    assert all(len(row) == 4 and row[0][1] >= row[-1][1] for row in best)
+    known = learner.known_score(test)
+    assert known.shape == (len(test),)
+    assert ((known >= 0) & (known <= 1)).all()
+    assert all(name is None for name in learner.predict(test, unknown_below=1.1))
+    assert None not in learner.predict(test, unknown_below=0.0)
+    if not METHODS[method].exemplar_free:
+        with pytest.raises(ConfigError, match="keeps images"):
+            learner.save(tmp_path)
+        return
+    learner.save(tmp_path)
+    again = IncrementalClassifier.load(tmp_path, towers_once)
+    np.testing.assert_array_equal(again.predict_proba(test), p)
+    np.testing.assert_array_equal(again.known_score(test), known)
+    assert list(again.classes_) == list(learner.classes_)
+    assert again.history_ == learner.history_
+    more = [images[:4], names[:4]]
+    for one in (learner, again):
+        one.partial_fit(*more)
+    np.testing.assert_array_equal(again.predict_proba(test), learner.predict_proba(test))
+
+
+def test_a_known_class_is_learned_on(pictures, towers_once):
+    (images, names), _ = pictures
+    learner = quick("simplecil", towers_once).partial_fit(images, names)
+    before = learner.method_.prototypes.clone()
+    learner.partial_fit(images[:3], names[:3])
+    assert len(learner.classes_) == 4
+    assert learner.counts_.tolist() == [11, 8, 8, 8]
+    assert not torch.equal(before[0], learner.method_.prototypes[0])
+    assert torch.equal(before[1:], learner.method_.prototypes[1:])
+    assert learner.history_[-1]["again"] == [names[0]]
+
+
+def test_paths_pil_images_arrays_and_generators_are_the_same(pictures, learned, tmp_path):
+    _, (test, _) = pictures
+    paths = []
+    for i, image in enumerate(test[:4]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    reference = learned.predict_proba(test[:4])
+    for given in (
+        paths,
+        map(str, paths),
+        [Image.open(p) for p in paths],
+        (image for image in test[:4]),
+        np.stack(test[:4]),
+    ):
+        np.testing.assert_array_equal(learned.predict_proba(given), reference)
+    assert learned.predict([]).shape == (0,)
+    assert learned.predict_proba([]).shape == (0, 4)
+
+
+def test_order_within_a_task_does_not_matter_beyond_that_of_classes(pictures, towers_once):
+    (images, names), (test, _) = pictures
+    order = [0, 8, 16, 24, *[i for i in range(32) if i % 8]]
+    one = quick("dmc", towers_once).partial_fit(images, names)
+    other = quick("dmc", towers_once).partial_fit([images[i] for i in order], [names[i] for i in order])
+    np.testing.assert_array_equal(one.predict_proba(test), other.predict_proba(test))
+
+
+def test_forget(pictures, towers_once, tmp_path):
+    (images, names), (test, _) = pictures
+    learner = quick("dmc-ot", towers_once).partial_fit(images, names)
+    gone = learner.classes_[1]
+    learner.forget(gone)
+    assert gone not in learner.classes_
+    assert gone not in learner.predict(test)
+    learner.save(tmp_path)
+    for file in tmp_path.iterdir():  # neither the name nor its statistics are in the folder, but in what happened
+        if file.suffix == ".safetensors":
+            assert gone.encode() not in file.read_bytes()
+    assert len(IncrementalClassifier.load(tmp_path, towers_once).method_.memory.counts) == 3
+    with pytest.raises(DataError, match="is not known"):
+        learner.forget(gone)
+    learner.partial_fit(images[8:16], names[8:16])
+    assert learner.classes_[-1] == gone
+
+
+def test_descriptions_reach_spa(pictures, towers_once, tmp_path):
+    (images, names), _ = pictures
+    said = {
+        name: [f"something {name.split()[0]}", f"a thing like a {name.split()[-1]}"] for name in dict.fromkeys(names)
+    }
+    learner = quick("spa", towers_once, descriptions=said).partial_fit(images, names)
+    assert learner.method_.sentences[0] == tuple(said[names[0]])
+    reasons = learner.explain(images[0])
+    assert reasons[0]["name"] in learner.classes_
+    assert reasons[0]["patches"][0]["sentence"] in {s for own in said.values() for s in own}
+    learner.save(tmp_path)
+    assert IncrementalClassifier.load(tmp_path, towers_once).descriptions == said
+
+
+def test_without_patches_reasons_are_scores(learned, pictures):
+    reasons = learned.explain(pictures[1][0][0], best=2)
+    assert [set(reason) for reason in reasons] == [{"class", "score", "name", "probability"}] * 2
+    assert reasons[0]["probability"] >= reasons[1]["probability"]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error"),
+    [
+        ([], [], "no image"),
+        ([np.zeros((4, 4, 3), np.uint8)], [], "1 images with 0 labels"),
+        ([np.zeros((4, 4, 3), np.uint8)], [3], "called by a text"),
+        ([np.zeros((4, 4, 3), np.uint8)], ["a\nb"], "control character"),
+        (["nowhere.png", "neither.png"], ["a", "b"], r"2 image\(s\) that cannot be read: nowhere.png"),
+        ([np.zeros((4, 4, 3))], ["a"], "an array of float64"),
+        ([np.zeros((4, 4, 2), np.uint8)], ["a"], "an array of uint8"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_line_and_changes_nothing(images, labels, error, learned, pictures):
+    before = learned.predict_proba(pictures[1][0])
+    with pytest.raises(DataError, match=error) as caught:
+        learned.partial_fit(images, labels)
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(learned.predict_proba(pictures[1][0]), before)
+    assert len(learned.history_) == 2
+
+
+def test_a_failure_while_learning_leaves_the_classifier_as_it_was(pictures, towers_once, monkeypatch):
+    (images, names), (test, _) = pictures
+    learner = quick("dmc", towers_once).partial_fit(images[:16], names[:16])
+    before = learner.predict_proba(test)
+    monkeypatch.setattr("cairn.methods.stages.class_cross_entropy", lambda z, *_: z.sum() * float("nan"))
+    with pytest.raises(NotFinite):
+        learner.partial_fit(images[16:], names[16:])
+    np.testing.assert_array_equal(learner.predict_proba(test), before)
+    assert list(learner.classes_) == list(dict.fromkeys(names[:16]))
+
+
+def test_unfinished_learning_goes_on_to_the_same_bits(pictures, towers_once, tmp_path):
+    (images, names), (test, _) = pictures
+    settings = {"stage1.schedule.batch": 8, "stage2.schedule.batch": 8, "stage2.schedule.epochs": 2}
+
+    def fresh():
+        return IncrementalClassifier("dmc-ot", towers_once, settings=settings)
+
+    reference = fresh().partial_fit(images, names).predict_proba(test)
+
+    class Cut(BaseException):
+        pass
+
+    class Cutting(Checkpoint):
+        def step(self, name, state):
+            super().step(name, state)
+            self.units = getattr(self, "units", 0) + 1
+            if self.units == 3:
+                raise Cut
+
+    learner, cuts = fresh(), 0
+    while not len(learner.classes_):
+        try:
+            learner.partial_fit(images, names, checkpoint=Cutting(steps=1), archive=Archive(tmp_path, "work"))
+        except Cut:
+            cuts += 1
+            learner = fresh()  # as after a kill
+    assert cuts > 1
+    np.testing.assert_array_equal(learner.predict_proba(test), reference)
+    # Other images are another task: what is kept of this one is not taken for it
+    other = quick("dmc-ot", towers_once).partial_fit(images[8:], names[8:], archive=Archive(tmp_path, "work"))
+    plain = quick("dmc-ot", towers_once).partial_fit(images[8:], names[8:])
+    np.testing.assert_array_equal(other.predict_proba(test), plain.predict_proba(test))
+
+
+def test_many_threads_predict_while_one_learns(pictures, towers_once):
+    (images, names), (test, _) = pictures
+    learner = quick("dmc", towers_once).partial_fit(images[:16], names[:16])
+    found, problems = [], []
+
+    def asked():
+        try:
+            found.extend(learner.predict_proba(test[:2]).shape[1] for _ in range(5))
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=asked) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    learner.partial_fit(images[16:], names[16:])
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert set(found) <= {2, 4}
+    assert learner.predict_proba(test[:1]).shape == (1, 4)
+
+
+def test_what_is_asked_too_early_or_wrongly(tmp_path, towers_once):
+    with pytest.raises(ConfigError, match="nothing was learned yet"):
+        quick(towers=towers_once).predict([np.zeros((4, 4, 3), np.uint8)])
+    with pytest.raises(ResultError, match="no learner there"):
+        IncrementalClassifier.load(tmp_path)
+    with pytest.raises(CairnError, match="unknown method"):
+        IncrementalClassifier("dmcc", towers_once).partial_fit([np.zeros((4, 4, 3), np.uint8)], ["a"])
+    with pytest.raises(CairnError, match="unknown setting"):
+        IncrementalClassifier("dmc", towers_once, settings={"stage1.epochs": 2}).partial_fit(
+            [np.zeros((4, 4, 3), np.uint8)], ["a"]
+        )
+
+
+def test_other_weights_are_refused(learned, tmp_path, towers_once):
+    learned.save(tmp_path)
+
+    class Other:
+        def __getattr__(self, name):
+            return getattr(towers_once, name)
+
+    other = Other()
+    other.fingerprint = "0" * 16
+    with pytest.raises(ResultError, match="give the weights that it was learned on"):
+        IncrementalClassifier.load(tmp_path, other)
+
+
+def test_the_card_tells_people_what_is_there(learned, tmp_path):
+    learned.save(tmp_path)
+    card = (tmp_path / "CARD.md").read_text()
+    assert learned.method_.towers.fingerprint in card
+    assert "4 classes from 32 images, none of which is kept" in card
+    assert all(name in card for name in learned.classes_)
+
+
+def test_a_name_is_text_whatever_its_signs(pictures, towers_once, tmp_path):
+    (images, _), _ = pictures
+    names = ["<script>alert(1)</script>", "../../x", "{0} | b"]
+    learner = quick("simplecil", towers_once).partial_fit(images[:3], names)
+    learner.save(tmp_path / "deep" / "er")
+    assert list(IncrementalClassifier.load(tmp_path / "deep" / "er", towers_once).classes_) == names
+    assert "<script>" not in (tmp_path / "deep" / "er" / "CARD.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
+
+
+def test_novelty_tells_new_classes_from_known_ones():
+    """Half of sixteen clusters learned: better than the largest probability, and about t of the known fall below t."""
+    from cairn.towers.features import FeatureTowers
+
+    rng = np.random.default_rng(0)
+    d, k = 24, 16
+    mixing = rng.normal(size=(d, d)) * np.geomspace(2, 0.1, d)
+    centres = 3 * rng.normal(size=(k, d))
+    names = tuple(f"c{c}" for c in range(k))
+
+    def rows(n):
+        x = centres[:, None] + rng.normal(size=(k, n, d)) @ mixing.T
+        return x.reshape(-1, d).astype("float32"), np.repeat(np.arange(k), n)
+
+    towers = FeatureTowers(
+        name="made", dim=d, logit_scale=20.0, fingerprint="made", names=names, text=centres.astype("float32")
+    )
+    learner = IncrementalClassifier("dmc", towers)
+    x, y = rows(60)
+    for part in (range(4), range(4, 8)):
+        own = np.isin(y, list(part))
+        learner.partial_fit(x[own], [names[c] for c in y[own]])
+    x, y = rows(100)
+    known, is_known = learner.known_score(x), y < 8
+    assert roc_auc_score(is_known, known) > max(0.85, roc_auc_score(is_known, learner.predict_proba(x).max(1)))
+    for t in (0.05, 0.2):
+        assert abs((known[is_known] < t).mean() - t) < 0.06
+
+
+def test_in_a_fresh_process_predictions_are_identical(learned, pictures, tmp_path):
+    learned.save(tmp_path)
+    np.save(tmp_path / "images.npy", np.stack(pictures[1][0]))
+    code = (
+        "import sys, numpy as np, torch; torch.set_num_threads(1); from cairn import IncrementalClassifier; "
+        "p = IncrementalClassifier.load(sys.argv[1], device='cpu').predict_proba(np.load(sys.argv[1] + '/images.npy')); "
+        "np.save(sys.argv[1] + '/p.npy', p)"
+    )
+    # The towers of the fixture are an object; their name is that of the weights the package carries
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), learned.predict_proba(pictures[1][0]))

@@ -1,0 +1,224 @@
+"""The commands for people with folders of pictures, and the file for places without Python."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from cairn.cli import main
+from cairn.data.shapes import shapes_dataset
+from cairn.errors import ConfigError, ResultError
+from cairn.export import export_onnx
+from cairn.learner import IncrementalClassifier
+from cairn.store import LOCK, Lock
+
+QUICK = [
+    "--towers",
+    "tiny",
+    "--device",
+    "cpu",
+    "--set",
+    "stage1.schedule.epochs=1",
+    "--set",
+    "stage2.schedule.epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two folders with two classes each, and one of test images."""
+    root, data = tmp_path_factory.mktemp("pictures"), shapes_dataset()
+    for c in range(4):
+        for i, row in enumerate(np.flatnonzero(data.train.labels == c)[:8]):
+            place = root / ("second" if c > 1 else "first") / data.classes[c]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.train[row]).save(place / f"{i}.png")
+        (root / "test").mkdir(exist_ok=True)
+        Image.fromarray(data.test[np.flatnonzero(data.test.labels == c)[0]]).save(root / "test" / f"{c}.png")
+    return root
+
+
+def called(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["cairn", *map(str, words)])
+    main()
+
+
+def refused(monkeypatch, capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        called(monkeypatch, *words)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.fixture
+def learner(pictures, tmp_path, monkeypatch, capsys):
+    called(monkeypatch, "learn", tmp_path / "shop", pictures / "first", *QUICK)
+    called(monkeypatch, "learn", tmp_path / "shop", pictures / "second", "--device", "cpu")
+    assert "2 new classes, 4 in all" in capsys.readouterr().out
+    return tmp_path / "shop"
+
+
+def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_path, monkeypatch, capsys):
+    assert sorted(path.suffix for path in learner.iterdir() if path.name != LOCK)[0] == ".json"
+    called(monkeypatch, "learn", learner, pictures / "second", "--device", "cpu")
+    assert "already" in capsys.readouterr().out
+
+    called(monkeypatch, "predict", learner, pictures / "test", "--topk", "2", "--json", "--device", "cpu")
+    rows = json.loads(capsys.readouterr().out)
+    held = IncrementalClassifier.load(learner, device="cpu")
+    files = sorted((pictures / "test").iterdir())
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    assert [row["classes"][0]["name"] for row in rows] == list(held.predict(files))
+    assert [len(row["classes"]) for row in rows] == [2] * 4
+
+    called(monkeypatch, "predict", learner, *files, "--csv", "--unknown-below", "1.1", "--device", "cpu")
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["class"] for line in lines] == list(held.predict(files))
+    assert {line["unknown"] for line in lines} == {"True"}
+
+    called(
+        monkeypatch,
+        "predict",
+        learner,
+        files[0],
+        "--unknown-below",
+        "1.1",
+        "--explain",
+        tmp_path / "why",
+        "--device",
+        "cpu",
+    )
+    assert "unknown (fits like" in capsys.readouterr().out
+    assert json.loads((tmp_path / "why" / "0.json").read_text())["classes"][0]["name"] in held.classes_
+    with Image.open(tmp_path / "why" / "0.png") as drawn:
+        assert drawn.width > 300
+
+    called(monkeypatch, "inspect", learner)
+    card = capsys.readouterr().out
+    assert "4 classes from 32 images" in card
+
+    gone = str(held.classes_[0])
+    called(monkeypatch, "forget", learner, gone)
+    assert "3 classes are left" in capsys.readouterr().out
+    assert gone not in IncrementalClassifier.load(learner, device="cpu").classes_
+
+
+def test_reasons_of_spa_are_pictures_with_patches(pictures, tmp_path, monkeypatch, capsys):
+    words = [
+        "--method",
+        "spa",
+        "--towers",
+        "tiny",
+        "--device",
+        "cpu",
+        "--set",
+        "schedule.epochs=1",
+        "--set",
+        "local.patches=8",
+    ]
+    called(monkeypatch, "learn", tmp_path / "spa", pictures / "first", *words)
+    called(
+        monkeypatch,
+        "predict",
+        tmp_path / "spa",
+        pictures / "test" / "0.png",
+        "--explain",
+        tmp_path / "why",
+        "--device",
+        "cpu",
+    )
+    told = json.loads((tmp_path / "why" / "0.json").read_text())
+    assert len(told["classes"][0]["patches"]) == 8
+    assert "a photo of a" in told["classes"][0]["patches"][0]["sentence"]
+    assert (tmp_path / "why" / "0.png").stat().st_size > 5000
+
+
+def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys):
+    for words, part in (
+        (["learn", learner, pictures / "first", "--method", "spa"], "keeps what it was made with"),
+        (["learn", tmp_path / "new", tmp_path / "nowhere"], "no such folder"),
+        (["learn", tmp_path / "new", pictures / "test", *QUICK], "no class found"),
+        (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--set", "epochs"], "must be key=value"),
+        (["predict", learner, tmp_path / "nowhere.png"], "cannot be read"),
+        (["predict", learner, pictures / "test", "--json", "--csv"], "one of the two"),
+        (["predict", learner, pictures / "test", "--topk", "0"], "at least 1"),
+        (["predict", tmp_path / "new", pictures / "test"], "no learner there"),
+        (["inspect", tmp_path / "new"], "no learner there"),
+        (["forget", learner, "a unicorn"], "is not known"),
+    ):
+        assert part in refused(monkeypatch, capsys, *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_process_learns_at_a_time(learner, pictures, monkeypatch, capsys):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path; from cairn.store import Lock; "
+        "held = Lock(Path(sys.argv[1])).take(); print(1, flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(learner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "1\n"
+        assert "is being written by" in refused(
+            monkeypatch, capsys, "learn", learner, pictures / "first", "--again", "--device", "cpu"
+        )
+    finally:
+        other.communicate("\n")
+    Lock(learner).take().release()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dmc-ot", {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1}),
+        ("dmc", {"stage1.tuning": "adapter", "stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1}),
+        ("finetune", {"stage1.schedule.epochs": 1}),
+        ("simplecil", {}),
+        ("zero-shot", {}),
+        ("spa", {"local.weight": 0, "schedule.epochs": 2}),
+    ],
+)
+def test_onnx_scores_are_the_learners(method, settings, pictures, tmp_path, towers):
+    """On a hundred images, within 1e-4 of the largest score; class names and preprocessing travel with the file."""
+    data = shapes_dataset()
+    rows = [row for c in range(4) for row in np.flatnonzero(data.train.labels == c)[:6]]
+    learner = IncrementalClassifier(method, towers, settings=settings)
+    learner.partial_fit([data.train[i] for i in rows], [data.classes[data.train.labels[i]] for i in rows])
+    assert export_onnx(learner, tmp_path / "m.onnx") < 1e-4
+    images = [data.test[i] for i in range(100)]
+    pixels = towers.pixels(torch.stack([towers.prepare(image) for image in images]))
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"pixels": pixels.numpy()})[0]
+    expected = learner._scores_of(pixels).numpy()
+    assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["cairn.classes"]) == list(learner.classes_)
+    assert json.loads(about["cairn.preprocessing"])["size"] == pixels.shape[-1]
+
+
+def test_what_is_not_exported_is_said(towers, tmp_path, monkeypatch):
+    data = shapes_dataset()
+    learner = IncrementalClassifier("spa", towers, settings={"schedule.epochs": 1})
+    with pytest.raises(ConfigError, match="nothing was learned yet"):
+        export_onnx(learner, tmp_path / "m.onnx")
+    learner.partial_fit([data.train[0], data.train[200]], ["a", "b"])
+    with pytest.raises(ConfigError, match="patches are not exported"):
+        export_onnx(learner, tmp_path / "m.onnx")
+    plain = IncrementalClassifier("simplecil", towers).partial_fit([data.train[0], data.train[200]], ["a", "b"])
+    monkeypatch.setattr("cairn.export.TOLERANCE", -1.0)
+    with pytest.raises(ResultError, match="nothing was kept"):
+        export_onnx(plain, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,465 @@
+"""The service and its page."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64encode
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from cairn import IncrementalClassifier
+from cairn.data.shapes import shapes_dataset
+from cairn.errors import ConfigError
+from cairn.store import Lock
+
+from cairn.serve.app import Server, application
+from cairn.serve.guard import HEADERS, ROOM, Buckets, Rules
+from cairn.serve.service import Service
+
+TOKEN = "a-token-for-the-tests"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+QUICK = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2}
+
+
+def png(pixels: np.ndarray, **how) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(out, "PNG", **how)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """PNG files by class name: eight for training, then one for testing, of five classes."""
+    data = shapes_dataset()
+    found = {}
+    for c in range(5):
+        rows = np.flatnonzero(data.train.labels == c)[:8]
+        found[data.classes[c]] = [png(data.train[i]) for i in rows]
+        found[data.classes[c]].append(png(data.test[np.flatnonzero(data.test.labels == c)[0]]))
+    return found
+
+
+def learner_of(drawn, towers, method="dmc-ot", classes=3, **changes):
+    settings = QUICK if method == "dmc-ot" else {"schedule.epochs": 2}
+    learner = IncrementalClassifier(method, towers, settings=settings, device="cpu", **changes)
+    rows = [
+        (np.asarray(Image.open(io.BytesIO(file))), name) for name in list(drawn)[:classes] for file in drawn[name][:8]
+    ]
+    return learner.partial_fit(*zip(*rows, strict=True))
+
+
+@pytest.fixture(scope="module")
+def saved(drawn, towers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    learner_of(drawn, towers).save(folder)
+    return folder
+
+
+@pytest.fixture
+def service(saved, towers, tmp_path):
+    folder = tmp_path / "learner"
+    shutil.copytree(saved, folder)
+    service = Service(folder, IncrementalClassifier.load(folder, towers))
+    yield service
+    service.close()
+
+
+def client(service, rules=None, **changes):
+    """Asks as a browser on this machine does, with the token unless told otherwise."""
+
+    async def ask(method, path, **how):
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=BEARER) as http:
+            return await http.request(method, path, **how)
+
+    app = application(service, rules or Rules(token=TOKEN, **changes))
+    asked = lambda method, path, **how: asyncio.run(ask(method, path, **how))  # noqa: E731
+    asked.app = app
+    return asked
+
+
+def pictures(*files):
+    return [("images", (f"../../{i}.png", file, "image/png")) for i, file in enumerate(files)]
+
+
+def error(response, status):
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert "\n" not in response.json()["error"]
+    return response.json()["error"]
+
+
+def test_predicts_as_the_learner_does(service, drawn):
+    ask, (name, files) = client(service), next(iter(drawn.items()))
+    found = ask("POST", "/api/predict", files={"image": files[8]}, data={"topk": 2}).json()
+    image = np.asarray(Image.open(io.BytesIO(files[8])))
+    best = service.learner.predict_topk([image], 2)[0]
+    assert [(row["name"], row["probability"]) for row in found["classes"]] == best
+    assert found["known"] == service.learner.known_score([image])[0]
+    assert (found["grid"], found["reasons"]) == (None, [])
+    assert ask("GET", "/api/classes").json()["classes"][0] == {"name": name, "images": 8}
+    health = ask("GET", "/api/health").json()
+    assert (health["status"], health["may_change"], health["learning"]) == ("ok", True, None)
+    paths = ask("GET", "/openapi.json").json()["paths"]
+    assert {"/api/classes", "/api/predict", "/api/learn", "/api/health", "/api/classes/{name}"} == set(paths)
+
+
+def test_learns_saves_and_forgets(service, drawn, towers):
+    ask, names = client(service), list(drawn)
+    before = service.learner
+    learned = ask("POST", "/api/learn", data={"name": f" {names[3]} "}, files=pictures(*drawn[names[3]][:8]))
+    assert learned.json()["classes"][-1] == {"name": names[3], "images": 8}
+    assert list(before.classes_) == names[:3]
+    again = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]][:2]))
+    assert again.json()["classes"][0] == {"name": names[0], "images": 10}
+    found = ask("POST", "/api/predict", files={"image": drawn[names[3]][0]}).json()
+    assert found["classes"][0]["name"] == names[3]
+    odd = 'a/../b?#"<i>'
+    assert ask("POST", "/api/learn", data={"name": odd}, files=pictures(drawn[names[4]][0])).status_code == 200
+    assert ask("DELETE", "/api/classes/a%2F..%2Fb%3F%23%22%3Ci%3E").status_code == 200
+    gone = ask("DELETE", f"/api/classes/{names[1]}").json()["classes"]
+    assert [row["name"] for row in gone] == [names[0], *names[2:4]]
+    stored = IncrementalClassifier.load(service.folder, towers)
+    assert list(stored.classes_) == [names[0], *names[2:4]]
+    assert "is not known" in error(ask("DELETE", f"/api/classes/{names[1]}"), 404)
+    for name in (names[0], names[2]):
+        ask("DELETE", f"/api/classes/{name}")
+    assert "only class" in error(ask("DELETE", f"/api/classes/{names[3]}"), 409)
+    assert not (service.folder / ".lock").exists()
+
+
+def test_one_learns_while_the_old_state_predicts(service, drawn, monkeypatch):
+    ask, names = client(service), list(drawn)
+    begun, on = threading.Event(), threading.Event()
+    learn = IncrementalClassifier.partial_fit
+
+    def slow(self, *given, **how):
+        begun.set()
+        on.wait(30)
+        return learn(self, *given, **how)
+
+    monkeypatch.setattr(IncrementalClassifier, "partial_fit", slow)
+    answers = []
+
+    def teach():
+        answers.append(ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:8])))
+
+    thread = threading.Thread(target=teach)
+    thread.start()
+    assert begun.wait(30)
+    try:
+        found = ask("POST", "/api/predict", files={"image": drawn[names[0]][8]}).json()
+        assert {row["name"] for row in found["classes"]} == set(names[:3])
+        assert ask("GET", "/api/health").json()["learning"] == 0
+        said = error(ask("POST", "/api/learn", data={"name": "x"}, files=pictures(drawn[names[4]][0])), 409)
+        assert said == f"'{names[3]}' is being learned; try again when that is done"
+        assert "is being learned" in error(ask("DELETE", f"/api/classes/{names[0]}"), 409)
+    finally:
+        on.set()
+        thread.join()
+    assert answers[0].status_code == 200
+    assert ask("GET", "/api/health").json()["learning"] is None
+
+
+def test_what_fails_changes_nothing(service, drawn, monkeypatch, tmp_path):
+    ask, names, before = client(service), list(drawn), service.learner
+    files = sorted((path.name, path.read_bytes()) for path in service.folder.iterdir())
+    teach = lambda name=names[3], *more: ask(  # noqa: E731
+        "POST", "/api/learn", data={"name": name}, files=pictures(drawn[names[3]][0], *more)
+    )
+    for name in ("", "  ", "a\nb", "x" * 101, ".."):
+        error(teach(name), 422)
+    assert "picture 2 cannot be read as a picture (not an image)" in error(teach(names[3], b"no image"), 415)
+    assert "images" in error(ask("POST", "/api/learn", data={"name": "x"}), 422)
+    with monkeypatch.context() as patch:
+        patch.setattr("cairn.methods.stages.class_cross_entropy", lambda z, *_: z.sum() * float("nan"))
+        assert "loss is nan" in error(teach(), 422)
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalClassifier, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("secret")))
+        assert "secret" not in error(teach(), 500)
+    other = Lock(service.folder).take()
+    try:
+        assert str(tmp_path) not in error(teach(), 503)
+    finally:
+        other.release()
+    assert service.learner is before
+    assert sorted((path.name, path.read_bytes()) for path in service.folder.iterdir()) == files
+    service.stop(signal.SIGTERM)
+    assert "being stopped" in error(teach(), 503)
+
+
+def test_stopping_gives_up_learning_but_finishes_a_save(service, drawn, monkeypatch):
+    ask, names = client(service), list(drawn)
+    learn, save = IncrementalClassifier.partial_fit, IncrementalClassifier.save
+    teach = lambda: ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:8]))  # noqa: E731
+
+    def stopped(self, *given, **how):
+        service.stop(signal.SIGTERM)
+        return learn(self, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalClassifier, "partial_fit", stopped)
+        assert "nothing was changed" in error(teach(), 503)
+    assert names[3] not in service.learner.classes_
+
+    def saving(self, folder):
+        service.stop(signal.SIGTERM)
+        save(self, folder)
+
+    service.stopping = None
+    monkeypatch.setattr(IncrementalClassifier, "save", saving)
+    assert teach().status_code == 200
+    assert names[3] in service.learner.classes_
+
+
+def test_only_pictures_are_looked_at(service, monkeypatch):
+    ask = client(service)
+    square = np.zeros((8, 8, 3), np.uint8)
+    for bad in (b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(square)[:45]):
+        assert "cannot be read as a picture" in error(ask("POST", "/api/predict", files={"image": bad}), 415)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert "exceed" in error(ask("POST", "/api/predict", files={"image": png(square)}), 415)
+    error(ask("POST", "/api/predict", data={"image": "/etc/passwd"}), 422)
+    error(ask("POST", "/api/predict", files={"image": png(square)}, data={"topk": 0}), 422)
+    error(ask("GET", "/../../etc/passwd"), 404)
+
+
+def test_sizes_are_limited_while_they_come_in(service):
+    ask = client(service, max_bytes=1000)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert "0.001 MB" in error(ask("POST", "/api/predict", files={"image": png(image)}), 413)
+    assert "too large" in error(ask("POST", "/api/learn", data={"name": "x"}, files=pictures(png(image))), 413)
+    assert "too large" in error(ask("POST", "/api/predict", content=b"x" * (ROOM + 1001)), 413)
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        while sent < 50 * ROOM:
+            sent += 10_000
+            yield b"x" * 10_000
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert "too large" in error(ask("POST", "/api/predict", content=endless(), headers=form), 413)
+    assert sent < 2 * ROOM
+    many = pictures(*[b"x"] * 101)
+    assert "100" in error(ask("POST", "/api/learn", data={"name": "x"}, files=many), 422)
+
+
+def test_who_may_ask_for_what(service, drawn):
+    image = {"image": next(iter(drawn.values()))[8]}
+    here, name = client(service), next(iter(drawn))
+    wrong = [
+        {"Authorization": value} for value in ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer é".encode())
+    ]
+    for headers in wrong:
+        assert here("POST", "/api/predict", files=image, headers=headers).status_code == 200
+        for method, path in (("POST", "/api/learn"), ("DELETE", f"/api/classes/{name}")):
+            refused = here(method, path, headers=headers)
+            assert "access code" in error(refused, 401)
+            assert refused.headers["www-authenticate"] == "Bearer"
+    assert here("GET", "/api/health", headers=wrong[0]).json()["may_change"] is False
+    there = client(service, loopback=False, host="0.0.0.0")
+    for method, path in (("POST", "/api/predict"), ("GET", "/api/classes"), ("POST", "/api/learn")):
+        error(there(method, path, headers=wrong[2]), 401)
+    assert there("POST", "/api/predict", files=image, headers={"Host": "any.example"}).status_code == 200
+    assert there("GET", "/api/health", headers=wrong[0]).json()["may_ask"] is False
+
+
+def test_other_sites_are_kept_out(service, drawn):
+    ask, image = client(service), {"image": next(iter(drawn.values()))[8]}
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1"):
+        error(ask("GET", "/api/classes", headers={"Host": host}), 403)
+        error(ask("GET", "/", headers={"Host": host}), 403)
+    for host in ("localhost:8000", "[::1]:9"):
+        assert ask("GET", "/api/classes", headers={"Host": host}).status_code == 200
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:9000"):
+        error(ask("POST", "/api/predict", files=image, headers={"Origin": origin}), 403)
+    own = ask("POST", "/api/predict", files=image, headers={"Origin": "http://127.0.0.1:8000"})
+    assert own.status_code == 200
+    for response in (
+        own,
+        ask("GET", "/"),
+        ask("GET", "/page.js"),
+        ask("GET", "/nowhere"),
+        ask("OPTIONS", "/api/learn"),
+    ):
+        assert all(response.headers[key] == value for key, value in HEADERS.items())
+        assert not [key for key in response.headers if key.startswith("access-control")]
+
+
+def test_each_client_has_its_rate(service):
+    now = [0.0]
+    buckets = Buckets(60, clock=lambda: now[0])
+    assert [buckets.wait("a") for _ in range(60)] == [0] * 60
+    assert buckets.wait("a") == pytest.approx(1)
+    assert buckets.wait("b") == 0
+    now[0] = 1.0
+    assert (buckets.wait("a"), buckets.wait("a") > 0) == (0, True)
+    ask = client(service, rate=2)
+    assert [ask("GET", "/api/classes").status_code for _ in range(3)] == [200, 200, 429]
+    refused = ask("GET", "/api/health")  # with a token, it would tell whether that is the right one
+    assert "too many requests" in error(refused, 429)
+    assert int(refused.headers["retry-after"]) > 0
+    assert ask("GET", "/api/health", headers={"Authorization": ""}).status_code == 429
+    assert ask("GET", "/").status_code == 200
+
+
+def test_patches_and_sentences_of_spa(drawn, towers, tmp_path):
+    said = {name: [f"something {name.split()[1]}", f"a {name.split()[2]}"] for name in drawn}
+    names = list(drawn)
+    learner_of(drawn, towers, "spa", 2, descriptions={name: said[name] for name in names[:2]}).save(tmp_path)
+    service = Service(tmp_path, IncrementalClassifier.load(tmp_path, towers))
+    ask = client(service)
+    found = ask("POST", "/api/predict", files={"image": drawn[names[0]][8]}).json()
+    assert found["view"] == "crop"
+    reason = found["reasons"][0]
+    assert {patch["sentence"] for patch in reason["patches"]} <= set(said[reason["name"]])
+    assert all(0 <= patch["patch"] < found["grid"] ** 2 for patch in reason["patches"])
+    assert sum(patch["share"] for patch in reason["patches"]) == pytest.approx(1, abs=1e-4)
+    assert ask("GET", "/api/health").json()["describes"] is True
+    teach = {"data": {"name": names[2]}, "files": pictures(*drawn[names[2]][:4])}
+    assert "looks like" in error(ask("POST", "/api/learn", **teach), 422)
+    teach["data"]["sentences"] = "\n".join(said[names[2]])
+    assert ask("POST", "/api/learn", **teach).status_code == 200
+    assert IncrementalClassifier.load(tmp_path, towers).descriptions[names[2]] == said[names[2]]
+    assert ask("DELETE", f"/api/classes/{names[0]}").status_code == 200
+    assert names[0] not in IncrementalClassifier.load(tmp_path, towers).descriptions
+    service.close()
+
+
+def test_the_command_refuses_what_is_not_safe(cairn, tmp_path):
+    for arguments, said in (
+        (("--host", "0.0.0.0"), "give --token"),
+        (("--token", "short"), "16 to 200"),
+        (("--host", "no such host"), "give 127.0.0.1"),
+        ((), "no learner there"),
+        (("--port", "70000"), "70000"),
+    ):
+        status, _, err = cairn("serve", tmp_path, *arguments)
+        assert (status, err.count("\n")) == (2, 1)
+        assert said in err
+    with pytest.raises(ConfigError, match="give --token"):
+        Rules(loopback=False, host="::")
+    assert len(Rules().token) >= 32
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_a_signal_comes(saved, number, tmp_path):
+    shutil.copytree(saved, tmp_path / "learner")
+    call = [Path(sys.executable).with_name("cairn"), "serve", tmp_path / "learner", "--port", "0"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        address, token = line.split()[1].split("#token=")
+        headers = {"Authorization": f"Bearer {token}"}
+        for _ in range(100):
+            try:
+                health = httpx.get(f"{address}api/health", headers=headers).json()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert health["may_change"] is True
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def served(service, **changes):
+    """The address of a service in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    rules = Rules(token=TOKEN, rate=1000, **changes)
+    config = uvicorn.Config(application(service, rules), log_level="error", lifespan="off")
+    server = Server(config, service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+DROP = """([area, name, files]) => {
+  const moved = new DataTransfer();
+  files.forEach((base64, i) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    moved.items.add(new File([bytes], name || `${i}.png`, {type: "image/png"}));
+  });
+  document.querySelector(area).dispatchEvent(new DragEvent("drop", {dataTransfer: moved, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_in_a_browser(service, drawn):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names, new = list(drawn), "<b>ring & co</b>"
+    coded = lambda *files: [b64encode(file).decode() for file in files]  # noqa: E731
+    with served(service, max_bytes=100_000) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        problems, asked = [], []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}#token={TOKEN}")
+        page.wait_for_selector("#teach:not([hidden])")
+        assert page.url == address
+        assert page.locator("#known li").count() == 3
+
+        page.evaluate(DROP, ["#drop", "", coded(drawn[names[0]][8])])
+        page.wait_for_selector("#bars li")
+        assert page.locator("#bars li").count() == 3
+
+        page.fill("#name", new)
+        page.evaluate(DROP, ["#teach-drop", "", coded(*drawn[names[3]][:8])])
+        assert page.locator("#chosen img").count() == 8
+        page.click("#learn")
+        page.get_by_text(f"Learned “{new}”.").wait_for()
+        assert page.locator("#known .name").all_inner_texts() == [*names[:3], new]
+        page.evaluate(DROP, ["#drop", "", coded(drawn[names[3]][0])])
+        page.wait_for_function("() => document.querySelectorAll('#bars li').length === 4")
+        assert page.locator("#bars .name").first.inner_text() == new
+        page.evaluate("document.querySelector('details').open = true")
+        slide = "value => { threshold.value = value; threshold.dispatchEvent(new Event('input')); }"
+        page.evaluate(slide, "0")
+        assert page.locator("#verdict").inner_text().startswith(new)
+        fit = page.evaluate("answer.known")
+        page.evaluate(slide, "1")
+        assert ("may be none of the known classes" in page.locator("#verdict").inner_text()) == (fit < 1)
+
+        page.evaluate(DROP, ["#drop", "large.png", coded(b"x" * 100_001)])
+        page.get_by_text("“large.png” is too large").wait_for()
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+        page.get_by_role("button", name=f"Forget {names[0]}").click()
+        page.get_by_role("button", name="Keep it").click()
+        page.get_by_role("button", name=f"Forget {names[0]}").click()
+        page.get_by_role("button", name="Forget it").click()
+        page.get_by_text(f"Forgot “{names[0]}”.").wait_for()
+        assert page.locator("#known .name").all_inner_texts() == [*names[1:3], new]
+        browser.close()
+    assert not problems
+    assert not [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test slow torture fuzz lint results bench bench-quick clean
+.PHONY: install demo test slow torture fuzz lint results bench bench-quick docs clean
 
 install: $(BIN)/.installed
 
@@ -46,6 +46,11 @@ bench: install
 
 bench-quick: install
 	$(BIN)/python benchmarks/run.py --size quick --out runs/bench-quick
+
+# The documents as a site, in build/site; a page that is not in the navigation or a link that leads nowhere is an error.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

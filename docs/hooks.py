@@ -41,11 +41,11 @@ def place(path: Path) -> str | None:
     return f"source/{below}.txt"
 
 
-def linked(folder: Path, path: str) -> Path:
-    """The file behind a link of a page in `folder`, which must be there and within the repository."""
-    found = (folder / path).resolve()
+def linked(page: Path, path: str) -> Path:
+    """The file behind a link of a page, which must be there and within the repository."""
+    found = (page.parent / path).resolve()
     if not found.exists() or not found.is_relative_to(ROOT):
-        raise PluginError(f"{folder.name}: the link '{path}' leads nowhere")
+        raise PluginError(f"{page.name}: the link '{path}' leads nowhere")
     return found
 
 
@@ -55,7 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in [file for file in files if file.is_documentation_page()]:
         source = Path(page.abs_src_path)
         for match in LINK.finditer(source.read_text(encoding="utf-8")):
-            found = linked(source.parent, match["path"])
+            found = linked(source, match["path"])
             uri = place(found)
             if uri and files.get_file_from_path(uri) is None:
                 files.append(File.generated(config, uri, abs_src_path=str(found)))
@@ -63,10 +63,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    folder = Path(page.file.abs_src_path).parent
+    source = Path(page.file.abs_src_path)
 
     def moved(match: re.Match) -> str:
-        uri = place(linked(folder, match["path"]))
+        uri = place(linked(source, match["path"]))
         return match["text"].strip("[]") if uri is None else f"{match['text']}({uri}{match['anchor'] or ''})"
 
     # A table begins after an empty line

@@ -24,11 +24,10 @@ from PIL import Image
 from cairn import IncrementalClassifier
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError
-from cairn.store import Lock
-
 from cairn.serve.app import Server, application
 from cairn.serve.guard import HEADERS, ROOM, Buckets, Rules
 from cairn.serve.service import Service
+from cairn.store import Lock
 
 TOKEN = "a-token-for-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -348,7 +347,7 @@ def test_the_command_refuses_what_is_not_safe(cairn, tmp_path):
         (("--token", "short"), "16 to 200"),
         (("--host", "no such host"), "give 127.0.0.1"),
         ((), "no learner there"),
-        (("--port", "70000"), "70000"),
+        (("--port", "70000"), "--port"),
     ):
         status, _, err = cairn("serve", tmp_path, *arguments)
         assert (status, err.count("\n")) == (2, 1)
@@ -425,7 +424,7 @@ def test_the_page_in_a_browser(service, drawn):
         page.goto(f"{address}#token={TOKEN}")
         page.wait_for_selector("#teach:not([hidden])")
         assert page.url == address
-        assert page.locator("#known li").count() == 3
+        page.locator("#known li").nth(2).wait_for()
 
         page.evaluate(DROP, ["#drop", "", coded(drawn[names[0]][8])])
         page.wait_for_selector("#bars li")
@@ -441,7 +440,7 @@ def test_the_page_in_a_browser(service, drawn):
         page.wait_for_function("() => document.querySelectorAll('#bars li').length === 4")
         assert page.locator("#bars .name").first.inner_text() == new
         page.evaluate("document.querySelector('details').open = true")
-        slide = "value => { threshold.value = value; threshold.dispatchEvent(new Event('input')); }"
+        slide = "value => { const at = $('threshold'); at.value = value; at.dispatchEvent(new Event('input')); }"
         page.evaluate(slide, "0")
         assert page.locator("#verdict").inner_text().startswith(new)
         fit = page.evaluate("answer.known")

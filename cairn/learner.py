@@ -248,7 +248,12 @@ class IncrementalClassifier:
             method.forget(c)
             self.method_, self._novelty = method, None
             self.classes_, self.counts_ = np.delete(self.classes_, c), np.delete(self.counts_, c)
-            self.history_.append({"date": str(date.today()), "forgotten": name})
+            if isinstance(self.descriptions, Mapping):
+                self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
+            for entry in self.history_:
+                for key in ("new", "again"):
+                    entry[key] = [other for other in entry.get(key, []) if other != name]
+            self.history_.append({"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1})
         return self
 
     # predicting
@@ -501,7 +506,7 @@ def card(record: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for entry in record["history"]:
         if "forgotten" in entry:
-            lines.append(f"| {entry['date']} | forgot {_cell(entry['forgotten'])} |")
+            lines.append(f"| {entry['date']} | a class was forgotten |")
         else:
             what = f"{len(entry['new'])} new classes" + (
                 f", more of {len(entry['again'])} known ones" if entry["again"] else ""

@@ -70,6 +70,7 @@ DRIFT = {
 TABLES = {
     "README.md": ["shapes"],
     "docs/measured.md": ["caltech51", "ucf101", "cifar100", "cifar100-50"],
+    "docs/choose-a-method.md": ["shapes", "caltech51", "cifar100"],
     "docs/spa.md": ["spa-shapes", "spa-cifar100"],
     "docs/drift.md": [f"drift/{name}" for name in DRIFT],
 }

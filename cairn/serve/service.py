@@ -113,8 +113,6 @@ class Service:
             if len(copy.classes_) == 1:
                 raise HTTPException(409, f"'{one_line(name)}' is the only class; teach another one first")
             copy.forget(name)
-            if copy.descriptions is not None:
-                copy.descriptions = {own: said for own, said in copy.descriptions.items() if own != name}
 
         await self._changed(f"'{one_line(name)}' is being forgotten", change)
 

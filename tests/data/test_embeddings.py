@@ -323,7 +323,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(
-        ResultError, match="toy.safetensors': cannot be written: No space left on device; free some space"
+        ResultError, match=r"toy\.safetensors': cannot be written: No space left on device; free some space"
     ):
         save_features(file, **tensors(), class_names=NAMES)
     assert file.read_bytes() == before

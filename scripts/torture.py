@@ -55,6 +55,7 @@ def begun(method: str, folder: Path) -> int:
     if child:
         return child
     try:
+        torch.set_num_threads(1)  # the copy's own pool, made before threads of a loader would each try to
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)

@@ -68,7 +68,7 @@ def test_the_python_of_a_page_runs_offline(page, tmp_path, monkeypatch, capsys):
     run_python(page)
     out = capsys.readouterr().out
     if page.name == "README.md":
-        assert "MB kept of 40 classes, no image" in out
+        assert "right, among 10 classes" in out
     if page.name == "start.md":
         drawn, shown = (np.asarray(Image.open(path)) for path in (tmp_path / "world.png", DOCS / "pictures/world.png"))
         assert np.array_equal(drawn, shown)

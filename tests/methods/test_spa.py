@@ -71,7 +71,7 @@ def test_the_plans_own_score_is_added_as_it_is(towers, small_stream):
 
 def test_old_classes_are_drawn_in_both_branches_on_the_sphere(towers, small_stream):
     method = learned(towers, small_stream)
-    drawn = method._unit(method.memory.draw(5, torch.Generator().manual_seed(0))[0])
+    drawn = method.on_sphere(method.memory.draw(5, torch.Generator().manual_seed(0))[0])
     for half in drawn.split(towers.dim, dim=1):
         torch.testing.assert_close(half.norm(dim=1), torch.ones(len(drawn)))
 

@@ -49,8 +49,9 @@ class Archive:
         """Whether there is a generation, sound or not."""
         return bool(self._numbers())
 
-    def write(self, record: Mapping[str, Any], parts: Mapping[str, State]) -> None:
-        """A new generation. A part that is the very object written before is taken as unchanged.
+    def write(self, record: Mapping[str, Any], parts: Mapping[str, State], keep: int = 2) -> None:
+        """A new generation, after which the `keep` newest are kept. A part that is the very object written before is taken as
+        unchanged.
 
         Raises ResultError where it cannot be written or does not read back; the generations before are then untouched.
         """
@@ -74,7 +75,7 @@ class Archive:
             self._sweep()
             raise
         self._written = {name: (parts[name], entry) for name, entry in entries.items()}
-        self._sweep(keep=2)
+        self._sweep(keep)
 
     def read(self) -> Generation | None:
         """The newest sound generation, None if there is none at all. Raises ResultError if all there are is damaged, or the

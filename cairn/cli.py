@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
-from cairn import learner_commands
+from cairn import learner_commands, run_commands
 from cairn.errors import CairnError, ConfigError, DataError, Stopped
 from cairn.reports.console import Console
+from cairn.run_commands import Data, checked
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="A CLIP model learns new classes, task after task, without keeping old images.",
 )  # fmt: skip
+run_commands.register(app)
+learner_commands.register(app)
 
-Settings = TypeVar("Settings")
-Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Into = Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn COMMAND NAME' is replaced")]
 Block = Annotated[str, typer.Option(help="name of the block")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
 
 
 def main() -> None:
@@ -48,239 +46,6 @@ def main() -> None:
             print(f"cairn: {error.format_message()}; see cairn --help", file=sys.stderr)
             sys.exit(2)
         raise
-
-
-def _read_file(context: typer.Context, path: Path | None) -> Path | None:
-    """What the file says stands in for the options' defaults, so that the command line goes before it."""
-    if path is not None:
-        context.obj = _run_file(path)
-        context.default_map = context.obj.options
-    return path
-
-
-def _run_file(path: Path):
-    """What a file asks for, one of ours or another toolbox's."""
-    from cairn.pycil import read_config
-    from cairn.runfile import read_run_file
-
-    return read_config(path) if path.suffix.lower() == ".json" else read_run_file(path)
-
-
-@app.command()
-def run(
-    context: typer.Context,
-    method: Annotated[str | None, typer.Argument(help="a method of `cairn list`; none with --resume")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            callback=_read_file,
-            is_eager=True,
-            help="a run file (TOML), or a config of PyCIL, PILOT or C3Box (JSON); options given here override it",
-        ),
-    ] = None,
-    data: Data = "shapes",
-    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
-    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
-    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
-    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
-    seed: Annotated[int, typer.Option(help="moves every random choice but the class order")] = 1,
-    seeds: Annotated[str | None, typer.Option(help="several seeds, 1,2,3: one folder each and a summary")] = None,
-    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/METHOD-DATA]")] = None,
-    set_: Set = None,
-    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
-    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
-    preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
-    template: Annotated[
-        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
-    on_bad_image: Annotated[str, typer.Option(help="image files that cannot be read: error or skip")] = "error",
-    resume: Annotated[
-        Path | None, typer.Option(help="go on with the run that was begun in this folder; no other option")
-    ] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if the run is killed")] = 60.0,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="the same in steps of training")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="begin again, whatever result or unfinished run is there")
-    ] = False,
-    keep_learner: Annotated[
-        bool, typer.Option("--keep-learner", help="keep what was learned, for `cairn explain-image`")
-    ] = False,
-    cache: Annotated[
-        bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
-    ] = False,
-    track: Annotated[
-        list[str] | None, typer.Option(help="tell tensorboard, wandb, trackio or mlflow as well; may be repeated")
-    ] = None,
-    log_lines: Annotated[
-        bool, typer.Option("--log-lines", help="after each task also print the accuracy lines of PyCIL and C3Box")
-    ] = False,
-) -> None:
-    """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off."""
-    from cairn.methods.catalogue import method_named
-    from cairn.run import RunConfig
-    from cairn.runfile import RunFile
-    from cairn.store import Call, read_call
-
-    if resume is not None:
-        if method is not None:
-            raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
-        _run_all(read_call(resume), resume)
-        return
-    asked = context.obj or RunFile()
-    if method is None:
-        raise ConfigError(asked.problem or "no method given; see `cairn list`")
-    entry = method_named(method)
-    step = _step(step, data)
-    folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
-    several = _seeds(seeds) if seeds is not None else None
-    if several is None and context.get_parameter_source("seed").name != "COMMANDLINE":
-        several = asked.seeds
-    config = _checked(
-        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order,
-        seed=several[0] if several else seed, settings=(*asked.settings, *(set_ or ())), limit_train=limit_train,
-        limit_test=limit_test, validation=validation, device=device, precision=precision, preprocess=preprocess,
-        template=template, revision=revision, on_bad_image=on_bad_image,
-    )  # fmt: skip
-    call = _checked(
-        Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
-    )  # fmt: skip
-    _run_all(call, folder, overwrite)
-
-
-def _checked(kind: type[Settings], **values: Any) -> Settings:
-    """Settings from options; one that does not fit is named as the option it came from."""
-    from pydantic import ValidationError
-
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = str(problem["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {problem['input']}: {problem['msg'].lower()}") from None
-
-
-def _step(step: int | None, data: str) -> int:
-    """The stream's usual step where none is given."""
-    return step if step is not None else 5 if data.partition(":")[0] == "shapes" else 10
-
-
-def _data_name(data: str) -> str:
-    """What a default output folder is called after."""
-    return Path(data).stem if os.path.exists(data) else data.partition("=")[0].replace(":", "-")
-
-
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"--seeds {text}: must be different whole numbers, e.g. 1,2,3")
-    return [int(part) for part in parts]
-
-
-def _run_all(call, folder: Path, overwrite: bool = False) -> list:
-    """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
-    from cairn.files import write_json
-    from cairn.store import CALL, SUMMARY, summary
-
-    console = Console()
-    if call.seeds is None:
-        return [_run_one(call, folder, overwrite, console)]
-    results = []
-
-    def opened() -> None:
-        write_json(folder / CALL, call.model_dump(mode="json"))
-
-    for number in call.seeds:
-        own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
-        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, opened))
-    write_json(folder / SUMMARY, summary(results))
-    (folder / CALL).unlink(missing_ok=True)
-    console.summary(results, folder / SUMMARY)
-    return results
-
-
-def _run_one(
-    call, folder: Path, overwrite: bool, console: Console, opened: Callable[[], Any] = lambda: None
-):  # fmt: skip
-    """`opened` is called when the folder is there: when all input was found good."""
-    from cairn.data.feature_store import FeatureStore
-    from cairn.pycil import curve_lines
-    from cairn.run import run_stream
-    from cairn.store import RESULT, RunFolder, write_learner
-    from cairn.tracking import Tracking
-    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
-    from cairn.training.log import Log
-
-    output = RunFolder(folder, call)
-    tracking = Tracking(call.track, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
-    if not overwrite and (done := output.finished()) is not None:
-        console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
-        console.result(done, folder / RESULT)
-        return done
-
-    # The folder is opened with the first event, after all input was found good: a bad call leaves nothing behind.
-    def keep(event: dict) -> None:
-        if output.closed:
-            held = output.open(overwrite)
-            if held is not None:
-                console.note(f"{folder}: {held} did not finish; taking over")
-            opened()
-            tracking.begin(output.happened())
-            for text in call.notices:
-                tell({"event": "notice", "text": text})
-        tell(event)
-
-    def tell(event: dict) -> None:
-        output.keep(event)
-        console.event(event)
-        tracking(event)
-        if call.log_lines and event["event"] == "task":
-            seen = {past["task"]: past["seen"] for past in output.happened() if past["event"] == "task"}
-            for line in curve_lines(list(seen.values())):
-                console.note(line)
-
-    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps)
-    store = FeatureStore.configured() if call.cache else None
-    try:
-        with stopped_by_signals(checkpoint), console.live():
-            learned = (lambda method: write_learner(folder, method)) if call.keep_learner else None
-            log = Log(keep=keep, show=console.progress)
-            result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
-        output.write(result)
-        tracking.result(result)
-    except Stopped:
-        console.note(f"stopped; the state is kept. To go on: cairn run --resume {folder}")
-        raise
-    finally:
-        tracking.close()
-        output.close()
-    console.result(result, folder / RESULT)
-    return result
-
-
-@app.command(name="import")
-def import_(
-    config: Annotated[Path, typer.Argument(help="a config of PyCIL, PILOT or C3Box (JSON)")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="the run file to write  [default: print it]")] = None,
-) -> None:
-    """Another toolbox's config as a run file; what it says that has no counterpart here is told in comments."""
-    from cairn.files import write_chunks
-    from cairn.pycil import read_config
-    from cairn.runfile import run_file_text
-
-    file = read_config(config)
-    if file.problem:
-        raise ConfigError(file.problem)
-    text = run_file_text(file, f"from {config.name}")
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        write_chunks(out, [text.encode()])
 
 
 @app.command(name="list")
@@ -328,66 +93,6 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="moves every random choice")] = 1,
-) -> None:
-    """Forty classes of the drawn world in eight tasks: zero-shot, class means and DMC side by side."""
-    from cairn.run import RunConfig
-    from cairn.store import Call
-
-    console = Console()
-    console.note(
-        "A small CLIP meets 8 tasks of 5 classes it has never seen, in a style it has never seen.\n"
-        "After each task it is tested on every class so far; no old image is kept.\n"
-    )
-    results = []
-    for method in ("zero-shot", "simplecil", "dmc"):
-        config = RunConfig(method=method, data="shapes", step=5, seed=seed, limit_train=60)
-        results += _run_all(Call(run=config, checkpoint_seconds=60.0), out / method, overwrite=True)
-    console.curves(results)
-
-
-@app.command()
-def drift(
-    data: Data = "shapes",
-    towers: Annotated[str, typer.Option(help="as in `cairn run`")] = "auto",
-    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
-    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
-    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
-    seeds: Annotated[str, typer.Option(help="seeds, 1,2,3")] = "1",
-    estimators: Annotated[
-        str, typer.Option(help="which of the family, by name")
-    ] = "mean,sdc,bures,sinkhorn,paired,local",
-    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/drift-DATA]")] = None,
-    set_: Set = None,
-    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
-    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
-) -> None:
-    """The drift laboratory: stored Gaussians against the truth, for research (it opens the images of old tasks)."""
-    from cairn.files import make_folder, write_json
-    from cairn.reports.drift import drift_figure, drift_table
-    from cairn.run import RunConfig, drift_report
-    from cairn.training.log import Log
-
-    console = Console()
-    folder = out or Path("runs") / f"drift-{_data_name(data)}"
-    config = RunConfig(
-        method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
-        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
-    )  # fmt: skip
-    with console.live():
-        log = Log(keep=console.event, show=console.progress)
-        report = drift_report(config, [name.strip() for name in estimators.split(",")], _seeds(seeds), log)
-    make_folder(folder)
-    write_json(folder / "drift.json", report)
-    drift_figure(report, folder / "drift.png")
-    console.note(drift_table([report]))
-    console.note(f"-> {folder / 'drift.json'}, {folder / 'drift.png'}")
-
-
-@app.command()
 def describe(
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="towers that choose the guide images")] = "tiny",
@@ -413,7 +118,7 @@ def describe(
     near, plus, far = guides.partition("+")
     if not (plus and near.isdigit() and far.isdigit()):
         raise ConfigError(f"guides '{guides}': two whole numbers, such as 4+4")
-    config = _checked(
+    config = checked(
         DescribeConfig, model=model, sentences=sentences, words=words, name_free=not allow_name,
         representative=int(near), diverse=int(far),
     )  # fmt: skip
@@ -533,9 +238,6 @@ def report(
     write_chunks(out, [page.html().encode()])
     written = [] if figures is None else page.write_files(figures)
     Console().note(f"-> {out}" + (f", {len(written)} files in {figures}" if written else ""))
-
-
-learner_commands.register(app)
 
 
 def _put(text: str, into: Path | None, block: str) -> None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel
 
 from cairn.archive import Archive
+from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions
-from cairn.data.folders import check, decoded, rgb, unreadable
+from cairn.data.folders import unreadable
+from cairn.data.given import Given, Item
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, require_text
 from cairn.errors import ConfigError, DataError, ResultError, one_line
 from cairn.files import whole
+from cairn.gate import Gate
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import with_settings
@@ -41,57 +41,6 @@ BATCH = 64
 """Images scored at once."""
 
 REFERENCES = 256
-
-Item = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image, an array (h, w, 3) or (h, w) of uint8, or where embeddings are learned a row (d,)."""
-
-
-class Given:
-    """Images as they were handed over, labelled by class number. A file is opened when it is asked for."""
-
-    def __init__(self, items: Sequence[Item], labels: np.ndarray):
-        self.items, self.labels = items, labels
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        item = self.items[index]
-        if isinstance(item, (str, Path)):
-            try:
-                return decoded(Path(item))
-            except Exception as error:  # a decoder fed with damaged bytes may raise anything
-                reason = one_line(str(error) or type(error).__name__)
-                raise DataError(f"image '{one_line(str(item))}': cannot be read ({reason})") from None
-        if isinstance(item, Image.Image):
-            return rgb(item)
-        array = np.asarray(item)
-        if array.ndim == 1:
-            return array
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
-            raise DataError(
-                f"image {index}: an array of {array.dtype} {array.shape}; give uint8 (h, w, 3), (h, w, 4) or (h, w)"
-            )
-        return rgb(Image.fromarray(array))
-
-    def check(self, index: int) -> None:
-        """Raises what opening would raise; pixels in memory are taken as they are."""
-        item = self.items[index]
-        if isinstance(item, (str, Path)):
-            check(Path(item))
-        else:
-            self[index]
-
-    def describe(self, index: int) -> str:
-        item = self.items[index]
-        return str(item) if isinstance(item, (str, Path)) else f"image {index}"
-
-    def identity(self, index: int) -> bytes:
-        item = self.items[index]
-        if isinstance(item, (str, Path)):
-            found = Path(item).stat()
-            return f"{item}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")
-        return hashlib.sha256(np.asarray(item).tobytes()).digest()
 
 
 class IncrementalClassifier:
@@ -125,7 +74,7 @@ class IncrementalClassifier:
         self.method, self.towers, self.settings = method, towers, settings
         self.templates, self.descriptions, self.seed = templates, descriptions, seed
         self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
-        self._gate = _Gate()
+        self._gate = Gate()
         self._towers: Towers | None = None
         self._novelty: Novelty | None = None
         self.method_: Method | None = None
@@ -133,6 +82,8 @@ class IncrementalClassifier:
         self.counts_ = np.array([], dtype=np.int64)
         self.history_: list[dict[str, Any]] = []
         self.references_: list[float] = []
+        self._forgot = False
+        self._forgot = False
         self.notices_: list[str] = []
 
     def __repr__(self) -> str:
@@ -254,6 +205,7 @@ class IncrementalClassifier:
                 for key in ("new", "again"):
                     entry[key] = [other for other in entry.get(key, []) if other != name]
             self.history_.append({"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1})
+            self._forgot = True
         return self
 
     # predicting
@@ -348,7 +300,10 @@ class IncrementalClassifier:
                 raise ConfigError(
                     f"method '{self.method}' keeps images, which no folder of ours does; take another to save"
                 )
-            Archive(Path(folder), NAME).write(self._record(), {"method": method.state_dict()})
+            # After forgetting, the state before must not stay beside this one
+            keep = 1 if self._forgot else 2
+            Archive(Path(folder), NAME).write(self._record(), {"method": method.state_dict()}, keep)
+            self._forgot = False
             with whole(Path(folder) / CARD) as temporary:
                 temporary.write_text(card(self._record()), encoding="utf-8")
 
@@ -488,59 +443,3 @@ def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:
     work = held.parts if held is not None and held.record.get("task") == fingerprint else {}
     checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint}, parts))
     checkpoint.begin(work)
-
-
-def card(record: Mapping[str, Any]) -> str:
-    """What a learner is, for people."""
-    entry, towers = method_named(record["method"]), record["towers"]
-    lines = [
-        "# A classifier that learns on", "",
-        f"- method: {record['method']}, {entry.title} ({entry.source})",
-        f"- towers: {one_line(towers['name'])}, fingerprint {towers['fingerprint']}, revision {towers['revision'] or 'none'}",
-        f"- {len(record['classes'])} classes from {sum(record['counts'])} images, none of which is kept",
-        f"- {record['bytes']:,} bytes, of which {record['memory_bytes']:,} are statistics of classes",
-        f"- made with cairn {record['versions']['cairn']}, torch {record['versions']['torch']}", "",
-        "| class | images |", "|---|---|",
-        *(f"| {_cell(name)} | {count} |" for name, count in zip(record["classes"], record["counts"], strict=True)), "",
-        "| date | what |", "|---|---|",
-    ]  # fmt: skip
-    for entry in record["history"]:
-        if "forgotten" in entry:
-            lines.append(f"| {entry['date']} | a class was forgotten |")
-        else:
-            what = f"{len(entry['new'])} new classes" + (
-                f", more of {len(entry['again'])} known ones" if entry["again"] else ""
-            )
-            lines.append(f"| {entry['date']} | {what}, {entry['images']} images |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(name: str) -> str:
-    """A name in a Markdown table: text, never markup."""
-    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+-.!|" else sign for sign in one_line(name))
-
-
-class _Gate:
-    """Many readers or one writer."""
-
-    def __init__(self):
-        self._condition, self._readers = threading.Condition(), 0
-        self._writer = threading.RLock()
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._writer, self._condition:
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._writer:
-            with self._condition:
-                self._condition.wait_for(lambda: self._readers == 0)
-            yield

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cairn.errors import ConfigError, DataError, one_line
 from cairn.reports.console import Console
 
+METHOD, TOWERS = "dmc-ot", "openai/clip-vit-base-patch16"
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
 
 
@@ -24,10 +26,10 @@ def register(app: typer.Typer) -> None:
 def learn(
     learner: Learner,
     pictures: Annotated[Path, typer.Argument(help="a folder with a folder of pictures per class")],
-    method: Annotated[str, typer.Option(help="for a new learner: a method of `cairn list`")] = "dmc-ot",
+    method: Annotated[str, typer.Option(help="for a new learner: a method of `cairn list`")] = METHOD,
     towers: Annotated[
         str, typer.Option(help="for a new learner: tiny, a hub id, a folder, or open_clip:<either>")
-    ] = "openai/clip-vit-base-patch16",
+    ] = TOWERS,
     set_: Annotated[list[str] | None, typer.Option("--set", help="for a new learner: a setting, key=value")] = None,
     template: Annotated[list[str] | None, typer.Option(help="for a new learner: a prompt, {} for the class")] = None,
     seed: Annotated[int, typer.Option(help="for a new learner")] = 1,
@@ -49,33 +51,31 @@ def learn(
     images, classes, said = class_images(pictures)
     items = [images.path(row) for row in range(len(images))]
     names = [classes[label] for label in images.labels]
-    if Archive(learner, NAME):
-        _refuse_for_old(
-            method=method != "dmc-ot", towers=towers != "openai/clip-vit-base-patch16", set=set_, template=template
-        )
-        held = IncrementalClassifier.load(learner, device=device)
-    else:
-        settings = {}
-        for assignment in set_ or ():
-            key, equals, value = assignment.partition("=")
-            if not equals:
-                raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
-            settings[key] = value
-        held = IncrementalClassifier(
-            method, towers, settings=settings, templates=tuple(template or TEMPLATES), seed=seed, device=device
-        )
-    if said is not None:
-        held.descriptions = {
-            **(held.descriptions or {}),
-            **{name: list(d.sentences) for name, d in said.classes.items()},
-        }
-    if not again and held.knows(items, names):
-        console.note(f"{learner} has learned these {len(items)} pictures already (--again to learn them once more)")
-        return
-    before = len(held.classes_)
+    settings = _settings(set_)
+    made = not learner.exists()
     make_folder(learner)
-    lock = Lock(learner).take()
+    lock = Lock(
+        learner
+    ).take()  # before anything is read there: what another process learned meanwhile must not be lost
     try:
+        if Archive(learner, NAME):
+            new = {"method": method != METHOD, "towers": towers != TOWERS, "set": set_, "template": template}
+            if given := [option for option, value in new.items() if value]:
+                raise ConfigError(
+                    f"--{given[0]}: the learner is there already and keeps what it was made with; leave it out"
+                )
+            held = IncrementalClassifier.load(learner, device=device)
+        else:
+            held = IncrementalClassifier(
+                method, towers, settings=settings, templates=tuple(template or TEMPLATES), seed=seed, device=device
+            )
+        if said is not None:
+            own = {name: list(described.sentences) for name, described in said.classes.items()}
+            held.descriptions = {**(held.descriptions or {}), **own}
+        if not again and held.knows(items, names):
+            console.note(f"{learner} has learned these {len(items)} pictures already (--again to learn them once more)")
+            return
+        before = len(held.classes_)
         work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
@@ -84,6 +84,9 @@ def learn(
         work.clear()
     finally:
         lock.release()
+        if made:
+            with suppress(OSError):  # nothing was learned, so nothing is left
+                learner.rmdir()
     new = len(held.classes_) - before
     console.note(
         f"{learner}: {len(items)} pictures learned, {new} new classes, {len(held.classes_)} in all; "
@@ -91,10 +94,14 @@ def learn(
     )
 
 
-def _refuse_for_old(**given: Any) -> None:
-    for option, value in given.items():
-        if value:
-            raise ConfigError(f"--{option}: the learner is there already and keeps what it was made with; leave it out")
+def _settings(assignments: list[str] | None) -> dict[str, str]:
+    found = {}
+    for assignment in assignments or ():
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
+        found[key] = value
+    return found
 
 
 def predict(
@@ -193,8 +200,9 @@ def _explained(held, files: list[Path], best: int, folder: Path) -> None:
 def inspect(learner: Learner) -> None:
     """What a learner knows, when it learned it, and what it keeps."""
     from cairn.archive import Archive
+    from cairn.card import card
     from cairn.errors import ResultError
-    from cairn.learner import NAME, card
+    from cairn.learner import NAME
 
     found = Archive(learner, NAME).read()
     if found is None:
@@ -220,7 +228,6 @@ def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class o
         held = IncrementalClassifier.load(learner)
         held.forget(name)
         held.save(learner)
-        held.save(learner)  # so that the generation before does not know the class either
     finally:
         lock.release()
     Console().note(f"{learner}: '{one_line(name)}' is forgotten, {len(held.classes_)} classes are left")

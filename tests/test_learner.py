@@ -145,10 +145,12 @@ def test_forget(pictures, towers_once, tmp_path):
     (images, names), (test, _) = pictures
     learner = quick("dmc-ot", towers_once).partial_fit(images, names)
     gone = learner.classes_[1]
+    learner.save(tmp_path)
     learner.forget(gone)
     assert gone not in learner.classes_
     assert gone not in learner.predict(test)
     learner.save(tmp_path)
+    assert len(list(tmp_path.glob("learner-*.json"))) == 1  # the state before knew the class
     for file in tmp_path.iterdir():  # nothing in the folder has the name
         assert gone.encode() not in file.read_bytes()
     assert len(IncrementalClassifier.load(tmp_path, towers_once).method_.memory.counts) == 3

@@ -159,6 +159,21 @@ def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_learned_on_is_read_under_the_lock(learner, pictures, monkeypatch, capsys):
+    """Read before, it could be what another process has changed since."""
+    plain, held = IncrementalClassifier.load, []
+
+    def load(folder, **how):
+        held.append((folder / LOCK).read_text())
+        return plain(folder, **how)
+
+    monkeypatch.setattr(IncrementalClassifier, "load", load)
+    called(monkeypatch, "learn", learner, pictures / "second", "--device", "cpu")
+    called(monkeypatch, "forget", learner, plain(learner, device="cpu").classes_[0])
+    assert all(text.startswith("process ") for text in held)
+    assert len(held) == 2
+
+
 def test_one_process_learns_at_a_time(learner, pictures, monkeypatch, capsys):
     import subprocess
     import sys

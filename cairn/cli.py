@@ -48,6 +48,10 @@ def main() -> None:
         raise
 
 
+def _yes(claim: bool) -> str:
+    return "yes" if claim else "no"
+
+
 @app.command(name="list")
 def list_() -> None:
     """Methods, data sets and towers."""
@@ -56,10 +60,19 @@ def list_() -> None:
     from cairn.towers.catalogue import KNOWN
 
     console = Console()
+    columns = ("name", "trains", "keeps", "bytes", "exemplars", "text", "descriptions", "moves encoder", "source")
     rows = [
-        (m.name, m.title, m.trains, m.keeps, "yes" if m.exemplar_free else "NO", m.source) for m in METHODS.values()
+        (
+            m.name,
+            m.trains,
+            m.keeps,
+            m.bytes,
+            *map(_yes, (not m.exemplar_free, m.text, m.descriptions, m.moves)),
+            m.source,
+        )
+        for m in METHODS.values()
     ]
-    console.table("Methods", ("name", "what", "trains", "keeps of old classes", "exemplar-free", "source"), rows)
+    console.table("Methods (k classes, d numbers per embedding, n images of i bytes)", columns, rows)
     own = [
         ("shapes", "the drawn world: 40 compositions (embedded)"),
         ("FOLDER", "train/<class>/* and test/<class>/*, or <class>/*"),
@@ -81,7 +94,7 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
     for number, stage in enumerate(entry.stages, 1):
         console.note(f"  {number}. {stage}")
     console.note(f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: "
-        f"{'yes' if entry.exemplar_free else 'no'}\nfile: {entry.build.__module__.replace('.', '/')}.py\n")  # fmt: skip
+        f"{_yes(entry.exemplar_free)}\nfile: {entry.build.__module__.replace('.', '/')}.py\n")  # fmt: skip
     forms = [("Settings (--set key=value)", entry.config())]
     if hasattr(entry.config, "embedding"):
         forms.append(("Settings on a features file (embedding form)", entry.config.embedding()))

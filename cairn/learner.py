@@ -296,7 +296,7 @@ class IncrementalClassifier:
         Whole or not at all: a learner that was there stays until this one is written and checked."""
         with self._gate.reading():
             method = self._fitted()
-            if not method_named(self.method).exemplar_free:
+            if method_named(self.method).keeps == "images":
                 raise ConfigError(
                     f"method '{self.method}' keeps images, which no folder of ours does; take another to save"
                 )

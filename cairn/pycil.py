@@ -143,10 +143,9 @@ def _schedule(entry: Entry, left: dict[str, Any]) -> list[str]:
 
 
 def _memory(entry: Entry, left: dict[str, Any]) -> list[str]:
-    """A notice if the config keeps images and the method does not."""
+    """A notice if the config says how many images to keep: here that is a setting of the method, if of anything."""
     asked = {key: left.pop(key) for key in ("memory_size", "memory_per_class", "fixed_memory") if key in left}
     kept = next((key for key in ("memory_size", "memory_per_class") if asked.get(key)), None)
     if kept is None:
         return []
-    keeps = "no images" if entry.exemplar_free else "all images"
-    return [f"{kept} {asked[kept]} is not used: {entry.name} keeps {keeps}"]
+    return [f"{kept} {asked[kept]} is not used: {entry.name} keeps {entry.keeps}"]

@@ -85,7 +85,7 @@ class RunResult(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     method: str
-    exemplar_free: bool = Field(description="false if the method keeps images")
+    exemplar_free: bool = Field(description="false if the method keeps single images, or their embeddings")
     config: dict[str, Any] = Field(description="every setting of the method, defaults included")
     run: RunConfig = Field(description="the call that made this")
     data: str
@@ -172,7 +172,7 @@ def tower_stands(entry: Entry, settings: BaseModel) -> bool:
     """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
     tuning = settings.stage1.tuning.kind if hasattr(settings, "stage1") else "none"
     alters = tuning != "none" and getattr(settings, "probes", 0) > 0
-    return tuning in ("none", "adapter") and not alters and entry.exemplar_free
+    return tuning in ("none", "adapter") and not alters and entry.keeps != "images"
 
 
 def run_stream(
@@ -423,7 +423,7 @@ class _Course:
         fit_into(
             self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
         )
-        if not self.entry.exemplar_free:
+        if self.entry.keeps == "images":
             self.method.remember(self.stream.tasks[: self.done])
 
 

@@ -86,7 +86,7 @@ def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_on
     assert ((known >= 0) & (known <= 1)).all()
     assert all(name is None for name in learner.predict(test, unknown_below=1.1))
     assert None not in learner.predict(test, unknown_below=0.0)
-    if not METHODS[method].exemplar_free:
+    if METHODS[method].keeps == "images":
         with pytest.raises(ConfigError, match="keeps images"):
             learner.save(tmp_path)
         return

@@ -15,10 +15,15 @@ from cairn.towers.protocol import Towers
 
 @dataclass(frozen=True)
 class Entry:
-    """What `cairn list` and `cairn explain` tell of a method.
+    """What a method declares: `cairn list` and `cairn explain` show it, a run holds the method to it.
 
-    `keeps` is what remains of old classes: `nothing`, `means`, `gaussians` or `images`; a method that keeps images is
-    not exemplar-free. `needs_text` says that classes must have text embeddings.
+    `trains` is what is trained, `keeps` what remains of old classes: `nothing`, `means`, `gaussians`, `second-order`
+    (sums over all classes together), `generators`, `exemplars` (embeddings of single images) or `images`. A method that
+    keeps one of the last two is not exemplar-free. `bytes` is the size of what is kept with default settings, in an
+    expression of k classes, d numbers per embedding, n images learned from and i bytes of an image.
+
+    `text` says that class texts are used, `needs_text` that it does not work without; `descriptions` that sentences
+    about classes are used where there are any; `moves` that the image encoder is trained, once or in every task.
     """
 
     name: str
@@ -29,12 +34,16 @@ class Entry:
     stages: tuple[str, ...]
     trains: str
     keeps: str
+    bytes: str = ""
+    text: bool = False
     needs_text: bool = False
+    descriptions: bool = False
+    moves: bool = False
     citation: str = ""
 
     @property
     def exemplar_free(self) -> bool:
-        return self.keeps != "images"
+        return self.keeps not in ("exemplars", "images")
 
     def default_config(self, towers: Towers) -> BaseModel:
         """The method's defaults; on precomputed embeddings those of its embedding form, if it has one."""
@@ -48,23 +57,23 @@ METHODS = {
     for entry in (
         Entry(
             "zero-shot", "Zero-shot CLIP", zero_shot.ZeroShot, zero_shot.Config,
-            "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", needs_text=True,
+            "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", "0", text=True, needs_text=True,
             citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
         ),
         Entry(
             "simplecil", "SimpleCIL: class means", simplecil.SimpleCIL, simplecil.Config,
-            "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means",
+            "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means", "k * (4 * d + 8)",
             citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
         ),
         Entry(
             "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,
-            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing",
+            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing", "0", text=True, moves=True,
             citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
         ),
         Entry(
             "joint", "Joint training (upper bound)", joint.Joint, joint.Config,
             "the field's upper bound", ("stage 1 on all images so far", "stage 2 on all images so far"),
-            "vision, then text", "images",
+            "vision, then text", "images", "n * i", text=True, moves=True,
             citation="The joint-training bound of the class-incremental literature.",
         ),
         Entry(
@@ -75,7 +84,7 @@ METHODS = {
                 "statistics: a Gaussian per class from one pass of the new encoder",
                 "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
             ),
-            "vision, then text", "gaussians",
+            "vision, then text", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True, moves=True,
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -87,7 +96,7 @@ METHODS = {
                 "statistics: a Gaussian per new class from one pass of the new encoder",
                 "stage 2: text moves (a shared and a task's prompt block), vision is frozen; old classes are drawn",
             ),
-            "vision, then text", "gaussians",
+            "vision, then text", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True, moves=True,
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -98,7 +107,7 @@ METHODS = {
                 "projectors of the task on class token and local feature, old classes drawn in both",
                 "statistics: a Gaussian per new class",
             ),
-            "projectors", "gaussians",
+            "projectors", "gaussians", "k * (4 * d * (2 * d + 1) + 8 * d + 8)", text=True, descriptions=True,
             citation="Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning. arXiv 2605.13835.",
         ),
     )

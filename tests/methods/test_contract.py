@@ -140,7 +140,7 @@ def test_state_round_trips_into_a_fresh_method(world):
 
 def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
     entry, towers, stream = world
-    if not entry.exemplar_free:
+    if entry.keeps == "images":
         pytest.skip("keeps images, which a state does not hold")
     method, restored = build(entry, towers), build(entry, towers)
     method.learn(stream.tasks[0])
@@ -203,13 +203,24 @@ def test_images_of_other_tasks_are_never_opened(world):
     method = build(entry, towers)
     kept = []
     for task in stream.tasks:
-        if entry.exemplar_free:  # what was learned is taken away
+        if entry.keeps != "images":  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))
         own = replace(task, train=Subset(task.train, np.arange(len(task.train)), task.train.labels))
         kept.append(own)
         method.learn(own)
     assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)
+
+
+def test_what_is_kept_has_the_size_that_its_row_declares(world):
+    entry, towers, stream = world
+    method = build(entry, towers)
+    for task in stream.tasks:
+        method.learn(task)
+    k, n = len(stream.class_names), sum(len(task.train) for task in stream.tasks)
+    i = towers.prepare(stream.tasks[0].train[0]).nbytes
+    d = towers.dim / 2 if entry.name == "spa" and not towers.has_images else towers.dim  # rows without patches
+    assert method.memory_bytes == eval(entry.bytes, {"k": k, "d": d, "n": n, "i": i})
 
 
 def test_an_equal_encoder_name_means_equal_embeddings(world):
@@ -265,6 +276,6 @@ def test_every_class_may_be_forgotten_and_learned_again(world):
     method.learn(task)
     for _ in task.names:
         method.forget(0)
-    assert method.memory_bytes == 0 or entry.keeps == "gaussians"  # a pooled covariance would stay
+    assert method.memory_bytes == 0 or entry.keeps in ("gaussians", "second-order")  # what is pooled stays
     method.learn(replace(task, index=1))
     assert scores(method, pixels).shape[1] == len(task.names)

@@ -60,19 +60,13 @@ def list_() -> None:
     from cairn.towers.catalogue import KNOWN
 
     console = Console()
-    columns = ("name", "trains", "keeps", "bytes", "exemplars", "text", "descriptions", "moves encoder", "source")
+    columns = ("name", "trains", "keeps", "MB", "exemplars", "uses", "source")
     rows = [
-        (
-            m.name,
-            m.trains,
-            m.keeps,
-            m.bytes,
-            *map(_yes, (not m.exemplar_free, m.text, m.descriptions, m.moves)),
-            m.source,
-        )
+        (m.name, m.trains, m.keeps, f"{m.size(k=100, d=512, n=5000, i=3 * 224**2) / 1e6:.1f}", _yes(not m.exemplar_free),
+         ", ".join(m.uses), m.source)
         for m in METHODS.values()
-    ]
-    console.table("Methods (k classes, d numbers per embedding, n images of i bytes)", columns, rows)
+    ]  # fmt: skip
+    console.table("Methods (MB kept of 100 classes with 50 images each, 512 numbers per embedding)", columns, rows)
     own = [
         ("shapes", "the drawn world: 40 compositions (embedded)"),
         ("FOLDER", "train/<class>/* and test/<class>/*, or <class>/*"),
@@ -93,8 +87,10 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
     console.note(f"{entry.title}\n\n{entry.citation}\n")
     for number, stage in enumerate(entry.stages, 1):
         console.note(f"  {number}. {stage}")
-    console.note(f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: "
-        f"{_yes(entry.exemplar_free)}\nfile: {entry.build.__module__.replace('.', '/')}.py\n")  # fmt: skip
+    console.note(f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}")
+    console.note(f"uses: {', '.join(entry.uses) or 'images alone'}")
+    console.note(f"bytes kept: {entry.bytes}, of k classes, d numbers per embedding, n images of i bytes each")
+    console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
     forms = [("Settings (--set key=value)", entry.config())]
     if hasattr(entry.config, "embedding"):
         forms.append(("Settings on a features file (embedding form)", entry.config.embedding()))

@@ -54,6 +54,10 @@ class ResultError(CairnError):
     """An output folder or a stored result that cannot be used."""
 
 
+class ExemplarsKept(CairnError):
+    """A method that is said to be exemplar-free and keeps images."""
+
+
 class NotFinite(CairnError):
     """A loss, statistic or map that is no longer a number."""
 

@@ -45,10 +45,6 @@ def image_scores(learner: IncrementalClassifier) -> ImageScores:
     towers = method.towers
     if not towers.has_images:
         raise ConfigError("learned from embeddings: there is no image tower to export")
-    texts = {
-        "_class_texts": lambda: method._class_texts, "texts": lambda: method.texts,
-        "prototypes": lambda: unit(method.prototypes),
-    }  # fmt: skip
     if hasattr(method, "projectors"):
         if method.config.local.weight:
             raise ConfigError(
@@ -57,10 +53,14 @@ def image_scores(learner: IncrementalClassifier) -> ImageScores:
         project = method.projectors
         vision = nn.Sequential(towers.vision(), _Unit(), copy.deepcopy(project["visual"]))
         matrix = project["textual"](method.anchors.to(towers.device))
-    else:
-        made = next((texts[name] for name in ("_class_texts", "prototypes", "texts") if hasattr(method, name)), None)
+    elif hasattr(method, "class_matrix"):
         vision = copy.deepcopy(method.image.module) if hasattr(method, "image") else towers.vision()
-        matrix = made() if made is not None else method.anchors
+        matrix = method.class_matrix
+    else:
+        raise ConfigError(
+            f"method '{learner.method}': its scores are not cosines of an image embedding and class vectors, so it cannot be "
+            "exported; take another method"
+        )
     return ImageScores(vision.cpu().float().eval(), matrix.detach().cpu().float(), towers.logit_scale)
 
 

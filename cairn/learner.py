@@ -26,7 +26,7 @@ from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import with_settings
 from cairn.methods.stored import fit_into
-from cairn.novelty import Novelty
+from cairn.novelty import Novelty, gaussians_of
 from cairn.towers.catalogue import load_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
@@ -157,7 +157,7 @@ class IncrementalClassifier:
 
     def _references(self, method: Method, given: Given) -> list[float]:
         """What the known score is read against (see `cairn.novelty`): of the images of a task, at most REFERENCES values."""
-        if not hasattr(method, "memory"):
+        if gaussians_of(method) is None:
             return []
         loader = Loader(given, method.towers.prepare, method.towers.pixels, batch=BATCH)
         z, y = encoded(loader, lambda pixels, _: method.remembered(method.embed(pixels)))

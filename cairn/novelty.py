@@ -38,12 +38,18 @@ DRAWS = 4096
 FOLDS = 5
 
 
+def gaussians_of(method: Any) -> GaussianMemory | None:
+    """The Gaussians that a method keeps of its classes, if it does."""
+    memory = getattr(method, "memory", None)
+    return memory if isinstance(memory, GaussianMemory) else None
+
+
 class Novelty:
     """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead."""
 
     def __init__(self, method: Any, seed: int, references: Sequence[float] = (), text_share: float = TEXT_SHARE):
         self._method, self._share = method, text_share
-        self._memory: GaussianMemory | None = getattr(method, "memory", None)
+        self._memory = gaussians_of(method)
         if self._memory is None or not self._memory.classes:
             self._memory = None
             return

@@ -27,6 +27,7 @@ from cairn.kept import kept
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import choices, with_settings
+from cairn.methods.settings import settings as every_setting
 from cairn.methods.stored import fit_into
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
@@ -170,9 +171,9 @@ def prepared(config: RunConfig) -> Prepared:
 
 def tower_stands(entry: Entry, settings: BaseModel) -> bool:
     """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
-    tuning = settings.stage1.tuning.kind if hasattr(settings, "stage1") else "none"
-    alters = tuning != "none" and getattr(settings, "probes", 0) > 0
-    return tuning in ("none", "adapter") and not alters and entry.keeps != "images"
+    tunings = {value for path, value, _ in every_setting(settings) if path.rpartition(".")[2] == "tuning"}
+    alters = getattr(settings, "alters_images", False)
+    return tunings <= {"none", "adapter"} and not alters and entry.keeps != "images"
 
 
 def run_stream(
@@ -216,7 +217,7 @@ def run_stream(
     if archive is not None:
         course.keep(checkpoint, archive)
     method, sizes = course.method, [len(test) for test in stream.tests]
-    evaluator = Evaluator(stream, towers, between=checkpoint.poll)
+    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free)
     for task in stream.tasks[course.done :]:
         with course.learning():
             try:

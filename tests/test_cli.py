@@ -9,6 +9,8 @@ import pytest
 import typer
 from PIL import Image
 
+from cairn.methods.catalogue import METHODS
+
 
 def test_a_run_leaves_a_result_and_its_events(cairn, features, tmp_path):
     status, out, err = cairn("run", "simplecil", "--data", features, "--step", 2, "--out", "here")
@@ -113,7 +115,7 @@ def test_a_folder_of_pictures_from_end_to_end(cairn, tmp_path):
 def test_list_and_explain_tell_the_table(cairn):
     status, out, _ = cairn("list")
     assert status == 0
-    for name in ("zero-shot", "simplecil", "finetune", "joint", "dmc", "cifar100", "objectnet", "tiny"):
+    for name in (*METHODS, "cifar100", "objectnet", "tiny", "exemplars", "second-o"):
         assert name in out
     status, out, _ = cairn("explain", "dmc")
     assert status == 0

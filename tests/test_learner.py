@@ -105,12 +105,12 @@ def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_on
 def test_a_known_class_is_learned_on(pictures, towers_once):
     (images, names), _ = pictures
     learner = quick("simplecil", towers_once).partial_fit(images, names)
-    before = learner.method_.prototypes.clone()
+    before = learner.method_.means.means.clone()
     learner.partial_fit(images[:3], names[:3])
     assert len(learner.classes_) == 4
     assert learner.counts_.tolist() == [11, 8, 8, 8]
-    assert not torch.equal(before[0], learner.method_.prototypes[0])
-    assert torch.equal(before[1:], learner.method_.prototypes[1:])
+    assert not torch.equal(before[0], learner.method_.means.means[0])
+    assert torch.equal(before[1:], learner.method_.means.means[1:])
     assert learner.history_[-1]["again"] == [names[0]]
 
 

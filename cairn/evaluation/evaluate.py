@@ -15,6 +15,7 @@ from torch import Tensor
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
+from cairn.evaluation.exemplars import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.towers.protocol import Towers
@@ -42,7 +43,7 @@ class Evaluation:
 class Evaluator:
     """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
     `keep_bytes`, beyond that in a temporary file, which patches of many images need. `between` is called after every
-    batch."""
+    batch. With `exemplar_free` a method that keeps images of the task is refused."""
 
     def __init__(
         self,
@@ -50,8 +51,10 @@ class Evaluator:
         towers: Towers,
         keep_bytes: int = KEEP_BYTES,
         between: Callable[[], Any] = lambda: None,
+        exemplar_free: bool = False,
     ):
         self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
+        self.exemplar_free = exemplar_free
         # Test images count as memory that does not grow: all sets together have what one loader would
         room = room_for_images() // len(stream.tests)
         self.loaders = [
@@ -62,7 +65,11 @@ class Evaluator:
         self._frozen: dict[int, Tensor] = {}
 
     def after(self, task: int, method: Method) -> Evaluation:
-        """The row of the table that follows learning task number `task`. Raises NotFinite if a score is not a number."""
+        """The row of the table that follows learning task number `task`. Raises NotFinite if a score is not a number,
+        ExemplarsKept if the method is said to be exemplar-free and is not."""
+        if self.exemplar_free:
+            learned = self.stream.tasks[task]
+            refuse_exemplars(method, learned, looked_for(learned, self.towers))
         if self._encoder != method.encoder:
             self._encoder, self._kept = method.encoder, {}
         seen = self.stream.tasks[task].classes.stop

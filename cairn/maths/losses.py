@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 
 def class_cross_entropy(
@@ -16,6 +16,18 @@ def class_cross_entropy(
     Source: both stages of DMC [P: abstract]; Radford et al., CLIP (2021), section 2.3 for the form.
     """
     return cross_entropy(s * z @ T.T, y)
+
+
+def margin_metric_softmax(
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float, margin: float
+) -> Float[Tensor, ""]:
+    """Cross entropy in which a wrong class must be further behind, the less its text is like the right one.
+
+    Mean over rows i of -log softmax_c(s (z_i . t_c + margin (1 - t_{y_i} . t_c)))_{y_i}. What is the same for all classes
+    cancels, so the images are moved instead, to z_i - margin t_{y_i}; a margin of 0 leaves `class_cross_entropy`.
+    Source: the margin metric softmax of CLIPood (Shu et al. 2023).
+    """
+    return class_cross_entropy(z - margin * T[y], T, y, s)
 
 
 def text_anchor_contrast(
@@ -29,6 +41,14 @@ def text_anchor_contrast(
     present, which = torch.unique(y, return_inverse=True)
     log_share = (s * T[present] @ z.T).log_softmax(dim=1)
     return -log_share[which, torch.arange(len(z), device=z.device)].mean()
+
+
+def normalised_cross_entropy(H: Float[Tensor, "n k"], y: Int[Tensor, "n"], temperature: float) -> Float[Tensor, ""]:
+    """Mean over rows i of -log softmax(H_i / (temperature |H_i|))_{y_i}: of the logits only their direction counts.
+
+    Source: classifier alignment of SLCA (Zhang et al. 2023), after the logit normalisation of Wei et al. 2022.
+    """
+    return cross_entropy(normalize(H) / temperature, y)
 
 
 def mean_squared_cosine(T_new: Float[Tensor, "j d"], T_old: Float[Tensor, "k d"]) -> Float[Tensor, ""]:

@@ -9,7 +9,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from cairn.errors import UnknownName
-from cairn.methods import dmc, dmc_ot, finetune, joint, simplecil, spa, zero_shot
+from cairn.methods import (
+    acil,
+    aper,
+    cgil,
+    clipood,
+    dmc,
+    dmc_ot,
+    engine,
+    finetune,
+    joint,
+    lda,
+    proof,
+    ranpac,
+    rapf,
+    simplecil,
+    slca,
+    spa,
+    zero_shot,
+)
 from cairn.towers.protocol import Towers
 
 
@@ -45,6 +63,16 @@ class Entry:
     def exemplar_free(self) -> bool:
         return self.keeps not in ("exemplars", "images")
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What else the method needs or does, in words."""
+        claims = {"text": self.text, "descriptions": self.descriptions, "moves the encoder": self.moves}
+        return tuple(what for what, holds in claims.items() if holds)
+
+    def size(self, k: int, d: float, n: int, i: int) -> int:
+        """`bytes`, worked out."""
+        return int(eval(self.bytes, {"min": min}, {"k": k, "d": d, "n": n, "i": i}))
+
     def default_config(self, towers: Towers) -> BaseModel:
         """The method's defaults; on precomputed embeddings those of its embedding form, if it has one."""
         if not towers.has_images and hasattr(self.config, "embedding"):
@@ -64,6 +92,104 @@ METHODS = {
             "simplecil", "SimpleCIL: class means", simplecil.SimpleCIL, simplecil.Config,
             "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means", "k * (4 * d + 8)",
             citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
+        ),
+        Entry(
+            "lda", "Discriminant analysis: class means, one covariance", lda.LDA, lda.Config,
+            "Hayes & Kanan 2020", ("mean embedding per class, one covariance for all",), "nothing", "gaussians",
+            "k * (4 * d + 8) + 2 * d * (d + 1)",
+            citation="Hayes, Kanan. Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis. CVPR Workshops "
+            "2020. arXiv 1909.01520.",
+        ),
+        Entry(
+            "acil", "ACIL: recursive least squares", acil.ACIL, acil.Config,
+            "Zhuang et al. 2022", ("one pass of the frozen tower, random features", "recursive update of the linear head"),
+            "head", "second-order", "8 * 2048**2",
+            citation="Zhuang et al. ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy Protection. "
+            "NeurIPS 2022. arXiv 2205.14922.",
+        ),
+        Entry(
+            "ranpac", "RanPAC: random features, ridge chosen per task", ranpac.RanPAC, ranpac.Config,
+            "McDonnell et al. 2023",
+            (
+                "phase 1, first task alone: the image encoder is tuned (off by default)",
+                "phase 2: random features, second-order statistics; a ridge chosen on held-out images of the task",
+            ),
+            "head", "second-order", "4 * min(n, 10000) * (10000 + k)",
+            citation="McDonnell et al. RanPAC: Random Projections and Pre-trained Models for Continual Learning. NeurIPS 2023. "
+            "arXiv 2307.02251.",
+        ),
+        Entry(
+            "aper", "APER: class means of the adapted and the original encoder", aper.APER, aper.Config,
+            "Zhou et al. 2023",
+            ("first task alone: the image encoder is adapted", "mean per class of [original ; adapted] embeddings"),
+            "vision, first task", "means", "k * (8 * d + 8)", moves=True,
+            citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity "
+            "are All You Need. arXiv 2303.07338.",
+        ),
+        Entry(
+            "clipood", "CLIPood: margins between class texts, averaged weights", clipood.CLIPood, clipood.Config,
+            "Shu et al. 2023", ("stage 1: vision against class texts, with margins; the weights end as their Beta average",),
+            "vision", "nothing", "0", text=True, moves=True,
+            citation="Shu et al. CLIPood: Generalizing CLIP to Out-of-Distributions. ICML 2023. arXiv 2302.00864.",
+        ),
+        Entry(
+            "slca", "SLCA: slow learner, classifier aligned on draws", slca.SLCA, slca.Config,
+            "Zhang et al. 2023",
+            (
+                "stage 1: vision learns slowly, beside a linear classifier of the task's classes",
+                "statistics: a Gaussian per class from one pass of the new encoder",
+                "stage 2: the classifier alone, on draws of all classes, with normalised logits",
+            ),
+            "vision, then head", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", moves=True,
+            citation="Zhang et al. SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model. "
+            "ICCV 2023. arXiv 2303.05118.",
+        ),
+        Entry(
+            "rapf", "RAPF: linear adapter, neighbours kept apart, weights fused", rapf.RAPF, rapf.Config,
+            "Huang et al. 2024",
+            (
+                "adapter: cross entropy and, on draws of old classes with a new neighbour by text, a hinge loss",
+                "fusion: old and new weights entry by entry in an orthonormal basis",
+                "statistics: a Gaussian per new class",
+            ),
+            "adapter", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True,
+            citation="Huang et al. Class-Incremental Learning with CLIP: Adaptive Representation Adjustment and Parameter Fusion. "
+            "ECCV 2024. arXiv 2407.14143.",
+        ),
+        Entry(
+            "cgil", "CGIL: generators of embeddings, class prompts on draws", cgil.CGIL, cgil.Config,
+            "Frascaroli et al. 2024",
+            (
+                "stage 1: a variational autoencoder per class of the task, on frozen embeddings",
+                "stage 2: class texts on draws of all classes seen, new ones too",
+            ),
+            "text", "generators", "k * (4 * (64 * (16 + 1) + 66 * d) + 8)", text=True,
+            citation="Frascaroli et al. CLIP with Generative Latent Replay: a Strong Baseline for Incremental Learning. BMVC 2024. "
+            "arXiv 2407.15793.",
+        ),
+        Entry(
+            "proof", "PROOF: projections per task, images and classes fused", proof.PROOF, proof.Config,
+            "Zhou et al. 2025",
+            (
+                "one pass of the frozen towers: class means, class texts",
+                "projections and prompts of the task, and the attention, on its images and the exemplars of old classes",
+                "exemplars: embeddings of each new class, herded towards its mean",
+            ),
+            "projectors", "exemplars", "4 * d * min(n, 20 * k) + k * (4 * d + 16)", text=True,
+            citation="Zhou et al. Learning without Forgetting for Vision-Language Models. IEEE Transactions on Pattern Analysis "
+            "and Machine Intelligence 2025. arXiv 2305.19270.",
+        ),
+        Entry(
+            "engine", "ENGINE: descriptions injected, likeliest classes re-ranked", engine.ENGINE, engine.Config,
+            "Zhou et al. 2025",
+            (
+                "one pass of the frozen tower: images and altered copies of them",
+                "units of the task: texts towards descriptions, images towards altered ones, noisy means of old classes",
+                "at test: the likeliest classes compared pair by pair, by the sentences that tell them apart",
+            ),
+            "projectors", "means", "k * (4 * d + 8)", text=True, descriptions=True,
+            citation="Zhou et al. External Knowledge Injection for CLIP-Based Class-Incremental Learning. ICCV 2025. "
+            "arXiv 2503.08510.",
         ),
         Entry(
             "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,

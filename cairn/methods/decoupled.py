@@ -10,6 +10,7 @@ from cairn.data.loading import Loader
 from cairn.data.probes import Probes
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
@@ -20,7 +21,7 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class Decoupled:
+class Decoupled(UnitRows):
     """State, scores and their storage; what `learn` does is the method's own.
 
     Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.
@@ -65,19 +66,13 @@ class Decoupled:
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 
-    def scores(self, features: Features) -> Scores:
-        return self.row_scores(self.remembered(features))
-
-    def remembered(self, features: Features) -> Features:
-        """Rows as the memory holds them."""
-        return unit(features)
-
-    def on_sphere(self, drawn: Features) -> Features:
-        """Draws from the memory, where rows of images lie."""
-        return unit(drawn)
+    @property
+    def class_matrix(self) -> Features:
+        """t_c, one unit row per class."""
+        return self._class_texts
 
     def row_scores(self, z: Features) -> Scores:
-        return self.towers.logit_scale * z @ self._class_texts.to(z.device).T
+        return self.towers.logit_scale * z @ self.class_matrix.to(z.device).T
 
     def state_dict(self) -> State:
         parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}

@@ -72,6 +72,11 @@ class Config(BaseModel):
 
     _kinds = field_validator("covariance", "shrinkage", "drift", mode="before")(kind_by_name)
 
+    @property
+    def alters_images(self) -> bool:
+        """Whether other images than the given ones pass the tower."""
+        return self.probes > 0 and self.stage1.tuning.kind != "none"
+
     @classmethod
     def embedding(cls) -> Config:
         """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""

@@ -5,20 +5,10 @@ Source: the field's `finetune` baseline, in the form of DMC's stage 1.
 
 from __future__ import annotations
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cairn.data.loading import Loader
-from cairn.data.stream import Task
-from cairn.maths.similarity import unit
-from cairn.methods.stages import BOUND, VisionStage, align_vision, class_anchors
-from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.towers.tuning import ImageEncoder
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.methods.stages import BOUND, VisionStage
+from cairn.methods.text_anchored import TextAnchored
 
 
 class Config(BaseModel):
@@ -33,41 +23,5 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}))
 
 
-class FineTune:
+class FineTune(TextAnchored):
     """argmax_c s cos(f_b(x), t_c), f_b trained on one task after the other."""
-
-    memory_bytes = 0
-
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
-        self.anchors = torch.zeros(0, towers.dim)
-
-    @property
-    def encoder(self) -> str:
-        return f"vision-{self.image.version}"
-
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        stage = self.config.stage1
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index, stage=1)
-        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
-        new = class_anchors(self.towers, task, loader, log).cpu()
-        self.anchors = torch.cat([self.anchors, new])
-        s = self.towers.logit_scale
-        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
-
-    def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
-
-    def embed(self, pixels: Pixels) -> Features:
-        return self.image(pixels)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.anchors.to(features.device).T
-
-    def state_dict(self) -> State:
-        return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})
-
-    def load_state_dict(self, state: State) -> None:
-        self.anchors = state["anchors"]
-        self.image.load_state_dict(part(state, "image"))

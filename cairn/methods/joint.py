@@ -104,9 +104,14 @@ class Joint:
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 
+    @property
     @torch.no_grad()
+    def class_matrix(self) -> Features:
+        """t_c, one unit row per class."""
+        return self.texts()
+
     def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.texts().to(features.device).T
+        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
 
     def state_dict(self) -> State:
         parts = {"image": self.image.state_dict(), "texts": self.texts.state()}

@@ -5,19 +5,19 @@ Source: Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Mode
 
 from __future__ import annotations
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
+from cairn.memory.means import ClassMeans
 from cairn.methods.protocol import FROZEN
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encoded
 from cairn.training.log import Log
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 
 class Config(BaseModel):
@@ -33,38 +33,38 @@ class SimpleCIL:
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
         self.towers, self.log = towers, log
-        self.prototypes = torch.zeros(0, towers.dim)
-        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.means = ClassMeans.empty(towers.dim)
+
+    @property
+    def counts(self) -> Labels:
+        """Images each class was learned from."""
+        return self.means.counts
 
     @property
     def memory_bytes(self) -> int:
-        return self.prototypes.nbytes + self.counts.nbytes
+        return self.means.bytes
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
         z, y = encoded(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
-        new = task.classes.stop - len(self.counts)
-        p = torch.cat([self.prototypes, torch.zeros(new, self.towers.dim)])
-        n = torch.cat([self.counts, torch.zeros(new, dtype=torch.int64)])
-        for c in y.unique().tolist():
-            own = z[y == c]
-            # p_c + (mean of the new - p_c) times their share: for a new class the mean itself
-            n[c] += len(own)
-            p[c] += (own.mean(0) - p[c]) * (len(own) / n[c])
-        self.prototypes, self.counts = p, n
+        self.means = self.means.add(z, y)
 
     def forget(self, c: int) -> None:
-        p, n = self.prototypes, self.counts
-        self.prototypes, self.counts = torch.cat([p[:c], p[c + 1 :]]), torch.cat([n[:c], n[c + 1 :]])
+        self.means = self.means.without(c)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
+    @property
+    def class_matrix(self) -> Features:
+        """p_c / |p_c|, one row per class."""
+        return unit(self.means.means)
+
     def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ unit(self.prototypes.to(features.device)).T
+        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
 
     def state_dict(self) -> State:
-        return {"prototypes": self.prototypes, "counts": self.counts}
+        return self.means.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        self.prototypes, self.counts = state["prototypes"], state["counts"]
+        self.means = ClassMeans.from_state(state)

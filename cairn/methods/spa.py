@@ -25,19 +25,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.data.descriptions import read_descriptions, written_by
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError
 from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.described import sentences_of
+from cairn.methods.projector import Projector
 from cairn.methods.protocol import FROZEN
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import class_anchors
-from cairn.towers.clip import filled
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words
@@ -108,23 +108,6 @@ class Config(BaseModel):
         return cls(local=Local(weight=0.0), descriptions="template")
 
 
-class Projector(nn.Module):
-    """x -> unit(x + sum_b G_b x), G_b trained on task b from zero; those of finished tasks are one matrix [P]."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.register_buffer("finished", torch.zeros(d, d))
-        self.current = nn.Parameter(torch.zeros(d, d))
-
-    def grow(self) -> None:
-        """The current task's map joins the finished ones; a new one starts at zero."""
-        self.finished += self.current.detach()
-        self.current = nn.Parameter(torch.zeros_like(self.finished))
-
-    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        return unit(x + x @ (self.finished + self.current).T)
-
-
 class SPA:
     """argmax_c s (cos(g(z), h(t_c)) + lambda S_c)."""
 
@@ -155,7 +138,7 @@ class SPA:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
         if config.local.weight:
-            self._describe(self._said(task, log))
+            self._describe(sentences_of(config.descriptions, task, log))
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
         x, S, y = encoded(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
@@ -280,22 +263,6 @@ class SPA:
 
     def _how(self) -> dict[str, Any]:
         return self.config.local.model_dump(include={"patches", "guide", "transport", "eps", "iterations"})
-
-    def _said(self, task: Task, log: Log) -> tuple[tuple[str, ...], ...]:
-        """The sentences of the task's classes."""
-        choice = self.config.descriptions
-        if choice == "template":
-            log("notice", text="descriptions=template: class names in templates stand in for visual descriptions")
-            filled_in = {name: [filled(template, name) for template in task.templates] for name in task.names}
-            return written_by("templates", filled_in).of(task.names)
-        if choice != "data":
-            return read_descriptions(choice).of(task.names)
-        if task.descriptions is None:
-            raise DataError(
-                "descriptions: the data set brings none; run `cairn describe` and set descriptions=FILE, or set "
-                "descriptions=template"
-            )
-        return task.descriptions.of(task.names)
 
     def _describe(self, sentences: tuple[tuple[str, ...], ...]) -> None:
         """Description tokens of new classes."""

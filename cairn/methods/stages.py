@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.losses import class_cross_entropy, mean_squared_cosine, text_anchor_contrast
+from cairn.maths.losses import class_cross_entropy, margin_metric_softmax, mean_squared_cosine, text_anchor_contrast
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
@@ -40,6 +40,14 @@ class VisionStage(BaseModel):
         "current", description="classes in the softmax: the task's, or all seen [I; K: MG-CLIP, SLCA for the first]"
     )
     text_anchor_contrast: float = Field(0.0, ge=0, description="weight of texts against the batch's images [K: TPPT-V]")
+    margin: float = Field(
+        0.0, ge=0, description="lambda of the margin that grows with the distance of the class texts [K: CLIPood, 0.3]"
+    )
+    average: float | None = Field(
+        None,
+        gt=0,
+        description="beta of the Beta(beta, beta) average over the stage; null: `full` has its own, others none",
+    )
     schedule: Schedule = Field(
         Schedule(epochs=2, batch=128, lr=2e-4), description="optimisation [K: 1-2 epochs, at 1e-3; ours is gentler]"
     )
@@ -98,10 +106,10 @@ def align_vision(
     log: Log,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Stage 1. Minimise CE(s z T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
+    """Stage 1. Minimise CE(s (z - lambda t_y) T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
-    T are the rows of `anchors` (all classes seen) that are in the softmax. Source: [P] for the stage; what it is made of is
-    in docs/deviations.md.
+    T are the rows of `anchors` (all classes seen) that are in the softmax, lambda is `stage.margin`. Source: [P] for the
+    stage; what it is made of is in docs/deviations.md.
     """
 
     classes = batches.labels.unique() if stage.classes == "current" else torch.arange(len(anchors))
@@ -109,16 +117,16 @@ def align_vision(
 
     def loss(pixels: Tensor, y: Tensor) -> Tensor:
         z, y = unit(encoder(pixels)), torch.searchsorted(classes, y).to(T.device)
-        value = class_cross_entropy(z, T, y, s)
+        value = margin_metric_softmax(z, T, y, s, stage.margin)
         if stage.text_anchor_contrast:
             value = value + stage.text_anchor_contrast * text_anchor_contrast(z, T, y, s)
         return value
 
-    schedule, average = stage.schedule, None
+    schedule, beta = stage.schedule, stage.average
     if isinstance(stage.tuning, Full):
         schedule = schedule.model_copy(update={"lr": stage.tuning.lr})
-        if stage.tuning.average is not None:
-            average = BetaAverage(encoder.parameters(), stage.tuning.average)
+        beta = stage.tuning.average if beta is None else beta
+    average = None if beta is None else BetaAverage(encoder.parameters(), beta)
     fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average)
     if encoder.parameters() and stage.schedule.epochs:
         encoder.version += 1

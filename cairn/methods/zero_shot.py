@@ -44,8 +44,13 @@ class ZeroShot:
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
+    @property
+    def class_matrix(self) -> Features:
+        """t_c, one unit row per class."""
+        return self.texts
+
     def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.texts.to(features.device).T
+        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
 
     def state_dict(self) -> State:
         return {"texts": self.texts}

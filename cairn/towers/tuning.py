@@ -99,7 +99,39 @@ class _Residual(nn.Module):
         return x + self.map(x)
 
 
-Tuning = Annotated[Frozen | Lora | Full | Projection | Adapter, Field(discriminator="kind")]
+class Bottleneck(_Choice):
+    """A small network beside the MLP of every block: MLP(x) + scale up(relu(down(x))), up zero at first.
+
+    Source: AdaptFormer (Chen et al. 2022), section 3.2; x is the MLP's own input, behind its layer norm.
+    """
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    width: int = Field(64, ge=1, description="numbers between down and up")
+    scale: float = Field(0.1, gt=0, description="factor on what is added")
+
+    def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
+        blocks = [module for module in vision.modules() if hasattr(module, "mlp")]
+        for block in blocks:
+            block.mlp = _Beside(block.mlp, self.width, self.scale, rng)
+        return vision
+
+
+class _Beside(nn.Module):
+    def __init__(self, mlp: nn.Module, width: int, scale: float, rng: torch.Generator):
+        super().__init__()
+        d = mlp.fc1.in_features
+        self.mlp, self.scale = mlp, scale
+        self.down, self.up = (nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((d, width), (width, d)))
+        bound = d**-0.5  # kaiming_uniform with a = sqrt(5)
+        self.down.weight.data.copy_(torch.rand(self.down.weight.shape, generator=rng) * 2 * bound - bound)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + self.scale * self.up(torch.relu(self.down(x)))
+
+
+Tuning = Annotated[Frozen | Lora | Full | Projection | Adapter | Bottleneck, Field(discriminator="kind")]
 
 
 class ImageEncoder:

@@ -40,10 +40,12 @@ def fit(
     log: Log,
     checkpoint: Checkpoint | None = None,
     *,
+    rates: Sequence[float] | None = None,
     average: BetaAverage | None = None,
 ) -> None:
-    """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, the parameters end as their average.
+    """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, its parameters end as their average.
 
+    `rates` are multiples of the schedule's learning rate, one for each parameter; 1 for all of them if None.
     Epoch e draws its order from `seeds.at(epoch=e)`. What `checkpoint` knows of this stage, named by `seeds`, is taken up
     where it stood.
     Raises NotFinite, naming the step, if a loss is not a number; the parameters then are those of the step before.
@@ -53,7 +55,7 @@ def fit(
     if not parameters or not steps:
         return
     name = "fit-" + "-".join(seeds.path)
-    course = _Course(parameters, schedule.optimiser(parameters), average)
+    course = _Course(parameters, _optimiser(schedule, parameters, rates or [1.0] * len(parameters)), average)
     if (held := checkpoint.work(name)) is not None:
         course.restore(held)
         if not 0 <= course.step <= steps:
@@ -69,7 +71,7 @@ def fit(
         for inputs, labels in source:
             waited += time.perf_counter() - mark
             for group in course.optimiser.param_groups:
-                group["lr"] = schedule.lr * schedule.factor(course.step, steps)
+                group["lr"] = group["rate"] * schedule.lr * schedule.factor(course.step, steps)
             value = loss(inputs, labels)
             if not torch.isfinite(value):
                 raise NotFinite(
@@ -100,6 +102,19 @@ def fit(
     if average is not None:
         average.apply()
     checkpoint.finish(name, course.finished)
+
+
+def _optimiser(schedule: Schedule, parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> torch.optim.Optimizer:
+    """One group of parameters for each rate, in order of appearance."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in zip(parameters, rates, strict=True):
+        groups.setdefault(rate, []).append(parameter)
+    (rate, own), *others = groups.items()
+    optimiser = schedule.optimiser(own)
+    optimiser.param_groups[0]["rate"] = rate
+    for rate, own in others:
+        optimiser.add_param_group({"params": own, "rate": rate})
+    return optimiser
 
 
 class _Course:

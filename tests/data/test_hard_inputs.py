@@ -456,10 +456,10 @@ def test_class_that_comes_back(root):
     method = entry.build(towers, settings, seed=1, log=Log())
     first = stream.tasks[0]
     method.learn(first)
-    mean = method.prototypes.clone()
+    mean = method.means.means.clone()
     method.learn(replace(first, index=1, classes=range(1, 1), names=()))
     assert method.counts.tolist() == [4]
-    torch.testing.assert_close(method.prototypes, mean)
+    torch.testing.assert_close(method.means.means, mean)
 
 
 def test_empty_task(root):

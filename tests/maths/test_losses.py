@@ -6,7 +6,12 @@ import math
 
 import torch
 
-from cairn.maths.losses import class_cross_entropy, text_anchor_contrast
+from cairn.maths.losses import (
+    class_cross_entropy,
+    margin_metric_softmax,
+    normalised_cross_entropy,
+    text_anchor_contrast,
+)
 from cairn.maths.similarity import cosines, unit
 
 
@@ -30,6 +35,43 @@ def test_class_cross_entropy_is_the_written_sum():
     assert math.isclose(class_cross_entropy(z, T, y, s).item(), total / len(z), rel_tol=1e-12)
 
 
+def test_margin_metric_softmax_is_the_written_sum():
+    """A wrong class is given lambda (1 - t_y . t_c) ahead: nothing for the right one, little for one like it."""
+    z, T, y = clustered()
+    s, margin, total = 7.0, 0.3, 0.0
+    for i in range(len(z)):
+        right = T[y[i]]
+        logits = [s * (float(z[i] @ t) + margin * (1 - float(right @ t))) for t in T]
+        total -= logits[y[i]] - math.log(sum(math.exp(value) for value in logits))
+    assert math.isclose(margin_metric_softmax(z, T, y, s, margin).item(), total / len(z), rel_tol=1e-12)
+    assert margin_metric_softmax(z, T, y, s, 0.6) > margin_metric_softmax(z, T, y, s, 0.3)
+
+
+def test_without_a_margin_it_is_cross_entropy_to_the_bit():
+    values, gradients = [], []
+    for loss in (class_cross_entropy, lambda *given: margin_metric_softmax(*given, 0.0)):
+        z, T, y = clustered()
+        z = z.float().requires_grad_()
+        value = loss(z, T.float(), y, 7.0)
+        value.backward()
+        values.append(value)
+        gradients.append(z.grad)
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
+
+
+def test_normalised_cross_entropy_is_the_written_sum():
+    z, T, y = clustered()
+    H = 5.0 * z @ T.T + torch.tensor([3.0, -1.0, 0.5])
+    tau, total = 0.1, 0.0
+    for row, label in zip(H.tolist(), y.tolist(), strict=True):
+        length = math.sqrt(sum(value * value for value in row))
+        logits = [value / (tau * length) for value in row]
+        total -= logits[label] - math.log(sum(math.exp(value) for value in logits))
+    assert math.isclose(normalised_cross_entropy(H, y, tau).item(), total / len(z), rel_tol=1e-12)
+    assert math.isclose(normalised_cross_entropy(9 * H, y, tau).item(), total / len(z), rel_tol=1e-12)
+
+
 def test_text_anchor_contrast_is_the_written_sum_over_the_images_of_the_batch():
     z, T, y = clustered()
     y = torch.where(y == 2, 1, y)  # a class that the batch does not hold must not count
@@ -42,8 +84,13 @@ def test_text_anchor_contrast_is_the_written_sum_over_the_images_of_the_batch():
 
 def test_gradients_are_exact():
     z, T, y = clustered(n=6)
-    for loss in (class_cross_entropy, text_anchor_contrast):
-        assert torch.autograd.gradcheck(lambda z, T: loss(z, T, y, 3.0), (z.requires_grad_(), T.requires_grad_()))  # noqa: B023
+    for loss in (
+        lambda z, T: class_cross_entropy(z, T, y, 3.0),
+        lambda z, T: text_anchor_contrast(z, T, y, 3.0),
+        lambda z, T: margin_metric_softmax(z, T, y, 3.0, 0.3),
+        lambda z, T: normalised_cross_entropy(z @ T.T, y, 0.1),
+    ):
+        assert torch.autograd.gradcheck(loss, (z.requires_grad_(), T.requires_grad_()))
 
 
 def test_cosines_ignore_length_and_survive_zero():

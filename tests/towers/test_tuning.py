@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 from cairn.errors import ConfigError
 from cairn.towers import lora
 from cairn.towers.features import FeatureTowers
-from cairn.towers.tuning import Adapter, Frozen, Full, ImageEncoder, Lora, Projection
+from cairn.towers.tuning import Adapter, Bottleneck, Frozen, Full, ImageEncoder, Lora, Projection
 
-CHOICES = [Frozen(), Lora(rank=4), Full(), Projection(), Adapter()]
+CHOICES = [Frozen(), Lora(rank=4), Full(), Projection(), Adapter(), Bottleneck(width=8)]
 
 
 def rng(seed=0):
@@ -46,6 +46,20 @@ def test_gradients_reach_what_is_trained_and_only_that(towers, pixels, choice):
     assert all(p.grad is None for p in towers._model.parameters())
     frozen = [p for p in encoder.module.parameters() if not p.requires_grad]
     assert all(p.grad is None for p in frozen)
+
+
+def test_a_bottleneck_stands_beside_the_mlp_of_every_block(towers, pixels):
+    """MLP(x) + scale up(relu(down(x))), written out at one block."""
+    encoder = shaken(ImageEncoder(towers, Bottleneck(width=8, scale=0.3), rng()))
+    blocks = [m for m in encoder.module.modules() if hasattr(m, "mlp") and hasattr(m.mlp, "down")]
+    plain = [m for m in towers.vision().modules() if hasattr(m, "mlp")]
+    assert len(blocks) == len(plain) > 1
+    x = torch.randn(2, 5, blocks[1].mlp.down.in_features, generator=rng())
+    W, a = blocks[1].mlp.down.weight, blocks[1].mlp.down.bias
+    V, b = blocks[1].mlp.up.weight, blocks[1].mlp.up.bias
+    naive = plain[1].mlp(x) + 0.3 * ((x @ W.T + a).clamp(min=0) @ V.T + b)
+    torch.testing.assert_close(blocks[1].mlp(x), naive)
+    assert sum(p.numel() for p in encoder.parameters()) == len(blocks) * (W.numel() + a.numel() + V.numel() + b.numel())
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: c.kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import islice
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from cairn.errors import NotFinite
 from cairn.training.averaging import BetaAverage
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -65,6 +67,51 @@ def test_the_seed_alone_decides(regression):
         ends.append(theta.detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+def three(batches, schedule, rates, checkpoint=None):
+    """Least squares with a parameter for each column."""
+    theta = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+
+    def loss(x, y):
+        return sum((x[:, i] * theta[i] - y) ** 2 for i in range(3)).mean()
+
+    fit(loss, theta, batches, schedule, Seeds(0), Log(), checkpoint, rates=rates)
+    return torch.cat(theta).detach()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_rates_are_multiples_of_the_learning_rate(regression, optimizer):
+    """The loss is a sum over parameters, so each must go where a run at its own learning rate takes it."""
+    batches, _ = regression
+    schedule = Schedule(epochs=2, lr=0.05, optimizer=optimizer, clip=1e9)
+    found = three(batches, schedule, [0.1, 1.0, 0.1])
+    slow = three(batches, schedule.model_copy(update={"lr": 0.1 * schedule.lr}), None)
+    fast = three(batches, schedule, None)
+    torch.testing.assert_close(found, torch.stack([slow[0], fast[1], slow[2]]))
+    assert not torch.allclose(slow, fast, rtol=0.1)
+
+
+def test_rates_of_one_change_nothing_and_there_must_be_one_for_each_parameter(regression):
+    batches, _ = regression
+    schedule = Schedule(epochs=2, lr=0.05)
+    assert torch.equal(three(batches, schedule, None), three(batches, schedule, [1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="zip"):
+        three(batches, schedule, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_stage_with_rates_that_was_cut_off_goes_on_to_the_bit(regression, optimizer):
+    batches, _ = regression
+    schedule, rates = Schedule(epochs=2, lr=0.05, optimizer=optimizer), [0.1, 1.0, 0.1]
+    kept, checkpoint = [], Checkpoint(steps=1)
+    checkpoint.kept_by(lambda work: kept.append(copy.deepcopy(work)))
+    whole = three(batches, schedule, rates, checkpoint)
+    assert len(kept) == 2 * len(batches)
+    for work in (kept[2], kept[len(batches) - 1], kept[-2]):
+        again = Checkpoint()
+        again.begin(work)
+        assert torch.equal(three(batches, schedule, rates, again), whole)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step(regression):

@@ -1,0 +1,77 @@
+"""ACIL: a linear head in closed form, updated task after task to exactly what training on everything would give.
+
+Source: Zhuang et al., ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy Protection
+(NeurIPS 2022), arXiv 2205.14922, section III: a frozen backbone, a random buffer layer, and recursive least squares. The
+paper trains its backbone on the first task; here it is CLIP's, as it came [I].
+
+Letters: h random features of an image (m numbers), H those of a task (n x m), Y its labels one-hot; lam the ridge;
+P = (G + lam I)^-1 with G the sum of H^T H over all tasks.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.ridge import one_hot, recursive_ridge
+from cairn.methods.protocol import FROZEN
+from cairn.methods.random_features import RandomFeatures
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """The settings of ACIL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int = Field(2048, ge=0, description="m, random features; 0: the embeddings themselves [I; paper: thousands]")
+    ridge: float = Field(100.0, gt=0, description="lam, fixed for the whole stream [I]")
+
+
+class ACIL:
+    """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
+
+    encoder = FROZEN
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log = towers, config, log
+        self.random = RandomFeatures(towers.dim, config.width, seed)
+        m = self.random.width
+        self.P = torch.eye(m, dtype=torch.float64) / config.ridge
+        self.W = torch.zeros(m, 0, dtype=torch.float64)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.P.nbytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
+        z, y = encoded(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        k = max(task.classes.stop, self.W.shape[1])
+        for rows in torch.arange(len(z)).split(self.random.width):
+            H = self.random(z[rows]).double()
+            self.P, self.W = recursive_ridge(self.P, self.W, H, one_hot(y[rows], k))
+
+    def forget(self, c: int) -> None:
+        """Its column of the head. That its images were other classes' counterexamples stays."""
+        self.W = torch.cat([self.W[:, :c], self.W[:, c + 1 :]], 1)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.towers.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * self.random(features) @ self.W.to(features)
+
+    def state_dict(self) -> State:
+        return {"P": self.P, "W": self.W, "seed": torch.tensor(self.random.seed)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.P, self.W = state["P"], state["W"]
+        self.random = RandomFeatures(self.towers.dim, self.config.width, int(state["seed"]))

@@ -1,0 +1,97 @@
+"""APER: the image encoder is adapted to the first task, then stands; class means of its embeddings and the original's.
+
+Source: Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity are All
+You Need (2023), arXiv 2303.07338, section 4.2: adapt, concatenate, average. The adapter form is the default, LoRA and
+full tuning are settings; on features files the adapter is a residual linear map behind the tower [I].
+
+Letters: f the encoder as it came, f* the adapted one; x = [f(x) ; f*(x)], p_c the mean of class c in that space.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.similarity import unit
+from cairn.memory.means import ClassMeans
+from cairn.methods.first_session import adapted
+from cairn.methods.settings import kind_by_name
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Labels, Pixels, Scores
+
+
+class Config(BaseModel):
+    """The settings of APER."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuning: Tuning = Field(
+        Bottleneck(),
+        description="what is trained on the first task: bottleneck, lora, full, projection, adapter or none",
+    )
+    schedule: Schedule = Field(
+        Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"), description="optimisation on the first task"
+    )
+
+    _kinds = field_validator("tuning", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form that needs no image tower."""
+        return cls(tuning=Adapter())
+
+
+class APER:
+    """argmax_c s cos([f(x) ; f*(x)], p_c)."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
+        self.means = ClassMeans.empty(2 * towers.dim)
+
+    @property
+    def encoder(self) -> str:
+        return f"adapted-{self.image.version}"
+
+    @property
+    def counts(self) -> Labels:
+        """Images each class was learned from."""
+        return self.means.counts
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.means.bytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        schedule = self.config.schedule
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=schedule.batch)
+        z, y = adapted(self.image, self.towers, loader, schedule, seeds.at(stage=1), log.at(stage=1), checkpoint)
+        with self.image.inference():
+            z1, _ = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+        self.means = self.means.add(torch.cat([z, z1], 1), y)
+
+    def forget(self, c: int) -> None:
+        self.means = self.means.without(c)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return torch.cat([self.towers.image(pixels), self.image(pixels)], 1)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ unit(self.means.means.to(features.device)).T
+
+    def state_dict(self) -> State:
+        return flattened({"image": self.image.state_dict(), "means": self.means.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.image.load_state_dict(part(state, "image"))
+        self.means = ClassMeans.from_state(part(state, "means"))

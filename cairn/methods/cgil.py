@@ -1,0 +1,141 @@
+"""CGIL: a small generative model of each class's frozen embeddings, class texts trained on what it draws.
+
+Source: Frascaroli et al., CLIP with Generative Latent Replay: a Strong Baseline for Incremental Learning (BMVC 2024), arXiv
+2407.15793. Its abstract was read, its equations were not, so none is cited by number. [P] marks what it states: variational
+autoencoders learn class-conditioned distributions in the space of the frozen image encoder, synthetic embeddings are drawn
+from them, and class-specific text prompts are trained on those. Sizes, schedules and the likelihood are ours [I].
+
+Letters: x = f(x) / |f(x)| unit embedding of an image; t_c unit text of class c; s scale.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.similarity import unit
+from cairn.memory.covariances import Covariance, Full
+from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.protocol import ClassMemory
+from cairn.methods.autoencoders import Vae
+from cairn.methods.protocol import FROZEN
+from cairn.methods.settings import kind_by_name
+from cairn.methods.stages import TextStage, align_text, class_anchors
+from cairn.methods.unit_rows import UnitRows
+from cairn.towers.prompts import Prompts
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Labels, Pixels, Scores
+
+
+class _Choice(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gaussian(_Choice):
+    """A Gaussian per class, the alternative that costs no training [I: its covariance]."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    covariance: Covariance = Field(Full(), description="what is kept of a class: full, low_rank, diagonal or shared")
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge")
+
+    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
+
+    def empty(self, dim: int) -> GaussianMemory:
+        return GaussianMemory(dim, covariance=self.covariance, shrinkage=self.shrinkage)
+
+    def restored(self, state: State, dim: int) -> GaussianMemory:
+        return GaussianMemory.from_state(state, self.covariance, self.shrinkage)
+
+    def learned(self, memory: GaussianMemory, x: Features, y: Labels, *_: object) -> GaussianMemory:
+        """`memory` with these rows learned."""
+        return memory.add(x, y)
+
+
+Generator = Annotated[Vae | Gaussian, Field(discriminator="kind")]
+
+
+class Config(_Choice):
+    """The settings of CGIL."""
+
+    generator: Generator = Field(Vae(), description="what a class is drawn from: vae or gaussian [P: vae]")
+    stage2: TextStage = Field(TextStage(text=Prompts(), real_share=0.0))
+
+    _kinds = field_validator("generator", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form for precomputed embeddings: residual class texts."""
+        return cls(stage2=TextStage(real_share=0.0))
+
+
+class CGIL(UnitRows):
+    """argmax_c s cos(f(x), t_c), t_c trained on draws of every class seen."""
+
+    encoder = FROZEN
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.texts = config.stage2.text.build(towers).to(towers.device)
+        self.memory: ClassMemory = config.generator.empty(towers.dim)
+        self._class_texts = torch.zeros(0, towers.dim)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        config, s = self.config, self.towers.logit_scale
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage2.schedule.batch)
+        anchors = class_anchors(self.towers, task, loader, log)
+        if task.names:
+            self.texts.grow(task.names, anchors, seeds.generator("texts"))
+        x, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+
+        # Stage 1: a generator per class of the task [P].
+        self.memory = config.generator.learned(
+            self.memory, x, y, torch.device(self.towers.device), seeds.at(stage=1), log.at(stage=1), checkpoint
+        )
+
+        # Stage 2: class texts move; new classes are drawn like old ones [P].
+        align_text(config.stage2, self.texts, x, y, self.memory, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
+        self._remember_texts()
+
+    @torch.no_grad()
+    def _remember_texts(self) -> None:
+        self._class_texts = self.texts().cpu()
+
+    def forget(self, c: int) -> None:
+        self.memory = self.memory.without(c)
+        self.texts.forget(c)
+        self._class_texts = torch.cat([self._class_texts[:c], self._class_texts[c + 1 :]])
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.towers.image(pixels)
+
+    @property
+    def class_matrix(self) -> Features:
+        """t_c, one unit row per class."""
+        return self._class_texts
+
+    def row_scores(self, x: Features) -> Scores:
+        return self.towers.logit_scale * x @ self.class_matrix.to(x.device).T
+
+    def state_dict(self) -> State:
+        return flattened({"texts": self.texts.state(), "memory": self.memory.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.texts.restore(part(state, "texts"))
+        self.memory = self.config.generator.restored(part(state, "memory"), self.towers.dim)
+        if self.memory.classes:
+            self._remember_texts()

@@ -1,0 +1,40 @@
+"""CLIPood: the whole vision tower is tuned against fixed class texts, with margins between them, and its weights are averaged.
+
+Source: Shu et al., CLIPood: Generalizing CLIP to Out-of-Distributions (ICML 2023, arXiv 2302.00864), the parts on margin
+metric softmax and on Beta moving average [P]. The paper tunes once, on one set of classes. Task after task it is ours [I]:
+every task starts from the average that the one before ended with, which counts as its pretrained model. Ours too are which
+classes stand in the softmax, epochs in place of a number of iterations, and the form on precomputed embeddings.
+
+Letters: z = f(x)/|f(x)| unit image; t_c unit text of class c; s scale; lambda margin; theta_t weights after step t of T.
+
+    loss    -log softmax_c(s (z . t_c + lambda (1 - t_y . t_c)))_y
+    weights sum_t a_t theta_t / sum_t a_t, a_t the density of Beta(beta, beta) at (t + .5) / (T + 1)
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cairn.methods.stages import VisionStage
+from cairn.methods.text_anchored import TextAnchored
+from cairn.towers.tuning import Full
+from cairn.training.schedule import Schedule
+
+
+class Config(BaseModel):
+    """lambda = .3, beta = .5, AdamW at 5e-6 and batches of 36 as the paper has them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: VisionStage = Field(
+        VisionStage(tuning=Full(), margin=0.3, schedule=Schedule(epochs=2, batch=36, lr=Full().lr))
+    )
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form for precomputed embeddings: a linear adapter, under the same loss and average."""
+        return cls(stage1=VisionStage.embedding().model_copy(update={"margin": 0.3, "average": 0.5}))
+
+
+class CLIPood(TextAnchored):
+    """argmax_c s cos(f_b(x), t_c), f_b the average over its tuning on task b."""

@@ -1,0 +1,99 @@
+"""Discriminant analysis on a frozen image tower: class means and one covariance, no training.
+
+Source: Hayes and Kanan, Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis (2020), arXiv 1909.01520,
+section 3: running means and one running covariance, shrunk before it is inverted. A covariance per class, as in FeCAM
+(Goswami et al. 2023), is a setting. Embeddings on the unit sphere and equal priors are ours.
+
+Letters: z unit embedding of an image; N(mu_c, S_c) Gaussian of class c, with S_c = S for all classes by default.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.gaussian import cholesky_repaired
+from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.similarity import unit
+from cairn.memory.covariances import Covariance, Shared
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import FROZEN
+from cairn.methods.settings import kind_by_name
+from cairn.methods.unit_rows import UnitRows
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """The settings of discriminant analysis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    covariance: Covariance = Field(
+        Shared(), description="shared: one for all classes, a linear head; full, low_rank or diagonal: one per class"
+    )
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
+
+    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
+
+
+class LDA(UnitRows):
+    """argmax_c log N(z; mu_c, S_c)."""
+
+    encoder = FROZEN
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log = towers, config, log
+        self._set(GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage))
+
+    def _set(self, memory: GaussianMemory) -> None:
+        self.memory = memory
+        self._whiteners: list[Tensor] = []
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
+        z, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "Z")
+        self._set(self.memory.add(z, y))
+
+    def forget(self, c: int) -> None:
+        self._set(self.memory.without(c))
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.towers.image(pixels)
+
+    def row_scores(self, z: Features) -> Scores:
+        """-|L_c^-1 (z - mu_c)|^2 / 2 - log|L_c|, where S_c = L_c L_c^T; without what is the same for all classes."""
+        x, mu = z.double().cpu(), self.memory.means
+        columns = [torch.empty(len(x), 0, dtype=x.dtype)]
+        for c, W in enumerate(self._inverse_factors()):
+            if self.config.covariance.pooled:
+                near = torch.cdist(x @ W.T, mu @ W.T, compute_mode="donot_use_mm_for_euclid_dist")
+                return (-(near**2) / 2).to(z)
+            columns.append((W.diagonal().log().sum() - ((x - mu[c]) @ W.T).square().sum(1) / 2)[:, None])
+        return torch.cat(columns, 1).to(z)
+
+    def _inverse_factors(self) -> list[Tensor]:
+        """L_c^-1 for every class, one in all if the covariance is shared."""
+        if not self._whiteners and self.memory.classes:
+            eye = torch.eye(self.memory.dim, dtype=torch.float64)
+            for c in range(1 if self.config.covariance.pooled else self.memory.classes):
+                L, _ = cholesky_repaired(self.memory.covariance(c))
+                self._whiteners.append(torch.linalg.solve_triangular(L, eye, upper=False))
+        return self._whiteners
+
+    def state_dict(self) -> State:
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self._set(GaussianMemory.from_state(state, self.config.covariance, self.config.shrinkage))

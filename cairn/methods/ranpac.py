@@ -1,0 +1,161 @@
+"""RanPAC: embeddings widened by a frozen random layer, second-order statistics of all classes, a ridge chosen by each task.
+
+Source: McDonnell et al., RanPAC: Random Projections and Pre-trained Models for Continual Learning (NeurIPS 2023),
+arXiv 2307.02251, section 4 and algorithm 1. The paper's phase 1, tuning on the first task, is a setting. The statistics
+are the paper's G and C; that they are kept and solved as a square root is ours and changes no result, see memory/second_order.py.
+
+Letters: h = relu(z V) random features of an image (m numbers), H those of a task (n x m), Y its labels one-hot;
+G = sum H^T H = R^T R, C = sum H^T Y = R^T D; lam the ridge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.errors import NotFinite
+from cairn.maths.ridge import one_hot
+from cairn.memory.second_order import SecondOrder
+from cairn.methods.first_session import adapted
+from cairn.methods.protocol import FROZEN
+from cairn.methods.random_features import RandomFeatures
+from cairn.methods.settings import kind_by_name
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Pixels, Scores
+
+
+class Config(BaseModel):
+    """The settings of RanPAC."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int = Field(10_000, ge=0, description="m, random features; 0: the embeddings themselves")
+    lowest: int = Field(-8, ge=-30, le=30, description="lam is tried on each task from 10^lowest ...")
+    highest: int = Field(8, ge=-30, le=30, description="... to 10^highest, in powers of ten")
+    search: Literal["near", "all"] = Field(
+        "near",
+        description="from the ridge of the task before, while a neighbour is better; or all of them. The same where the "
+        "error has one minimum [I; paper: all]",
+    )
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of a task's images that choose among them")
+    tuning: Tuning = Field(Frozen(), description="phase 1, on the first task: none, bottleneck, lora, full or adapter")
+    schedule: Schedule = Field(
+        Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"), description="optimisation of phase 1, if it trains"
+    )
+
+    _kinds = field_validator("tuning", mode="before")(kind_by_name)
+
+    @model_validator(mode="after")
+    def _some_ridge(self) -> Config:
+        if self.lowest > self.highest:
+            raise ValueError(f"lowest {self.lowest} is above highest {self.highest}, which leaves no ridge to try")
+        return self
+
+    @property
+    def ridges(self) -> list[float]:
+        return [10.0**exponent for exponent in range(self.lowest, self.highest + 1)]
+
+
+class RanPAC:
+    """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
+        self.random = RandomFeatures(towers.dim, config.width, seed)
+        m = self.random.width
+        self.sums, self.W, self.lam = SecondOrder.empty(m), torch.zeros(m, 0), None
+
+    @property
+    def encoder(self) -> str:
+        return f"adapted-{self.image.version}" if self.image.parameters() else FROZEN
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.sums.bytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        config, seeds, log = self.config, self.seeds.at(task=task.index), self.log.at(task=task.index)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
+
+        # Phase 1, before the first task alone: the encoder is adapted.
+        if self.image.parameters() and not self.image.version:
+            adapted(self.image, self.towers, loader, config.schedule, seeds.at(stage=1), log.at(stage=1), checkpoint)
+
+        # Phase 2: the ridge is the one that fits held-out images of the task best; then all of them count.
+        with self.image.inference():
+            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+        Y = one_hot(y, max(task.classes.stop, self.sums.D.shape[1])).float()
+        self.lam = self._chosen(z, Y, seeds)
+        self.sums = self._joined(z, Y, seeds.generator("rotation"))
+        self.W = self.sums.solution(self.lam)
+        log("ridge", chosen=self.lam, rows=len(self.sums.R))
+
+    def _joined(self, z: Features, Y: Scores, rng: torch.Generator | None = None) -> SecondOrder:
+        """The sums with these images learned, some at a time."""
+        sums = self.sums
+        for rows in torch.arange(len(z)).split(self.random.width):
+            sums = sums.joined(self.random(z[rows]), Y[rows], rng)
+        return sums
+
+    def _chosen(self, z: Features, Y: Scores, seeds: Seeds) -> float:
+        """The lam of the smallest error on held-out images, learned from the others and all tasks before."""
+        order = torch.randperm(len(z), generator=seeds.generator("held-out"))
+        out, learned = order.tensor_split([max(1, round(self.config.held_out * len(z)))])
+        sums, H, ridges = self._joined(z[learned], Y[learned]), self.random(z[out]), self.config.ridges
+
+        @cache
+        def error(i: int) -> float:
+            found = sums.error(H, Y[out], ridges[i])
+            return found if math.isfinite(found) else math.inf
+
+        near = self.config.search == "near" and self.lam in ridges
+        best = descended(error, ridges.index(self.lam), len(ridges)) if near else min(range(len(ridges)), key=error)
+        if error(best) == math.inf:
+            raise NotFinite(
+                f"ridges 1e{self.config.lowest} to 1e{self.config.highest}: none has a solution; raise highest"
+            )
+        return ridges[best]
+
+    def forget(self, c: int) -> None:
+        """Its column of the head. That its images were other classes' counterexamples stays."""
+        self.sums, self.W = self.sums.without(c), torch.cat([self.W[:, :c], self.W[:, c + 1 :]], 1)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * self.random(features) @ self.W.to(features)
+
+    def state_dict(self) -> State:
+        chosen = torch.tensor(self.lam or math.nan, dtype=torch.float64)
+        held = {"W": self.W, "lam": chosen, "seed": torch.tensor(self.random.seed)}
+        return held | flattened({"image": self.image.state_dict(), "sums": self.sums.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.W, self.lam = state["W"], float(state["lam"])
+        self.sums = SecondOrder.from_state(part(state, "sums"))
+        self.random = RandomFeatures(self.towers.dim, self.config.width, int(state["seed"]))
+        self.image.load_state_dict(part(state, "image"))
+
+
+def descended(error: Callable[[int], float], start: int, stop: int) -> int:
+    """From `start`, the first place in range(stop) with no better neighbour."""
+    at = start
+    while better := [i for i in (at - 1, at + 1) if 0 <= i < stop and error(i) < error(at)]:
+        at = min(better, key=error)
+    return at

@@ -1,0 +1,212 @@
+"""SLCA: the encoder learns slowly, and a linear classifier is aligned afterwards on draws from all classes' Gaussians.
+
+Source: Zhang et al., SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model (ICCV 2023,
+arXiv 2303.05118), the sections on the slow learner and on classifier alignment. Per task:
+1. Slow learner [P]: the whole image tower and the classifier's rows of the task's classes are trained together by cross
+   entropy over those classes alone, the tower at a much smaller learning rate (.0001 against .01).
+2. Statistics [P]: mean and covariance of each new class, under the encoder as the task left it. They stay as they are while
+   later tasks move it on.
+3. Classifier alignment [P]: draws from the Gaussians of all classes seen train the classifier alone. Its logits are
+   normalised there, H / (tau |H|), so that it cannot win by growing; predictions are by H as it is.
+
+Ours [I]: the classifier sees sqrt(d) z, of the length that a ViT's last layer norm gives (a tower of CLIP has a scale of its
+own, and embeddings on disk are often normalised); draws are put back on the sphere; rows of new classes start at zero; half
+a cosine in place of steps of the learning rate; fewer epochs.
+
+Letters: f(x) image embedding, z = f(x)/|f(x)|, d wide; (W, b) classifier; H = sqrt(d) W z + b; N(mu_c, S_c) Gaussian of class c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.losses import normalised_cross_entropy
+from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.similarity import unit
+from cairn.memory.covariances import Covariance
+from cairn.memory.covariances import Full as FullCovariance
+from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.protocol import ClassMemory
+from cairn.methods.settings import kind_by_name
+from cairn.methods.unit_rows import UnitRows
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
+from cairn.training.averaging import BetaAverage
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.fit import fit
+from cairn.training.log import Log
+from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Labels, Pixels, Scores
+
+
+class SlowLearner(BaseModel):
+    """Stage 1: encoder and classifier, each at its own rate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuning: Tuning = Field(
+        Full(lr=1e-4, average=None), description="what is trained of the encoder: full [P], lora, adapter, ... or none"
+    )
+    slow: float = Field(
+        0.01,
+        gt=0,
+        description="learning rate of the encoder, a multiple of the classifier's; `full` has its own [P; I: 1]",
+    )
+    schedule: Schedule = Field(
+        Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"),
+        description="optimisation; lr is the classifier's [P: SGD, .01, 128; K: 20 epochs on CIFAR-100]",
+    )
+
+    _kinds = field_validator("tuning", mode="before")(kind_by_name)
+
+
+class Alignment(BaseModel):
+    """Stage 3: the classifier alone, on draws."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    per_class: int = Field(256, ge=1, description="draws of each class in an epoch [K]")
+    temperature: float = Field(0.1, gt=0, description="tau of the normalised logits [P]")
+    schedule: Schedule = Field(
+        Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"), description="optimisation; epochs=0: no alignment [K]"
+    )
+
+
+class Config(BaseModel):
+    """The settings of SLCA."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage1: SlowLearner = Field(SlowLearner())
+    covariance: Covariance = Field(
+        FullCovariance(), description="what is kept of a class: full [P], low_rank, diagonal or shared"
+    )
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
+    stage2: Alignment = Field(Alignment())
+
+    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
+
+    @classmethod
+    def embedding(cls) -> Config:
+        """The form for precomputed embeddings: a linear adapter in place of the tower, at the classifier's rate [I]."""
+        return cls(stage1=SlowLearner(tuning=Adapter(), slow=1.0))
+
+
+class SLCA(UnitRows):
+    """argmax_c H_c, H = sqrt(d) W z + b."""
+
+    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        self.head = torch.zeros(0, towers.dim + 1)
+        """Row c is W_c and behind it b_c."""
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        stage1, stage2 = self.config.stage1, self.config.stage2
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
+        head = torch.cat([self.head, torch.zeros(len(task.names), self.towers.dim + 1)])
+
+        # 1. Slow learner: the task's classes compete among themselves, and old rows stand still.
+        present, encoder = loader.labels.unique(), self.image.parameters()
+        rows = nn.Parameter(head[present].to(self.image.device))
+
+        def slow_loss(pixels: Pixels, y: Labels) -> Tensor:
+            H = _logits(unit(self.image(pixels)), rows)
+            return cross_entropy(H, torch.searchsorted(present, y).to(H.device))
+
+        rate, average = stage1.slow, None
+        if isinstance(stage1.tuning, Full):
+            rate = stage1.tuning.lr / stage1.schedule.lr
+            if stage1.tuning.average is not None:
+                average = BetaAverage(encoder, stage1.tuning.average)
+        rates = [rate] * len(encoder) + [1.0]
+        fit(
+            slow_loss, [*encoder, rows], loader, stage1.schedule, seeds.at(stage=1), log.at(stage=1), checkpoint,
+            rates=rates, average=average,
+        )  # fmt: skip
+        if encoder and stage1.schedule.epochs:
+            self.image.version += 1
+        head[present] = rows.detach().cpu()
+
+        # 2. Statistics of the task's classes under the encoder as it now is.
+        with self.image.inference():
+            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
+        self.memory = self.memory.add(unit(z), y)
+
+        # 3. Classifier alignment: all classes seen, each drawn as often as any other.
+        rows = nn.Parameter(head.to(self.image.device))
+
+        def alignment_loss(z: Features, y: Labels) -> Tensor:
+            H = _logits(z.to(rows.device), rows)
+            return normalised_cross_entropy(H, y.to(rows.device), stage2.temperature)
+
+        draws = _Draws(self.memory, stage2.per_class, stage2.schedule.batch)
+        fit(alignment_loss, [rows], draws, stage2.schedule, seeds.at(stage=2), log.at(stage=2), checkpoint)
+        self.memory.tell_repairs(log)
+        self.head = rows.detach().cpu()
+
+    def forget(self, c: int) -> None:
+        self.head = torch.cat([self.head[:c], self.head[c + 1 :]])
+        self.memory = self.memory.without(c)
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    def row_scores(self, z: Features) -> Scores:
+        return _logits(z, self.head.to(z.device))
+
+    def state_dict(self) -> State:
+        return {"head": self.head} | flattened({"image": self.image.state_dict(), "memory": self.memory.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.head = state["head"]
+        self.image.load_state_dict(part(state, "image"))
+        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
+
+
+def _logits(z: Float[Tensor, "n d"], rows: Float[Tensor, "k e"]) -> Float[Tensor, "n k"]:
+    """H = sqrt(d) W z + b, the rows holding W and b."""
+    return z.shape[1] ** 0.5 * z @ rows[:, :-1].T + rows[:, -1]
+
+
+class _Draws:
+    """An epoch is `per_class` draws of every class, on the unit sphere and mixed."""
+
+    def __init__(self, memory: ClassMemory, per_class: int, batch: int):
+        self.memory, self.per_class, self.batch = memory, per_class, batch
+
+    def __len__(self) -> int:
+        return -(-self.per_class * self.memory.classes // self.batch)
+
+    def epochs(
+        self, rngs: Sequence[torch.Generator], skip: int = 0
+    ) -> Iterator[Iterator[tuple[Features, Int[Tensor, "n"]]]]:
+        """One epoch for each generator; of the first one, `skip` batches are passed over."""
+        return (islice(self._epoch(rng), 0 if i else skip, None) for i, rng in enumerate(rngs))
+
+    def _epoch(self, rng: torch.Generator) -> Iterator[tuple[Features, Int[Tensor, "n"]]]:
+        z, y = self.memory.draw(self.per_class, rng)
+        for rows in torch.randperm(len(y), generator=rng).split(self.batch):
+            yield unit(z[rows]), y[rows]

@@ -1,0 +1,64 @@
+"""What the methods that only train vision against fixed class texts hold between tasks: an image encoder and those texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.similarity import unit
+from cairn.methods.stages import align_vision, class_anchors
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State, flattened, part
+from cairn.towers.tuning import ImageEncoder
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Pixels, Scores
+
+
+class TextAnchored:
+    """argmax_c s cos(f_b(x), t_c), f_b trained by `config.stage1` on one task after the other, t_c never."""
+
+    memory_bytes = 0
+
+    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log):
+        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+        self.anchors = torch.zeros(0, towers.dim)
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
+
+    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+        stage = self.config.stage1
+        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index, stage=1)
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
+        new = class_anchors(self.towers, task, loader, log).cpu()
+        self.anchors = torch.cat([self.anchors, new])
+        s = self.towers.logit_scale
+        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
+
+    def forget(self, c: int) -> None:
+        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+
+    def embed(self, pixels: Pixels) -> Features:
+        return self.image(pixels)
+
+    @property
+    def class_matrix(self) -> Features:
+        """t_c, one unit row per class."""
+        return self.anchors
+
+    def scores(self, features: Features) -> Scores:
+        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
+
+    def state_dict(self) -> State:
+        return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})
+
+    def load_state_dict(self, state: State) -> None:
+        self.anchors = state["anchors"]
+        self.image.load_state_dict(part(state, "image"))

@@ -1,0 +1,243 @@
+"""RAPF: what the hinge pushes apart, what fusion keeps, and when neither has a say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from cairn.data.images import Concatenation, Subset
+from cairn.data.stream import task_stream
+from cairn.maths.similarity import unit
+from cairn.memory.replay import ReplayBatches
+from cairn.methods.catalogue import METHODS
+from cairn.methods.rapf import fused, hinge, neighbours
+from cairn.methods.settings import with_settings
+from cairn.towers.features import FeatureTowers
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+
+
+@pytest.fixture
+def flat(embedded_dataset):
+    held = embedded_dataset.embeddings
+    return FeatureTowers(
+        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
+        names=embedded_dataset.classes, text=held.text,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stream(embedded_dataset):
+    return task_stream(embedded_dataset, step=2)
+
+
+def build(towers, *assignments):
+    entry = METHODS["rapf"]
+    config = with_settings(entry.default_config(towers), ["schedule.epochs=2", "schedule.batch=16", *assignments])
+    return entry.build(towers, config, seed=1, log=Log())
+
+
+def rows(images):
+    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+
+
+def world(k=5, n=12, d=6, seed=0):
+    """Class texts in a cone, rows around them with one scatter that is neither diagonal nor the same in all directions."""
+    rng = torch.Generator().manual_seed(seed)
+    T = unit(2 * torch.randn(d, generator=rng) + torch.randn(k, d, generator=rng)).double()
+    mixing = torch.randn(d, d, generator=rng).double() * torch.logspace(0, -1, d)
+    y = torch.randint(k, (n,), generator=rng)
+    return unit(T[y] + 0.3 * torch.randn(n, d, generator=rng).double() @ mixing), T, y
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 3.0])
+def test_neighbours_are_pairs_of_an_old_and_a_new_class_with_near_texts(threshold):
+    _, T, _ = world()
+    near = neighbours(T, 3, threshold)
+    for i in range(5):
+        for j in range(5):
+            distance = sum(float(a - b) ** 2 for a, b in zip(T[i], T[j], strict=True)) ** 0.5
+            assert bool(near[i, j]) == (i < 3 <= j and distance < threshold)
+    assert int(near.sum()) == {0.0: 0, 3.0: 6}.get(threshold, int(near.sum()))
+
+
+def test_hinge_is_the_written_mean_over_rows_and_neighbours():
+    z, T, y = world()
+    near, margin, terms = neighbours(T, 3, float(torch.cdist(T[:3], T[3:]).median())), 0.1, []
+    assert 0 < int(near.sum()) < 6
+    for i in range(len(z)):
+        for j in range(len(T)):
+            if near[y[i], j]:
+                terms.append(max(0.0, float((z[i] - T[y[i]]).norm() - (z[i] - T[j]).norm()) + margin))
+    assert 0 in terms
+    assert max(terms) > 0
+    assert hinge(z, T, y, near, margin).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+    assert hinge(z, T, y, near & False, margin).item() == 0
+    assert torch.autograd.gradcheck(lambda z: hinge(z, T, y, near, margin), (z.requires_grad_(),))
+
+
+def test_fusion_is_the_written_mixture_in_the_basis_of_the_old_weights():
+    rng = torch.Generator().manual_seed(3)
+    old, change = (torch.randn(4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    new = old + 0.1 * change
+    vectors = np.linalg.svd(old.numpy())[0]
+    R, R2 = vectors.T @ old.numpy(), vectors.T @ new.numpy()
+    mean = np.abs(R2 - R).mean()
+    mixed = np.empty((4, 4))
+    for i in range(4):
+        for j in range(4):
+            D = abs(R2[i, j] - R[i, j])
+            M = D / (D + 0.7 * mean)
+            mixed[i, j] = (1 - M) * R[i, j] + M * R2[i, j]
+    torch.testing.assert_close(fused(old, new, 0.7), torch.from_numpy(vectors @ mixed), rtol=0, atol=1e-12)
+
+
+def test_fusion_ends_at_the_new_weights_and_at_the_old_ones():
+    rng = torch.Generator().manual_seed(3)
+    old, new = (torch.randn(5, 5, generator=rng) for _ in range(2))
+    torch.testing.assert_close(fused(old, new, 0.0), new)
+    torch.testing.assert_close(fused(old, new, 1e9), old)
+    torch.testing.assert_close(fused(old, old, 1.0), old)
+    torch.testing.assert_close(fused(old, old, 0.0), old)
+    gaps = [(fused(old, new, fusion) - old).norm().item() for fusion in (0.0, 0.5, 1.0, 2.0)]
+    assert gaps == sorted(gaps, reverse=True)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
+    """One step of plain descent, against gradients of the loss as written, on the batch that the seed says."""
+    step = ("schedule.epochs=1", "schedule.batch=200", "schedule.optimizer=sgd", "schedule.lr=1e-3", "schedule.clip=1e9",
+            "schedule.weight_decay=0", "threshold=2", "separation=50", "margin=1", "fusion=0")  # fmt: skip
+    method = build(flat, *step)
+    method.learn(stream.tasks[0])
+    before, old, task = method.W.clone(), method.memory, stream.tasks[1]
+    method.learn(task)
+
+    x, y = unit(rows(task.train)), torch.as_tensor(task.train.labels)
+    batches = ReplayBatches(x, y, old, batch=200, real_share=None)
+    ((x, y),) = batches.epoch(Seeds(1).at(task=1).at(epoch=0).generator("batches"))
+    assert set(y.tolist()) == {0, 1, 2, 3}
+    W = before.clone().requires_grad_()
+    z, T = unit(x @ W.T), flat._text[:4]
+    short = [
+        ((z[i] - T[y[i]]).norm() - (z[i] - T[j]).norm() + 1).clamp(min=0)
+        for i in range(len(z)) if y[i] < 2 for j in (2, 3)
+    ]  # fmt: skip
+    assert sum(value.item() > 0 for value in short) > 10
+    (cross_entropy(flat.logit_scale * z @ T.T, y) + 50 * torch.stack(short).mean()).backward()
+    torch.testing.assert_close(method.W - before, -1e-3 * W.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_task_keeps_its_weights_and_the_next_are_fused(flat, stream):
+    plain, mixed = build(flat, "fusion=0"), build(flat, "fusion=2")
+    for method in (plain, mixed):
+        method.learn(stream.tasks[0])
+    assert torch.equal(plain.W, mixed.W)
+    before = plain.W
+    for method in (plain, mixed):
+        method.learn(stream.tasks[1])
+    torch.testing.assert_close(mixed.W, fused(before, plain.W, 2.0), rtol=1e-4, atol=1e-6)
+    assert (mixed.W - before).norm() < 0.8 * (plain.W - before).norm()
+
+
+def test_without_neighbours_the_hinge_has_no_say(flat, stream):
+    learned = []
+    for assignments in (("threshold=0",), ("separation=0",), ("threshold=9",)):
+        method = build(flat, "margin=1", *assignments)
+        for task in stream.tasks[:2]:
+            method.learn(task)
+        learned.append(method.W)
+    assert torch.equal(learned[0], learned[1])
+    assert not torch.allclose(learned[0], learned[2], atol=1e-5)
+
+
+def test_separation_puts_old_images_further_from_the_texts_of_new_neighbours(flat, stream):
+    short = []
+    for weight in (0, 100):
+        method = build(
+            flat,
+            f"separation={weight}",
+            "threshold=9",
+            "margin=1",
+            "schedule.epochs=10",
+            "schedule.lr=3e-3",
+            "fusion=0",
+        )
+        for task in stream.tasks[:2]:
+            method.learn(task)
+        z, y = unit(unit(rows(stream.tests[0])) @ method.W.T), torch.as_tensor(stream.tests[0].labels)
+        short.append(hinge(z, method.anchors, y, neighbours(method.anchors, 2, 9), 1).item())
+    assert short[1] < 0.9 * short[0]
+
+
+def test_the_gaussians_describe_unit_features_of_the_frozen_tower(flat, stream):
+    method = build(flat)
+    for task in stream.tasks[:2]:
+        method.learn(task)
+    x, y = unit(rows(stream.tasks[0].train)).double(), torch.as_tensor(stream.tasks[0].train.labels)
+    for c in range(2):
+        torch.testing.assert_close(method.memory.mean(c), x[y == c].mean(0), atol=1e-6, rtol=0)
+    pixels = rows(stream.tests[0])
+    assert torch.equal(method.embed(pixels), pixels)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_old_classes_alone_single_images_and_no_texts_are_learned(embedded_dataset, flat, stream, text):
+    flat.has_text = text
+    method = build(flat)
+    first, second = stream.tasks[:2]
+    one = [np.flatnonzero(first.train.labels == c)[:1] for c in range(2)]
+    lone = Subset(first.train, np.concatenate([one[0], np.flatnonzero(first.train.labels == 1)]),
+                  np.concatenate([[0], first.train.labels[first.train.labels == 1]]))  # fmt: skip
+    method.learn(replace(first, train=lone))
+    again = Subset(first.train, one[0], first.train.labels[one[0]])
+    before = method.W
+    method.learn(replace(first, index=1, classes=range(2, 2), names=(), train=again))
+    assert not torch.equal(before, method.W)
+    method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
+    assert method.memory.counts.tolist()[:2] == [3, 30]
+    assert torch.isfinite(method.scores(method.embed(rows(stream.tests[0])))).all()
+
+
+class Cut(BaseException):
+    pass
+
+
+def test_a_task_cut_off_at_any_step_ends_where_an_untouched_one_does(flat, stream):
+    whole = build(flat)
+    for task in stream.tasks[:2]:
+        whole.learn(task)
+    start = build(flat)
+    start.learn(stream.tasks[0])
+    work, pieces = {}, 0
+    while True:
+        kept = Checkpoint(steps=1)
+
+        def keep(now, kept=kept):
+            work.update({name: {key: value.clone() for key, value in held.items()} for name, held in now.items()})
+            kept.written = getattr(kept, "written", 0) + 1
+            if kept.written > 3:
+                raise Cut
+
+        kept.begin(dict(work))
+        kept.kept_by(keep)
+        method = build(flat)
+        method.load_state_dict({key: value.clone() for key, value in start.state_dict().items()})
+        try:
+            method.learn(stream.tasks[1], kept)
+            break
+        except Cut:
+            pieces += 1
+            assert pieces < 50
+    assert pieces > 1
+    assert torch.equal(method.W, whole.W)

@@ -25,6 +25,7 @@ STREAMS = {
     "shapes": ["--data", "shapes"],
     "caltech51": [*EMBEDDINGS, "data/clip-vit-b32-features/caltech51.safetensors"],
     "ucf101": [*EMBEDDINGS, "data/clip-vit-b32-features/ucf101.safetensors"],
+    "ucf101-at-once": ["--step", "101", "--order", "seed:1993", "--data", "data/clip-vit-b32-features/ucf101.safetensors"],
     "cifar100-50": [*PHOTOGRAPHS, "--limit-train", "50"],
     "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "spa-shapes": ["--data", "shapes"],
@@ -69,8 +70,8 @@ DRIFT = {
 
 TABLES = {
     "README.md": ["shapes"],
-    "docs/measured.md": ["caltech51", "ucf101", "cifar100", "cifar100-50"],
-    "docs/choose-a-method.md": ["shapes", "caltech51", "cifar100"],
+    "docs/measured.md": ["caltech51", "ucf101", "ucf101-at-once", "cifar100", "cifar100-50"],
+    "docs/choose-a-method.md": ["caltech51"],
     "docs/spa.md": ["spa-shapes", "spa-cifar100"],
     "docs/drift.md": [f"drift/{name}" for name in DRIFT],
 }
@@ -86,15 +87,32 @@ Job = tuple[str, str, str, list[str], str]
 """Stream, folder, method (or `drift`, the laboratory), settings, seeds."""
 
 
+BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
+BOUNDS = ("zero-shot", "finetune", "joint")
+METHOD_ROWS = {
+    "shapes": [*BOUNDS, *BASELINES, "aper-lora", "dmc", "dmc-ot", "spa"],
+    "cifar100": [*BOUNDS, *BASELINES, "aper-lora", "dmc", "dmc-ot", "spa"],
+    "caltech51": [*BOUNDS, *BASELINES, "dmc", "dmc-ot", "spa"],
+    "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
+}
+"""Folders of a stream that are named after their method, as all are but those with other settings."""
+
+
 def jobs() -> list[Job]:
     found: list[Job] = []
-    for stream in ("shapes", "caltech51", "cifar100-50", "cifar100"):
-        for method in ("zero-shot", "simplecil", "finetune", "joint", "dmc", "dmc-ot", "spa"):
-            said = DESCRIBED if method == "spa" and stream.startswith("cifar100") else []
-            if stream == "cifar100-50" and method in ("dmc-ot", "spa"):
-                continue
-            found.append((stream, method, method, said, FIVE if stream == "shapes" and "dmc" in method else THREE))
-    found.append(("ucf101", "simplecil", "simplecil", [], "1"))
+    for stream, rows in METHOD_ROWS.items():
+        for folder in rows:
+            method, settings = (folder, []) if folder != "aper-lora" else ("aper", ["tuning=lora"])
+            if method in ("spa", "engine") and stream.startswith("cifar100"):
+                settings = DESCRIBED
+            found.append((stream, folder, method, settings, FIVE if stream == "shapes" and "dmc" in method else THREE))
+    for method in ("simplecil", "lda", "acil", "ranpac", "aper", "slca", "dmc", "dmc-ot", "spa", "joint"):
+        found.append(("ucf101", method, method, [], "1" if method == "simplecil" else THREE))
+    found += [
+        ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
+        ("ucf101-at-once", "acil", "acil", [], THREE),
+        ("ucf101-at-once", "ranpac", "ranpac", [], THREE),
+    ]
     found += [
         ("cifar100", "dmc-moving", "dmc", [MOVING], THREE),
         ("cifar100", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
@@ -145,6 +163,7 @@ def write_tables() -> None:
             cairn("compare", *(f"results/{half}" for half in name.split(":")), "--into", page, "--name", name)
     for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
+    cairn_script("costs.py")
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
 
 

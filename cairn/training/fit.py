@@ -94,7 +94,7 @@ def fit(
                 checkpoint.step(name, course.state)
         log(
             "epoch", epoch=epoch, loss=course.loss / max(1, course.rows), rows=course.rows,
-            seconds=time.perf_counter() - began, waited=waited,
+            seconds=time.perf_counter() - began, waited=waited, parameters=sum(p.numel() for p in parameters),
         )  # fmt: skip
         waited, course.rows, course.loss = 0.0, 0, 0.0
         if epoch + 1 < schedule.epochs:

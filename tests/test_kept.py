@@ -143,6 +143,9 @@ def numbers(result):
         ("dmc", (*FAST, "stage1.tuning=adapter")),
         ("dmc-ot", (*FAST, "stage1.tuning=none", "stage2.text=residual")),
         ("finetune", (FAST[0], "stage1.tuning=adapter")),
+        ("dmc", (*FAST, "stage1.tuning=none", "stage2.text=prompts")),
+        ("ranpac", ("width=50",)),
+        ("rapf", ("schedule.epochs=1",)),
     ],
 )
 def test_a_second_run_makes_no_pass_and_gives_the_same_numbers(store, method, settings):
@@ -169,6 +172,9 @@ def test_another_order_step_and_method_find_what_was_kept(store):
     [
         ("dmc", FAST),
         ("joint", (*FAST, "stage1.tuning=adapter")),
+        ("engine", ("schedule.epochs=1",)),
+        ("aper", ("schedule.epochs=1",)),
+        ("ranpac", ("width=50", "tuning=lora", "schedule.epochs=1")),
         ("dmc-ot", (*FAST, "stage1.tuning=adapter", "probes=1", "stage2.text=residual")),
     ],
 )

@@ -83,7 +83,7 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
         memory = group[0]["memory_bytes"]
         rows.append(
             [
-                name if group[0]["exemplar_free"] else f"{name} (keeps images)",
+                name if group[0]["exemplar_free"] else f"{name} (keeps exemplars)",
                 *(estimate([r[key] for r in group], 100) for key in COMPARED),
                 None if memory is None else Estimate(memory / 1000),
                 estimate([r["seconds"] for r in group]),

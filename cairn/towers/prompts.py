@@ -93,6 +93,7 @@ class Prompts(_Choice):
         return self
 
     def build(self, towers: Towers) -> SoftPrompts:
+        towers = getattr(towers, "towers", towers)  # what keeps embeddings of images has the text side of what it wraps
         if not isinstance(towers, ClipTowers):
             raise ConfigError("stage2.text 'prompts': a features file has no text tower; take stage2.text=residual")
         return SoftPrompts(towers, self)

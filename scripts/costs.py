@@ -1,0 +1,75 @@
+"""What each method costs and what it brings, side by side, from the stored results.
+
+    python scripts/costs.py [--into docs/choose-a-method.md] [--stream shapes cifar100]
+
+Accuracy, seconds and bytes are those of the results under `results/STREAM`. How many numbers a method trains in a task is
+counted here: a task is learned from four images per class, and whatever its optimisers are given is added up.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cairn.methods.catalogue import METHODS
+from cairn.reports.formats import Column, Estimate, Table, estimate
+from cairn.reports.tables import replaced_block, results_below
+from cairn.run import RunConfig, run_stream
+from cairn.training.log import Log
+from results import METHOD_ROWS, ROOT
+
+FEW = ("stage1.schedule.epochs", "stage2.schedule.epochs", "schedule.epochs", "generator.steps")
+
+
+def trained(result: dict[str, Any]) -> int:
+    """Numbers trained in the second task, all stages together, each once."""
+    settings = list(result["run"]["settings"])
+    for path in FEW:
+        held: Any = result["config"]
+        for key in path.split("."):
+            held = held.get(key) if isinstance(held, dict) else None
+        settings += [f"{path}=1"] if held else []
+    events: list[dict[str, Any]] = []
+    few = {"settings": tuple(settings), "limit_train": 4, "limit_test": 1, "device": "cpu"}
+    run_stream(RunConfig(**(result["run"] | few)), Log(keep=events.append))
+    stages = {e.get("stage"): e["parameters"] for e in events if e["event"] == "epoch" and e["task"] == 1}
+    return sum(stages.values())
+
+
+def table(stream: str) -> Table:
+    rows = []
+    for folder in METHOD_ROWS[stream]:
+        at = ROOT / "results" / stream / folder
+        if not at.is_dir():
+            continue
+        group = results_below([at])
+        entry, tasks = METHODS[group[0]["method"]], len(group[0]["task_sizes"])
+        rows.append(
+            [
+                folder, entry.keeps, Estimate(group[0]["memory_bytes"] / 1000), Estimate(trained(group[0]) / 1000),
+                ", ".join(entry.uses), estimate([r["seconds"] / tasks for r in group]),
+                *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
+            ]
+        )  # fmt: skip
+        print(folder, flush=True)
+    rows.sort(key=lambda row: row[-2])
+    columns = [
+        Column("method"), Column("keeps"), Column("kB", 0), Column("trains, thousand numbers a task", 0), Column("uses"),
+        Column("s per task", 0), Column("average %"), Column("last %"),
+    ]  # fmt: skip
+    return Table(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, default=ROOT / "docs" / "choose-a-method.md")
+    parser.add_argument("--stream", nargs="+", choices=[*METHOD_ROWS], default=[*METHOD_ROWS])
+    args = parser.parse_args()
+    for stream in args.stream:
+        text = replaced_block(args.into.read_text(encoding="utf-8"), f"costs {stream}", table(stream).markdown())
+        args.into.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cairn.data.loading import Loader
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
+from cairn.methods.stages import as_tuned
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def adapted(
             labels = torch.searchsorted(classes, labels).to(w.device)
             return class_cross_entropy(unit(encoder(pixels)), unit(w), labels, towers.logit_scale)
 
-        fit(loss, [*encoder.parameters(), w], loader, schedule, seeds, log, checkpoint)
+        schedule, average = as_tuned(encoder, schedule)
+        fit(loss, [*encoder.parameters(), w], loader, schedule, seeds, log, checkpoint, average=average)
         encoder.version = 1
     return z, y

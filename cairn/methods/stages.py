@@ -96,6 +96,16 @@ def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
 
 
+def as_tuned(
+    encoder: ImageEncoder, schedule: Schedule, beta: float | None = None
+) -> tuple[Schedule, BetaAverage | None]:
+    """The schedule and the average over a stage in which the encoder is trained: `full` has some of its own."""
+    if isinstance(encoder.tuning, Full):
+        schedule = schedule.model_copy(update={"lr": encoder.tuning.lr})
+        beta = encoder.tuning.average if beta is None else beta
+    return schedule, None if beta is None else BetaAverage(encoder.parameters(), beta)
+
+
 def align_vision(
     stage: VisionStage,
     encoder: ImageEncoder,
@@ -122,11 +132,7 @@ def align_vision(
             value = value + stage.text_anchor_contrast * text_anchor_contrast(z, T, y, s)
         return value
 
-    schedule, beta = stage.schedule, stage.average
-    if isinstance(stage.tuning, Full):
-        schedule = schedule.model_copy(update={"lr": stage.tuning.lr})
-        beta = stage.tuning.average if beta is None else beta
-    average = None if beta is None else BetaAverage(encoder.parameters(), beta)
+    schedule, average = as_tuned(encoder, stage.schedule, stage.average)
     fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average)
     if encoder.parameters() and stage.schedule.epochs:
         encoder.version += 1

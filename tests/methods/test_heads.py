@@ -19,7 +19,7 @@ from cairn.memory.means import ClassMeans
 from cairn.methods import acil, aper, lda, ranpac
 from cairn.methods.random_features import RandomFeatures
 from cairn.towers.features import FeatureTowers
-from cairn.towers.tuning import Bottleneck, Lora
+from cairn.towers.tuning import Bottleneck, Full, Lora
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 
@@ -210,6 +210,18 @@ def test_aper_compares_with_means_of_both_encoders_side_by_side(tuning, small_st
     torch.testing.assert_close(got, naive, rtol=1e-4, atol=1e-3)
     d = towers.dim
     assert (both[:, :d] - both[:, d:]).abs().max() > 1e-3  # the first task did adapt it
+
+
+def test_full_tuning_of_the_first_session_has_its_own_rate_and_average(small_stream, towers):
+    moved = []
+    for tuning in (Full(lr=1e-7, average=None), Full(lr=1e-4, average=None), Full(lr=1e-4, average=0.5)):
+        config = aper.Config(tuning=tuning, schedule=Schedule(epochs=1, batch=8, lr=0.5))
+        method = aper.APER(towers, config, seed=1, log=Log())
+        start = method.image.state_dict()
+        method.learn(small_stream.tasks[0])
+        end = method.image.state_dict()
+        moved.append(sum((end[name] - start[name]).double().norm().item() for name in start if name != "version"))
+    assert 100 * moved[0] < moved[2] < moved[1]
 
 
 def test_aper_adapts_once(small_stream, towers):

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from cairn import learner_commands, run_commands
+from cairn import embed_commands, learner_commands, run_commands, sweep_commands
 from cairn.errors import CairnError, ConfigError, DataError, Stopped
+from cairn.ranks import ALONE, Ranks
 from cairn.reports.console import Console
 from cairn.run_commands import Data, checked
 
@@ -20,32 +21,50 @@ app = typer.Typer(
 )  # fmt: skip
 run_commands.register(app)
 learner_commands.register(app)
+embed_commands.register(app)
+sweep_commands.register(app)
 
 Into = Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn COMMAND NAME' is replaced")]
 Block = Annotated[str, typer.Option(help="name of the block")]
 
 
 def main() -> None:
-    """Entry point of the `cairn` command."""
+    """Entry point of the `cairn` command. Of several processes one tells what went wrong."""
+    ranks = ALONE
     try:
-        status = app(standalone_mode=False)
+        ranks = Ranks.launched()
+        status = app(standalone_mode=False, obj=ranks)
         if isinstance(status, int):  # what an interrupt is turned into
             sys.exit(status)
     except Stopped as error:
-        print(f"cairn: {error}", file=sys.stderr)
+        if ranks.speaks(error):
+            print(f"cairn: {error}", file=sys.stderr)
         sys.exit(128 + error.signal)
     except CairnError as error:
-        print(f"cairn: {error}", file=sys.stderr)
+        if ranks.speaks(error):
+            print(f"cairn: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
+        told = ranks.speaks(error)
         if hasattr(error, "format_message"):  # a usage error of the command line itself
-            print(f"cairn: {error.format_message()}; see cairn --help", file=sys.stderr)
+            if told:
+                print(f"cairn: {error.format_message()}; see cairn --help", file=sys.stderr)
             sys.exit(2)
-        raise
+        if told:
+            raise
+        sys.exit(1)
+
+
+@app.callback()
+def _started(context: typer.Context) -> None:
+    if context.obj is not None and context.obj.number > 1 and context.invoked_subcommand not in ("run", "embed"):
+        raise ConfigError(
+            f"cairn {context.invoked_subcommand}: for one process, not for {context.obj.number}; start it without torchrun"
+        )
 
 
 def _yes(claim: bool) -> str:
@@ -87,7 +106,9 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
     console.note(f"{entry.title}\n\n{entry.citation}\n")
     for number, stage in enumerate(entry.stages, 1):
         console.note(f"  {number}. {stage}")
-    console.note(f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}")
+    console.note(
+        f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}"
+    )
     console.note(f"uses: {', '.join(entry.uses) or 'images alone'}")
     console.note(f"bytes kept: {entry.bytes}, of k classes, d numbers per embedding, n images of i bytes each")
     console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")

@@ -29,6 +29,7 @@ from cairn.methods.protocol import Method
 from cairn.methods.settings import choices, with_settings
 from cairn.methods.settings import settings as every_setting
 from cairn.methods.stored import fit_into
+from cairn.ranks import Ranks
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
@@ -112,7 +113,8 @@ class RunResult(BaseModel):
     seconds: float = Field(description="wall-clock time, learning and evaluation")
     seconds_per_task: list[float] = Field(description="of learning alone")
     resumed: int = Field(0, description="how often the run was cut off and gone on with")
-    peak_rss_bytes: int = Field(description="largest resident memory of the process")
+    processes: int = Field(1, description="how many learned side by side, when it ended")
+    peak_rss_bytes: int = Field(description="largest resident memory of the process, of several the largest")
     memory_bytes: int = Field(description="kept of old classes beyond trained parameters, after the last task")
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
@@ -189,10 +191,15 @@ def run_stream(
     `learned` is called with the method when the last task is done, for who wants more than its numbers. Where the method
     leaves the image tower as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the
     state is kept there whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is
-    the same to the bit, apart from times and passes.
+    the same to the bit, apart from times and passes. With the `ranks` of `checkpoint` it is one process of several, all of
+    which call this alike; the first alone writes.
     """
     log, checkpoint = log or Log(), checkpoint or Checkpoint()
+    ranks = checkpoint.ranks
     entry, stream, towers, settings = prepared(config)
+    if ranks.number > 1:
+        _shareable(settings, ranks)
+        _alike(stream, towers, ranks)
     for notice in stream.notices:
         log("notice", text=notice)
     if store is not None:
@@ -213,11 +220,11 @@ def run_stream(
         seed=config.seed,
         config=settings.model_dump(mode="json"),
     )
-    course = _Course(config, entry, stream, towers, settings, log)
+    course = _Course(config, entry, stream, towers, settings, log, ranks)
     if archive is not None:
         course.keep(checkpoint, archive)
     method, sizes = course.method, [len(test) for test in stream.tests]
-    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free)
+    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, ranks=ranks)
     for task in stream.tasks[course.done :]:
         with course.learning():
             try:
@@ -237,7 +244,7 @@ def run_stream(
         course.snapshot()
         checkpoint.begin()
 
-    if learned is not None:
+    if learned is not None and ranks.first:
         learned(method)
     B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
@@ -268,7 +275,8 @@ def run_stream(
         seconds=course.seconds,
         seconds_per_task=course.durations,
         resumed=course.resumed,
-        peak_rss_bytes=_peak_rss(),
+        processes=ranks.number,
+        peak_rss_bytes=max(ranks.gathered(_peak_rss())),
         memory_bytes=method.memory_bytes,
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
@@ -281,9 +289,10 @@ class _Course:
     """How far a run is: the method, what was found of it, and what it took. Kept between tasks, or within one."""
 
     def __init__(
-        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log
-    ):
+        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log, ranks: Ranks
+    ):  # fmt: skip
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
+        self.ranks = ranks
         self.method: Method = entry.build(towers, settings, seed=config.seed, log=log)
         self.evaluations: list[Evaluation] = []
         self.durations: list[float] = []
@@ -326,8 +335,7 @@ class _Course:
     def evaluating(self) -> Iterator[None]:
         before = dict(self.towers.passes)
         yield
-        for key, count in self.towers.passes.items():
-            self.passes["evaluating"][key] += count - before[key]
+        self._count("evaluating", before)
 
     def _mark(self) -> None:
         self._marks = time.perf_counter(), dict(self.towers.passes)
@@ -336,16 +344,21 @@ class _Course:
         """Add what was spent since the mark, and mark anew."""
         since, before = self._marks
         self.durations[-1] += time.perf_counter() - since
-        for key, count in self.towers.passes.items():
-            self.passes[part][key] += count - before[key]
+        self._count(part, before)
         self._mark()
+
+    def _count(self, part: str, before: dict[str, int]) -> None:
+        """Add the passes since then, those of all processes."""
+        for own in self.ranks.gathered({key: count - before[key] for key, count in self.towers.passes.items()}):
+            for key, count in own.items():
+                self.passes[part][key] += count
 
     # on disk
 
     def keep(self, checkpoint: Checkpoint, archive: Archive) -> None:
         """Go on with what `archive` holds, and keep what is due there. Raises ResultError for what cannot be gone on with."""
         self._archive = archive
-        held = archive.read()
+        held = self.ranks.told(archive.read)
         work: dict[str, State] = {}
         if held is not None:
             work = dict(held.parts)
@@ -391,7 +404,8 @@ class _Course:
     def _write(self, work: dict[str, State]) -> None:
         if self._marks is not None:
             self._take("learning")
-        self._archive.write(self._record(), {"learner": self._learned, **work})
+        if self.ranks.first:
+            self._archive.write(self._record(), {"learner": self._learned, **work})
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -426,6 +440,31 @@ class _Course:
         )
         if self.entry.keeps == "images":
             self.method.remember(self.stream.tasks[: self.done])
+
+
+WHOLE_BATCHES = ("text_anchor_contrast",)
+"""Settings that weigh a loss in which the images of a batch depend on one another."""
+
+
+def _shareable(settings: BaseModel, ranks: Ranks) -> None:
+    """Raises ConfigError for a loss of which no process can compute its share."""
+    for path, value, _ in every_setting(settings):
+        if path.rpartition(".")[2] in WHOLE_BATCHES and value:
+            raise ConfigError(
+                f"{path} {value}: looks at whole batches, of which each of {ranks.number} processes has a part; set it to 0, or "
+                "run one process"
+            )
+
+
+def _alike(stream: TaskStream, towers: Towers, ranks: Ranks) -> None:
+    """Raises ConfigError if the processes do not start from the same. All of them come to this, or none goes on."""
+    here = {"data": stream.fingerprint, "towers": towers.fingerprint} | versions()
+    for rank, there in enumerate(everyone := ranks.gathered(here)):
+        for key, value in there.items():
+            if value != everyone[0][key]:
+                raise ConfigError(
+                    f"{key}: process {rank} has {value}, the first {everyone[0][key]}; give all of them the same"
+                )
 
 
 def drift_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cairn.errors import ConfigError, Stopped
+from cairn.ranks import ALONE, Ranks
 from cairn.reports.console import Console
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
+
+
+FILE = "cairn.run_file"
+"""Where a context holds what --config read."""
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +33,8 @@ def register(app: typer.Typer) -> None:
 def _read_file(context: typer.Context, path: Path | None) -> Path | None:
     """What the file says stands in for the options' defaults, so that the command line goes before it."""
     if path is not None:
-        context.obj = _run_file(path)
-        context.default_map = context.obj.options
+        context.meta[FILE] = _run_file(path)
+        context.default_map = context.meta[FILE].options
     return path
 
 
@@ -93,18 +99,20 @@ def run(
         bool, typer.Option("--log-lines", help="after each task also print the accuracy lines of PyCIL and C3Box")
     ] = False,
 ) -> None:
-    """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off."""
+    """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off.
+    Several processes that torchrun starts share the images out."""
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
     from cairn.runfile import RunFile
     from cairn.store import Call, read_call
 
+    ranks = context.obj or ALONE
     if resume is not None:
         if method is not None:
             raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
-        _run_all(read_call(resume), resume)
+        _run_all(read_call(resume), resume, ranks=ranks)
         return
-    asked = context.obj or RunFile()
+    asked = context.meta.get(FILE) or RunFile()
     if method is None:
         raise ConfigError(asked.problem or "no method given; see `cairn list`")
     entry = method_named(method)
@@ -123,7 +131,7 @@ def run(
         Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
         checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
     )  # fmt: skip
-    _run_all(call, folder, overwrite)
+    _run_all(call, folder, overwrite, ranks)
 
 
 def checked(kind: type[Settings], **values: Any) -> Settings:
@@ -155,14 +163,19 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_all(call, folder: Path, overwrite: bool = False) -> list:
-    """One run into `folder`, or one per seed into `folder/seed-N` and a summary."""
+def _run_all(call, folder: Path, overwrite: bool = False, ranks: Ranks = ALONE) -> list:
+    """One run into `folder`, or one per seed into `folder/seed-N` and a summary. Of several processes the first writes."""
+    with ranks.connected(call.run.device):
+        return _runs(call, folder, overwrite, ranks)
+
+
+def _runs(call, folder: Path, overwrite: bool, ranks: Ranks) -> list:
     from cairn.files import write_json
     from cairn.store import CALL, SUMMARY, summary
 
-    console = Console()
+    console = Console() if ranks.first else Console(io.StringIO())
     if call.seeds is None:
-        return [_run_one(call, folder, overwrite, console)]
+        return [_run_one(call, folder, overwrite, console, ranks)]
     results = []
 
     def opened() -> None:
@@ -170,15 +183,16 @@ def _run_all(call, folder: Path, overwrite: bool = False) -> list:
 
     for number in call.seeds:
         own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
-        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, opened))
-    write_json(folder / SUMMARY, summary(results))
-    (folder / CALL).unlink(missing_ok=True)
+        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, ranks, opened))
+    if ranks.first:
+        write_json(folder / SUMMARY, summary(results))
+        (folder / CALL).unlink(missing_ok=True)
     console.summary(results, folder / SUMMARY)
     return results
 
 
 def _run_one(
-    call, folder: Path, overwrite: bool, console: Console, opened: Callable[[], Any] = lambda: None
+    call, folder: Path, overwrite: bool, console: Console, ranks: Ranks, opened: Callable[[], Any] = lambda: None
 ):  # fmt: skip
     """`opened` is called when the folder is there: when all input was found good."""
     from cairn.data.feature_store import FeatureStore
@@ -190,8 +204,9 @@ def _run_one(
     from cairn.training.log import Log
 
     output = RunFolder(folder, call)
-    tracking = Tracking(call.track, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
-    if not overwrite and (done := output.finished()) is not None:
+    trackers = call.track if ranks.first else []
+    tracking = Tracking(trackers, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
+    if not overwrite and (done := ranks.told(output.finished)) is not None:
         console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
         console.result(done, folder / RESULT)
         return done
@@ -217,15 +232,16 @@ def _run_one(
             for line in curve_lines(list(seen.values())):
                 console.note(line)
 
-    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps)
+    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps, ranks)
     store = FeatureStore.configured() if call.cache else None
     try:
         with stopped_by_signals(checkpoint), console.live():
             learned = (lambda method: write_learner(folder, method)) if call.keep_learner else None
-            log = Log(keep=keep, show=console.progress)
+            log = Log(keep=keep, show=console.progress) if ranks.first else Log()
             result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
-        output.write(result)
-        tracking.result(result)
+        if ranks.first:
+            output.write(result)
+            tracking.result(result)
     except Stopped:
         console.note(f"stopped; the state is kept. To go on: cairn run --resume {folder}")
         raise

@@ -14,7 +14,7 @@ from typing import Any
 
 from cairn.methods.catalogue import METHODS
 from cairn.reports.formats import Column, Estimate, Table, estimate
-from cairn.reports.tables import replaced_block, results_below
+from cairn.reports.tables import label, replaced_block, results_below
 from cairn.run import RunConfig, run_stream
 from cairn.training.log import Log
 from results import METHOD_ROWS, ROOT
@@ -47,7 +47,7 @@ def table(stream: str) -> Table:
         entry, tasks = METHODS[group[0]["method"]], len(group[0]["task_sizes"])
         rows.append(
             [
-                folder, entry.keeps, Estimate(group[0]["memory_bytes"] / 1000), Estimate(trained(group[0]) / 1000),
+                label(group[0]), entry.keeps, Estimate(group[0]["memory_bytes"] / 1000), Estimate(trained(group[0]) / 1000),
                 ", ".join(entry.uses), estimate([r["seconds"] / tasks for r in group]),
                 *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
             ]

@@ -96,20 +96,35 @@ Job = tuple[str, str, str, list[str], str]
 
 BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
 BOUNDS = ("zero-shot", "finetune", "joint")
+VARIANTS = {
+    "aper-5": ("aper", ["schedule.epochs=5"]),
+    "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
+    "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
+}
+"""Folders with other settings than their method's defaults; all others are named after it."""
+
 METHOD_ROWS = {
-    "shapes": [*BOUNDS, *BASELINES, "aper-lora", "dmc", "dmc-ot", "spa"],
-    "cifar100": [*BOUNDS, *BASELINES, "aper-lora", "dmc", "dmc-ot", "spa"],
+    "shapes": [*BOUNDS, *(name for name in BASELINES if name != "slca"), "slca-2", "dmc", "dmc-ot", "spa"],
+    "cifar100": [
+        *BOUNDS,
+        *(name for name in BASELINES if name not in ("aper", "slca")),
+        "aper-5",
+        "slca-2",
+        "dmc",
+        "dmc-ot-residual",
+        "spa",
+    ],
     "caltech51": [*BOUNDS, *BASELINES, "dmc", "dmc-ot", "spa"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
 }
-"""Folders of a stream that are named after their method, as all are but those with other settings."""
+"""What is compared on a stream, by folder."""
 
 
 def jobs() -> list[Job]:
     found: list[Job] = []
     for stream, rows in METHOD_ROWS.items():
         for folder in rows:
-            method, settings = (folder, []) if folder != "aper-lora" else ("aper", ["tuning=lora"])
+            method, settings = VARIANTS.get(folder, (folder, []))
             if method in ("spa", "engine") and stream.startswith("cifar100"):
                 settings = DESCRIBED
             found.append((stream, folder, method, settings, FIVE if stream == "shapes" and "dmc" in method else THREE))
@@ -123,7 +138,6 @@ def jobs() -> list[Job]:
     found += [
         ("cifar100", "dmc-moving", "dmc", [MOVING], THREE),
         ("cifar100", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
-        ("cifar100", "dmc-ot-residual", "dmc-ot", [RESIDUAL], THREE),
         ("cifar100", "dmc-ot-moving", "dmc-ot", [RESIDUAL, MOVING], THREE),
     ]
     for name, switches in SPA_SWITCHES.items():
@@ -171,6 +185,7 @@ def write_tables() -> None:
     for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
     cairn_script("costs.py")
+    cairn_script("heads.py", "--tables")
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
 
 

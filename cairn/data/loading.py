@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,13 @@ class Loader:
     `prepare` turns an opened item into what is kept (uint8 at the tower's resolution), `pixels` a stack of those into
     the tower's input. Prepared items are kept while they fit into `cache_bytes`, so that only the first epoch decodes.
     `waited` counts the seconds that whoever iterates stood still because a batch was not there yet.
+
+    Processes that learn side by side share batches out: of whole ones, number b is for process b modulo their number, and of
+    a batch in an epoch each has a part of the rows. An item is kept by the process that its batch in order is for.
     """
+
+    shares = True
+    """`epochs` can be asked for a share of every batch."""
 
     def __init__(
         self,
@@ -91,24 +97,45 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.ordered()
 
-    def ordered(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """In the collection's own order, all but the first `skip` batches."""
-        return self._batches(torch.arange(len(self.images)), skip)
+    def ordered(self, skip: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """In the collection's own order, of all but the first `skip` batches every `step`-th."""
+        order = np.arange(len(self.images))
+        return self._batches(map(_Rows, self._cut(order, skip, step)))
 
     def epoch(self, rng: torch.Generator, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """In an order drawn from `rng`, all but the first `skip` batches."""
-        return self._batches(torch.randperm(len(self.images), generator=rng), skip)
+        return self._epoch(rng, skip, (0, 1))
 
-    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """One epoch for each generator; of the first one, `skip` batches are left out."""
-        return (self.epoch(rng, 0 if i else skip) for i, rng in enumerate(rngs))
+    def epochs(
+        self, rngs: Sequence[torch.Generator], skip: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One epoch for each generator; of the first one, `skip` batches are left out. With `share` (number, of how many) only
+        that part of every batch is opened; a part without rows has no pixels."""
+        return (self._epoch(rng, 0 if i else skip, share) for i, rng in enumerate(rngs))
 
-    def _batches(self, order: Tensor, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _epoch(self, rng: torch.Generator, skip: int, share: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=rng).numpy()
+        return self._batches(self._part(rows, *share) for rows in self._cut(order, skip))
+
+    def _cut(self, order: np.ndarray, skip: int, step: int = 1) -> Iterator[np.ndarray]:
+        """The indices of each batch."""
+        starts = range(skip * self.batch, len(order), step * self.batch)
+        return (order[start : start + self.batch] for start in starts)
+
+    def _part(self, indices: np.ndarray, number: int, parts: int) -> _Rows:
+        """One of `parts` equal parts of a batch, as far as that goes of the items that this process keeps."""
+        if parts == 1:
+            return _Rows(indices)
+        home = indices // self.batch % parts
+        part = np.array_split(np.argsort(home, kind="stable"), parts)[number]
+        return _Rows(indices[part], home[part] == number)
+
+    def _batches(self, batches: Iterator[_Rows]) -> Iterator[tuple[Tensor, Tensor]]:
         pool = ThreadPoolExecutor(self.workers)
         ahead: deque[_Batch] = deque()
         try:
-            for start in range(skip * self.batch, len(order), self.batch):
-                ahead.append(_Batch(self, order[start : start + self.batch].numpy(), pool))
+            for rows in batches:
+                ahead.append(_Batch(self, rows, pool))
                 if len(ahead) == AHEAD:
                     yield self._next(ahead)
             while ahead:
@@ -123,7 +150,8 @@ class Loader:
             stack = batch.result()
         finally:
             self.waited += time.perf_counter() - began
-        return self._pixels(stack), self.labels[torch.from_numpy(batch.indices)]
+        labels = self.labels[torch.from_numpy(batch.indices)]
+        return self._pixels(stack) if len(labels) else stack, labels
 
     def _rows(self, like: np.ndarray) -> np.ndarray:
         """Where items like this one are kept. Memory is taken page by page as rows are written, not here."""
@@ -135,16 +163,23 @@ class Loader:
             return self._kept
 
 
+class _Rows(NamedTuple):
+    """Items of a batch, and which of them are to be kept: all, or those marked."""
+
+    indices: np.ndarray
+    keep: np.ndarray | None = None
+
+
 class _Batch:
     """Items on their way to being a stack. The missing ones are shared out to all workers, so that the batch is there
     sooner; the worker that is done last puts it together."""
 
-    def __init__(self, loader: Loader, indices: np.ndarray, pool: ThreadPoolExecutor):
-        self.loader, self.indices = loader, indices
+    def __init__(self, loader: Loader, rows: _Rows, pool: ThreadPoolExecutor):
+        self.loader, (self.indices, self.keep) = loader, rows
         self._passing: dict[int, np.ndarray] = {}
         self._stack: Tensor | None = None
         self._lock = threading.Lock()
-        missing = np.flatnonzero(~loader._filled[indices])
+        missing = np.flatnonzero(~loader._filled[self.indices])
         share = max(1, -(-len(missing) // loader.workers))
         # Where nothing is missing there is one part, an empty one: the stack is made off the main thread all the same
         parts = [missing[start : start + share] for start in range(0, max(1, len(missing)), share)]
@@ -171,13 +206,15 @@ class _Batch:
         for position, index in zip(part.tolist(), self.indices[part].tolist(), strict=True):
             prepared = loader._prepare(loader.images[index]).numpy()
             kept = loader._rows(like=prepared)
-            if index < len(kept):
+            if index < len(kept) and (self.keep is None or self.keep[position]):
                 kept[index] = prepared
                 loader._filled[index] = True
             else:
                 self._passing[position] = prepared
 
     def _together(self) -> Tensor:
+        if not len(self.indices):
+            return torch.empty(0)
         kept = self.loader._kept
         stack = _rows_for_device((len(self.indices), *kept.shape[1:]), kept.dtype)
         rows = stack.numpy()

@@ -44,9 +44,10 @@ class Probes:
             for pixels, labels in self.loader:
                 yield halved(exchanged(pixels, rng), rng), labels
 
-    def ordered(self, skip: int = 0) -> Iterator[tuple[Pixels, Tensor]]:
-        """All but the first `skip` batches; those are made and passed over, since what follows depends on their draws."""
-        return islice(iter(self), skip, None)
+    def ordered(self, skip: int = 0, step: int = 1) -> Iterator[tuple[Pixels, Tensor]]:
+        """Of all but the first `skip` batches every `step`-th; the others are made and passed over, since what follows depends
+        on their draws."""
+        return islice(iter(self), skip, None, step)
 
 
 def exchanged(pixels: Pixels, rng: torch.Generator) -> Pixels:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cairn.errors import NotFinite
 from cairn.evaluation.exemplars import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
+from cairn.ranks import ALONE, Ranks
 from cairn.towers.protocol import Towers
 
 KEEP_BYTES = 2 << 30
@@ -43,7 +45,8 @@ class Evaluation:
 class Evaluator:
     """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
     `keep_bytes`, beyond that in a temporary file, which patches of many images need. `between` is called after every
-    batch. With `exemplar_free` a method that keeps images of the task is refused."""
+    batch. With `exemplar_free` a method that keeps images of the task is refused. `ranks` share the batches out: each embeds
+    and scores its own, and all know which images were told right."""
 
     def __init__(
         self,
@@ -52,9 +55,10 @@ class Evaluator:
         keep_bytes: int = KEEP_BYTES,
         between: Callable[[], Any] = lambda: None,
         exemplar_free: bool = False,
+        ranks: Ranks = ALONE,
     ):
         self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
-        self.exemplar_free = exemplar_free
+        self.exemplar_free, self.ranks = exemplar_free, ranks
         # Test images count as memory that does not grow: all sets together have what one loader would
         room = room_for_images() // len(stream.tests)
         self.loaders = [
@@ -77,12 +81,7 @@ class Evaluator:
         accuracy = []
         for j in range(task + 1):
             labels = self.loaders[j].labels
-            scores = torch.cat([method.scores(rows) for rows in self._embedded(j, method).split(ROWS)])
-            if scores.shape[1] != seen or not torch.isfinite(scores).all():
-                raise NotFinite(
-                    f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
-                )
-            right = scores.argmax(1).cpu() == labels
+            right = self._right(j, lambda rows: self._predicted(task, method, rows), self._embedded(j, method))
             accuracy.append(right.float().mean().item())
             correct += torch.bincount(labels[right], minlength=seen)
             total += torch.bincount(labels, minlength=seen)
@@ -93,16 +92,41 @@ class Evaluator:
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
         )  # fmt: skip
 
-    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Tensor]) -> float | None:
+    def _predicted(self, task: int, method: Method, rows: Tensor) -> Tensor:
+        seen = self.stream.tasks[task].classes.stop
+        scores = torch.cat([method.scores(some) for some in rows.split(ROWS)])
+        if scores.shape[1] != seen or not torch.isfinite(scores).all():
+            raise NotFinite(
+                f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
+            )
+        return scores.argmax(1).cpu()
+
+    def _right(self, j: int, predicted: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor:
+        """Which test images of task j are told right, in their order; `rows` are those of this process, if it has any."""
+        labels, places = self.loaders[j].labels, self._places(j)
+        own = places[self.ranks.rank]
+        found = self.ranks.gathered(own.bool() if rows is None else predicted(rows) == labels[own])
+        right = torch.empty(len(labels), dtype=torch.bool)
+        for place, some in zip(places, found, strict=True):
+            right[place] = some
+        return right
+
+    def _places(self, j: int) -> list[Tensor]:
+        """Of each process, the test images of task j that are for it."""
+        rows, number = torch.arange(len(self.loaders[j].labels)), self.ranks.number
+        batches = rows.split(self.loaders[j].batch)
+        return [torch.cat([rows[:0], *batches[rank::number]]) for rank in range(number)]
+
+    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Tensor | None]) -> float | None:
         """Accuracy of class texts alone on the test images of `tasks`, among `classes`."""
         if not tasks or not self.towers.has_text:
             return None
         T = self._texts[classes.start : classes.stop]
-        right = [
-            (unit(rows(j)[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start == self.loaders[j].labels
-            for j in tasks
-        ]
-        return torch.cat(right).float().mean().item()
+
+        def predicted(z: Tensor) -> Tensor:
+            return (unit(z[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start
+
+        return torch.cat([self._right(j, predicted, rows(j)) for j in tasks]).float().mean().item()
 
     @cached_property
     def _texts(self) -> Tensor:
@@ -112,13 +136,13 @@ class Evaluator:
         return self.towers.class_texts(self.stream.class_names, self.stream.tasks[0].templates).cpu()
 
     @torch.no_grad()
-    def _embedded(self, j: int, method: Method) -> Tensor:
+    def _embedded(self, j: int, method: Method) -> Tensor | None:
         if j not in self._kept:
             self._kept[j] = self._all(j, method.embed)
         return self._kept[j]
 
     @torch.no_grad()
-    def _untouched(self, j: int, method: Method) -> Tensor:
+    def _untouched(self, j: int, method: Method) -> Tensor | None:
         """Embeddings of the towers as they came."""
         if method.encoder == FROZEN:
             return self._embedded(j, method)
@@ -126,14 +150,17 @@ class Evaluator:
             self._frozen[j] = self._all(j, self.towers.image)
         return self._frozen[j]
 
-    def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        start = 0
-        for pixels, _ in self.loaders[j]:
-            rows = embed(pixels)
-            if start == 0:
-                kept = self._room(len(self.loaders[j].labels), rows)
-            kept[start : start + len(rows)] = rows
-            start += len(rows)
+    def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Rows of the images that are for this process, None if none are."""
+        start, kept, loader, number = 0, None, self.loaders[j], self.ranks.number
+        batches = loader.ordered(self.ranks.rank, number)
+        for _ in range(-(-len(loader) // number)):  # as often in every process
+            for pixels, _ in islice(batches, 1):
+                rows = embed(pixels)
+                if kept is None:
+                    kept = self._room(len(self._places(j)[self.ranks.rank]), rows)
+                kept[start : start + len(rows)] = rows
+                start += len(rows)
             self.between()
         return kept
 

@@ -78,7 +78,7 @@ class RanPAC:
         self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
         self.random = RandomFeatures(towers.dim, config.width, seed)
         m = self.random.width
-        self.sums, self.W, self.lam = SecondOrder.empty(m), torch.zeros(m, 0), None
+        self.sums, self.W, self.lam = SecondOrder.empty(m), torch.zeros(m, 0), 0.0
 
     @property
     def encoder(self) -> str:
@@ -142,7 +142,7 @@ class RanPAC:
         return self.towers.logit_scale * self.random(features) @ self.W.to(features)
 
     def state_dict(self) -> State:
-        chosen = torch.tensor(self.lam or math.nan, dtype=torch.float64)
+        chosen = torch.tensor(self.lam, dtype=torch.float64)
         held = {"W": self.W, "lam": chosen, "seed": torch.tensor(self.random.seed)}
         return held | flattened({"image": self.image.state_dict(), "sums": self.sums.state_dict()})
 

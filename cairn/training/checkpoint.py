@@ -2,7 +2,8 @@
 
 A task is learned by a procedure: passes that encode, stages that train. Everything random in it is derived from the seed
 and the place, so a procedure that was cut off is simply run again from the state before the task, and what it had finished
-is handed back instead of done again: finished stages, rows already encoded, and the step at which a stage stood.
+is handed back instead of done again: finished stages, rows already encoded, and the step at which a stage stood. None of that
+depends on how many processes do it.
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ from typing import Any
 from torch import Tensor
 
 from cairn.errors import Stopped
+from cairn.ranks import ALONE, Meetings, Ranks
 
 State = dict[str, Tensor]
 
 SECONDS = 60.0
 """Work that is lost at most, by default."""
 
+ECHO = 1.0
+"""A signal that comes so many seconds after the first is that one again: a launcher passes on what a terminal sends to all."""
+
 
 class Checkpoint:
     """The work of the task in progress, by name, and when it is to be kept.
 
     It is due when `seconds` have passed, or `steps` units of work were done, since the last time. Whoever can keep it says
-    how with `kept_by`; without that nothing is ever due, and nothing is remembered.
+    how with `kept_by`; without that nothing is ever due, and nothing is remembered. Of several processes, `ranks`, each has
+    one of these: they keep, and stop, after the same unit.
     """
 
-    def __init__(self, seconds: float = SECONDS, steps: int | None = None):
-        self.seconds, self.steps = seconds, steps
+    def __init__(self, seconds: float = SECONDS, steps: int | None = None, ranks: Ranks = ALONE):
+        self.seconds, self.steps, self.ranks = seconds, steps, ranks
         self._write: Callable[[dict[str, State]], Any] | None = None
         self._work: dict[str, State] = {}
         self._since, self._counted = time.monotonic(), 0
-        self._signal: int | None = None
+        self._signal = 0
+        self._meetings = Meetings(ranks)
 
     def kept_by(self, write: Callable[[dict[str, State]], Any]) -> None:
         """`write` is given all work of the task in progress, by name."""
@@ -44,9 +51,11 @@ class Checkpoint:
     def begin(self, work: dict[str, State] | None = None) -> None:
         """A task, with the work that was already done of it."""
         self._work = dict(work or {})
-        if self._due():
+        self._meetings.soon()
+        due, signal = self._asked()
+        if due:
             self.save()
-        self.poll()
+        self._obey(signal)
 
     def work(self, name: str) -> State | None:
         """What is known of a piece of work, None if it was not begun."""
@@ -55,22 +64,23 @@ class Checkpoint:
     def step(self, name: str, state: Callable[[], State]) -> None:
         """After a unit of work, `state` telling how far it is. Kept if that is due. Raises Stopped if it was asked to stop."""
         self._counted += 1
-        if self._write is not None and (self._due() or self._signal):
+        due, signal = self._asked()
+        if due or (signal and self._write is not None):
             self._work[name] = state()
             self.save()
-        self.poll()
+        self._obey(signal)
 
     def finish(self, name: str, state: Callable[[], State]) -> None:
         """The same at the end of a piece of work: remembered, due or not, until the task is done."""
         if self._write is not None:
             self._work[name] = state()
+        self._meetings.soon()
         self.step(name, lambda: self._work[name])
+        self._meetings.soon()
 
     def poll(self) -> None:
         """Between units of work that leave nothing to remember. Raises Stopped if it was asked to stop."""
-        if self._signal:
-            self.save()
-            raise Stopped(self._signal)
+        self._obey(self._asked()[1])
 
     def stop(self, number: int) -> None:
         """Ask it to stop after the unit of work that is going on."""
@@ -82,18 +92,31 @@ class Checkpoint:
             self._write(self._work)
         self._since, self._counted = time.monotonic(), 0
 
-    def _due(self) -> bool:
-        late = time.monotonic() - self._since >= self.seconds
-        return self._write is not None and (late or (self.steps is not None and self._counted >= self.steps))
+    def _asked(self) -> tuple[bool, int]:
+        """Whether to keep what there is, and the signal to stop by, if any: the same in every process."""
+        late, signal = time.monotonic() - self._since >= self.seconds, self._signal
+        if self.ranks.number > 1:
+            signal, late = self._meetings.ask(signal, late)
+        return self._write is not None and (late or (self.steps is not None and self._counted >= self.steps)), signal
+
+    def _obey(self, signal: int) -> None:
+        if signal:
+            self.save()
+            raise Stopped(signal)
 
 
 @contextmanager
 def stopped_by_signals(checkpoint: Checkpoint) -> Iterator[None]:
     """SIGINT and SIGTERM finish the step and keep the state; a second one stops at once, at the last state kept."""
+    asked: list[float] = []
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, before[number])
-        checkpoint.stop(number)
+        if not asked:
+            asked.append(time.monotonic())
+            checkpoint.stop(number)
+        elif time.monotonic() - asked[0] > ECHO:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

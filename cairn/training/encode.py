@@ -1,4 +1,5 @@
-"""One pass over a collection: what a tower makes of it, in the collection's order."""
+"""One pass over a collection: what a tower makes of it, in the collection's order. Several processes share the batches out,
+whole ones, so that each row is what one process makes of it; then each of them has all rows."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from cairn.training.checkpoint import Checkpoint, State
 class Ordered(Protocol):
     """Batches in the collection's own order."""
 
-    def ordered(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """All but the first `skip` batches."""
+    def ordered(self, skip: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of all but the first `skip` batches every `step`-th."""
         ...
 
 
@@ -42,14 +43,26 @@ def encoded(
             columns[i] = [torch.cat(column)]
         return {"batches": torch.tensor(done)} | {f"column-{i}": column[0] for i, column in enumerate(columns)}
 
-    for pixels, labels in batches.ordered(done):
+    def values(pixels: Tensor, labels: Tensor) -> list[Tensor]:
         made = rows(pixels, labels)
-        values = [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
-        columns = columns or [[] for _ in values]
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
-        done += 1
-        checkpoint.step(name, state)
+        return [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
+
+    # Batch b is made by process b modulo their number: in every round, one by each.
+    ranks, turn = checkpoint.ranks, done % checkpoint.ranks.number
+    own = batches.ordered(done + (ranks.rank - turn) % ranks.number, ranks.number)
+    while True:
+        batch = next(own, None)
+        made = ranks.gathered(None if batch is None else values(*batch))
+        found = [batch for batch in made[turn:] + made[:turn] if batch is not None]
+        for batch in found:
+            columns = columns or [[] for _ in batch]
+            for column, value in zip(columns, batch, strict=True):
+                column.append(value)
+        done += len(found)
+        if found:
+            checkpoint.step(name, state)
+        if len(found) < ranks.number:
+            break
     if held is None or done > int(held["batches"]):
         checkpoint.finish(name, state)
     return tuple(torch.cat(column) for column in columns)

@@ -1,7 +1,13 @@
-"""The one training loop."""
+"""The one training loop.
+
+Several processes go through it side by side. Batches of images are those of one process, and each process has a part of the
+rows: gradients are summed, so that a step is what one process makes of the whole batch, up to the order of sums. Batches of
+features, which all of them have, each goes through as if it were alone.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -11,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cairn.errors import NotFinite
+from cairn.ranks import Ranks
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.log import Log
@@ -19,7 +26,10 @@ from cairn.training.seeds import Seeds
 
 
 class Batches(Protocol):
-    """A source of batches: `(inputs, labels)` pairs."""
+    """A source of batches: `(inputs, labels)` pairs.
+
+    One with `shares = True` takes one more argument for its epochs, (number, of how many), and gives that part of each batch.
+    """
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -45,6 +55,8 @@ def fit(
 ) -> None:
     """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, its parameters end as their average.
 
+    Where batches are shared out between processes, the loss must be a mean over rows, none of which depends on another.
+
     `rates` are multiples of the schedule's learning rate, one for each parameter; 1 for all of them if None.
     Epoch e draws its order from `seeds.at(epoch=e)`. What `checkpoint` knows of this stage, named by `seeds`, is taken up
     where it stood.
@@ -62,28 +74,36 @@ def fit(
             raise ValueError(f"{name}: step {course.step} of {steps}")
         if course.step == steps:
             return
+    ranks = checkpoint.ranks
+    shared = ranks.number > 1 and getattr(batches, "shares", False)
     waited, start, begun = 0.0, time.perf_counter(), course.step
     done, skip = divmod(course.step, len(batches))
     rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
-    for epoch, source in enumerate(batches.epochs(rngs, skip), start=done):
+    epochs = batches.epochs(rngs, skip, (ranks.rank, ranks.number)) if shared else batches.epochs(rngs, skip)
+    for epoch, source in enumerate(epochs, start=done):
         mark = began = time.perf_counter()
         rows = course.rows
         for inputs, labels in source:
             waited += time.perf_counter() - mark
             for group in course.optimiser.param_groups:
                 group["lr"] = group["rate"] * schedule.lr * schedule.factor(course.step, steps)
-            value = loss(inputs, labels)
-            if not torch.isfinite(value):
-                raise NotFinite(
-                    f"{log.place}, epoch {epoch}, step {course.step}: the loss is {value.item()}; lower the learning rate"
-                )
             course.optimiser.zero_grad()
-            value.backward()
+            value, number = 0.0, len(labels)
+            if number:
+                whole = loss(inputs, labels)
+                whole.backward()
+                value = whole.item()
+            if shared:
+                value, number = _summed(parameters, value, number, ranks)
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f"{log.place}, epoch {epoch}, step {course.step}: the loss is {value}; lower the learning rate"
+                )
             clip_grad_norm_(parameters, schedule.clip)
             course.optimiser.step()
             if average is not None:
                 average.update(course.step, steps)
-            course.count(len(labels), value.item())
+            course.count(number, value)
             mark = time.perf_counter()
             log.progress(
                 epoch=epoch, epochs=schedule.epochs, step=course.step, steps=steps, loss=course.loss / course.rows,
@@ -101,7 +121,27 @@ def fit(
             checkpoint.step(name, course.state)
     if average is not None:
         average.apply()
+    ranks.copied(parameters)
     checkpoint.finish(name, course.finished)
+
+
+def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, ranks: Ranks) -> tuple[float, int]:
+    """Loss and number of rows of a batch whose parts the processes have. Its gradient takes the place of the part's.
+
+    g = sum_r n_r g_r / sum_r n_r, where process r has n_r rows; the loss alike. A parameter without a gradient keeps none.
+    """
+    grads = [p.grad for p in parameters]
+    there = [float(grad is not None) for grad in grads]
+    parts = [
+        p.new_zeros(p.numel()) if g is None else rows * g.flatten() for p, g in zip(parameters, grads, strict=True)
+    ]
+    *sums, figures = ranks.summed(torch.cat([*parts, parts[0].new_tensor([*there, rows * value, rows])])).split(
+        [*map(len, parts), len(there) + 2]
+    )
+    *there, value, rows = figures.tolist()
+    for parameter, total, some in zip(parameters, sums, there, strict=True):
+        parameter.grad = (total / rows).view_as(parameter) if some else None
+    return value / rows, round(rows)
 
 
 def _optimiser(schedule: Schedule, parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> torch.optim.Optimizer:

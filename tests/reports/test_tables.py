@@ -29,7 +29,11 @@ def test_seeds_become_mean_and_sample_deviation():
 
 def test_rows_rise_with_their_average_as_numbers_not_words():
     table = markdown_table([result("joint", average=0.95), result("a", average=0.093), result("b", average=0.6)])
-    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["a", "b", "joint (keeps exemplars)"]
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == [
+        "a",
+        "b",
+        "joint (keeps exemplars)",
+    ]
 
 
 def test_changed_settings_are_rows_of_their_own_and_named():

@@ -1,0 +1,6 @@
+"""`python -m cairn`, as `torchrun -m cairn` starts it: the command."""
+
+from cairn.cli import main
+
+if __name__ == "__main__":
+    main()

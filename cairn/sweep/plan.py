@@ -1,0 +1,196 @@
+"""The runs of a sweep, named after what varies, and found good before the first of them is begun."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.methods.catalogue import method_named
+from cairn.methods.settings import with_settings
+from cairn.run import Prepared, RunConfig, RunResult, prepared
+from cairn.store import CALL, RESULT, read_call, read_result
+from cairn.sweep.file import Choice, Range, SweepFile, methods_of
+from cairn.training.log import Log
+
+NAME = 120
+"""Longest name of a folder."""
+
+CORNERS = 256
+"""Combinations of a search's choices that are tried before it begins."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, and its folder below the sweep's."""
+
+    name: str
+    config: RunConfig
+    result: RunResult | None = None
+    """What is there of it already."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs that differ in their seed alone, and what sets them apart from the others."""
+
+    name: str
+    varies: dict[str, str]
+    config: RunConfig
+    seeds: tuple[int, ...]
+    choices: tuple[Choice, ...] = ()
+
+    def runs(self) -> Iterator[Run]:
+        for seed in self.seeds:
+            yield Run(f"{self.name}/seed-{seed}", self.config.model_copy(update={"seed": seed}))
+
+
+def points_of(file: SweepFile) -> list[Point]:
+    """The product of the grid's axes; without a grid a single point. Raises ConfigError for a value that does not fit."""
+    found = {}
+    for choices in itertools.product(*file.grid):
+        point = point_with(file, choices)
+        found.setdefault(point.name, point)
+    return list(found.values())
+
+
+def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Point:
+    options: dict[str, Any] = {key: value for key, value in file.base.options.items() if key not in ("out", "seed")}
+    settings, varies = dict(file.base_settings), {}
+    for choice in choices:
+        options |= choice.options
+        settings |= choice.settings
+        varies |= choice.shown
+    options.setdefault("method", methods_of(file)[0])
+    options.setdefault("step", usual_step(options.get("data", "shapes")))
+    # What has parts comes before its parts: a choice is made before what was chosen is changed
+    ordered = sorted(settings.items(), key=lambda item: item[0].count("."))
+    options["settings"] = tuple(f"{path}={text}" for path, text in ordered)
+    try:
+        config = RunConfig.model_validate({**options, "seed": file.seeds[0]})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"sweep file '{file.path}': {place} = {problem['input']!r}: {problem['msg'].lower()}"
+        ) from None
+    if not name:
+        chosen_later = file.search is not None and "method" in file.search.space
+        name = folder_name("search" if chosen_later else config.method, varies)
+    return Point(name, varies, config, file.seeds, tuple(choices))
+
+
+def usual_step(data: Any) -> int:
+    """Classes per task where nobody says how many, as `cairn run` takes them."""
+    return 5 if str(data).partition(":")[0] == "shapes" else 10
+
+
+def folder_name(method: str, varies: Mapping[str, str]) -> str:
+    """The method, or whatever else comes first, then what varies. What a folder cannot be called is replaced, and a hash
+    keeps the name unique."""
+    parts = [method, *(f"{key}={text}" for key, text in varies.items() if key != "method")]
+    exact = ",".join(parts)
+    plain = re.sub("[^A-Za-z0-9._+=,-]", "-", exact)
+    if plain == exact and len(exact) <= NAME and not any("," in part for part in parts[1:]):
+        return exact
+    return f"{plain[:NAME]}~{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
+
+
+class Checks:
+    """Finds runs good. Data and towers are opened once for all runs that share them, and let go with this object."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Prepared] = {}
+        self._settings: dict[tuple[str, str, tuple[str, ...]], BaseModel] = {}
+
+    def settings(self, config: RunConfig, name: str) -> BaseModel:
+        """Every setting of the run's method. Raises a CairnError, naming the run, for whatever it would refuse."""
+        shared = config.model_copy(update={"method": "zero-shot", "settings": (), "seed": 0}).model_dump_json()
+        key = (shared, config.method, config.settings)
+        if key not in self._settings:
+            try:
+                entry = method_named(config.method)
+                _named_device(config.device)
+                if shared not in self._opened:
+                    # On the processor: where this is planned there need be no accelerator
+                    self._opened[shared] = prepared(config.model_copy(update={"device": "cpu"}))
+                towers = self._opened[shared].towers
+                settings = with_settings(entry.default_config(towers), config.settings)
+                entry.build(towers, settings, seed=config.seed, log=Log())
+            except CairnError as error:
+                raise ConfigError(f"run '{name}': {error}") from None
+            self._settings[key] = settings
+        return self._settings[key]
+
+    def identity(self, config: RunConfig, name: str) -> str:
+        """Equal for runs whose every setting is equal, however they were written."""
+        return identity(config, self.settings(config, name).model_dump(mode="json"))
+
+
+def _named_device(name: str) -> None:
+    """Raises ConfigError for a device that torch does not know; whether it is there shows where the run is."""
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}': {str(error).splitlines()[0]}; try auto or cpu") from None
+
+
+def identity(config: RunConfig, settings: Mapping[str, Any]) -> str:
+    call = config.model_dump(mode="json", exclude={"settings"})
+    return json.dumps([call, settings], sort_keys=True)
+
+
+class Kept:
+    """Runs that are below a folder already, finished or not. Raises ResultError for one that cannot be read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._by_identity: dict[str, Run] = {}
+        self._by_call: dict[str, Run] = {}
+        for path in sorted(folder.rglob(RESULT)):
+            result, name = read_result(path), path.parent.relative_to(folder).as_posix()
+            run = Run(name, result.run, result)
+            self._by_identity.setdefault(identity(result.run, result.config), run)
+            self._by_call.setdefault(result.run.model_dump_json(), run)
+        for path in sorted(folder.rglob(CALL)):
+            call, name = read_call(path.parent), path.parent.relative_to(folder).as_posix()
+            if call.seeds is None:
+                self._by_call.setdefault(call.run.model_dump_json(), Run(name, call.run))
+
+    def taken_up(self, run: Run, identity: str) -> Run:
+        """The run as it is there, maybe by another name: a sweep that varies more calls its folders otherwise.
+
+        Raises ResultError if its folder holds another run.
+        """
+        found = self._by_call.get(run.config.model_dump_json()) or self._by_identity.get(identity)
+        if found is not None:
+            return found
+        for known in (*self._by_call.values(), *self._by_identity.values()):
+            if known.name == run.name:
+                ours, theirs = run.config.model_dump(), known.config.model_dump()
+                key = next((key for key in ours if ours[key] != theirs[key]), "settings")
+                raise ResultError(
+                    f"'{self.folder / run.name}' holds another run ({key} {theirs[key]}, not {ours[key]}): what all runs "
+                    "share has changed; give another --out"
+                )
+        return run
+
+
+def corners(space: Mapping[str, Range]) -> Iterator[dict[str, Any]]:
+    """Values for every key: all combinations of choices (the first CORNERS of them) with the lower and the upper ends."""
+    choices = [[(key, value) for value in one.choices] for key, one in space.items() if one.choices is not None]
+    for picked in itertools.islice(itertools.product(*choices), CORNERS):
+        for end in ("low", "high"):
+            ends = {key: getattr(one, end) for key, one in space.items() if one.choices is None}
+            if ends or end == "low":
+                values = dict(picked) | ends
+                yield {key: values[key] for key in space}

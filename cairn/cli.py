@@ -67,6 +67,10 @@ def _started(context: typer.Context) -> None:
         )
 
 
+SOME = (100, 512, 5000, 3 * 224**2)
+"""Classes, numbers per embedding, images and bytes of an image, for which a method's memory is shown."""
+
+
 def _yes(claim: bool) -> str:
     return "yes" if claim else "no"
 
@@ -81,7 +85,7 @@ def list_() -> None:
     console = Console()
     columns = ("name", "trains", "keeps", "MB", "exemplars", "uses", "source")
     rows = [
-        (m.name, m.trains, m.keeps, f"{m.size(k=100, d=512, n=5000, i=3 * 224**2) / 1e6:.1f}", _yes(not m.exemplar_free),
+        (m.name, m.trains, m.keeps, f"{m.bytes(*SOME) / 1e6:.1f}", _yes(not m.exemplar_free),
          ", ".join(m.uses), m.source)
         for m in METHODS.values()
     ]  # fmt: skip
@@ -110,7 +114,9 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
         f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}"
     )
     console.note(f"uses: {', '.join(entry.uses) or 'images alone'}")
-    console.note(f"bytes kept: {entry.bytes}, of k classes, d numbers per embedding, n images of i bytes each")
+    console.note(
+        f"bytes kept: {entry.bytes(*SOME) / 1e6:.1f} MB of 100 classes, 50 images each, 512 numbers per embedding"
+    )
     console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
     forms = [("Settings (--set key=value)", entry.config())]
     if hasattr(entry.config, "embedding"):

@@ -31,7 +31,6 @@ STREAMS = {
 }  # fmt: skip
 RUNS = {
     "dmc, tower frozen": ("dmc", ("stage1.tuning=none",)),
-    "dmc-ot": ("dmc-ot", ("stage2.text=residual",)),
     "lda": ("lda", ()),
 }
 SEEDS = (1, 2, 3)
@@ -87,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.tables:
         rows = []
-        for run in ("lda", "dmc, tower frozen", "dmc-ot"):
+        for run in ("lda", "dmc, tower frozen"):
             for stream in STREAMS:
                 for seed in SEEDS:
                     rows.append(measured(stream, run, seed))

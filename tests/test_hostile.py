@@ -206,7 +206,7 @@ def test_tensors_of_another_learner_are_refused_whatever_their_hash(content, lea
 def test_a_learner_that_was_not_touched_is_read(learner):
     sealed(learner, part_of(learner).read_bytes())
     result, method = read_learner(learner)
-    assert method.prototypes.shape == (len(result.class_order), 16)
+    assert method.means.means.shape == (len(result.class_order), 16)
 
 
 def test_a_learner_whose_hash_does_not_fit_is_refused(learner):
@@ -354,7 +354,7 @@ def test_results_of_other_types_are_refused_or_right(data, learner):
     path.write_text(json.dumps(changes(json.loads(sound), data)))
     read_or_refused(lambda: read_result(learner))
     found = read_or_refused(lambda: read_learner(learner))
-    assert found is None or found[1].prototypes.shape == (len(found[0].class_order), 16)
+    assert found is None or found[1].means.means.shape == (len(found[0].class_order), 16)
     path.write_text(sound)
 
 
@@ -367,7 +367,7 @@ def test_manifests_of_other_types_are_refused_or_right(data, learner):
     document.pop("sha256", None)
     path.write_text(json.dumps(document | {"sha256": digest(document)}))
     found = read_or_refused(lambda: read_learner(learner))
-    assert found is None or found[1].prototypes.shape == (6, 16)
+    assert found is None or found[1].means.means.shape == (6, 16)
     path.write_text(sound)
 
 

@@ -354,7 +354,7 @@ def test_a_lost_run_is_put_back_and_attempts_are_bounded(sweep, tmp_path):
 def test_interrupted_it_keeps_its_state_and_the_same_call_goes_on(cairn, write, tmp_path, monkeypatch):
     path = write('seeds = [1, 2]\n[grid]\nmethod = ["dmc"]\n' + QUICK)
     assert cairn("sweep", path, "--engine", "serial", "--out", "whole")[0] == 0
-    plain, steps = Checkpoint.step, []
+    plain, steps, before = Checkpoint.step, [], signal.getsignal(signal.SIGINT)
 
     def interrupted(self, name, state):
         steps.append(name)
@@ -369,7 +369,7 @@ def test_interrupted_it_keeps_its_state_and_the_same_call_goes_on(cairn, write, 
     assert status == 130
     assert "To go on: the same call again" in out
     assert "stopped by signal 2" in err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     stored = json.loads((tmp_path / "cut" / SWEEP).read_text())
     assert stored["state"] == "stopped"
     assert "waiting" in [run["state"] for run in stored["runs"]]

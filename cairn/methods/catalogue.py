@@ -31,14 +31,19 @@ from cairn.methods import (
 from cairn.towers.protocol import Towers
 
 
+def gaussian(d: int) -> int:
+    """Bytes of a full Gaussian: covariance, mean and count."""
+    return 2 * d * (d + 1) + 4 * d + 8
+
+
 @dataclass(frozen=True)
 class Entry:
     """What a method declares: `cairn list` and `cairn explain` show it, a run holds the method to it.
 
     `trains` is what is trained, `keeps` what remains of old classes: `nothing`, `means`, `gaussians`, `second-order`
     (sums over all classes together), `generators`, `exemplars` (embeddings of single images) or `images`. A method that
-    keeps one of the last two is not exemplar-free. `bytes` is the size of what is kept with default settings, in an
-    expression of k classes, d numbers per embedding, n images learned from and i bytes of an image.
+    keeps one of the last two is not exemplar-free. `bytes` is the size of what is kept with default settings, for
+    k classes, d numbers per embedding, n images learned from and i bytes of an image.
 
     `text` says that class texts are used, `needs_text` that it does not work without; `descriptions` that sentences
     about classes are used where there are any; `moves` that the image encoder is trained, once or in every task.
@@ -52,7 +57,7 @@ class Entry:
     stages: tuple[str, ...]
     trains: str
     keeps: str
-    bytes: str = ""
+    bytes: Callable[[int, int, int, int], int] = lambda k, d, n, i: 0
     text: bool = False
     needs_text: bool = False
     descriptions: bool = False
@@ -69,10 +74,6 @@ class Entry:
         claims = {"text": self.text, "descriptions": self.descriptions, "moves the encoder": self.moves}
         return tuple(what for what, holds in claims.items() if holds)
 
-    def size(self, k: int, d: float, n: int, i: int) -> int:
-        """`bytes`, worked out."""
-        return int(eval(self.bytes, {"min": min}, {"k": k, "d": d, "n": n, "i": i}))
-
     def default_config(self, towers: Towers) -> BaseModel:
         """The method's defaults; on precomputed embeddings those of its embedding form, if it has one."""
         if not towers.has_images and hasattr(self.config, "embedding"):
@@ -85,25 +86,25 @@ METHODS = {
     for entry in (
         Entry(
             "zero-shot", "Zero-shot CLIP", zero_shot.ZeroShot, zero_shot.Config,
-            "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", "0", text=True, needs_text=True,
+            "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", text=True, needs_text=True,
             citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
         ),
         Entry(
             "simplecil", "SimpleCIL: class means", simplecil.SimpleCIL, simplecil.Config,
-            "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means", "k * (4 * d + 8)",
+            "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means", lambda k, d, n, i: k * (4 * d + 8),
             citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
         ),
         Entry(
             "lda", "Discriminant analysis: class means, one covariance", lda.LDA, lda.Config,
             "Hayes & Kanan 2020", ("mean embedding per class, one covariance for all",), "nothing", "gaussians",
-            "k * (4 * d + 8) + 2 * d * (d + 1)",
+            lambda k, d, n, i: k * (4 * d + 8) + 2 * d * (d + 1),
             citation="Hayes, Kanan. Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis. CVPR Workshops "
             "2020. arXiv 1909.01520.",
         ),
         Entry(
             "acil", "ACIL: recursive least squares", acil.ACIL, acil.Config,
             "Zhuang et al. 2022", ("one pass of the frozen tower, random features", "recursive update of the linear head"),
-            "head", "second-order", "8 * 2048**2",
+            "head", "second-order", lambda k, d, n, i: 8 * 2048**2,
             citation="Zhuang et al. ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy Protection. "
             "NeurIPS 2022. arXiv 2205.14922.",
         ),
@@ -114,7 +115,7 @@ METHODS = {
                 "phase 1, first task alone: the image encoder is tuned (off by default)",
                 "phase 2: random features, second-order statistics; a ridge chosen on held-out images of the task",
             ),
-            "head", "second-order", "4 * min(n, 10000) * (10000 + k)",
+            "head", "second-order", lambda k, d, n, i: 4 * min(n, 10000) * (10000 + k),
             citation="McDonnell et al. RanPAC: Random Projections and Pre-trained Models for Continual Learning. NeurIPS 2023. "
             "arXiv 2307.02251.",
         ),
@@ -122,14 +123,14 @@ METHODS = {
             "aper", "APER: class means of the adapted and the original encoder", aper.APER, aper.Config,
             "Zhou et al. 2023",
             ("first task alone: the image encoder is adapted", "mean per class of [original ; adapted] embeddings"),
-            "vision, first task", "means", "k * (8 * d + 8)", moves=True,
+            "vision, first task", "means", lambda k, d, n, i: k * (8 * d + 8), moves=True,
             citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity "
             "are All You Need. arXiv 2303.07338.",
         ),
         Entry(
             "clipood", "CLIPood: margins between class texts, averaged weights", clipood.CLIPood, clipood.Config,
             "Shu et al. 2023", ("stage 1: vision against class texts, with margins; the weights end as their Beta average",),
-            "vision", "nothing", "0", text=True, moves=True,
+            "vision", "nothing", text=True, moves=True,
             citation="Shu et al. CLIPood: Generalizing CLIP to Out-of-Distributions. ICML 2023. arXiv 2302.00864.",
         ),
         Entry(
@@ -140,7 +141,7 @@ METHODS = {
                 "statistics: a Gaussian per class from one pass of the new encoder",
                 "stage 2: the classifier alone, on draws of all classes, with normalised logits",
             ),
-            "vision, then head", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", moves=True,
+            "vision, then head", "gaussians", lambda k, d, n, i: k * gaussian(d), moves=True,
             citation="Zhang et al. SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model. "
             "ICCV 2023. arXiv 2303.05118.",
         ),
@@ -152,7 +153,7 @@ METHODS = {
                 "fusion: old and new weights entry by entry in an orthonormal basis",
                 "statistics: a Gaussian per new class",
             ),
-            "adapter", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True,
+            "adapter", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True,
             citation="Huang et al. Class-Incremental Learning with CLIP: Adaptive Representation Adjustment and Parameter Fusion. "
             "ECCV 2024. arXiv 2407.14143.",
         ),
@@ -163,7 +164,7 @@ METHODS = {
                 "stage 1: a variational autoencoder per class of the task, on frozen embeddings",
                 "stage 2: class texts on draws of all classes seen, new ones too",
             ),
-            "text", "generators", "k * (4 * (64 * (16 + 1) + 66 * d) + 8)", text=True,
+            "text", "generators", lambda k, d, n, i: k * (4 * (64 * (16 + 1) + 66 * d) + 8), text=True,
             citation="Frascaroli et al. CLIP with Generative Latent Replay: a Strong Baseline for Incremental Learning. BMVC 2024. "
             "arXiv 2407.15793.",
         ),
@@ -175,7 +176,7 @@ METHODS = {
                 "projections and prompts of the task, and the attention, on its images and the exemplars of old classes",
                 "exemplars: embeddings of each new class, herded towards its mean",
             ),
-            "projectors", "exemplars", "4 * d * min(n, 20 * k) + k * (4 * d + 16)", text=True,
+            "projectors", "exemplars", lambda k, d, n, i: 4 * d * min(n, 20 * k) + k * (4 * d + 16), text=True,
             citation="Zhou et al. Learning without Forgetting for Vision-Language Models. IEEE Transactions on Pattern Analysis "
             "and Machine Intelligence 2025. arXiv 2305.19270.",
         ),
@@ -187,19 +188,19 @@ METHODS = {
                 "units of the task: texts towards descriptions, images towards altered ones, noisy means of old classes",
                 "at test: the likeliest classes compared pair by pair, by the sentences that tell them apart",
             ),
-            "projectors", "means", "k * (4 * d + 8)", text=True, descriptions=True,
+            "projectors", "means", lambda k, d, n, i: k * (4 * d + 8), text=True, descriptions=True,
             citation="Zhou et al. External Knowledge Injection for CLIP-Based Class-Incremental Learning. ICCV 2025. "
             "arXiv 2503.08510.",
         ),
         Entry(
             "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,
-            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing", "0", text=True, moves=True,
+            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing", text=True, moves=True,
             citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
         ),
         Entry(
             "joint", "Joint training (upper bound)", joint.Joint, joint.Config,
             "the field's upper bound", ("stage 1 on all images so far", "stage 2 on all images so far"),
-            "vision, then text", "images", "n * i", text=True, moves=True,
+            "vision, then text", "images", lambda k, d, n, i: n * i, text=True, moves=True,
             citation="The joint-training bound of the class-incremental literature.",
         ),
         Entry(
@@ -210,7 +211,7 @@ METHODS = {
                 "statistics: a Gaussian per class from one pass of the new encoder",
                 "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
             ),
-            "vision, then text", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True, moves=True,
+            "vision, then text", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True, moves=True,
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -222,7 +223,7 @@ METHODS = {
                 "statistics: a Gaussian per new class from one pass of the new encoder",
                 "stage 2: text moves (a shared and a task's prompt block), vision is frozen; old classes are drawn",
             ),
-            "vision, then text", "gaussians", "k * (2 * d * (d + 1) + 4 * d + 8)", text=True, moves=True,
+            "vision, then text", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True, moves=True,
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -233,7 +234,7 @@ METHODS = {
                 "projectors of the task on class token and local feature, old classes drawn in both",
                 "statistics: a Gaussian per new class",
             ),
-            "projectors", "gaussians", "k * (4 * d * (2 * d + 1) + 8 * d + 8)", text=True, descriptions=True,
+            "projectors", "gaussians", lambda k, d, n, i: k * gaussian(2 * d), text=True, descriptions=True,
             citation="Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning. arXiv 2605.13835.",
         ),
     )

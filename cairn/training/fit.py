@@ -91,8 +91,9 @@ def fit(
             value, number = 0.0, len(labels)
             if number:
                 whole = loss(inputs, labels)
-                whole.backward()
                 value = whole.item()
+                if math.isfinite(value):
+                    whole.backward()
             if shared:
                 value, number = _summed(parameters, value, number, ranks)
             if not math.isfinite(value):

@@ -247,7 +247,7 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
     k, n = len(stream.class_names), sum(len(task.train) for task in stream.tasks)
     i = towers.prepare(stream.tasks[0].train[0]).nbytes
     d = towers.dim / 2 if entry.name == "spa" and not towers.has_images else towers.dim  # rows without patches
-    assert method.memory_bytes == entry.size(k, d, n, i)
+    assert method.memory_bytes == entry.bytes(k, d, n, i)
 
 
 def test_an_equal_encoder_name_means_equal_embeddings(world):

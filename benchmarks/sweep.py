@@ -28,7 +28,7 @@ from typing import Any
 from measure import handed_out, machine_line, surroundings
 
 SIZES = {
-    "full": {"runs": 8, "parallel": 2, "epochs": 20},
+    "full": {"runs": 12, "parallel": 2, "epochs": 20},
     "quick": {"runs": 4, "parallel": 2, "epochs": 10},
     "tiny": {"runs": 2, "parallel": 2, "epochs": 1},
 }
@@ -81,6 +81,7 @@ def table(report: dict[str, Any]) -> str:
     seconds, parts = report["run_seconds"], report["parts"]
     mean = sum(seconds) / len(seconds)
     shares = " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS)
+    once = (parts["before"] + parts["after"]) * sum(seconds) / report["parallel"]
     return "\n".join(
         [
             "| runs | at once | seconds of a run | wall clock | overhead | " + " | ".join(PARTS) + " |",
@@ -88,7 +89,8 @@ def table(report: dict[str, Any]) -> str:
             f"| {report['runs']} | {report['parallel']} | {mean:.0f} ({min(seconds):.0f} to {max(seconds):.0f}) | "
             f"{report['wall_seconds']:.0f} s | {100 * report['overhead']:.1f} % | {shares} |",
             "",
-            f"The machine's load was {report['load_before']:.1f} before. {machine_line(report)}",
+            f"Before and after, {once:.0f} s in all, come once, however many runs there are. The machine's load was "
+            f"{report['load_before']:.1f} before. {machine_line(report)}",
         ]
     )
 

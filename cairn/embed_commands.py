@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from cairn.errors import Stopped
 from cairn.ranks import ALONE
@@ -22,12 +20,9 @@ def register(app: typer.Typer) -> None:
 
 class _Console(Console):
     def progress(self, state: dict[str, Any]) -> None:
-        line = f"{state['done']:,}/{state['images']:,} images  {state['rate']:.0f} images/s  {state['remaining']:.0f} s left"
-        if self._live is not None:
-            self._live.update(Text(line))
-        elif time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            self.note(f"  {line}")
+        self.line(
+            f"{state['done']:,}/{state['images']:,} images  {state['rate']:.0f} images/s  {state['remaining']:.0f} s left"
+        )
 
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] == "begin":

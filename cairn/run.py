@@ -163,11 +163,11 @@ class Prepared(NamedTuple):
 def prepared(config: RunConfig) -> Prepared:
     """Raises a CairnError for any bad input."""
     entry = method_named(config.method)
-    dataset = _prompted(open_dataset(config.data), config.template)
+    dataset = prompted(open_dataset(config.data), config.template)
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
     settings = with_settings(entry.default_config(towers), config.settings)
-    stream = _readable(stream, skip=config.on_bad_image == "skip")
+    stream = readable(stream, skip=config.on_bad_image == "skip")
     return Prepared(entry, stream, towers, settings)
 
 
@@ -509,7 +509,7 @@ def drift_report(
     }
 
 
-def _prompted(dataset: Dataset, template: str | None) -> Dataset:
+def prompted(dataset: Dataset, template: str | None) -> Dataset:
     """The data set with one template in place of its own, if one is given."""
     if template is None:
         return dataset
@@ -522,7 +522,7 @@ def _prompted(dataset: Dataset, template: str | None) -> Dataset:
     return replace(dataset, templates=(template,))
 
 
-def _readable(stream: TaskStream, skip: bool) -> TaskStream:
+def readable(stream: TaskStream, skip: bool) -> TaskStream:
     """The stream without the image files that cannot be read, which a notice names; unless `skip`, a DataError does."""
     found = [unreadable(images) for images in stream.collections]
     bad = [

@@ -9,6 +9,7 @@ counted here: a task is learned from four images per class, and whatever its opt
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ COSTED = ["shapes", "cifar100"]
 FEW = ("stage1.schedule.epochs", "stage2.schedule.epochs", "schedule.epochs", "generator.steps")
 
 
+class Counted(Exception):
+    """The second task is learned, and others tell nothing new."""
+
+
 def trained(result: dict[str, Any]) -> int:
     """Numbers trained in the second task, all stages together, each once."""
     settings = list(result["run"]["settings"])
@@ -31,10 +36,18 @@ def trained(result: dict[str, Any]) -> int:
         for key in path.split("."):
             held = held.get(key) if isinstance(held, dict) else None
         settings += [f"{path}=1"] if held else []
-    events: list[dict[str, Any]] = []
+    stages: dict[Any, int] = {}
+
+    def count(event: dict[str, Any]) -> None:
+        match event:
+            case {"event": "epoch", "task": 1}:
+                stages[event.get("stage")] = event["parameters"]
+            case {"event": "task", "task": 1}:
+                raise Counted
+
     few = {"settings": tuple(settings), "limit_train": 4, "limit_test": 1, "device": "cpu"}
-    run_stream(RunConfig(**(result["run"] | few)), Log(keep=events.append))
-    stages = {e.get("stage"): e["parameters"] for e in events if e["event"] == "epoch" and e["task"] == 1}
+    with suppress(Counted):
+        run_stream(RunConfig(**(result["run"] | few)), Log(keep=count))
     return sum(stages.values())
 
 

@@ -21,12 +21,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from cairn import embed
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
-from cairn.embed import EmbedConfig, Rank, embed_dataset
-from cairn.embed_parts import Column, Parts, write_columns
+from cairn.embed import EmbedConfig, Rank, conduct, embed_dataset, maker, work
+from cairn.embed.parts import Column, Parts, write_columns
 from cairn.errors import CairnError, DataError, NotFinite, ResultError, Stopped
 from cairn.run import RunConfig, run_stream
 from cairn.training.checkpoint import Checkpoint
@@ -106,7 +105,7 @@ def test_rows_are_the_towers_embeddings_in_data_set_order(tmp_path, towers, monk
         test=shuffled(world.test, towers, 40, 1),
     )
     assert np.any(np.diff(small.train.labels) < 0)  # a data set whose classes are mixed
-    monkeypatch.setattr(embed, "open_dataset", lambda spec: small)
+    monkeypatch.setattr(maker, "open_dataset", lambda spec: small)
     made = embed_dataset(EmbedConfig(limit_train=9, shard_rows=10, batch=4), tmp_path / "x.safetensors")
     found = features_dataset(tmp_path / "x.safetensors")
 
@@ -281,7 +280,7 @@ def test_a_shard_that_is_damaged_before_the_end_is_not_merged(tmp_path, undistur
     out = tmp_path / "x.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(
-            embed.Work,
+            work.Work,
             "texts",
             lambda self, maker: sorted(shards(out))[-1].write_bytes(b"") or np.zeros((40, 160), "f4"),
         )
@@ -320,7 +319,7 @@ def test_other_towers_and_other_images_are_refused(tmp_path, pictures, towers, m
     out, config = tmp_path / "x.safetensors", EmbedConfig(data=str(pictures), device="cpu", shard_rows=2, batch=2)
     begun(out, 1, config)
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "towers_for", lambda run, dataset: other)
+        patch.setattr(maker, "towers_for", lambda run, dataset: other)
         other = type("Other", (), {**vars(towers), "fingerprint": "0" * 16})()
         with pytest.raises(ResultError, match=f"towers {towers.fingerprint}, which are {'0' * 16} today"):
             embed_dataset(config, out)
@@ -449,7 +448,7 @@ def test_a_disk_with_room_for_the_shards_alone_leaves_no_half_file(cairn, tmp_pa
 
 
 def test_a_disk_that_seems_too_small_is_told_of_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(conduct.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     events = []
     embed_dataset(FEW, tmp_path / "x.safetensors", log=Log(keep=events.append))
     (told,) = [event["text"] for event in events if event["event"] == "warning"]
@@ -525,7 +524,7 @@ def test_another_rank_makes_its_own_shards_and_no_file(tmp_path, undisturbed):
 
 def test_a_rank_waits_for_the_plan_of_its_own_call(tmp_path, monkeypatch):
     out = tmp_path / "x.safetensors"
-    monkeypatch.setattr(embed, "NO_PLAN", 0.5)
+    monkeypatch.setattr(conduct, "NO_PLAN", 0.5)
     begun(out, 2)
     with pytest.raises(ResultError, match="rank 0 has put no plan there"):
         embed_dataset(FEW.model_copy(update={"batch": 4}), out, rank=Rank(1, 2))
@@ -545,7 +544,7 @@ def test_a_rank_with_other_towers_makes_nothing_and_says_so_in_the_end(tmp_path,
                 monkeypatch.undo()
                 embed_dataset(FEW, out, rank=Rank(0, 2), patience=0)
 
-    monkeypatch.setattr(embed, "towers_for", lambda run, dataset: other)
+    monkeypatch.setattr(maker, "towers_for", lambda run, dataset: other)
     with pytest.raises(DataError, match="give every machine the same"):
         embed_dataset(FEW, out, rank=Rank(1, 2), checkpoint=Meanwhile(), log=Log(keep=events.append))
     assert [event["text"][:7] for event in events] == ["rank 1:"]
@@ -553,16 +552,16 @@ def test_a_rank_with_other_towers_makes_nothing_and_says_so_in_the_end(tmp_path,
 
 
 def test_a_rank_that_comes_too_late_leaves_nothing(tmp_path, undisturbed, monkeypatch):
-    out, late = tmp_path / "x.safetensors", embed.Maker.rows
+    out, late = tmp_path / "x.safetensors", maker.Maker.rows
 
     def rows(self, shard, tell):
         if not out.exists():  # rank 0 goes on without it
-            monkeypatch.setattr(embed.Maker, "rows", late)
+            monkeypatch.setattr(maker.Maker, "rows", late)
             embed_dataset(FEW, out, rank=Rank(0, 2), patience=0)
         return late(self, shard, tell)
 
     begun(out, 2, rank=Rank(0, 2))
-    monkeypatch.setattr(embed.Maker, "rows", rows)
+    monkeypatch.setattr(maker.Maker, "rows", rows)
     embed_dataset(FEW, out, rank=Rank(1, 2))
     assert out.read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -610,7 +609,7 @@ def test_without_ray_it_is_said_what_to_install(cairn, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     status, _, err = cairn(*CALL, "--out", "x.safetensors", "--workers", 2)
     assert status == 2
-    assert err == 'cairn: --workers: needs Ray; pip install "cairn[ray]", or use torchrun\n'
+    assert err == 'cairn: ray is missing; pip install "cairn[ray]", or torchrun\n'
     assert not list(tmp_path.iterdir())
 
 
@@ -621,7 +620,8 @@ def test_a_cluster_that_is_not_there_is_one_line_and_leaves_nothing(cairn, tmp_p
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         status, _, err = cairn(*CALL, "--out", "x.safetensors", "--workers", 2, "--address", address)
     assert status == 2
-    assert err.startswith(f"cairn: --address {address}: no Ray cluster there (")
+    assert err.startswith(f"cairn: --address {address}: ")
+    assert "`ray start --head` begins a cluster" in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

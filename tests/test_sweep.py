@@ -558,7 +558,7 @@ def test_what_is_not_installed_is_one_line(cairn, write, tmp_path, monkeypatch, 
     path = write(QUICK + SEARCH, head=HELD_OUT)
     status, _, err = cairn("sweep", path, "--out", "out", *(["--engine", "serial"] if missing == "optuna" else []))
     assert status == 2
-    assert f'sweep: {missing} is missing; pip install "cairn[ray]"' in err
+    assert f'{missing} is missing; pip install "cairn[ray]"' in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

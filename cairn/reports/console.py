@@ -46,16 +46,19 @@ class Console:
         self._live = None
 
     def progress(self, state: dict[str, Any]) -> None:
-        line = (
+        self.line(
             f"task {state.get('task', 0)}  stage {state.get('stage', '-')}  epoch {state['epoch'] + 1}/{state['epochs']}  "
             f"step {state['step']}/{state['steps']}  loss {state['loss']:.3f}  {state['rate']:.0f} rows/s  "
             f"{state['remaining']:.0f} s left"
         )
+
+    def line(self, text: str) -> None:
+        """What is going on: in place of the line before, or now and then."""
         if self._live is not None:
-            self._live.update(Text(line))
+            self._live.update(Text(text))
         elif time.monotonic() - self._said > 10:
             self._said = time.monotonic()
-            self.note(f"  {line}")
+            self.note(f"  {text}")
 
     def event(self, event: dict[str, Any]) -> None:
         match event["event"]:

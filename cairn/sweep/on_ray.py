@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
-import socket
-import threading
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from cairn.cluster import Cluster
 from cairn.errors import ConfigError, one_line
 from cairn.files import growing
 from cairn.sweep.order import Ended, Order
@@ -27,70 +25,8 @@ THREADS = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-STORE_BYTES = 100 * 2**20
-"""Of Ray's object store: what goes through it is a call and a few figures."""
-
 LOOK = 5.0
 """Seconds between looks at which nodes there are."""
-
-
-def ray_module() -> Any:
-    """Raises ConfigError if Ray is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            'sweep: ray is missing; pip install "cairn[ray]", or run one after the other with --engine serial'
-        ) from None
-    return ray
-
-
-class Cluster:
-    """Ray, begun on this machine or joined at `address`, until it is closed.
-
-    That takes seconds, in which others go on: it happens in a thread, and `ready` waits for it.
-    """
-
-    def __init__(self, address: str | None = None):
-        """Raises ConfigError if Ray is not installed."""
-        self._ray, self._address = ray_module(), address
-        self._own = not self._ray.is_initialized()
-        self._error: BaseException | None = None
-        self._ready, self._closed = threading.Event(), threading.Event()
-        threading.Thread(target=self._keep, daemon=True).start()
-
-    def ready(self) -> Any:
-        """The module of Ray. Raises ConfigError if there is no such cluster."""
-        self._ready.wait()
-        if self._error is None:
-            return self._ray
-        reason = one_line((str(self._error) or type(self._error).__name__).splitlines()[0])[:300]
-        if self._address is None:
-            raise ConfigError(f"ray: {reason}; --engine serial does without it")
-        raise ConfigError(f"--address {self._address}: {reason}; `ray start --head` begins a cluster")
-
-    def close(self) -> None:
-        self._ready.wait()
-        if self._own:
-            self._ray.shutdown()
-        self._closed.set()
-
-    def _keep(self) -> None:
-        self._begin()
-        self._ready.set()
-        self._closed.wait()  # on Linux Ray's processes are ended with the thread that began them
-
-    def _begin(self) -> None:
-        if not self._own:
-            return
-        # Nothing is told to anybody unless that was asked for
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        here = {"include_dashboard": False, "object_store_memory": STORE_BYTES} if self._address is None else {}
-        try:
-            _answers(self._address)
-            self._ray.init(self._address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **here)
-        except BaseException as error:  # Ray also ends processes, which a thread is not
-            self._error = error
 
 
 class OnRay:
@@ -187,17 +123,9 @@ class OnRay:
         return ", ".join(f"{key} {max((node.get(key, 0) for node in found), default=0):g}" for key in self._needs)
 
 
-def _answers(address: str | None) -> None:
-    """Raises OSError if nobody listens there: Ray itself would wait for minutes, and then end the process."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
-
-
 def in_worker(order: Order, accelerator: bool) -> Ended:
     """An attempt in a process of Ray, with as many threads as it has cores. To be cancelled or terminated is to be asked to
     stop."""
-    os.environ.update(dict.fromkeys(THREADS, str(order.cpus)))
     if not accelerator:  # Ray hides none from who asked for none
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not Path(order.directory).is_dir():
@@ -205,16 +133,33 @@ def in_worker(order: Order, accelerator: bool) -> Ended:
             order.name, "failed", f"'{order.directory}': not there on {os.uname().nodename}; nodes must share files"
         )
     os.chdir(order.directory)
-    import torch
-
+    prepare(order.cpus)
     from cairn.sweep.attempt import attempted
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
 
-    torch.set_num_threads(order.cpus)
     forget_peak()
     checkpoint = Checkpoint(order.call["checkpoint_seconds"])
     with stopped_by_signals(checkpoint):
         return attempted(order, checkpoint)
+
+
+def prepare(cpus: int) -> None:
+    """Import what every attempt needs, with so many threads."""
+    os.environ.update(dict.fromkeys(THREADS, str(cpus)))
+    import torch
+
+    import cairn.sweep.attempt  # noqa: F401
+
+    torch.set_num_threads(cpus)
+
+
+def prepare_workers(ray: Any, cpus: int, parallel: int | None) -> None:
+    """Have the workers of this machine prepare themselves while their caller still finds its runs good: attempts then go to
+    them, since Ray gives a task to a worker that is free."""
+    room = int(ray.cluster_resources().get("CPU", 0)) // cpus
+    task = ray.remote(num_cpus=cpus, max_retries=0)(prepare)
+    for _ in range(min(room, parallel or room)):
+        task.remote(cpus)
 
 
 def forget_peak() -> None:

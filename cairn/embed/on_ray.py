@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from math import ceil
 from types import ModuleType
 from typing import Any
 
-from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.cluster import Cluster
+from cairn.errors import CairnError, ResultError
 from cairn.training.log import Log
+
+INSTEAD = "torchrun"
+"""What makes a file with several processes where there is no Ray."""
 
 LOSSES = 3
 """Workers that may die over one piece of work, or while they start."""
 
-STORE_BYTES = 100 * 2**20
-"""Of Ray's object store: what goes through it are names."""
-
 SLOW = 60.0
 """Seconds without any worker after which it is looked why."""
-
-
-def ray_library() -> ModuleType:
-    """Raises ConfigError where Ray is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError('--workers: needs Ray; pip install "cairn[ray]", or use torchrun') from None
-    return ray
 
 
 def over_ray(
@@ -54,9 +42,8 @@ def over_ray(
     evenly. `poll` is called while waiting, and may raise. Raises ConfigError where Ray is missing or not reached, CairnError
     with a worker's own message, ResultError for a name over which workers keep dying.
     """
-    ray = ray_library()
-    with _cluster(ray, workers, address):
-        yield from _shared_out(ray, opened, names, min(workers, len(names)), accelerator, log, poll)
+    with closing(Cluster(address, cpus=workers, instead=INSTEAD)) as cluster:
+        yield from _shared_out(cluster.ready(), opened, names, min(workers, len(names)), accelerator, log, poll)
 
 
 class _Worker:
@@ -156,62 +143,3 @@ def _alive(ray: ModuleType) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _cluster(ray: ModuleType, workers: int, address: str | None) -> Iterator[None]:
-    """Ray as the caller has it, or else for as long as it is needed."""
-    if ray.is_initialized():
-        yield
-        return
-    here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    with _reporting_nothing(), _signals_kept():
-        try:
-            if address is not None:
-                _require_answer(address)
-            ray.init(
-                address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL,
-                **({} if address else here),
-            )  # fmt: skip
-        except (OSError, RuntimeError, ValueError) as error:
-            if address is None:
-                raise ConfigError(
-                    f"--workers: Ray does not start ({_first_line(error)}); torchrun does without it"
-                ) from None
-            raise ConfigError(
-                f"--address {address}: no Ray cluster there ({_first_line(error)}); `ray start --head` begins one"
-            ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_answer(address: str) -> None:
-    """Raises OSError where nobody listens: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-@contextmanager
-def _reporting_nothing() -> Iterator[None]:
-    """Ray tells its makers how it is used, unless its processes start with this."""
-    key, before = "RAY_USAGE_STATS_ENABLED", os.environ.get("RAY_USAGE_STATS_ENABLED")
-    os.environ[key] = before or "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray puts a handler of its own in place of SIGTERM's."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)

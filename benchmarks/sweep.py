@@ -28,7 +28,7 @@ from typing import Any
 from measure import handed_out, machine_line, surroundings
 
 SIZES = {
-    "full": {"runs": 12, "parallel": 2, "epochs": 20},
+    "full": {"runs": 16, "parallel": 2, "epochs": 15},
     "quick": {"runs": 4, "parallel": 2, "epochs": 10},
     "tiny": {"runs": 2, "parallel": 2, "epochs": 1},
 }

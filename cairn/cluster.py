@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from cairn.errors import ConfigError, one_line
@@ -32,22 +31,12 @@ class Cluster:
     they are. `ready` waits for it.
     """
 
-    def __init__(
-        self,
-        address: str | None = None,
-        *,
-        cpus: int | None = None,
-        instead: str,
-        first: Callable[[Any], Any] = lambda ray: None,
-    ):
-        """On this machine with so many `cpus`, by default its cores; `instead` is what does without Ray. `first` is called
-        with the module of Ray as soon as it is there.
+    def __init__(self, address: str | None = None, *, cpus: int | None = None, instead: str):
+        """On this machine with so many `cpus`, by default its cores; `instead` is what does without Ray.
 
         Raises ConfigError if Ray is not installed.
         """
-        self._ray, self._address, self._cpus, self._instead, self._first = (
-            ray_module(instead), address, cpus, instead, first,
-        )  # fmt: skip
+        self._ray, self._address, self._cpus, self._instead = ray_module(instead), address, cpus, instead
         self._own = not self._ray.is_initialized()
         self._error: BaseException | None = None
         self._ready, self._closed = threading.Event(), threading.Event()
@@ -86,7 +75,6 @@ class Cluster:
                 self._address or "local", log_to_driver=False, logging_level=logging.CRITICAL,
                 **({} if self._address else here),
             )  # fmt: skip
-            self._first(self._ray)
         except BaseException as error:  # Ray also ends processes, which a thread is not
             self._error = error
 

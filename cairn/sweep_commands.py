@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from contextlib import closing
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,21 +59,8 @@ def sweep(
     from cairn.cluster import Cluster
 
     # Before anything heavy is imported: both take seconds, and can take the same ones
-    with closing(Cluster(address, instead="--engine serial", first=_preparing(file, given, address))) as cluster:
+    with closing(Cluster(address, instead="--engine serial")) as cluster:
         _sweep(file, out, given, cluster)
-
-
-def _preparing(file: Path, given: dict[str, Any], address: str | None) -> Callable[[Any], None]:
-    """What to do with Ray on this machine before the file has been checked: what it says of cores is enough for that."""
-    from cairn.sweep.on_ray import prepare_workers
-
-    try:
-        said = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # told of in its turn
-        said = {}
-    cpus, parallel = (given[key] or said.get(key, default) for key, default in (("cpus", 1), ("parallel", None)))
-    good = all(type(number) is int and number > 0 for number in (cpus, parallel or 1))
-    return partial(prepare_workers, cpus=cpus, parallel=parallel) if good and address is None else lambda ray: None
 
 
 def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dry_run: bool = False) -> None:

@@ -97,6 +97,7 @@ Job = tuple[str, str, str, list[str], str]
 BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
 BOUNDS = ("zero-shot", "finetune", "joint")
 VARIANTS = {
+    "aper-lora": ("aper", ["tuning=lora"]),
     "aper-5": ("aper", ["schedule.epochs=5"]),
     "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
@@ -104,7 +105,7 @@ VARIANTS = {
 """Folders with other settings than their method's defaults; all others are named after it."""
 
 METHOD_ROWS = {
-    "shapes": [*BOUNDS, *(name for name in BASELINES if name != "slca"), "slca-2", "dmc", "dmc-ot", "spa"],
+    "shapes": [*BOUNDS, *(name for name in BASELINES if name != "slca"), "aper-lora", "slca-2", "dmc", "dmc-ot", "spa"],
     "cifar100": [
         *BOUNDS,
         *(name for name in BASELINES if name not in ("aper", "slca")),

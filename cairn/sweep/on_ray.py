@@ -126,6 +126,7 @@ class OnRay:
 def in_worker(order: Order, accelerator: bool) -> Ended:
     """An attempt in a process of Ray, with as many threads as it has cores. To be cancelled or terminated is to be asked to
     stop."""
+    os.environ.update(dict.fromkeys(THREADS, str(order.cpus)))
     if not accelerator:  # Ray hides none from who asked for none
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not Path(order.directory).is_dir():
@@ -133,33 +134,16 @@ def in_worker(order: Order, accelerator: bool) -> Ended:
             order.name, "failed", f"'{order.directory}': not there on {os.uname().nodename}; nodes must share files"
         )
     os.chdir(order.directory)
-    prepare(order.cpus)
+    import torch
+
     from cairn.sweep.attempt import attempted
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
 
+    torch.set_num_threads(order.cpus)
     forget_peak()
     checkpoint = Checkpoint(order.call["checkpoint_seconds"])
     with stopped_by_signals(checkpoint):
         return attempted(order, checkpoint)
-
-
-def prepare(cpus: int) -> None:
-    """Import what every attempt needs, with so many threads."""
-    os.environ.update(dict.fromkeys(THREADS, str(cpus)))
-    import torch
-
-    import cairn.sweep.attempt  # noqa: F401
-
-    torch.set_num_threads(cpus)
-
-
-def prepare_workers(ray: Any, cpus: int, parallel: int | None) -> None:
-    """Have the workers of this machine prepare themselves while their caller still finds its runs good: attempts then go to
-    them, since Ray gives a task to a worker that is free."""
-    room = int(ray.cluster_resources().get("CPU", 0)) // cpus
-    task = ray.remote(num_cpus=cpus, max_retries=0)(prepare)
-    for _ in range(min(room, parallel or room)):
-        task.remote(cpus)
 
 
 def forget_peak() -> None:

@@ -1,9 +1,11 @@
-"""A run on an accelerator: what stage 1 makes of it, and where the time of DMC-OT goes. Nothing where there is none.
+"""A run on an accelerator: what the towers make of it, and where the time of DMC-OT goes.
 
-The tower is ViT-B/16 of random weights (times do not depend on weights). Stage 1 trains LoRA with its usual settings on one
-batch that lies on the device, in float32 and in bfloat16. Its share of the peak is the arithmetic of its products (counted,
-attention included, forward and backward) per second, over that of one large product in the same precision, measured by turns
-with it.
+    python benchmarks/accelerator.py [--size full|quick|tiny] [--out FILE] [--into docs/speed.md]
+
+The towers are ViT-B/16 of random weights (times do not depend on weights), in float32 and in bfloat16. Passes are of one
+batch that lies on the device, and of as many class texts. Stage 1 trains LoRA with its usual settings on the same batch. Its
+share of the peak is the arithmetic of its products (counted, attention included, forward and backward) per second, over that
+of one large product in the same precision, measured by turns with it.
 
 DMC-OT is a whole run with its evaluations, in bfloat16, over images of noise, 32 x 32, that lie in memory and are enlarged
 for the tower. A part lasts until the device is done with it. Waiting is inside the parts that ask for images.
@@ -11,15 +13,17 @@ for the tower. A part lasts until the device is done with it. Waiting is inside 
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import Row, in_turns, seconds_cell
+from measure import bytes_cell, handed_out, in_turns, machine_line, seconds_cell, surroundings
 from standins import vit_b
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,7 +47,7 @@ from cairn.training.seeds import Seeds
 
 SIZES = {
     "full": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 20, "repeats": 3, "product": 8192,
-             "images": 50_000, "classes": 100, "tasks": 10},
+             "images": 10_000, "classes": 40, "tasks": 4},
     "quick": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 5, "repeats": 1, "product": 8192,
               "images": 2000, "classes": 20, "tasks": 2},
     "tiny": {"device": "cpu", "tower": "tiny", "batch": 4, "steps": 1, "repeats": 1, "product": 64,
@@ -111,15 +115,23 @@ def operations(encoder: ImageEncoder, pixels: Tensor) -> float:
     return counter.get_total_flops() / len(pixels)
 
 
-def stage_speed(
+def tower_speed(
     towers: dict[str, ClipTowers], device: torch.device, *, batch: int, steps: int, repeats: int, product: int
 ) -> list[dict[str, Any]]:
+    """Passes and steps of stage 1 per second, in each precision."""
     rng = torch.Generator().manual_seed(0)
     own = towers["float32"]
     size, stage = own.preprocessing.size, VisionStage()
     stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"epochs": 1})})
     anchors = unit(torch.randn(10, own.dim, generator=rng))
     batches = OneBatch(torch.randn(batch, 3, size, size, generator=rng).to(device), torch.arange(batch) % 10, steps)
+    prompts = [f"a photo of a thing {i}." for i in range(batch)]
+
+    def passed(call: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            for _ in range(steps):
+                call()
+        settled(device)
 
     def trained(encoder: ImageEncoder) -> None:
         align_vision(stage, encoder, anchors, batches, own.logit_scale, Seeds(1), Log())
@@ -135,6 +147,8 @@ def stage_speed(
         encoders[precision] = encoder = ImageEncoder(towers[precision], stage.tuning, rng)
         a = torch.randn(product, product, generator=rng).to(device, getattr(torch, precision))
         ways[precision, "stage 1"] = lambda encoder=encoder: trained(encoder)
+        ways[precision, "images"] = lambda own=towers[precision]: passed(lambda: own.image(batches.pixels))
+        ways[precision, "texts"] = lambda own=towers[precision]: passed(lambda: own.text(prompts))
         ways[precision, "product"] = lambda a=a: multiplied(a)
     found = in_turns(ways, repeats)
     each = operations(encoders["float32"], batches.pixels[:2])
@@ -143,9 +157,10 @@ def stage_speed(
         seconds, whole = found[precision, "stage 1"].seconds / steps, found[precision, "product"].seconds
         peak = 2 * product**3 * PRODUCTS / whole
         told.append({
-            "precision": precision, "step_seconds": seconds, "images_per_second": batch / seconds,
+            "precision": precision, "step_seconds": seconds, "stage1_images_per_second": batch / seconds,
             "operations_per_image": each, "peak": peak, "share_of_peak": each * batch / seconds / peak,
-            "all_seconds": found[precision, "stage 1"].all_seconds,
+            **{f"{what}_per_second": batch * steps / found[precision, what].seconds for what in ("images", "texts")},
+            "all_seconds": {what: found[precision, what].all_seconds for what in ("stage 1", "images", "texts", "product")},
         })  # fmt: skip
     return told
 
@@ -197,6 +212,8 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
     entry = METHODS["dmc-ot"]
     method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
     evaluator = Evaluator(stream, towers)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with parts(device) as spent:
         began = time.perf_counter()
         for task in stream.tasks:
@@ -207,6 +224,7 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
     return {
         "precision": towers.precision, "images": images, "test_images": len(test), "classes": classes,
         "tasks": len(stream.tasks), "seconds": seconds, "waited": waited,
+        "device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "parts": dict(spent) | {"all else": seconds - sum(spent.values())},
     }  # fmt: skip
 
@@ -214,32 +232,53 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
 def measured(
     device: str, tower: str, batch: int, steps: int, repeats: int, product: int, images: int, classes: int, tasks: int
 ) -> dict[str, Any]:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        return {"available": False}
     used = torch.device(device)
     towers = random_towers(tower, used)
     name = torch.cuda.get_device_name(used) if used.type == "cuda" else used.type
     return {
-        "available": True, "device": name, "tower": tower, "batch": batch, "product": product,
-        "stage1": stage_speed(towers, used, batch=batch, steps=steps, repeats=repeats, product=product),
+        "device": name, "tower": tower, "batch": batch, "product": product,
+        "towers": tower_speed(towers, used, batch=batch, steps=steps, repeats=repeats, product=product),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
     }  # fmt: skip
 
 
-def rows(report: dict[str, Any]) -> list[Row]:
-    if not report["available"]:
-        return []
-    plain, own = report["stage1"]
-    run, where = report["run"], f"{report['tower']} on {report['device']}"
-    speeds = [
-        f"{one['precision']} {one['images_per_second']:,.0f} images/s, {100 * one['share_of_peak']:.0f} % of the peak of a "
-        f"product of {report['product']:,}"
-        for one in (own, plain)
+def table(report: dict[str, Any]) -> str:
+    run = report["run"]
+    lines = [
+        f"{report['tower']} on {report['device']}, batches of {report['batch']}:",
+        "",
+        "| precision | images/s, one pass | texts/s, one pass | images/s, stage 1 (LoRA) | of the peak of a large product |",
+        "|---|---|---|---|---|",
     ]
-    return [
-        Row(f"stage-1 step, batch {report['batch']}, {where}", plain["precision"], plain["step_seconds"],
-            own["precision"], own["step_seconds"], equal="; ".join(speeds)),
-        Row(f"DMC-OT, {run['images']:,} images of {run['classes']} classes in {run['tasks']} tasks, {run['precision']}, {where}",
-            "the whole run", run["seconds"], "waiting for data", run["waited"],
-            equal=", ".join(f"{part} {seconds_cell(seconds)}" for part, seconds in run["parts"].items())),
-    ]  # fmt: skip
+    for one in report["towers"]:
+        speeds = (one[key] for key in ("images_per_second", "texts_per_second", "stage1_images_per_second"))
+        cells = [one["precision"], *(f"{speed:,.0f}" for speed in speeds), f"{100 * one['share_of_peak']:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"DMC-OT on {run['images']:,} images of {run['classes']} classes in {run['tasks']} tasks, {run['precision']}: "
+        f"{seconds_cell(run['seconds'])}, of which {seconds_cell(run['waited'])} waiting for data"
+        + (f"; {bytes_cell(run['device_bytes'])} of the device's memory." if run["device_bytes"] else "."),
+        "",
+        "| part | time | share |",
+        "|---|---|---|",
+    ]
+    for part, took in sorted(run["parts"].items(), key=lambda item: -item[1]):
+        lines.append(f"| {part} | {seconds_cell(took)} | {100 * took / run['seconds']:.0f} % |")
+    return "\n".join([*lines, "", machine_line(report)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), default="full")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--into", type=Path)
+    args = parser.parse_args()
+    if SIZES[args.size]["device"] == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--size {args.size}: PyTorch finds no CUDA here; --size tiny runs on the processor")
+    report = surroundings() | {"size": args.size} | measured(**SIZES[args.size])
+    handed_out(report, table(report), "accelerator", args.out, args.into)
+
+
+if __name__ == "__main__":
+    main()

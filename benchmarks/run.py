@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerator
 import alignment
 import bures
 import calibration
@@ -29,7 +28,7 @@ from measure import machine_line, row_table, stored, surroundings, written
 
 ITEMS = {
     "prefix": prefix, "transport": transport, "bures": bures, "draws": draws, "shares": shares, "input": loading,
-    "compiled": compiled, "accelerator": accelerator, "growth": growth, "alignment": alignment, "calibration": calibration,
+    "compiled": compiled, "growth": growth, "alignment": alignment, "calibration": calibration,
 }  # fmt: skip
 ELSEWHERE = {"alignment": "spa.md", "calibration": "drift.md"}
 """Items whose whole report is a file of its own, and the page that shows it."""

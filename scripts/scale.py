@@ -3,7 +3,8 @@
     python scripts/scale.py [--measure]     # write docs/scale.md's tables; --measure: time the towers anew first
 
 Bytes are exact. Seconds are the measured time of a unit (results/benchmarks/bench.json, results/benchmarks/scale.json) times
-the number of units, on the machine that both reports name: nothing is assumed to run faster together than alone.
+the number of units, on the machine that both reports name: nothing is assumed to run faster together than alone. What the
+towers take on an accelerator comes from results/benchmarks/accelerator.json.
 """
 
 from __future__ import annotations
@@ -102,25 +103,31 @@ def kept() -> Table:
     return Table([Column("kept"), Column("a class"), Column("a million classes")], rows)
 
 
-def spent(bench: dict[str, Any], here: dict[str, Any]) -> Table:
+def spent(bench: dict[str, Any], here: dict[str, Any], accelerator: dict[str, Any]) -> Table:
     """Seconds of each part, for all images or for one task of NEW classes when the others are there."""
     growth = bench["items"]["growth"]["rows"][-1]
     each = {part: seconds / growth["classes"] for part, seconds in growth["seconds"].items()}
     many = bench["items"]["draws"]["many"]
     rank16 = many["ours"]["seconds"] / many["classes"]
+    fast = accelerator["towers"][-1]
     rows = [
-        ["image tower, one pass of a billion images", "an image", here["image"], N],
-        ["stage 1, one epoch (three passes' work)", "an image", 3 * here["image"], N],
-        ["class texts, one template", "a text", here["text"], K],
-        ["stage-2 step, residual texts of all classes, batch 128", "a class", here["stage2_class"], K],
-        ["stage-2 step, prompts of all classes (three passes' work)", "a text", 3 * here["text"], K],
-        ["factors of full covariances, before drawing", "a class", each["first draw"], K],
-        ["4 draws of rank-16 Gaussians, factors included", "a class", rank16, K],
-        ["calibration, `local` (one map per class, full)", "a class", each["calibration"], K],
-        ["`add`, which copies the statistics (full)", "a class", each["add"], K],
+        ["image tower, one pass of a billion images", "an image", here["image"], N, "images_per_second"],
+        ["stage 1, one epoch (three passes' work)", "an image", 3 * here["image"], N, "stage1_images_per_second"],
+        ["class texts, one template", "a text", here["text"], K, "texts_per_second"],
+        ["stage-2 step, residual texts of all classes, batch 128", "a class", here["stage2_class"], K, None],
+        ["stage-2 step, prompts of all classes (three passes' work)", "a text", 3 * here["text"], K, None],
+        ["factors of full covariances, before drawing", "a class", each["first draw"], K, None],
+        ["4 draws of rank-16 Gaussians, factors included", "a class", rank16, K, None],
+        ["calibration, `local` (one map per class, full)", "a class", each["calibration"], K, None],
+        ["`add`, which copies the statistics (full)", "a class", each["add"], K, None],
     ]
-    cells = [[what, unit, duration(cost), duration(cost * number)] for what, unit, cost, number in rows]
-    return Table([Column("part"), Column("unit"), Column("measured a unit"), Column("in all")], cells)
+    cells = []
+    for what, unit, cost, number, speed in rows:
+        there = duration(number / fast[speed]) if speed else "not measured"
+        cells.append([what, unit, duration(cost), duration(cost * number), there])
+    device = f"{fast['precision']} on one {accelerator['device']}"
+    titles = ["part", "unit", "measured a unit", "in all", f"in all, {device}"]
+    return Table([Column(title) for title in titles], cells)
 
 
 def main() -> None:
@@ -133,8 +140,8 @@ def main() -> None:
         write_json(FOLDER / "scale.json", measure())
     text = PAGE.read_text(encoding="utf-8")
     text = replaced_block(text, "scale kept", kept().markdown())
-    here, bench = read_json(FOLDER / "scale.json"), read_json(FOLDER / "bench.json")
-    PAGE.write_text(replaced_block(text, "scale spent", spent(bench, here).markdown()), encoding="utf-8")
+    reports = [read_json(FOLDER / f"{name}.json") for name in ("bench", "scale", "accelerator")]
+    PAGE.write_text(replaced_block(text, "scale spent", spent(*reports).markdown()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def bench(tmp_path_factory) -> dict:
 
 
 def test_the_smallest_form_runs_and_says_where(bench):
-    assert bench["items"].keys() == {"transport", "bures", "draws", "input", "compiled", "accelerator"}
+    assert bench["items"].keys() == {"transport", "bures", "draws", "input", "compiled"}
     assert bench["machine"].keys() == {"cores", "threads", "processor", "memory_bytes"}
     assert {"torch", "POT"} <= bench["versions"].keys()
     assert all(row["plain_amount"] > 0 and row["amount"] > 0 and row["ratio"] > 0 for row in bench["rows"])
@@ -46,8 +46,12 @@ def test_both_forms_give_the_same(bench):
     assert compiled["gradient_difference"] < 1e-4
 
 
-def test_the_parts_of_a_run_on_an_accelerator_are_told(bench):
-    report = bench["items"]["accelerator"]
+def test_the_parts_of_a_run_on_an_accelerator_are_told(tmp_path):
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "accelerator.py", "--size", "tiny", "--out", tmp_path / "report.json"],
+        check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
     run = report["run"]
     assert run["parts"].keys() == {
         "stage 1", "passes before and after", "calibration", "statistics", "stage 2", "evaluation", "all else"
@@ -56,18 +60,19 @@ def test_the_parts_of_a_run_on_an_accelerator_are_told(bench):
     assert sum(run["parts"].values()) == pytest.approx(run["seconds"])
     assert 0 < run["waited"] < run["seconds"]
     # A float32 step of the embedded towers: twice the forward pass, which is 2 x 50 tokens x 1.84 M weights and attention
-    assert report["stage1"][0]["operations_per_image"] == pytest.approx(2 * 2 * 50 * 1.84e6, rel=0.15)
+    assert report["towers"][0]["operations_per_image"] == pytest.approx(2 * 2 * 50 * 1.84e6, rel=0.15)
 
 
-def test_what_a_machine_lacks_is_said_and_no_rows_come_of_it(monkeypatch):
+def test_what_a_machine_lacks_is_said_and_no_rows_come_of_it(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import accelerator
     import compiled
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    report = accelerator.measured(**accelerator.SIZES["full"])
-    assert report == {"available": False}
-    assert accelerator.rows(report) == []
+    monkeypatch.setattr(sys, "argv", ["accelerator.py"])
+    with pytest.raises(SystemExit):
+        accelerator.main()
+    assert "--size full: PyTorch finds no CUDA here" in capsys.readouterr().err
 
     def refused(*args, **kwargs):
         raise RuntimeError("no C++ compiler\nfound in a list of names")
@@ -86,7 +91,12 @@ def shown(page: str, block: str) -> str:
 
 @pytest.mark.parametrize(
     ("file", "page", "block"),
-    [("bench", "speed.md", "bench"), ("alignment", "spa.md", "alignment"), ("calibration", "drift.md", "calibration")],
+    [
+        ("bench", "speed.md", "bench"),
+        ("accelerator", "speed.md", "accelerator"),
+        ("alignment", "spa.md", "alignment"),
+        ("calibration", "drift.md", "calibration"),
+    ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):
     path, text = STORED / f"{file}.json", shown(page, block)
@@ -94,7 +104,10 @@ def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):
         assert not text, "figures without a stored report"
         return
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import accelerator
     import run
 
+    tables = {"bench": run.bench_table, "accelerator": accelerator.table}
+    tables |= {name: run.ITEMS[name].table for name in run.ELSEWHERE}
     report = json.loads(path.read_text())
-    assert text == (run.bench_table(report) if file == "bench" else run.ITEMS[file].table(report))
+    assert text == tables[file](report)

@@ -45,6 +45,7 @@ WAYS = {
     "closure": lambda method, task: closure(task),
     "prepared": rows,
     "flattened": lambda method, task: rows(method, task).flatten(1).numpy(),
+    "in half precision": lambda method, task: rows(method, task).half(),
     "one, in a module": lambda method, task: torch.nn.ParameterList(
         [torch.nn.Parameter(rows(method, task)[:1].float())]
     ),

@@ -18,6 +18,7 @@ from cairn.evaluation.exemplars import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import settings, with_settings
+from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
@@ -259,6 +260,26 @@ def test_an_equal_encoder_name_means_equal_embeddings(world):
         with torch.no_grad():
             embedded = method.embed(pixels)
         assert torch.equal(known.setdefault(method.encoder, embedded), embedded)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("name", METHODS)
+def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(name, towers, small_stream):
+    learners = []
+    for own in (towers, load_towers("tiny", device="cuda")):
+        learners.append(build(METHODS[name], own))
+        for task in small_stream.tasks[:2]:
+            learners[-1].learn(task)
+    pixels = test_images(small_stream, towers)
+    plain, there = scores(learners[0], pixels), scores(learners[1], pixels.cuda())
+    assert there.device.type == "cuda"
+    assert (plain.argmax(1) == there.cpu().argmax(1)).float().mean() >= 0.9
+    moved = build(METHODS[name], towers)
+    moved.load_state_dict({key: value.cpu() for key, value in learners[1].state_dict().items()})
+    torch.testing.assert_close(scores(moved, pixels), there.cpu(), atol=2e-2, rtol=1e-3)
+    if METHODS[name].keeps != "images":
+        moved.learn(small_stream.tasks[2])
 
 
 def test_the_evaluator_takes_the_method(world):

@@ -223,7 +223,7 @@ def run_stream(
     course = _Course(config, entry, stream, towers, settings, log, ranks)
     if archive is not None:
         course.keep(checkpoint, archive)
-    method, sizes = course.method, [len(test) for test in stream.tests]
+    method = course.method
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, ranks=ranks)
     for task in stream.tasks[course.done :]:
         with course.learning():
@@ -235,7 +235,7 @@ def run_stream(
         with course.evaluating():
             found = evaluator.after(task.index, method)
         course.evaluations.append(found)
-        seen = seen_accuracy([e.accuracy for e in course.evaluations], sizes[: task.index + 1])[-1]
+        seen = sum(found.correct) / sum(found.total)
         log("task", task=task.index, seconds=course.durations[-1], accuracy=found.accuracy, seen=seen,
             future=found.future, zero_shot=found.zero_shot, memory_bytes=method.memory_bytes)  # fmt: skip
         if found.zero_shot is not None and seen < found.zero_shot:
@@ -248,6 +248,7 @@ def run_stream(
         learned(method)
     B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
+    sizes = [len(test) for test in stream.tests]
     seen = seen_accuracy(table, sizes)
     return RunResult(
         method=entry.name,

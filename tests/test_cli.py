@@ -115,7 +115,7 @@ def test_a_folder_of_pictures_from_end_to_end(cairn, tmp_path):
 def test_list_and_explain_tell_the_table(cairn):
     status, out, _ = cairn("list")
     assert status == 0
-    for name in (*METHODS, "cifar100", "objectnet", "tiny", "exemplars", "second-o"):
+    for name in (*METHODS, "cifar100", "objectnet", "tiny", "exemplars", "second-order"):
         assert name in out
     status, out, _ = cairn("explain", "dmc")
     assert status == 0

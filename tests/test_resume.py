@@ -203,6 +203,14 @@ def test_below_zero_shot_is_a_warning(features):
     assert any("below" in e["text"] and "zero-shot" in e["text"] for e in events if e["event"] == "warning")
 
 
+def test_zero_shot_itself_is_never_below_zero_shot():
+    # Of these 1,000 test images one lies within 7e-8 of the border between two classes
+    events = []
+    result = run_stream(RunConfig(method="zero-shot", data="shapes", step=5, limit_train=1), Log(keep=events.append))
+    assert result.seen_accuracy == pytest.approx(result.zero_shot_accuracy, abs=1e-12)
+    assert not [e for e in events if e["event"] == "warning"]
+
+
 # the command
 
 

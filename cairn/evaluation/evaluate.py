@@ -82,7 +82,7 @@ class Evaluator:
         for j in range(task + 1):
             labels = self.loaders[j].labels
             right = self._right(j, lambda rows: self._predicted(task, method, rows), self._embedded(j, method))
-            accuracy.append(right.float().mean().item())
+            accuracy.append(_share(right))
             correct += torch.bincount(labels[right], minlength=seen)
             total += torch.bincount(labels, minlength=seen)
         coming = range(task + 1, len(self.stream.tasks))
@@ -123,10 +123,10 @@ class Evaluator:
             return None
         T = self._texts[classes.start : classes.stop]
 
-        def predicted(z: Tensor) -> Tensor:
-            return (unit(z[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start
+        def predicted(z: Tensor) -> Tensor:  # to the bit as method `zero-shot` tells them, ties included
+            return (self.towers.logit_scale * unit(z[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start
 
-        return torch.cat([self._right(j, predicted, rows(j)) for j in tasks]).float().mean().item()
+        return _share(torch.cat([self._right(j, predicted, rows(j)) for j in tasks]))
 
     @cached_property
     def _texts(self) -> Tensor:
@@ -174,3 +174,7 @@ class Evaluator:
         with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
             kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
         return kept.view(n, *like.shape[1:])
+
+
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / len(right)

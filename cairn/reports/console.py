@@ -15,6 +15,9 @@ from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
+WHOLE = 16
+"""Columns of single words that are no longer than this are not broken across lines, where a line has room for five."""
+
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
@@ -93,8 +96,9 @@ class Console:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in header:
-            table.add_column(name, overflow="fold")
+        for name, *cells in zip(header, *rows, strict=True):
+            words = all(len(cell) <= WHOLE and " " not in cell for cell in cells)
+            table.add_column(name, overflow="fold", no_wrap=words and self._rich.width >= 5 * WHOLE)
         for row in rows:
             table.add_row(*map(Text, row))
         self._rich.print(table, soft_wrap=False)

@@ -94,7 +94,7 @@ class Evaluator:
 
     def _predicted(self, task: int, method: Method, rows: Tensor) -> Tensor:
         seen = self.stream.tasks[task].classes.stop
-        scores = torch.cat([method.scores(some) for some in rows.split(ROWS)])
+        scores = _scored(method.scores, rows)
         if scores.shape[1] != seen or not torch.isfinite(scores).all():
             raise NotFinite(
                 f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
@@ -123,8 +123,11 @@ class Evaluator:
             return None
         T = self._texts[classes.start : classes.stop]
 
-        def predicted(z: Tensor) -> Tensor:  # to the bit as method `zero-shot` tells them, ties included
-            return (self.towers.logit_scale * unit(z[:, : T.shape[1]].cpu()) @ T.T).argmax(1) + classes.start
+        def scores(z: Tensor) -> Tensor:  # to the bit those of method `zero-shot`
+            return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
+
+        def predicted(z: Tensor) -> Tensor:
+            return _scored(scores, z).argmax(1).cpu() + classes.start
 
         return _share(torch.cat([self._right(j, predicted, rows(j)) for j in tasks]))
 
@@ -174,6 +177,10 @@ class Evaluator:
         with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
             kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
         return kept.view(n, *like.shape[1:])
+
+
+def _scored(scores: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    return torch.cat([scores(some) for some in rows.split(ROWS)])
 
 
 def _share(right: Tensor) -> float:

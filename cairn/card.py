@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from cairn.errors import one_line
+from cairn.learner_record import LearnerRecord
 from cairn.methods.catalogue import method_named
 
 
-def card(record: Mapping[str, Any]) -> str:
+def card(record: LearnerRecord) -> str:
     """A page of Markdown from the record that a learner is saved with."""
-    entry, towers = method_named(record["method"]), record["towers"]
+    entry, towers, made_by = method_named(record.method), record.towers, record.versions
     lines = [
         "# A classifier that learns on", "",
-        f"- method: {record['method']}, {entry.title} ({entry.source})",
-        f"- towers: {one_line(towers['name'])}, fingerprint {towers['fingerprint']}, revision {towers['revision'] or 'none'}",
-        f"- {len(record['classes'])} classes from {sum(record['counts'])} images, none of which is kept",
-        f"- {record['bytes']:,} bytes, of which {record['memory_bytes']:,} are statistics of classes",
-        f"- made with cairn {record['versions']['cairn']}, torch {record['versions']['torch']}", "",
+        f"- method: {record.method}, {entry.title} ({entry.source})",
+        f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
+        f"revision {one_line(towers.revision or 'none')}",
+        f"- {len(record.classes)} classes from {sum(record.counts)} images, none of which is kept",
+        f"- {record.bytes:,} bytes, of which {record.memory_bytes:,} are statistics of classes",
+        f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}", "",
         "| class | images |", "|---|---|",
-        *(f"| {_cell(name)} | {count} |" for name, count in zip(record["classes"], record["counts"], strict=True)), "",
+        *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)), "",
         "| date | what |", "|---|---|",
     ]  # fmt: skip
-    for entry in record["history"]:
-        if "forgotten" in entry:
-            lines.append(f"| {entry['date']} | a class was forgotten |")
+    for learned in record.history:
+        if learned.forgotten:
+            lines.append(f"| {learned.date} | a class was forgotten |")
         else:
-            what = f"{len(entry['new'])} new classes" + (
-                f", more of {len(entry['again'])} known ones" if entry["again"] else ""
-            )
-            lines.append(f"| {entry['date']} | {what}, {entry['images']} images |")
+            again = f", more of {len(learned.again)} known ones" if learned.again else ""
+            lines.append(f"| {learned.date} | {len(learned.new)} new classes{again}, {learned.images} images |")
     return "\n".join(lines) + "\n"
 
 

@@ -22,11 +22,13 @@ from cairn.data.stream import Task, require_text
 from cairn.errors import ConfigError, DataError, ResultError, one_line
 from cairn.files import whole
 from cairn.gate import Gate
+from cairn.learner_record import LearnerRecord
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.settings import with_settings
 from cairn.methods.stored import fit_into
 from cairn.novelty import Novelty, gaussians_of
+from cairn.schema import validated
 from cairn.towers.catalogue import load_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
@@ -302,10 +304,12 @@ class IncrementalClassifier:
                 )
             # After forgetting, the state before must not stay beside this one
             keep = 1 if self._forgot else 2
-            Archive(Path(folder), NAME).write(self._record(), {"method": method.state_dict()}, keep)
+            record = self._record()
+            stored = record.model_dump(mode="json", exclude_unset=True)
+            Archive(Path(folder), NAME).write(stored, {"method": method.state_dict()}, keep)
             self._forgot = False
             with whole(Path(folder) / CARD) as temporary:
-                temporary.write_text(card(self._record()), encoding="utf-8")
+                temporary.write_text(card(record), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, towers: Towers | None = None, device: str = "auto") -> IncrementalClassifier:
@@ -317,17 +321,13 @@ class IncrementalClassifier:
         found = Archive(folder, NAME).read()
         if found is None:
             raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
-        try:
-            learner, record = cls._described(found.record, towers, device), found.record
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ResultError(
-                f"'{folder}': the record of the learner is not what it must be ({one_line(repr(error))})"
-            ) from None
+        record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
+        learner = cls._described(record, f"'{folder}': settings of the learner", towers, device)
         learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
         held = learner._loaded_towers()
-        if held.fingerprint != (then := record["towers"].get("fingerprint")):
+        if held.fingerprint != record.towers.fingerprint:
             raise ResultError(
-                f"'{folder}': learned on towers {one_line(str(then))}, '{held.name}' is "
+                f"'{folder}': learned on towers {record.towers.fingerprint}, '{held.name}' is "
                 f"{held.fingerprint} today; give the weights that it was learned on"
             )
         method = learner._fresh(Log())
@@ -338,29 +338,26 @@ class IncrementalClassifier:
         return learner
 
     @classmethod
-    def _described(cls, record: Mapping[str, Any], towers: Towers | None, device: str) -> IncrementalClassifier:
+    def _described(cls, record: LearnerRecord, where: str, towers: Towers | None, device: str) -> IncrementalClassifier:
         """An untrained classifier with what a record says of it."""
-        held = record["towers"]
+        held = record.towers
         learner = cls(
-            record["method"], towers or held["name"], settings=None, templates=tuple(record["templates"]),
-            descriptions=record["descriptions"], seed=int(record["seed"]), device=device, precision=held["precision"],
-            preprocess=held["preprocess"], revision=held["revision"],
+            record.method, towers or held.name, settings=None, templates=tuple(record.templates),
+            descriptions=record.descriptions, seed=record.seed, device=device, precision=held.precision,
+            preprocess=held.preprocess, revision=held.revision,
         )  # fmt: skip
-        learner._stored_config = method_named(record["method"]).config.model_validate(record["config"])
-        names = [str(name) for name in record["classes"]]
-        require_text(names)
-        learner.classes_ = np.array(names, dtype=object)
-        learner.counts_ = np.array([int(n) for n in record["counts"]], dtype=np.int64)
-        learner.history_ = [dict(entry) for entry in record["history"]]
-        learner.references_ = [float(value) for value in record["references"]]
-        if len(learner.counts_) != len(names) or len(set(names)) != len(names):
-            raise ValueError("classes and counts do not agree")
+        schema, made_by = method_named(record.method).config, record.versions.get("cairn")
+        learner._stored_config = validated(schema, record.config, where, made_by)
+        learner.classes_ = np.array(record.classes, dtype=object)
+        learner.counts_ = np.array(record.counts, dtype=np.int64)
+        learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]
+        learner.references_ = record.references
         return learner
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> LearnerRecord:
         method, towers = self._fitted(), self._loaded_towers()
         spoken = self._descriptions()
-        return {
+        record = {
             "method": self.method, "config": self._config(), "seed": self.seed, "templates": list(self.templates),
             "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
             "towers": {"name": towers.name, "fingerprint": towers.fingerprint, "precision": self.precision,
@@ -369,6 +366,7 @@ class IncrementalClassifier:
             "references": self.references_, "memory_bytes": method.memory_bytes,
             "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
         }  # fmt: skip
+        return validated(LearnerRecord, record, "this learner")
 
     # inside
 

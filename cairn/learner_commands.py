@@ -203,17 +203,16 @@ def inspect(learner: Learner) -> None:
     from cairn.card import card
     from cairn.errors import ResultError
     from cairn.learner import NAME
+    from cairn.learner_record import LearnerRecord
+    from cairn.schema import validated
 
     found = Archive(learner, NAME).read()
     if found is None:
         raise ResultError(f"'{learner}': no learner there; `cairn learn {learner} PICTURES` makes one")
-    try:
-        text = card(found.record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"'{learner}': the record is not what it must be ({error!r})") from None
+    record = validated(LearnerRecord, found.record, f"'{learner}': record of the learner")
     for damaged in found.damaged:
         Console().note(f"WARNING: {damaged}; the one before it was taken")
-    typer.echo(text)
+    typer.echo(card(record))
 
 
 def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")]) -> None:

@@ -110,7 +110,8 @@ def _resources(of_file: Any, given: dict[str, Any]) -> Any:
     """The file's, and what the command line says in their place."""
     from pydantic import ValidationError
 
-    from cairn.sweep.file import Resources, reason_of
+    from cairn.schema import reason_of
+    from cairn.sweep.file import Resources
 
     try:
         return Resources.model_validate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from cairn.methods.catalogue import method_named
 from cairn.methods.settings import settings as every_setting
 from cairn.run import RunConfig
 from cairn.runfile import BYTES, KEYS, LINE, RunFile, checked
+from cairn.schema import reason_of
 
 OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "settings"))
 """Options that may vary besides settings and seeds."""
@@ -119,12 +120,6 @@ class SweepFile(BaseModel):
     seeds: tuple[int, ...]
     search: Search | None = None
     resources: Resources = Resources()
-
-
-def reason_of(problem: Mapping[str, Any]) -> str:
-    """What pydantic says of a value, as the end of a line."""
-    text = problem["msg"].removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]
 
 
 def text_of(value: Any) -> str:

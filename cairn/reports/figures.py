@@ -171,8 +171,11 @@ def curves(
 ) -> Chart:
     """A line per series with a band of one deviation to each side, and the table of its numbers: a row per series.
 
-    Means below `floor` are in the table alone.
+    Means below `floor` are in the table alone. The axis is logarithmic only where something positive is drawn.
     """
+    logarithmic = logarithmic and any(
+        point and point.mean > 0 and point.mean >= floor for one in series for point in one.y
+    )
 
     def draw(legend: bool) -> Any:
         with _look(name):

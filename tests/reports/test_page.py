@@ -127,6 +127,22 @@ def test_forgetting_of_tasks_has_forgetting_as_its_mean(stored):
     assert mean(point.mean for point in points) == pytest.approx(forgetting(A))
 
 
+SECONDS = {"a tenth and more": [0.05, 0.3, 0.4], "less than a tenth": [0.04, 0.03, 0.05], "none": [0.0, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize("seconds", SECONDS.values(), ids=SECONDS)
+def test_seconds_per_task_are_drawn_however_few(seconds, stored, tmp_path):
+    """What a run over embeddings made beforehand takes. The line has a point for each task that the caption speaks of."""
+    page = page_of([stored(result(seconds_per_task=seconds))])
+    page.write_files(tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out" / "seconds.csv")
+    assert [float(row[task]) for task in "123"] == seconds
+    drawn = (tmp_path / "out" / "seconds.svg").read_text()
+    line = drawn[drawn.index('<g id="line-') :]
+    assert line[: line.index("</g>")].count("<use") == (2 if max(seconds) >= 0.1 else 3)
+    assert ("every task took less than a tenth" in text_of(page.html())) == (max(seconds) < 0.1)
+
+
 def test_a_matrix_is_the_mean_over_seeds(stored):
     (stream,) = streams_of(read_results([stored(result(), result(seed=2, table=moved(0.1)))]))
     assert stream.lines[0].accuracy()[1] == pytest.approx([0.75, 0.85])
@@ -327,6 +343,16 @@ def test_drift_reports_are_drawn_with_or_without_runs(stored, tmp_path):
     # Two classes each, seeds 1 and 2: after task 1 errors 2 and 4, after task 2 errors 4 and 8
     assert [(float(row["1"]), float(row["2"])) for row in rows] == [(3, 6), (0.75, 1.5), (1.5, 3)]
     assert page_of([stored(result())]).html().count("<section") == 2
+
+
+def test_drift_errors_of_zero_are_drawn(stored, tmp_path):
+    """A logarithmic axis has no place for zero."""
+    exact = drift()
+    for row in exact["rows"]:
+        row |= dict.fromkeys(("mean_error", "covariance_error", "bures_error"), 0.0)
+    page_of([stored(exact, name="drift.json")]).write_files(tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "drift-1-made-dev-mean-error.csv")
+    assert {(float(row["1"]), float(row["2"])) for row in rows} == {(0, 0)}
 
 
 def test_a_newer_or_damaged_drift_report_is_refused(stored):

@@ -32,6 +32,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real images and embeddings beside the project; tests that need them skip where they are absent."""
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def towers():
     """The embedded tiny towers. They never change, so one copy serves every test."""

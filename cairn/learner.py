@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from cairn.archive import Archive
 from cairn.card import card
-from cairn.data.descriptions import Descriptions, read_descriptions
+from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import unreadable
 from cairn.data.given import Given, Item
 from cairn.data.loading import Loader
@@ -29,6 +29,7 @@ from cairn.methods.settings import with_settings
 from cairn.methods.stored import fit_into
 from cairn.novelty import Novelty, gaussians_of
 from cairn.schema import validated
+from cairn.templates import DEFAULT, prompt_templates
 from cairn.towers.catalogue import load_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
@@ -38,7 +39,6 @@ from cairn.types import Scores
 from cairn.versions import versions
 
 NAME, WORK, CARD = "learner", "work", "CARD.md"
-TEMPLATES = ("a photo of a {}.",)
 BATCH = 64
 """Images scored at once."""
 
@@ -65,8 +65,8 @@ class IncrementalClassifier:
         towers: str | Towers = "openai/clip-vit-base-patch16",
         *,
         settings: Mapping[str, Any] | None = None,
-        templates: Sequence[str] = TEMPLATES,
-        descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
+        templates: Sequence[str] | str = DEFAULT,
+        descriptions: Mapping[str, Sequence[str] | str] | str | Path | None = None,
         seed: int = 1,
         device: str = "auto",
         precision: str = "float32",
@@ -74,7 +74,7 @@ class IncrementalClassifier:
         revision: str | None = None,
     ):
         self.method, self.towers, self.settings = method, towers, settings
-        self.templates, self.descriptions, self.seed = templates, descriptions, seed
+        self.templates, self.descriptions, self.seed = prompt_templates(templates), descriptions, seed
         self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
         self._gate = Gate()
         self._towers: Towers | None = None
@@ -133,9 +133,7 @@ class IncrementalClassifier:
 
     def _learn(self, given: Given, new: list[str], log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
         k = len(self.classes_)
-        task = Task(
-            len(self.history_), range(k, k + len(new)), tuple(new), tuple(self.templates), given, self._descriptions()
-        )
+        task = Task(len(self.history_), range(k, k + len(new)), tuple(new), self.templates, given, self._descriptions())
         method = self._copy(log)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task))
@@ -419,9 +417,7 @@ class IncrementalClassifier:
             return None
         if isinstance(self.descriptions, (str, Path)):
             return read_descriptions(self.descriptions)
-        from cairn.data.descriptions import written_by
-
-        return written_by("given", {name: list(sentences) for name, sentences in self.descriptions.items()})
+        return written_by("given", self.descriptions)
 
     def _fitted(self) -> Method:
         if self.method_ is None:

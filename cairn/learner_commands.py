@@ -42,8 +42,9 @@ def learn(
     from cairn.archive import Archive
     from cairn.data.folders import class_images
     from cairn.files import make_folder
-    from cairn.learner import NAME, TEMPLATES, WORK, IncrementalClassifier
+    from cairn.learner import NAME, WORK, IncrementalClassifier
     from cairn.store import Lock
+    from cairn.templates import DEFAULT, prompt_templates
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
     from cairn.training.log import Log
 
@@ -52,6 +53,7 @@ def learn(
     items = [images.path(row) for row in range(len(images))]
     names = [classes[label] for label in images.labels]
     settings = _settings(set_)
+    templates = prompt_templates(template or DEFAULT, "--template")
     made = not learner.exists()
     make_folder(learner)
     lock = Lock(
@@ -67,7 +69,7 @@ def learn(
             held = IncrementalClassifier.load(learner, device=device)
         else:
             held = IncrementalClassifier(
-                method, towers, settings=settings, templates=tuple(template or TEMPLATES), seed=seed, device=device
+                method, towers, settings=settings, templates=templates, seed=seed, device=device
             )
         if said is not None:
             own = {name: list(described.sentences) for name, described in said.classes.items()}

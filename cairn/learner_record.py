@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cairn.data.stream import require_text
 from cairn.errors import DataError
 from cairn.schema import Count, Record
+from cairn.templates import template_problem
 
 
 def _class_name(name: str) -> str:
@@ -21,8 +22,8 @@ def _class_name(name: str) -> str:
 
 
 def _template(template: str) -> str:
-    if template.count("{}") != 1:
-        raise ValueError("must hold {} once, in place of the class name")
+    if problem := template_problem(template):
+        raise ValueError(problem)
     return template
 
 

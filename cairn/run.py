@@ -30,6 +30,7 @@ from cairn.methods.settings import choices, with_settings
 from cairn.methods.settings import settings as every_setting
 from cairn.methods.stored import fit_into
 from cairn.ranks import Ranks
+from cairn.templates import prompt_templates
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
@@ -514,13 +515,12 @@ def prompted(dataset: Dataset, template: str | None) -> Dataset:
     """The data set with one template in place of its own, if one is given."""
     if template is None:
         return dataset
-    if template.count("{}") != 1:
-        raise ConfigError(f"template '{template}': must hold {{}} once, in place of the class name")
+    templates = prompt_templates(template, "template")
     if dataset.embeddings is not None:
         raise ConfigError(
             f"template '{template}': data '{dataset.name}' holds embeddings of texts; leave --template out"
         )
-    return replace(dataset, templates=(template,))
+    return replace(dataset, templates=templates)
 
 
 def readable(stream: TaskStream, skip: bool) -> TaskStream:

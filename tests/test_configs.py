@@ -142,7 +142,7 @@ def test_a_choice_is_named_before_what_is_set_of_it(tmp_path):
         ("method = 'dcm'", "unknown method 'dcm': did you mean dmc"),
         ("step = 3", "no method given"),
         ("method = 'dmc'\n[settings]\nstage9.x = 1", "unknown setting 'stage9.x'"),
-        ("method = 'dmc'\ntemplate = 'a photo'", "template 'a photo': must hold {} once"),
+        ("method = 'dmc'\ntemplate = 'a photo'", "template: 'a photo' must hold {} once"),
     ],
 )
 def test_a_bad_file_is_one_line(cairn, tmp_path, text, says):

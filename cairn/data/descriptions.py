@@ -10,7 +10,7 @@ them: JSON, sentences keyed by class name, never by position.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -85,8 +85,14 @@ def read_descriptions(path: str | Path) -> Descriptions:
     return found
 
 
-def written_by(author: str, sentences: dict[str, Sequence[str]]) -> Descriptions:
-    """Descriptions without guide images, by `author`."""
-    return Descriptions(
-        classes={name: ClassDescription(sentences=tuple(own), model=author) for name, own in sentences.items()}
-    )
+def written_by(author: str, sentences: Mapping[str, Sequence[str] | str]) -> Descriptions:
+    """Descriptions without guide images, by `author`; a single text is one sentence. Raises DataError for a class whose
+    sentences are none, empty or no texts."""
+    classes = {}
+    for name, own in sentences.items():
+        own = (own,) if isinstance(own, str) else tuple(own)
+        try:
+            classes[name] = ClassDescription(sentences=own, model=author)
+        except ValidationError:
+            raise DataError(f"descriptions of '{name}': {own!r}; give one sentence or more, each a text") from None
+    return Descriptions(classes=classes)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from cairn.data.images import Dataset
 from cairn.errors import DataError, one_line
 from cairn.files import sha256_of, write_chunks
+from cairn.templates import DEFAULT, prompt_templates
 from cairn.tensors import CODES, serialized
 
 NAME_KEYS = ("class_names", "classnames", "classes", "names")
@@ -119,7 +120,7 @@ def save_features(
     test_labels: np.ndarray | torch.Tensor,
     class_names: Sequence[str],
     text_features: np.ndarray | torch.Tensor | None = None,
-    templates: Sequence[str] = (),
+    templates: Sequence[str] | str = (),
     logit_scale: float | None = None,
     model: str | None = None,
 ) -> None:
@@ -138,8 +139,9 @@ def save_features(
         tensors["text_features"] = text_features
     tensors = {name: _owned(values) for name, values in tensors.items()}
     metadata = {"class_names": json.dumps(list(class_names), ensure_ascii=False)}
-    if templates:
-        metadata["templates"] = json.dumps(list(templates), ensure_ascii=False)
+    if isinstance(templates, str) or templates:
+        checked = prompt_templates(templates, f"features file '{path}': templates", DataError)
+        metadata["templates"] = json.dumps(checked, ensure_ascii=False)
     if logit_scale is not None:
         metadata["logit_scale"] = repr(float(logit_scale))
     if model is not None:
@@ -277,12 +279,9 @@ def _is_small(number: str) -> bool:
 def _templates(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
     key = next((key for key in TEMPLATE_KEYS if metadata.get(key)), None)
     if key is None:
-        return ("a photo of a {}.",)
-    templates = _listed(metadata[key])
-    for template in templates or [metadata[key]]:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise DataError(f"{shown}: template '{template}' must hold one {{}} for the class name")
-    return tuple(templates)
+        return DEFAULT
+    listed = _listed(metadata[key])
+    return prompt_templates(metadata[key] if listed is None else listed, f"{shown}: {key}", DataError)
 
 
 def _logit_scale(metadata: dict[str, str], shown: str) -> float:

@@ -21,6 +21,7 @@ from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.stream import held_out, one_line, require_text
 from cairn.errors import ConfigError, DataError
+from cairn.templates import DEFAULT
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -32,8 +33,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 TEST_FOLDERS = ("test", "val", "validation")
 """Where test images may lie beside `train/`; the first that exists is taken."""
-
-TEMPLATES = ("a photo of a {}.",)
 
 
 class FolderImages:
@@ -203,7 +202,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
         train, test = _images(root, "train/", classes), _images(root, f"{test_folder}/", classes)
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
-    return Dataset(one_line(root.resolve().name), tuple(classes), train, test, TEMPLATES, descriptions=said)
+    return Dataset(one_line(root.resolve().name), tuple(classes), train, test, DEFAULT, descriptions=said)
 
 
 def unreadable(images: Images) -> dict[int, str]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cairn.data.descriptions import Descriptions
+from cairn.errors import DataError
+from cairn.templates import prompt_templates
 
 
 class Images(Protocol):
@@ -95,3 +97,7 @@ class Dataset:
     templates: tuple[str, ...]
     embeddings: Any = None
     descriptions: Descriptions | None = None
+
+    def __post_init__(self):
+        templates = prompt_templates(self.templates, f"data '{self.name}': templates", DataError)
+        object.__setattr__(self, "templates", templates)

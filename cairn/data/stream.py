@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cairn.data.descriptions import Descriptions
 from cairn.data.images import Dataset, Images, Subset
 from cairn.errors import ConfigError, DataError, ResultError, one_line
 from cairn.files import JSON_BYTES, read_bytes, read_json, read_yaml
+from cairn.templates import prompt_templates
 
 
 def require_text(names: Iterable[str]) -> None:
@@ -43,6 +45,9 @@ class Task:
     train: Images
     descriptions: Descriptions | None = None
     """What the data set says of its classes, if it does; of all of them: a file is one thing."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "templates", prompt_templates(self.templates, f"task {self.index}: templates"))
 
 
 @dataclass(frozen=True)

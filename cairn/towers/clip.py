@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from cairn.errors import ConfigError, TowersError
+from cairn.templates import prompt_templates
 from cairn.towers.patches import Attention, embedded_tokens
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
@@ -215,6 +216,7 @@ class ClipTowers:
             yield self.token_embeddings(ids), torch.tensor([len(row) for row in part])
 
     def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        templates = prompt_templates(templates)
         prompts = [filled(template, name) for name in names for template in templates]
         texts = normalize(self.text(prompts), dim=-1).view(len(names), len(templates), -1)
         return normalize(texts.mean(1), dim=-1)

@@ -396,6 +396,12 @@ def test_braces_in_a_class_name(root, towers):
 ODD = ["<script>alert(1)</script>", "..%2f", "../../x", "[red]b[/red]", "%s", "$x^$"]
 
 
+def test_template_without_a_place(root):
+    for template in ("a photo of a {label}.", "a photo.", "a {} and a {}.", ""):
+        refusal(lambda template=template: prepared(config(root, template=template)), template, kind=ConfigError)
+    assert prepared(config(root, template="a {}")).stream.tasks[0].templates == ("a {}",)
+
+
 def test_class_names_like_markup_and_paths(root, features_file, monkeypatch):
     monkeypatch.chdir(root.parent)
     before = {path for path in root.parent.rglob("*") if root not in path.parents}

@@ -466,7 +466,7 @@ def test_a_folder_a_file_and_a_key(tmp_path, row):
 
 def test_the_drawn_world(monkeypatch):
     def world(part):
-        return Dataset(part, (), None, None, ())
+        return Dataset(part, (), None, None, ("{}",))
 
     monkeypatch.setattr("cairn.data.shapes.shapes_dataset", world, raising=False)
     assert open_dataset("shapes").name == open_dataset("shapes:stream").name == "stream"

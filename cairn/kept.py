@@ -21,6 +21,7 @@ from cairn.data.feature_store import Batch, FeatureStore, Kind, Rows, image_ids
 from cairn.data.images import Images, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
+from cairn.towers.fingerprint import weights_part
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.types import Features, Pixels
@@ -68,7 +69,7 @@ class KeptTowers:
         self.text, self.word_tokens, self.class_texts = towers.text, towers.word_tokens, towers.class_texts
         self.vision = towers.vision
         self.passes.setdefault("stored", 0)
-        self._maker = f"{towers.fingerprint}-{towers.precision}-{torch.device(towers.device).type}"
+        self._maker = f"{weights_part(towers.fingerprint)}-{towers.precision}-{torch.device(towers.device).type}"
         self._about = {"data": data, "towers": towers.name}
         self._collections: list[Placed] = []
         self._rows: dict[tuple[int, Kind], Rows] = {}

@@ -31,6 +31,7 @@ from cairn.novelty import Novelty, gaussians_of
 from cairn.schema import validated
 from cairn.templates import DEFAULT, prompt_templates
 from cairn.towers.catalogue import load_towers
+from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encoded
@@ -323,10 +324,10 @@ class IncrementalClassifier:
         learner = cls._described(record, f"'{folder}': settings of the learner", towers, device)
         learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
         held = learner._loaded_towers()
-        if held.fingerprint != record.towers.fingerprint:
+        if not same_towers(held.fingerprint, record.towers.fingerprint):
             raise ResultError(
                 f"'{folder}': learned on towers {record.towers.fingerprint}, '{held.name}' is "
-                f"{held.fingerprint} today; give the weights that it was learned on"
+                f"{held.fingerprint} today; give the weights and the tokenizer that it was learned on"
             )
         method = learner._fresh(Log())
         if "method" not in found.parts:

@@ -33,6 +33,7 @@ from cairn.ranks import Ranks
 from cairn.templates import prompt_templates
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
+from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.log import Log
@@ -71,7 +72,7 @@ class RunConfig(BaseModel):
 
 class TowersUsed(BaseModel):
     name: str
-    fingerprint: str = Field(description="16 hex digits over weights, activation and preprocessing")
+    fingerprint: str = Field(description="over weights, activation and preprocessing, and over the tokenizer")
     revision: str | None = None
 
 
@@ -419,12 +420,12 @@ class _Course:
 
     def _restore(self, record: dict[str, Any], learner: State) -> None:
         same = {
-            "call": (record["run"], self.config.model_dump(mode="json")),
-            "data": (record["split"], self.stream.fingerprint),
-            "towers": (record["towers"], self.towers.fingerprint),
+            "call": record["run"] == self.config.model_dump(mode="json"),
+            "data": record["split"] == self.stream.fingerprint,
+            "towers": same_towers(record["towers"], self.towers.fingerprint),
         }
-        for what, (then, now) in same.items():
-            if then != now:
+        for what, holds in same.items():
+            if not holds:
                 raise ResultError(
                     f"'{self._archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
                 )

@@ -24,6 +24,7 @@ from cairn.methods.protocol import Method
 from cairn.methods.stored import fit_into
 from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, towers_for
 from cairn.towers.catalogue import load_towers
+from cairn.towers.fingerprint import same_towers
 from cairn.training.log import Log
 
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
@@ -221,7 +222,7 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
         towers = load_towers(
             spec, device="auto", precision=run.precision, preprocess=run.preprocess, revision=run.revision
         )
-    if towers.fingerprint != result.towers.fingerprint:
+    if not same_towers(towers.fingerprint, result.towers.fingerprint):
         raise ResultError(
             f"'{folder}': learned on towers {result.towers.fingerprint}, '{towers.name}' is {towers.fingerprint} today"
         )

@@ -594,6 +594,8 @@ def opened_doors(tree):
         for word in ("trust_remote_code", "weights_only"):
             if word in given and ast.unparse(given[word]) != str(word == "weights_only"):
                 yield f"{node.lineno}: {name}({word})"
+        if last == "from_pretrained" and ("trust_remote_code" not in given or root.startswith("Auto")):
+            yield f"{node.lineno}: {name} that may run code of a repository"
         weights = last == "from_pretrained" and "Tokenizer" not in root and "Config" not in root
         if weights and ast.unparse(given.get("use_safetensors", ast.Constant(False))) != "True":
             yield f"{node.lineno}: {name} that may read pickles"
@@ -614,6 +616,8 @@ def test_no_data_is_run(path):
         "yaml.load(x, yaml.Loader)", "yaml.load(x, Loader=yaml.UnsafeLoader)", "yaml.unsafe_load(x)", "eval('1')", "exec('x = 1')",
         "AutoModel.from_pretrained('x')", "AutoModel.from_pretrained('x', use_safetensors=False)", "__import__('x')",
         "AutoTokenizer.from_pretrained('x', trust_remote_code=True)", "load_dataset('x', trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained('x', trust_remote_code=False)", "CLIPTokenizer.from_pretrained('x')",
+        "CLIPConfig.from_pretrained('x', revision='y')",
         "subprocess.run('x', shell=True)", "os.system('x')", "import shelve", "import marshal",
     ],
 )  # fmt: skip

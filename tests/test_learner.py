@@ -290,7 +290,7 @@ def test_other_weights_are_refused(learned, tmp_path, towers_once):
 
     other = Other()
     other.fingerprint = "0" * 16
-    with pytest.raises(ResultError, match="give the weights that it was learned on"):
+    with pytest.raises(ResultError, match="give the weights and the tokenizer that it was learned on"):
         IncrementalClassifier.load(tmp_path, other)
 
 

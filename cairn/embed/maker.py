@@ -18,6 +18,7 @@ from cairn.embed.plan import PLAN, ROWS, SPLITS, Chosen, EmbedConfig, Plan, Shar
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
 from cairn.run import TowersUsed, prompted, readable, towers_for
 from cairn.tensors import read_tensors
+from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.versions import versions
 
@@ -85,7 +86,7 @@ class Maker:
         run = plan.config.run
         dataset = _images_of(plan.config)
         towers = towers_for(run if device is None else run.model_copy(update={"device": device}), dataset)
-        if towers.fingerprint != plan.towers.fingerprint:
+        if not same_towers(towers.fingerprint, plan.towers.fingerprint):
             raise Stale(
                 f"towers '{towers.name}': {towers.fingerprint} here, {plan.towers.fingerprint} in '{folder / PLAN}'; give "
                 "every machine the same"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cairn.errors import ResultError, one_line
 from cairn.files import read_bytes, read_json
 from cairn.reports.formats import Estimate, estimate
-from cairn.reports.tables import Result, files_below, label, stream_of
+from cairn.reports.tables import Result, files_below, label, stream_keys
 
 SCHEMA_VERSION = 1
 """The newest that is read, of results and of drift reports."""
@@ -224,8 +224,8 @@ class Stream:
 def streams_of(results: Sequence[Result]) -> list[Stream]:
     """The runs by stream, in the order found."""
     found: dict[tuple, dict[str, list[Result]]] = {}
-    for result in results:
-        groups = found.setdefault((stream_of(result), *result["task_sizes"]), {})
+    for result, key in zip(results, stream_keys(results), strict=True):
+        groups = found.setdefault((*key.values(), *result["task_sizes"]), {})
         learner = json.dumps([result["method"], result["run"]["settings"], result["config"]], sort_keys=True)
         groups.setdefault(learner, []).append(result)
     streams = []

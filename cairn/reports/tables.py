@@ -11,15 +11,9 @@ from cairn.errors import ConfigError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
 from cairn.files import read_json
 from cairn.reports.formats import Column, Estimate, Interval, Table, estimate
+from cairn.towers.fingerprint import completed
 
 Result = dict[str, Any]
-
-STREAM = (
-    ("towers", lambda result: result["towers"]["fingerprint"]),
-    ("split or class order", lambda result: (result["split"], *result.get("class_order", ()))),
-    ("precision", lambda result: result["run"]["precision"]),
-)
-"""What runs have in common that a table may put side by side."""
 
 COMPARED = ("average", "last", "forgetting")
 """What is subtracted, seed by seed."""
@@ -52,14 +46,24 @@ def none_below(folders: Iterable[Path], kinds: str = "result.json") -> ResultErr
     return ResultError(f"'{' '.join(map(str, folders))}': no {kinds} there; run `cairn run` first")
 
 
-def stream_of(result: Result) -> tuple:
-    """Equal for runs that saw the same images, in the same order, through the same towers."""
-    return tuple(of(result) for _, of in STREAM)
+def stream_keys(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Of each run what it has in common with those that a table may put side by side: equal for runs that saw the same
+    images, in the same order, through the same towers."""
+    towers = completed(result["towers"]["fingerprint"] for result in results)
+    return [
+        {
+            "towers": towers[result["towers"]["fingerprint"]],
+            "split or class order": (result["split"], *result.get("class_order", ())),
+            "precision": result["run"]["precision"],
+        }
+        for result in results
+    ]
 
 
 def comparable(results: Sequence[Result]) -> list[str]:
     """What differs between runs that a table puts side by side: weights, split, or protocol. Empty if all is alike."""
-    return [what for what, of in STREAM if len({of(result) for result in results}) > 1]
+    keys = stream_keys(results)
+    return [what for what in keys[0] if len({key[what] for key in keys}) > 1] if keys else []
 
 
 def label(result: Result) -> str:

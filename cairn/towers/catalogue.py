@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from cairn.errors import TowersError, UnknownName
 from cairn.towers.clip import ClipTowers
+from cairn.towers.openclip import CLIP_VOCABULARY, open_clip_model
+from cairn.towers.preprocessing import FILES as PREPROCESSING_FILES
 from cairn.towers.preprocessing import Preprocessing
+from cairn.towers.tokenizer import FILES as TOKENIZER_FILES
+from cairn.towers.tokenizer import has_tokenizer, load_tokenizer, require_fit
+
+CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+"""Whose tokenizer an open_clip checkpoint of CLIP's vocabulary takes, where it brings none."""
 
 KNOWN = {
     "tiny": "the embedded CLIP of 2.6 M parameters, for the drawn world `shapes`",
@@ -39,8 +48,6 @@ def load_towers(
     Weights are read from safetensors alone and code from a hub is never run. Raises TowersError naming what is missing.
     """
     if spec.startswith("open_clip:"):
-        from cairn.towers.openclip import open_clip_model
-
         model, folder, stored = open_clip_model(spec.removeprefix("open_clip:"), revision)
         if stored.get("resize_mode") == "longest":
             raise TowersError(
@@ -51,9 +58,9 @@ def load_towers(
         if stored.get("interpolation") in ("bilinear", "bicubic"):
             known["resample"] = stored["interpolation"]
         preprocessing = Preprocessing(size=size, **known)
-        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        tokenizer_source = str(folder) if has_tokenizer else "openai/clip-vit-base-patch32"
-        commit = revision
+        text_config, commit = None, revision  # the config of open_clip names no token
+        if not has_tokenizer(folder) and model.config.text_config.vocab_size == CLIP_VOCABULARY:
+            folder = _hub_folder(CLIP_TOKENIZER, None, spec)  # what open_clip itself takes
     else:
         source, folder = spec, Path(spec)
         if spec == "tiny":
@@ -65,41 +72,31 @@ def load_towers(
             raise UnknownName("towers", spec, KNOWN)
         model = _transformers_model(source, spec, revision)
         commit = getattr(model.config, "_commit_hash", None)
-        tokenizer_source = source
+        text_config = model.config.text_config
         if not folder.is_dir():
-            folder = _hub_file(source, "preprocessor_config.json", commit).parent
+            folder = _hub_folder(source, commit, spec)
         preprocessing = Preprocessing.from_folder(folder, model.config.vision_config.image_size)
     preprocessing = preprocessing.model_copy(update={"mode": preprocess})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_source, revision=commit if tokenizer_source == spec else None
-        )
-    except (OSError, ValueError) as error:
-        raise TowersError(f"towers '{spec}': no tokenizer in '{tokenizer_source}': {_first_line(error)}") from None
+    with _quiet():
+        tokenizer = load_tokenizer(folder)
+    require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
     return ClipTowers(model, tokenizer, preprocessing, name=spec, device=device, precision=precision, revision=commit)
 
 
 def _transformers_model(source: str, spec: str, revision: str | None) -> CLIPModel:
-    shown = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
-        config = CLIPConfig.from_pretrained(source, revision=revision)
-        if config.model_type != "clip":
-            raise TowersError(f"towers '{spec}': a '{config.model_type}' model, not a CLIP; give a CLIP checkpoint")
-        model, report = CLIPModel.from_pretrained(
-            source, revision=revision, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
-            output_loading_info=True,
-        )  # fmt: skip
+        with _quiet():
+            config = CLIPConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            if config.model_type != "clip":
+                raise TowersError(f"towers '{spec}': a '{config.model_type}' model, not a CLIP; give a CLIP checkpoint")
+            model, report = CLIPModel.from_pretrained(
+                source, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                attn_implementation="sdpa", output_loading_info=True,
+            )  # fmt: skip
     except TowersError:
         raise
     except Exception as error:  # a hub or a file can fail in many ways; none may reach a user as a traceback
         raise TowersError(f"towers '{spec}': cannot be loaded: {_first_line(error)}") from None
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise TowersError(
@@ -108,13 +105,32 @@ def _transformers_model(source: str, spec: str, revision: str | None) -> CLIPMod
     return model
 
 
-def _hub_file(source: str, name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+def _hub_folder(source: str, revision: str | None, spec: str) -> Path:
+    """Where the hub's tokenizer and preprocessing files of a repository lie, once fetched."""
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(hf_hub_download(source, name, revision=revision))
-    except Exception:
-        return Path(name)
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=[*TOKENIZER_FILES, *PREPROCESSING_FILES])
+        )
+    except Exception as error:
+        raise TowersError(
+            f"towers '{spec}': the tokenizer of '{source}' cannot be fetched: {_first_line(error)}"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters of them is checked here."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

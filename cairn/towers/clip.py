@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from cairn.errors import ConfigError, TowersError
 from cairn.templates import prompt_templates
+from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.patches import Attention, embedded_tokens
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
+from cairn.towers.tokenizer import tokenizer_fingerprint
 from cairn.types import Features, Pixels
 
 
@@ -95,7 +97,7 @@ class ClipTowers:
     def __init__(
         self,
         model: CLIPModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         preprocessing: Preprocessing,
         *,
         name: str,
@@ -115,11 +117,9 @@ class ClipTowers:
         self.width = text.hidden_size
         # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if self.bos is None or self.eos is None or max(self.bos, self.eos) >= text.vocab_size:
-            raise TowersError(
-                f"towers '{name}': the tokenizer's start or end token is outside the text tower's vocabulary"
-            )
-        self.fingerprint = _fingerprint(model, preprocessing)
+        self.fingerprint = full_fingerprint(
+            _weights_fingerprint(model, preprocessing), tokenizer_fingerprint(tokenizer)
+        )
         self._model = model.float().eval().requires_grad_(False).to(self.device)
         self.logit_scale = float(model.logit_scale.detach().exp())
         self._vision = VisionTower(self._model, getattr(torch, precision), self.passes)
@@ -222,7 +222,7 @@ class ClipTowers:
         return normalize(texts.mean(1), dim=-1)
 
 
-def _fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:
+def _weights_fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:
     """16 hex digits over weights (float32, by name), activations and preprocessing."""
     digest = hashlib.sha256(preprocessing.model_dump_json().encode())
     digest.update(f"{model.config.vision_config.hidden_act} {model.config.text_config.hidden_act}".encode())

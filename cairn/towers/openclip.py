@@ -24,7 +24,7 @@ from cairn.errors import TowersError
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_CLIP_VOCABULARY = 49408
+CLIP_VOCABULARY = 49408
 _PREPROCESSING = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
@@ -109,7 +109,7 @@ def clip_config(open_clip_config: Mapping[str, Any]) -> CLIPConfig:
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     vision_width, text_width = _count(vision, "width", "vision_cfg"), _count(text, "width", "text_cfg")
     vocabulary = _count(text, "vocab_size", "text_cfg")
-    if vocabulary > _CLIP_VOCABULARY or (text.get("hf_tokenizer_name") and vocabulary != _CLIP_VOCABULARY):
+    if vocabulary > CLIP_VOCABULARY or (text.get("hf_tokenizer_name") and vocabulary != CLIP_VOCABULARY):
         raise TowersError(
             f"open_clip's text_cfg.vocab_size = {vocabulary} is not of CLIP's tokenizer, so the end-of-text token is "
             f"not known: {_REMEDY['text_cfg']}"
@@ -215,7 +215,7 @@ def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel
 
     # On the meta device nothing is initialised: no time, no memory, no draw from the global generator.
     with torch.device("meta"):
-        model = AutoModel.from_config(config, attn_implementation="sdpa")
+        model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     _fits(path, model, state)
     # A copy, because what safetensors hands out is a view of the file, which may change later.
     model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)

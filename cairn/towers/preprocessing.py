@@ -15,6 +15,8 @@ from torch import Tensor
 from cairn.errors import TowersError
 from cairn.types import Pixels
 
+FILES = ("preprocessor_config.json",)
+
 LONGEST = 16
 """Aspect ratio past which an image is cut before it is resized."""
 

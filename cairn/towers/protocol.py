@@ -25,7 +25,7 @@ class Towers(Protocol):
     logit_scale: float
     """s = exp(logit_scale), the factor on cosines; about 100 for CLIP."""
     fingerprint: str
-    """Hash of weights, activation and preprocessing."""
+    """Names what the towers compute: weights, activation and preprocessing, and the tokenizer; see `cairn.towers.fingerprint`."""
     passes: dict[str, int]
     """Forward passes so far: `images` through the vision tower, `text_tokens` through the text tower."""
     has_images: bool

@@ -43,6 +43,7 @@ def adapted(
             return class_cross_entropy(unit(encoder(pixels)), unit(w), labels, towers.logit_scale)
 
         schedule, average = as_tuned(encoder, schedule)
-        fit(loss, [*encoder.parameters(), w], loader, schedule, seeds, log, checkpoint, average=average)
+        trained = [*encoder.parameters(), w]
+        fit(loss, trained, loader, schedule, seeds, log, checkpoint, average=average, model=encoder)
         encoder.version = 1
     return z, y

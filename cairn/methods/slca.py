@@ -144,7 +144,7 @@ class SLCA(UnitRows):
         rates = [rate] * len(encoder) + [1.0]
         fit(
             slow_loss, [*encoder, rows], loader, stage1.schedule, seeds.at(stage=1), log.at(stage=1), checkpoint,
-            rates=rates, average=average,
+            rates=rates, average=average, model=self.image,
         )  # fmt: skip
         if encoder and stage1.schedule.epochs:
             self.image.version += 1

@@ -133,7 +133,7 @@ def align_vision(
         return value
 
     schedule, average = as_tuned(encoder, stage.schedule, stage.average)
-    fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average)
+    fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average, model=encoder)
     if encoder.parameters() and stage.schedule.epochs:
         encoder.version += 1
 

@@ -19,10 +19,11 @@ ADAPTER = "cairn"
 def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: float, rng: torch.Generator) -> None:
     """Give every linear layer whose name matches the regex a trainable delta (alpha / rank) B A, zero at first.
 
-    A is Kaiming-uniform from `rng`, B is zero. Raises ConfigError if nothing matches.
+    A is Kaiming-uniform from `rng`, B is zero. `dropout` is that of `SeededDropout`, on the input of A. Raises ConfigError if
+    nothing matches.
     Source: Hu et al., LoRA (2021), section 4.1.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -32,12 +33,50 @@ def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: 
         raise ConfigError(
             f"lora targets '{targets}': no layer matches; linear layers are named like {linear[0]}"
         ) from None
+    if dropout:
+        for layer in _layers(tower):
+            layer.lora_dropout[ADAPTER] = SeededDropout(dropout)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_A" in name:
             bound = parameter.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5)
             values = torch.rand(parameter.shape, generator=rng) * 2 * bound - bound
             parameter.data.copy_(values)
+
+
+class SeededDropout(nn.Module):
+    """x m / (1 - p) with m ~ Bernoulli(1 - p) for each number, drawn from `generator`; x itself while there is none.
+
+    torch's own dropout draws from the global generator, so that a stage could not be resumed to the bit.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.generator is None:
+            return x
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
+@contextmanager
+def dropping(tower: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Inside, dropout is on and draws from `generator`."""
+    layers = [module for module in tower.modules() if isinstance(module, SeededDropout)]
+    for layer in layers:
+        layer.generator = generator
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.generator = None
+
+
+def _layers(tower: nn.Module) -> list[LoraLayer]:
+    return [module for module in tower.modules() if isinstance(module, LoraLayer)]
 
 
 def delta(tower: nn.Module) -> dict[str, Tensor]:
@@ -57,7 +96,7 @@ def restore(tower: nn.Module, state: dict[str, Tensor]) -> None:
 @contextmanager
 def merged(tower: nn.Module) -> Iterator[None]:
     """Inside, the deltas are part of the weights; on leaving, the weights are what they were, to the bit."""
-    layers = [module for module in tower.modules() if isinstance(module, LoraLayer)]
+    layers = _layers(tower)
     kept = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer, weight in zip(layers, kept, strict=True):

@@ -39,7 +39,7 @@ class Lora(_Choice):
     kind: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, description="rank of each delta")
     alpha: float = Field(8.0, gt=0, description="scale; the delta is alpha / rank * B A")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the delta's input")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the delta's input, in training alone")
     targets: str = Field(
         r".*vision_model.*\.self_attn\.(k_proj|v_proj)",
         description="regex of layer names; e.g. '.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)' for attention and MLP",
@@ -173,6 +173,12 @@ class ImageEncoder:
         for name, value in given.items():
             own[name].data.copy_(value)
         self.version = int(state["version"])
+
+    @contextmanager
+    def training(self, generator: torch.Generator) -> Iterator[None]:
+        """Dropout on, drawn from `generator`. Outside, embeddings are the same in every pass."""
+        with lora.dropping(self.module, generator):
+            yield
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -41,6 +42,16 @@ class Batches(Protocol):
         ...
 
 
+class Stochastic(Protocol):
+    """What draws random numbers in training, such as a model with dropout, and none otherwise."""
+
+    device: torch.device
+
+    def training(self, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Training mode, with everything random drawn from `generator`."""
+        ...
+
+
 def fit(
     loss: Callable[[Tensor, Tensor], Tensor],
     parameters: Sequence[nn.Parameter],
@@ -52,9 +63,12 @@ def fit(
     *,
     rates: Sequence[float] | None = None,
     average: BetaAverage | None = None,
+    model: Stochastic | None = None,
 ) -> None:
     """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, its parameters end as their average.
 
+    `loss` is computed with `model` in training mode; what it draws in step i comes from `seeds.at(step=i)`, in each process
+    apart where batches are shared out.
     Where batches are shared out between processes, the loss must be a mean over rows, none of which depends on another.
 
     `rates` are multiples of the schedule's learning rate, one for each parameter; 1 for all of them if None.
@@ -76,6 +90,13 @@ def fit(
             return
     ranks = checkpoint.ranks
     shared = ranks.number > 1 and getattr(batches, "shares", False)
+    part = {"rank": ranks.rank} if shared else {}
+
+    def training(step: int) -> AbstractContextManager[None]:
+        if model is None:
+            return nullcontext()
+        return model.training(seeds.at(step=step, **part).generator("dropout", model.device))
+
     waited, start, begun = 0.0, time.perf_counter(), course.step
     done, skip = divmod(course.step, len(batches))
     rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
@@ -90,7 +111,8 @@ def fit(
             course.optimiser.zero_grad()
             value, number = 0.0, len(labels)
             if number:
-                whole = loss(inputs, labels)
+                with training(course.step):
+                    whole = loss(inputs, labels)
                 value = whole.item()
                 if math.isfinite(value):
                     whole.backward()

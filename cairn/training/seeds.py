@@ -19,8 +19,8 @@ class Seeds:
         """The node below, e.g. `seeds.at(task=3, stage=1)`; keyword order does not matter."""
         return Seeds(self.seed, (*self.path, *(f"{key}={place[key]}" for key in sorted(place))))
 
-    def generator(self, purpose: str) -> torch.Generator:
-        """A fresh CPU generator for one purpose at this node."""
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh generator for one purpose at this node."""
         name = "/".join((str(self.seed), *self.path, purpose))
         value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        return torch.Generator().manual_seed(value % 2**63)
+        return torch.Generator(device).manual_seed(value % 2**63)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.errors import ConfigError
 from cairn.maths.similarity import unit
@@ -12,6 +15,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
 from cairn.towers.features import FeatureTowers
+from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 
 FAST = ("stage1.schedule.epochs=3", "stage1.schedule.lr=1e-2", "stage1.schedule.batch=8", "stage2.schedule.epochs=1")
@@ -173,3 +177,36 @@ def test_probes_pass_both_encoders_and_change_the_map_alone(towers, small_stream
 def test_probes_of_a_features_file_are_refused(flat):
     with pytest.raises(ConfigError, match="set probes=0"):
         build("dmc-ot", flat, "probes=1")
+
+
+class Pieces(Checkpoint):
+    """Keeps the work after every step."""
+
+    def __init__(self):
+        super().__init__(steps=1)
+        self.kept: list[dict] = []
+        self.kept_by(lambda work: self.kept.append(copy.deepcopy(work)))
+
+
+def test_dropout_changes_what_is_learned_and_follows_the_seeds_alone(towers, small_stream):
+    """The same to the bit in a second run, and in one that goes on in the middle of an epoch of stage 1."""
+    pixels = next(iter(Loader(small_stream.tests[0], towers.prepare, towers.pixels)))[0]
+
+    def learned(dropout, checkpoint=None):
+        method = build("dmc", towers, "stage2.schedule.epochs=0", f"stage1.tuning.dropout={dropout}")
+        torch.manual_seed(len(pieces.kept))  # what others draw does not matter
+        method.learn(small_stream.tasks[0], checkpoint)
+        with torch.no_grad():
+            return method.embed(pixels)
+
+    pieces = Pieces()
+    whole = learned(0.5, pieces)
+    assert torch.equal(whole, learned(0.5))
+    assert not torch.allclose(whole, learned(0), atol=1e-3)
+    assert not torch.allclose(whole, learned(0.9), atol=1e-3)
+    middle = [work for work in pieces.kept if "fit-task=0-stage=1" in work]
+    assert len(middle) >= 6
+    for work in (middle[0], middle[3]):
+        again = Checkpoint()
+        again.begin(work)
+        assert torch.equal(learned(0.5, again), whole)

@@ -93,6 +93,42 @@ def test_lora_is_the_written_formula(towers):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_dropout_is_the_written_formula_and_off_outside_training(towers):
+    """(alpha / rank) B A (x m / (1 - p)), m the numbers above p of the generator's uniform ones."""
+    p, choice = 0.4, Lora(rank=4, alpha=6.0, dropout=0.4)
+    encoder = shaken(ImageEncoder(towers, choice, rng()))
+    layer = encoder.module.vision_model.encoder.layers[0].self_attn.k_proj
+    x = torch.randn(5, layer.in_features, generator=rng(3))
+    A, B = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
+    base = x @ layer.base_layer.weight.T + layer.base_layer.bias
+
+    def expected(seen):
+        return base + choice.alpha / choice.rank * (seen @ A.T) @ B.T
+
+    m = torch.rand(x.shape, generator=rng(8)) >= p
+    with encoder.training(rng(8)):
+        torch.testing.assert_close(layer(x), expected(x * m / (1 - p)))
+    torch.testing.assert_close(layer(x), expected(x))
+    with encoder.inference():
+        torch.testing.assert_close(layer(x), expected(x))
+
+
+def test_dropout_draws_from_its_generator_alone(towers, pixels):
+    encoder = shaken(ImageEncoder(towers, Lora(rank=4, dropout=0.5), rng()))
+    state, seen = torch.get_rng_state(), []
+    for seed in (1, 1, 2):
+        with encoder.training(rng(seed)):
+            seen.append(encoder(pixels).detach())
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.allclose(seen[0], seen[2], atol=1e-3)
+    assert torch.equal(encoder(pixels), encoder(pixels))
+    torch.testing.assert_close(sum(seen).norm(), 3 * encoder(pixels).norm(), rtol=0.2, atol=0)
+    with pytest.raises(ZeroDivisionError), encoder.training(rng()):
+        _ = 1 / 0
+    assert torch.equal(encoder(pixels), encoder(pixels))
+
+
 def test_merged_gives_the_same_embeddings_and_leaves_the_weights_to_the_bit(towers, pixels):
     encoder = shaken(ImageEncoder(towers, Lora(rank=4), rng()))
     apart = encoder(pixels).detach()

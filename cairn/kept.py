@@ -21,6 +21,8 @@ from cairn.data.feature_store import Batch, FeatureStore, Kind, Rows, image_ids
 from cairn.data.images import Images, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
+from cairn.errors import NotFinite, one_line
+from cairn.tensors import first_not_finite
 from cairn.towers.fingerprint import weights_part
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
@@ -127,15 +129,22 @@ class KeptTowers:
 
     @torch.no_grad()
     def _computed(self, images: Images, rows: np.ndarray, kind: Kind) -> Iterator[Batch]:
-        part = Subset(images, rows, images.labels[rows])
+        part, done = Subset(images, rows, images.labels[rows]), 0
+
+        def finite(found: Tensor) -> np.ndarray:  # what is stored is stored for good
+            if (row := first_not_finite(found)) is not None:
+                raise NotFinite(f"embedding of {one_line(part.describe(start + row))} is not finite; try float32")
+            return found.cpu().numpy()
+
         for pixels, _ in Loader(part, self.towers.prepare, self.towers.pixels, batch=BATCH, cache_bytes=0):
-            n = len(pixels)
+            n, start = len(pixels), done
+            done += n
             whole = torch.cat([pixels, pixels[-1:].expand(BATCH - n, *pixels.shape[1:])])
             if kind == "image":
-                yield self.towers.image(whole)[:n].cpu().numpy(), None
+                yield finite(self.towers.image(whole)[:n]), None
             else:
                 z, p = self.towers.image_and_patches(whole, kind)
-                yield z[:n].cpu().numpy(), p[:n].cpu().numpy()
+                yield finite(z[:n]), finite(p[:n])
 
 
 def _is_place(item: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cairn.data.folders import unreadable
 from cairn.data.given import Given, Item
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, require_text
-from cairn.errors import ConfigError, DataError, ResultError, one_line
+from cairn.errors import ConfigError, DataError, NotFinite, ResultError, one_line
 from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
@@ -30,6 +30,7 @@ from cairn.methods.stored import fit_into
 from cairn.novelty import Novelty, gaussians_of
 from cairn.schema import validated
 from cairn.templates import DEFAULT, prompt_templates
+from cairn.tensors import first_not_finite
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
@@ -273,7 +274,7 @@ class IncrementalClassifier:
     @torch.no_grad()
     def _scores_of(self, pixels: torch.Tensor) -> Scores:
         method = self._fitted()
-        return method.scores(method.embed(pixels)).cpu()
+        return _finite(method.scores(method.embed(pixels)).cpu(), lambda row: "the image")
 
     @torch.no_grad()
     def _scored(self, images: Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
@@ -285,7 +286,8 @@ class IncrementalClassifier:
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
         for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
             features = method.embed(pixels)
-            scores.append(method.scores(features).cpu())
+            done = sum(map(len, scores))
+            scores.append(_finite(method.scores(features).cpu(), lambda row, done=done: given.describe(done + row)))
             if known:
                 fits.append(self._novelty.known(features, scores[-1]))
         return torch.cat(scores), np.concatenate(fits)
@@ -430,6 +432,13 @@ class IncrementalClassifier:
         if not len(found):
             raise DataError(f"class '{one_line(str(name))}' is not known; see classes_")
         return int(found[0])
+
+
+def _finite(scores: Scores, describe: Callable[[int], str]) -> Scores:
+    """The scores. Raises NotFinite naming an image of which one is not a number: no class is the answer then."""
+    if (row := first_not_finite(scores)) is not None:
+        raise NotFinite(f"{one_line(describe(row))}: scores that are not finite; the weights or the image hold NaN")
+    return scores
 
 
 def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:

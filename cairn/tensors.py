@@ -31,6 +31,12 @@ def serialized(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = 
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def first_not_finite(rows: Tensor) -> int | None:
+    """Number of the first row that holds NaN or an infinity."""
+    wrong = (~rows.isfinite()).flatten(1).any(1).nonzero()
+    return int(wrong[0]) if len(wrong) else None
+
+
 def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises ResultError naming a tensor that holds NaN or an infinity."""
     for key, value in tensors.items():

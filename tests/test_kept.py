@@ -12,6 +12,7 @@ from cairn.data.feature_store import FeatureStore
 from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
+from cairn.errors import NotFinite
 from cairn.kept import BATCH, KeptTowers, kept
 from cairn.run import RunConfig, run_stream
 from cairn.towers.protocol import Towers
@@ -192,3 +193,14 @@ def test_embeddings_that_are_given_are_not_kept(store, features):
     run_stream(RunConfig(method="simplecil", data=features, step=2), Log(keep=events.append), store=store())
     assert any("embeddings are given" in event.get("text", "") for event in events)
     assert not store().folder.exists()
+
+
+def test_rows_that_are_not_finite_are_not_kept(towers, store, images, monkeypatch):
+    """In bfloat16 what is large may overflow; a row in the store would be taken ever after."""
+    knowing = KeptTowers(towers, store())
+    monkeypatch.setattr(type(towers), "image", lambda self, pixels: torch.full((len(pixels), towers.dim), float("nan")))
+    own = knowing.placed(images)
+    with pytest.raises(NotFinite, match="is not finite"):
+        seen(knowing, own, knowing.image)
+    monkeypatch.undo()
+    assert seen(knowing, own, knowing.image).isfinite().all()

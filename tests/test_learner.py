@@ -353,3 +353,54 @@ def test_in_a_fresh_process_predictions_are_identical(learned, pictures, tmp_pat
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
     np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), learned.predict_proba(pictures[1][0]))
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+def clusters(towers="made"):
+    """Towers over embeddings, and rows of two classes with their names."""
+    from cairn.towers.features import FeatureTowers
+
+    x = np.repeat(np.eye(2, 8, dtype="float32"), 6, axis=0) + np.linspace(0, 0.1, 96, dtype="float32").reshape(12, 8)
+    towers = FeatureTowers(
+        name=towers, dim=8, logit_scale=20.0, fingerprint="f", names=("apple", "pear"), text=x[[0, 6]]
+    )
+    return towers, x, ["apple"] * 6 + ["pear"] * 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_embedding_that_is_not_finite_is_no_apple(value):
+    """The largest of scores that are NaN is the first, for argmax."""
+    towers, x, names = clusters()
+    learner = IncrementalClassifier("simplecil", towers).partial_fit(x, names)
+    spoiled = x.copy()
+    spoiled[7, 3] = value
+    for asked in (learner.predict, learner.predict_proba, learner.predict_topk, learner.known_score):
+        with pytest.raises(DataError, match="image 7: an embedding that is not finite"):
+            asked(spoiled)
+    with pytest.raises(DataError, match="an embedding that is not finite"):
+        learner.explain(spoiled[7])
+    with pytest.raises(DataError, match=r"1 image\(s\) that cannot be read: image 7 .*not finite"):
+        learner.partial_fit(spoiled, names)
+    assert learner.predict(x).tolist() == names
+    assert learner.counts_.tolist() == [6, 6]
+
+
+def test_scores_that_are_not_finite_are_no_answer(monkeypatch):
+    towers, x, names = clusters()
+    learner = IncrementalClassifier("simplecil", towers).partial_fit(x, names)
+    sound = type(learner.method_).scores
+
+    def spoiled(self, features):
+        scores = sound(self, features)
+        scores[features[:, 1] > 0.5, 0] = float("nan")
+        return scores
+
+    monkeypatch.setattr(type(learner.method_), "scores", spoiled)
+    for asked in (learner.predict, learner.predict_proba, learner.predict_topk):
+        with pytest.raises(NotFinite, match="image 6: scores that are not finite"):
+            asked(x)
+    with pytest.raises(NotFinite, match="scores that are not finite"):
+        learner.explain(x[6])
+    assert learner.predict(x[:6]).tolist() == names[:6]

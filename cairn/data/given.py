@@ -38,6 +38,8 @@ class Given:
             return rgb(item)
         array = np.asarray(item)
         if array.ndim == 1:
+            if not np.isfinite(array).all():
+                raise DataError(f"image {index}: an embedding that is not finite; embed it again or leave it out")
             return array
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
             raise DataError(

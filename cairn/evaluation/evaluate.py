@@ -20,6 +20,7 @@ from cairn.evaluation.exemplars import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.ranks import ALONE, Ranks
+from cairn.tensors import first_not_finite
 from cairn.towers.protocol import Towers
 
 KEEP_BYTES = 2 << 30
@@ -95,11 +96,11 @@ class Evaluator:
     def _predicted(self, task: int, method: Method, rows: Tensor) -> Tensor:
         seen = self.stream.tasks[task].classes.stop
         scores = _scored(method.scores, rows)
-        if scores.shape[1] != seen or not torch.isfinite(scores).all():
+        if scores.shape[1] != seen:
             raise NotFinite(
-                f"task {task}: scores of shape {tuple(scores.shape)} must be finite, one column per {seen} classes"
+                f"task {task}: scores of shape {tuple(scores.shape)} must have one column per {seen} classes"
             )
-        return scores.argmax(1).cpu()
+        return _likeliest(scores, f"task {task}: the scores of the method")
 
     def _right(self, j: int, predicted: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor:
         """Which test images of task j are told right, in their order; `rows` are those of this process, if it has any."""
@@ -127,7 +128,7 @@ class Evaluator:
             return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
 
         def predicted(z: Tensor) -> Tensor:
-            return _scored(scores, z).argmax(1).cpu() + classes.start
+            return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start
 
         return _share(torch.cat([self._right(j, predicted, rows(j)) for j in tasks]))
 
@@ -181,6 +182,13 @@ class Evaluator:
 
 def _scored(scores: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return torch.cat([scores(some) for some in rows.split(ROWS)])
+
+
+def _likeliest(scores: Tensor, what: str) -> Tensor:
+    """Column of the largest score. Raises NotFinite where one is not a number: `argmax` would take NaN for the largest."""
+    if (row := first_not_finite(scores)) is not None:
+        raise NotFinite(f"{what}: those of test image {row} are not finite; look for NaN in the weights and the images")
+    return scores.argmax(1).cpu()
 
 
 def _share(right: Tensor) -> float:

@@ -117,6 +117,7 @@ class ClipTowers:
         self.width = text.hidden_size
         # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        _require_finite(model, name)
         self.fingerprint = full_fingerprint(
             _weights_fingerprint(model, preprocessing), tokenizer_fingerprint(tokenizer)
         )
@@ -220,6 +221,18 @@ class ClipTowers:
         prompts = [filled(template, name) for name in names for template in templates]
         texts = normalize(self.text(prompts), dim=-1).view(len(names), len(templates), -1)
         return normalize(texts.mean(1), dim=-1)
+
+
+def _require_finite(model: CLIPModel, name: str) -> None:
+    """Raises TowersError naming a weight that holds NaN or an infinity, or a logit scale whose exponential does."""
+    weights = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    weights["exp(logit_scale)"] = model.logit_scale.detach().float().exp()
+    wrong = [key for key, value in weights.items() if not value.isfinite().all()]
+    if wrong:
+        raise TowersError(
+            f"towers '{name}': {len(wrong)} weights hold values that are not finite, first '{wrong[0]}'; "
+            "the training diverged or the file is damaged: take an earlier checkpoint, or fetch it again"
+        )
 
 
 def _weights_fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:

@@ -6,25 +6,29 @@ import errno
 import io
 import os
 import re
+import shutil
 import struct
 import time
 import tracemalloc
 import zlib
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from safetensors.torch import load_file, save_file
 
-from cairn import cli
+from cairn import IncrementalClassifier, cli
 from cairn.data.folders import folder_dataset, unreadable
 from cairn.data.stream import task_sizes, task_stream
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError, DataError, TowersError
 from cairn.run import RunConfig, prepared, run_stream
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled
+from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hard-inputs.md"
@@ -471,3 +475,20 @@ def test_class_that_comes_back(root):
 def test_empty_task(root):
     refusal(lambda: prepared(config(root, step=0)), "step 0", "at least 1", kind=ConfigError)
     assert all(size > 0 for base in range(8) for step in range(1, 8) for size in task_sizes(7, base, step))
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    shutil.copytree(str(resources.files("cairn.towers").joinpath("tiny")), tmp_path / "mine")
+    path = tmp_path / "mine" / "model.safetensors"
+    weights = load_file(path)
+    weights["text_projection.weight"][3, 4] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    refusal(lambda: load_towers(str(path.parent)), "not finite", "'text_projection.weight'", kind=TowersError)
+
+
+def test_embedding_that_is_not_finite():
+    rows = np.eye(4, dtype="float32")
+    towers = FeatureTowers(name="x", dim=4, logit_scale=9.0, fingerprint="x", names=tuple("abcd"), text=rows)
+    learner = IncrementalClassifier("simplecil", towers).partial_fit(rows, list("abcd"))
+    rows[2] = float("nan")
+    refusal(lambda: learner.predict(rows), "image 2", "not finite")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class IncrementalClassifier:
         seed: int = 1,
         device: str = "auto",
         precision: str = "float32",
-        preprocess: str = "crop",
+        preprocess: Literal["crop", "squash"] | None = None,
         revision: str | None = None,
     ):
         self.method, self.towers, self.settings = method, towers, settings

@@ -44,7 +44,7 @@ class TowersRecord(Record):
     name: str = Field(min_length=1)
     fingerprint: str = Field(min_length=1)
     precision: Literal["float32", "bfloat16"]
-    preprocess: Literal["crop", "squash"]
+    preprocess: Literal["crop", "squash"] | None = None
     revision: str | None = None
 
 

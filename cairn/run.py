@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple
@@ -64,10 +64,23 @@ class RunConfig(BaseModel):
     )
     device: str = Field("auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the towers")
-    preprocess: Literal["crop", "squash"] = Field("crop", description="how images are brought to the towers' size")
+    preprocess: Literal["crop", "squash"] | None = Field(
+        None, description="how images become squares of the towers' size; unset: as the checkpoint says"
+    )
     template: str | None = Field(None, description="one prompt, {} for the class name, in place of the data set's")
     on_bad_image: Literal["error", "skip"] = Field("error", description="image files that cannot be read")
     revision: str | None = Field(None, description="revision of the towers on the hub")
+
+
+def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored call, of a run or of an embedding, as it is compared with another.
+
+    Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
+    otherwise, and there unset is not the same.
+    """
+    if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
+        return {**call, "preprocess": "crop"}
+    return dict(call)
 
 
 class TowersUsed(BaseModel):
@@ -420,7 +433,7 @@ class _Course:
 
     def _restore(self, record: dict[str, Any], learner: State) -> None:
         same = {
-            "call": record["run"] == self.config.model_dump(mode="json"),
+            "call": comparable_call(record["run"]) == comparable_call(self.config.model_dump(mode="json")),
             "data": record["split"] == self.stream.fingerprint,
             "towers": same_towers(record["towers"], self.towers.fingerprint),
         }

@@ -72,7 +72,9 @@ def run(
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
-    preprocess: Annotated[str, typer.Option(help="crop (CLIP's) or squash")] = "crop",
+    preprocess: Annotated[
+        str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
     ] = None,

@@ -22,7 +22,7 @@ from cairn.files import growing, make_folder, read_bytes, read_json, write_json
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.stored import fit_into
-from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, towers_for
+from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, comparable_call, towers_for
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
 from cairn.training.log import Log
@@ -137,8 +137,8 @@ class RunFolder:
         if not done and not self.archive:
             return None
         stored = read_result(self.path) if done else read_call(self.path)
-        if stored.run != self.call.run:
-            ours, theirs = self.call.run.model_dump(), stored.run.model_dump()
+        ours, theirs = (comparable_call(call.model_dump()) for call in (self.call.run, stored.run))
+        if ours != theirs:
             key = next(key for key in ours if ours[key] != theirs[key])
             raise ResultError(
                 f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); give another --out or --overwrite"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from cairn.errors import CairnError
+from cairn.errors import CairnError, ResultError
 from cairn.evaluation.metrics import average_incremental, seen_accuracy
-from cairn.run import RunConfig, RunResult, run_stream
+from cairn.run import RunConfig, RunResult, comparable_call, run_stream
+from cairn.store import Call, RunFolder, read_result
 from cairn.training.log import Log
 
 QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
@@ -115,3 +118,32 @@ def test_published_figures_on_real_clip_embeddings(shared):
     assert (100 * zero.average, 100 * zero.last) == pytest.approx((97.55, 95.96), abs=0.02)
     means = run_stream(RunConfig(method="simplecil", data=caltech, step=10, order="seed:1993"))
     assert (100 * means.average, 100 * means.last) == pytest.approx((97.54, 95.21), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "towers", "same"),
+    [
+        ("crop", None, "tiny", True),  # of before it could be unset
+        ("crop", "crop", "tiny", True),
+        ("squash", None, "tiny", False),
+        ("squash", "crop", "tiny", False),
+        ("crop", None, "open_clip:copies/vit", False),  # such a checkpoint may say otherwise
+        (None, None, "open_clip:copies/vit", True),
+    ],
+)
+def test_calls_of_before_preprocessing_could_be_unset_are_the_same(then, now, towers, same):
+    stored, asked = (RunConfig(method="dmc", towers=towers, preprocess=value) for value in (then, now))
+    assert (comparable_call(stored.model_dump()) == comparable_call(asked.model_dump())) is same
+
+
+def test_stored_results_of_the_repository_are_still_those_of_their_calls(tmp_path):
+    """`cairn run` with the call as it is written today takes them for finished."""
+    stored = Path(__file__).parents[1] / "results" / "shapes" / "dmc" / "seed-1"
+    shutil.copytree(stored, tmp_path / "x")
+    call = read_result(stored).run
+    assert call.preprocess == "crop"
+    today = Call(run=call.model_copy(update={"preprocess": None}), checkpoint_seconds=60)
+    assert RunFolder(tmp_path / "x", today).finished() is not None
+    today = Call(run=call.model_copy(update={"preprocess": "squash"}), checkpoint_seconds=60)
+    with pytest.raises(ResultError, match="preprocess crop, not squash"):
+        RunFolder(tmp_path / "x", today).finished()

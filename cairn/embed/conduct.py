@@ -23,6 +23,7 @@ from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, EmbedConfig, Plan, Shard,
 from cairn.embed.work import MADE_AS, Work
 from cairn.errors import CairnError, ConfigError, ResultError, Stopped
 from cairn.files import make_folder
+from cairn.run import comparable_call
 from cairn.store import Lock
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
@@ -153,7 +154,8 @@ def _finished(config: EmbedConfig, out: Path) -> Embedded | None:
             shapes = [file.get_slice(f"{split}_features").get_shape() for split in SPLITS]
     except Exception:  # whatever a parser makes of a file that may be anything
         raise ResultError(f"'{out}': not made by this command; give another --out or --overwrite") from None
-    ours = config.model_dump(mode="json")
+    ours = comparable_call(config.model_dump(mode="json"))
+    told = comparable_call(told) if isinstance(told, dict) else told
     if told != ours:
         key = next((key for key in ours if not isinstance(told, dict) or told.get(key) != ours[key]), "call")
         then = told.get(key) if isinstance(told, dict) else told

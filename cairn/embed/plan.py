@@ -17,7 +17,7 @@ from cairn.data.feature_store import image_ids
 from cairn.data.images import Subset
 from cairn.errors import ResultError
 from cairn.files import read_json
-from cairn.run import RunConfig, TowersUsed
+from cairn.run import RunConfig, TowersUsed, comparable_call
 from cairn.tensors import serialized
 
 PLAN, ROWS, TEXT = "plan.json", "rows", "text"
@@ -35,7 +35,7 @@ class EmbedConfig(BaseModel):
     limit_test: int | None = None
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    preprocess: Literal["crop", "squash"] = "crop"
+    preprocess: Literal["crop", "squash"] | None = None
     template: str | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     revision: str | None = None
@@ -85,7 +85,8 @@ class Plan(BaseModel):
 
     @cached_property
     def key(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"versions", "replaces"}))[:32]
+        held = self.model_dump(mode="json", exclude={"versions", "replaces"})
+        return digest(held | {"config": comparable_call(held["config"])})[:32]
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -97,7 +98,7 @@ class Plan(BaseModel):
 
     def other_than(self, stored: Plan) -> str:
         """What keeps two plans from being one, in words."""
-        ours, theirs = self.config.model_dump(), stored.config.model_dump()
+        ours, theirs = (comparable_call(plan.config.model_dump()) for plan in (self, stored))
         for key in ours:
             if ours[key] != theirs[key]:
                 return f"{key.replace('_', '-')} {theirs[key]}, not {ours[key]}"

@@ -65,7 +65,7 @@ class Prediction(BaseModel):
     classes: list[Likely] = Field(description="the likeliest first")
     known: float = Field(description="how well the picture fits what is known, 0 to 1")
     grid: int | None = Field(description="patches along a side; null for methods without")
-    view: str = Field(description="what the tower saw: crop, the centre square, or squash, all of it")
+    view: str = Field(description="what the tower saw: crop or keep, the centre square, or squash or pad, all of it")
     reasons: list[Reason]
 
 

@@ -167,7 +167,7 @@ function draw() {
     const n = answer.grid;
     overlay.setAttribute("viewBox", `0 0 ${n} ${n}`);
     // Of a cropped picture the centre square was seen: exactly where "meet" puts the square of the drawing
-    overlay.setAttribute("preserveAspectRatio", answer.view === "squash" ? "none" : "xMidYMid meet");
+    overlay.setAttribute("preserveAspectRatio", { squash: "none", pad: "xMidYMid slice" }[answer.view] ?? "xMidYMid meet");
     let dim = `M${-20 * n} ${-20 * n}h${41 * n}v${41 * n}h${-41 * n}z`;
     const frames = [];
     for (const { patch, sentence } of reason.patches) {

@@ -78,7 +78,7 @@ class Service:
             return {
                 "classes": [{"name": n, "probability": p} for n, p in learner.predict_topk([image], best)[0]],
                 "known": float(learner.known_score([image])[0]),
-                "grid": self._grid if reasons else None, "view": learner.preprocess, "reasons": reasons,
+                "grid": self._grid if reasons else None, "view": learner.method_.towers.preprocessing.mode, "reasons": reasons,
             }  # fmt: skip
 
     @property

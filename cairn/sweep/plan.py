@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from cairn.errors import CairnError, ConfigError, ResultError
 from cairn.methods.catalogue import method_named
 from cairn.methods.settings import with_settings
-from cairn.run import Prepared, RunConfig, RunResult, prepared
+from cairn.run import Prepared, RunConfig, RunResult, comparable_call, prepared
 from cairn.store import CALL, RESULT, read_call, read_result
 from cairn.sweep.file import Choice, Range, SweepFile, methods_of
 from cairn.training.log import Log
@@ -145,8 +145,12 @@ def _named_device(name: str) -> None:
 
 
 def identity(config: RunConfig, settings: Mapping[str, Any]) -> str:
-    call = config.model_dump(mode="json", exclude={"settings"})
+    call = comparable_call(config.model_dump(mode="json", exclude={"settings"}))
     return json.dumps([call, settings], sort_keys=True)
+
+
+def _call(config: RunConfig) -> str:
+    return json.dumps(comparable_call(config.model_dump(mode="json")), sort_keys=True)
 
 
 class Kept:
@@ -160,23 +164,23 @@ class Kept:
             result, name = read_result(path), path.parent.relative_to(folder).as_posix()
             run = Run(name, result.run, result)
             self._by_identity.setdefault(identity(result.run, result.config), run)
-            self._by_call.setdefault(result.run.model_dump_json(), run)
+            self._by_call.setdefault(_call(result.run), run)
         for path in sorted(folder.rglob(CALL)):
             call, name = read_call(path.parent), path.parent.relative_to(folder).as_posix()
             if call.seeds is None:
-                self._by_call.setdefault(call.run.model_dump_json(), Run(name, call.run))
+                self._by_call.setdefault(_call(call.run), Run(name, call.run))
 
     def taken_up(self, run: Run, identity: str) -> Run:
         """The run as it is there, maybe by another name: a sweep that varies more calls its folders otherwise.
 
         Raises ResultError if its folder holds another run.
         """
-        found = self._by_call.get(run.config.model_dump_json()) or self._by_identity.get(identity)
+        found = self._by_call.get(_call(run.config)) or self._by_identity.get(identity)
         if found is not None:
             return found
         for known in (*self._by_call.values(), *self._by_identity.values()):
             if known.name == run.name:
-                ours, theirs = run.config.model_dump(), known.config.model_dump()
+                ours, theirs = (comparable_call(one.config.model_dump()) for one in (run, known))
                 key = next((key for key in ours if ours[key] != theirs[key]), "settings")
                 raise ResultError(
                     f"'{self.folder / run.name}' holds another run ({key} {theirs[key]}, not {ours[key]}): what all runs "

@@ -17,7 +17,7 @@ from cairn.errors import TowersError, UnknownName
 from cairn.towers.clip import ClipTowers
 from cairn.towers.openclip import CLIP_VOCABULARY, open_clip_model
 from cairn.towers.preprocessing import FILES as PREPROCESSING_FILES
-from cairn.towers.preprocessing import Preprocessing
+from cairn.towers.preprocessing import processor_preprocessing
 from cairn.towers.tokenizer import FILES as TOKENIZER_FILES
 from cairn.towers.tokenizer import has_tokenizer, load_tokenizer, require_fit
 
@@ -40,24 +40,16 @@ def load_towers(
     *,
     device: str = "auto",
     precision: str = "float32",
-    preprocess: Literal["crop", "squash"] = "crop",
+    preprocess: Literal["crop", "squash"] | None = None,
     revision: str | None = None,
 ) -> ClipTowers:
     """Towers from `tiny`, a hub id, a local folder, or `open_clip:` and either of the last two.
 
-    Weights are read from safetensors alone and code from a hub is never run. Raises TowersError naming what is missing.
+    `preprocess` says how images become squares; None: as the checkpoint does. Weights are read from safetensors alone and
+    code from a hub is never run. Raises TowersError naming what is missing.
     """
     if spec.startswith("open_clip:"):
-        model, folder, stored = open_clip_model(spec.removeprefix("open_clip:"), revision)
-        if stored.get("resize_mode") == "longest":
-            raise TowersError(
-                f"towers '{spec}': resize_mode 'longest' is not supported; use a checkpoint that crops or squashes"
-            )
-        size = model.config.vision_config.image_size
-        known = {key: tuple(stored[key]) for key in ("mean", "std") if stored.get(key)}
-        if stored.get("interpolation") in ("bilinear", "bicubic"):
-            known["resample"] = stored["interpolation"]
-        preprocessing = Preprocessing(size=size, **known)
+        model, folder, preprocessing = open_clip_model(spec.removeprefix("open_clip:"), revision)
         text_config, commit = None, revision  # the config of open_clip names no token
         if not has_tokenizer(folder) and model.config.text_config.vocab_size == CLIP_VOCABULARY:
             folder = _hub_folder(CLIP_TOKENIZER, None, spec)  # what open_clip itself takes
@@ -75,12 +67,13 @@ def load_towers(
         text_config = model.config.text_config
         if not folder.is_dir():
             folder = _hub_folder(source, commit, spec)
-        preprocessing = Preprocessing.from_folder(folder, model.config.vision_config.image_size)
-    preprocessing = preprocessing.model_copy(update={"mode": preprocess})
+        preprocessing = processor_preprocessing(folder, model.config.vision_config.image_size)
     with _quiet():
         tokenizer = load_tokenizer(folder)
     require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
-    return ClipTowers(model, tokenizer, preprocessing, name=spec, device=device, precision=precision, revision=commit)
+    return ClipTowers(
+        model, tokenizer, preprocessing.with_mode(preprocess), name=spec, device=device, precision=precision, revision=commit
+    )  # fmt: skip
 
 
 def _transformers_model(source: str, spec: str, revision: str | None) -> CLIPModel:

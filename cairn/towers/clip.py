@@ -237,7 +237,7 @@ def _require_finite(model: CLIPModel, name: str) -> None:
 
 def _weights_fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:
     """16 hex digits over weights (float32, by name), activations and preprocessing."""
-    digest = hashlib.sha256(preprocessing.model_dump_json().encode())
+    digest = hashlib.sha256(preprocessing.identity().encode())
     digest.update(f"{model.config.vision_config.hidden_act} {model.config.text_config.hidden_act}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.endswith("position_ids"):

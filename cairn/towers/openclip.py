@@ -20,17 +20,12 @@ from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from cairn.errors import TowersError
+from cairn.towers.preprocessing import Preprocessing, open_clip_preprocessing
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CLIP_VOCABULARY = 49408
-_PREPROCESSING = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
 
 # open_clip's options that change the network, with the values at which it is CLIPModel's.
 _OFF, _NOTHING = (None, False), (None, {})
@@ -193,12 +188,11 @@ def open_clip_state(clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel, Path, dict[str, Any]]:
+def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel, Path, Preprocessing]:
     """A frozen float32 `CLIPModel` in evaluation mode, the folder it was read from, and its preprocessing.
 
-    `source` is a folder or the id of a repository on the hub, `revision` a branch, tag or commit of the latter. The
-    preprocessing has the keys `size` (the image tower's), `mean`, `std`, `interpolation` and `resize_mode`, with
-    open_clip's defaults for what the checkpoint leaves open. No random number is drawn.
+    `source` is a folder or the id of a repository on the hub, `revision` a branch, tag or commit of the latter. No random
+    number is drawn.
 
     Raises TowersError for a folder that lacks the config or safetensors weights, weights that do not fit the config,
     and whatever `clip_config` and `clip_state` refuse. Pickled weights are never opened.
@@ -222,7 +216,10 @@ def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel
     for embeddings in (model.vision_model.embeddings, model.text_model.embeddings):
         # The one buffer no checkpoint holds.
         embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).unsqueeze(0)
-    preprocessing = _preprocessing(described, config.vision_config.image_size)
+    where = f"'{folder / CONFIG}': preprocess_cfg"
+    preprocessing = open_clip_preprocessing(
+        described.get("preprocess_cfg") or {}, config.vision_config.image_size, where
+    )
     return model.eval().requires_grad_(False), folder, preprocessing
 
 
@@ -371,13 +368,6 @@ def _epsilon(options: Mapping[str, Any], section: str) -> float:
     if not isinstance(norm, Mapping) or set(norm) - {"eps"}:
         raise _inexpressible(section, "norm_kwargs", norm)
     return _positive(norm.get("eps", 1e-5), f"{section}.norm_kwargs.eps")
-
-
-def _preprocessing(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    stored = config.get("preprocess_cfg") or {}
-    if not isinstance(stored, Mapping):
-        raise _invalid("preprocess_cfg", stored, "a table")
-    return {"size": size} | {key: stored.get(key, default) for key, default in _PREPROCESSING.items()}
 
 
 # The files.

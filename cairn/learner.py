@@ -16,7 +16,7 @@ from cairn.archive import Archive
 from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import unreadable
-from cairn.data.given import Given, Item
+from cairn.data.given import Given, Item, items_of
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, require_text
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError, one_line
@@ -25,9 +25,9 @@ from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
-from cairn.methods.settings import with_settings
+from cairn.methods.settings import with_values
 from cairn.methods.stored import fit_into
-from cairn.novelty import Novelty, gaussians_of
+from cairn.novelty import Novelty, gaussians_of, require_threshold
 from cairn.schema import validated
 from cairn.templates import DEFAULT, prompt_templates
 from cairn.tensors import first_not_finite
@@ -87,7 +87,6 @@ class IncrementalClassifier:
         self.history_: list[dict[str, Any]] = []
         self.references_: list[float] = []
         self._forgot = False
-        self._forgot = False
         self.notices_: list[str] = []
 
     def __repr__(self) -> str:
@@ -97,8 +96,8 @@ class IncrementalClassifier:
 
     def partial_fit(
         self,
-        images: Iterable[Item],
-        labels: Iterable[str],
+        images: Item | Iterable[Item],
+        labels: str | Iterable[str],
         *,
         log: Log | None = None,
         checkpoint: Checkpoint | None = None,
@@ -106,32 +105,39 @@ class IncrementalClassifier:
     ) -> IncrementalClassifier:
         """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
 
+        One image with its class name may stand without a list.
         All files are read once before anything is learned. If anything fails, the classifier is as it was. With `archive`,
         unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on with it.
         Raises DataError for unreadable images or labels that are no text, ConfigError for unknown settings.
         """
-        items, names = list(images), list(labels)
-        if len(items) != len(names):
-            raise DataError(f"{len(items)} images with {len(names)} labels: give one label for each image")
-        if not items:
-            raise DataError("no image to learn from")
-        for name in names:
-            if not isinstance(name, str):
-                raise DataError(f"label {name!r}: a class is called by a text, such as 'oak'")
+        items, names = self._labelled(images, labels)
         require_text(dict.fromkeys(names))
         with self._gate.writing():
             known = {name: i for i, name in enumerate(self.classes_)}
             new = [name for name in dict.fromkeys(names) if name not in known]
             known |= {name: len(known) + i for i, name in enumerate(new)}
-            given = Given(items, np.array([known[name] for name in names], dtype=np.int64))
+            given = Given(items, np.array([known[name] for name in names], dtype=np.int64), self._width)
             if bad := unreadable(given):
                 shown = ", ".join(f"{one_line(given.describe(row))} ({why})" for row, why in list(bad.items())[:20])
                 raise DataError(f"{len(bad)} image(s) that cannot be read: {shown}; replace or leave them out")
             # Class by class, as a stream has them: the order of arrival within a task must not matter
             order = np.argsort(given.labels, kind="stable")
-            given = Given([items[i] for i in order], given.labels[order])
+            given = Given([items[i] for i in order], given.labels[order], self._width)
             self._learn(given, new, log or Log(), checkpoint or Checkpoint(), archive)
         return self
+
+    def _labelled(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> tuple[list[Item], list[str]]:
+        """Images and a label for each, at least one. A single image and a single label may stand without a list."""
+        items = items_of(images, self._width)
+        names = [labels] if isinstance(labels, str) else list(labels)
+        if len(items) != len(names):
+            raise DataError(f"{len(items)} images with {len(names)} labels: give one label for each image")
+        if not items:
+            raise DataError("no image given")
+        for name in names:
+            if not isinstance(name, str):
+                raise DataError(f"label {name!r}: a class is called by a text, such as 'oak'")
+        return items, names
 
     def _learn(self, given: Given, new: list[str], log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
         k = len(self.classes_)
@@ -212,8 +218,11 @@ class IncrementalClassifier:
 
     # predicting
 
-    def predict(self, images: Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
-        """The likeliest class of each image. With `unknown_below` in [0, 1], None where `known_score` is below it."""
+    def predict(self, images: Item | Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
+        """The likeliest class of each image; of a single one, too, an array. With `unknown_below` in [0, 1], None where
+        `known_score` is below it."""
+        if unknown_below is not None:
+            require_threshold(unknown_below, "unknown_below")
         with self._gate.reading():
             scores, known = self._scored(images, known=unknown_below is not None)
             found = self.classes_[scores.argmax(1).numpy()] if len(scores) else np.array([], dtype=object)
@@ -221,13 +230,15 @@ class IncrementalClassifier:
                 found[known < unknown_below] = None
         return found
 
-    def predict_proba(self, images: Iterable[Item]) -> np.ndarray:
+    def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
         """Softmax of the scores, (n, k), columns in the order of `classes_`."""
         with self._gate.reading():
             return torch.softmax(self._scored(images)[0].double(), 1).numpy()
 
-    def predict_topk(self, images: Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
+    def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image its k likeliest classes with their probabilities, the likeliest first."""
+        if k < 1:
+            raise ConfigError(f"k {k}: must be at least 1")
         with self._gate.reading():
             p = torch.softmax(self._scored(images)[0].double(), 1)
             best = p.topk(min(k, p.shape[1]), 1)
@@ -236,7 +247,7 @@ class IncrementalClassifier:
                 for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             ]
 
-    def known_score(self, images: Iterable[Item]) -> np.ndarray:
+    def known_score(self, images: Item | Iterable[Item]) -> np.ndarray:
         """How well each image fits the classes that are known, (n,) in [0, 1]; see `cairn.novelty`.
 
         Of a method that keeps Gaussians: the share of learned images that, left out of the statistics, fitted no better. So
@@ -246,16 +257,19 @@ class IncrementalClassifier:
         with self._gate.reading():
             return self._scored(images, known=True)[1]
 
-    def score(self, images: Iterable[Item], labels: Iterable[str]) -> float:
-        """Share of images whose class is predicted."""
-        labels = list(labels)
-        return float(np.mean(self.predict(images) == np.array(labels, dtype=object)))
+    def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
+        """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
+        items, names = self._labelled(images, labels)
+        return float(np.mean(self.predict(items) == np.array(names, dtype=object)))
 
     def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
         """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches
         speak for it and for which sentence (`patches`, see `SPA.reasons`)."""
+        items = items_of(image, self._width)
+        if len(items) != 1:
+            raise DataError(f"{len(items)} images: explain takes one at a time")
         with self._gate.reading():
-            pixels = self._pixels(image)
+            pixels = self._pixels(items[0])
             scores = self._scores_of(pixels)[0]
             p = torch.softmax(scores.double(), 0)
             if hasattr(self.method_, "reasons") and self.method_.config.local.weight:
@@ -269,7 +283,7 @@ class IncrementalClassifier:
 
     def _pixels(self, image: Item) -> torch.Tensor:
         towers = self._fitted().towers
-        return towers.pixels(towers.prepare(Given([image], np.zeros(1, dtype=np.int64))[0])[None])
+        return towers.pixels(towers.prepare(Given([image], np.zeros(1, dtype=np.int64), self._width)[0])[None])
 
     @torch.no_grad()
     def _scores_of(self, pixels: torch.Tensor) -> Scores:
@@ -277,12 +291,12 @@ class IncrementalClassifier:
         return _finite(method.scores(method.embed(pixels)).cpu(), lambda row: "the image")
 
     @torch.no_grad()
-    def _scored(self, images: Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
+    def _scored(self, images: Item | Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
         """Scores of every image, and how well it fits what is known, if that is asked for."""
-        method, items = self._fitted(), list(images)
+        method, items = self._fitted(), items_of(images, self._width)
         if known and self._novelty is None:
             self._novelty = Novelty(method, self.seed, self.references_)
-        given = Given(items, np.zeros(len(items), dtype=np.int64))
+        given = Given(items, np.zeros(len(items), dtype=np.int64), self._width)
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
         for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
             features = method.embed(pixels)
@@ -381,7 +395,7 @@ class IncrementalClassifier:
         config = entry.default_config(towers)
         if "descriptions" in type(config).model_fields and self.descriptions is None:
             config = config.model_copy(update={"descriptions": "template"})
-        return with_settings(config, [f"{key}={value}" for key, value in (self.settings or {}).items()])
+        return with_values(config, (self.settings or {}).items())
 
     def _config(self) -> dict[str, Any]:
         return self._settings().model_dump(mode="json")
@@ -411,6 +425,11 @@ class IncrementalClassifier:
                 revision=self.revision,
             )  # fmt: skip
         return self._towers or self.towers
+
+    @property
+    def _width(self) -> int | None:
+        """How many numbers an item has, where embeddings are learned in place of images."""
+        return None if isinstance(self.towers, str) or self.towers.has_images else self.towers.dim
 
     def _towers_name(self) -> str:
         return self.towers if isinstance(self.towers, str) else self.towers.name

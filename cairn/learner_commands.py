@@ -120,11 +120,13 @@ def predict(
 ) -> None:
     """The likeliest classes of images, and whether they fit what is known."""
     from cairn.learner import IncrementalClassifier
+    from cairn.novelty import require_threshold
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv: one of the two")
     if topk < 1:
         raise ConfigError(f"--topk {topk}: must be at least 1")
+    require_threshold(unknown_below, "--unknown-below")
     files = _files(images)
     held = IncrementalClassifier.load(learner, device=device)
     known = held.known_score(files)

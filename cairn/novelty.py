@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.shrinkage import Oas, Ridge
 from cairn.memory.gaussians import GaussianMemory
@@ -42,6 +43,12 @@ def gaussians_of(method: Any) -> GaussianMemory | None:
     """The Gaussians that a method keeps of its classes, if it does."""
     memory = getattr(method, "memory", None)
     return memory if isinstance(memory, GaussianMemory) else None
+
+
+def require_threshold(value: float, name: str) -> None:
+    """Raises ConfigError, naming `name`, for what is no known score: those are numbers from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} {value}: must be a number from 0 to 1, such as 0.05")
 
 
 class Novelty:

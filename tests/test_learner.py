@@ -84,7 +84,8 @@ def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_on
     known = learner.known_score(test)
     assert known.shape == (len(test),)
     assert ((known >= 0) & (known <= 1)).all()
-    assert all(name is None for name in learner.predict(test, unknown_below=1.1))
+    refused = learner.predict(test, unknown_below=1.0)
+    assert [name is None for name in refused] == (known < 1).tolist()
     assert None not in learner.predict(test, unknown_below=0.0)
     if METHODS[method].keeps == "images":
         with pytest.raises(ConfigError, match="keeps images"):
@@ -131,6 +132,99 @@ def test_paths_pil_images_arrays_and_generators_are_the_same(pictures, learned, 
         np.testing.assert_array_equal(learned.predict_proba(given), reference)
     assert learned.predict([]).shape == (0,)
     assert learned.predict_proba([]).shape == (0, 4)
+
+
+def test_one_image_is_one_image(pictures, learned, tmp_path):
+    _, (test, truth) = pictures
+    path = tmp_path / "one.png"
+    Image.fromarray(test[0]).save(path)
+    grey = np.asarray(Image.fromarray(test[0]).convert("L"))
+    reference = learned.predict_proba([test[0]])
+    for one in (test[0], path, str(path), Image.open(path), torch.tensor(test[0])):
+        np.testing.assert_array_equal(learned.predict_proba(one), reference)
+        np.testing.assert_array_equal(learned.known_score(one), learned.known_score([test[0]]))
+        assert learned.predict(one).tolist() == learned.predict([test[0]]).tolist()
+        assert learned.predict_topk(one) == learned.predict_topk([test[0]])
+        assert learned.explain(one) == learned.explain(test[0])
+        assert learned.score(one, truth[0]) == learned.score([test[0]], [truth[0]])
+    np.testing.assert_array_equal(learned.predict_proba(grey), learned.predict_proba([grey]))
+    np.testing.assert_array_equal(learned.predict_proba(np.array([str(path)] * 2)), learned.predict_proba([path] * 2))
+    for wrong, part in (
+        (torch.tensor(test[0]).permute(2, 0, 1), "channels last"),
+        (test[0].transpose(2, 0, 1), "channels last"),
+        (test[0].astype("float32") / 255, "an array of float32"),
+        (np.zeros((2, 3, 8, 8, 3), np.uint8), r"shape \(2, 3, 8, 8, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "an array of uint8"),
+        (np.zeros(64, np.float32), r"images: an array of shape \(\d+,\)"),
+        (b"bytes", "image 0: bytes"),
+        (None, "images: NoneType None"),
+    ):
+        with pytest.raises(DataError, match=part) as caught:
+            learned.predict(wrong)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="2 images: explain takes one"):
+        learned.explain(test[:2])
+
+
+def test_score_takes_a_label_a_text_for_each_image(pictures, learned):
+    _, (test, truth) = pictures
+    expected = np.mean([a == b for a, b in zip(learned.predict(test), truth, strict=True)])
+    assert learned.score(test, truth) == learned.score(np.stack(test), np.array(truth)) == expected
+    for images, labels, part in (
+        (test, truth[:1], "12 images with 1 labels"),
+        (test, truth[0], "12 images with 1 labels"),
+        (test[:4], [0, 1, 2, 3], "called by a text"),
+        ([], [], "no image"),
+    ):
+        with pytest.raises(DataError, match=part):
+            learned.score(images, labels)
+    for wrong in (5, -0.1, 1.1, float("nan"), "0.5", True):
+        with pytest.raises(ConfigError, match="must be a number from 0 to 1"):
+            learned.predict(test, unknown_below=wrong)
+    with pytest.raises(ConfigError, match="at least 1"):
+        learned.predict_topk(test, k=0)
+
+
+def test_rows_of_embeddings_are_no_pictures():
+    from cairn.towers.features import FeatureTowers
+
+    rng = np.random.default_rng(0)
+    rows, names = rng.normal(size=(12, 8)).astype("float32"), ["a", "b"] * 6
+    towers = FeatureTowers(name="made", dim=8, logit_scale=20.0, fingerprint="made", names=("a", "b"), text=None)
+    learner = IncrementalClassifier("simplecil", towers).partial_fit(rows, names)
+    reference = learner.predict_proba(rows[:1])
+    for one in (rows[0], rows[0].astype("float64"), torch.tensor(rows[0]), [rows[0].tolist()], torch.tensor(rows[:1])):
+        np.testing.assert_array_equal(learner.predict_proba(one), reference)
+    assert learner.predict_proba(rows).shape == (12, 2)
+    for wrong, part in (
+        (rows[:, :4], r"row 0: shape \(4,\); this learner takes embeddings, rows of 8 numbers"),
+        (np.zeros((2, 8, 8), "float32"), "rows of 8 numbers"),
+        ("a.png", "row 0: str 'a.png'"),
+        (["a.png"], "row 0: str 'a.png'"),
+        (np.full(8, np.nan), "row 0: an embedding that is not finite"),
+    ):
+        with pytest.raises(DataError, match=part):
+            learner.predict(wrong)
+        with pytest.raises(DataError, match=part):
+            learner.partial_fit(wrong, ["a"] * len(wrong) if np.ndim(wrong) == 2 else "a")
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("engine", {"replay": None}),
+        ("dmc", {"stage1.average": None, "stage1.classes": "seen", "stage1.schedule.lr": np.float32(0.5)}),
+        ("dmc", {"stage1.schedule.epochs": np.int64(3), "stage1.tuning": "none"}),
+        ("cgil", {"stage2.text.init": "no"}),
+    ],
+)
+def test_settings_are_values_of_python(method, given, towers_once):
+    settings = IncrementalClassifier(method, towers_once, settings=given)._settings()
+    for path, value in given.items():
+        found = settings
+        for key in path.split("."):
+            found = getattr(found, key)
+        assert getattr(found, "kind", found) == value
 
 
 def test_order_within_a_task_does_not_matter_beyond_that_of_classes(pictures, towers_once):
@@ -184,6 +278,11 @@ def test_without_patches_reasons_are_scores(learned, pictures):
     ("images", "labels", "error"),
     [
         ([], [], "no image"),
+        (np.zeros((4, 4, 3), np.uint8), ["a", "b"], "1 images with 2 labels"),
+        ([np.zeros((4, 4, 3), np.uint8)] * 4, "bear", "4 images with 1 labels"),
+        ([np.zeros(32, np.float32)], ["a"], r"image 0: an array of float32 \(32,\)"),
+        ([3], ["a"], "image 0: int 3; give a file"),
+        (3, ["a"], "images: int 3; give a file"),
         ([np.zeros((4, 4, 3), np.uint8)], [], "1 images with 0 labels"),
         ([np.zeros((4, 4, 3), np.uint8)], [3], "called by a text"),
         ([np.zeros((4, 4, 3), np.uint8)], ["a\nb"], "control character"),
@@ -377,7 +476,7 @@ def test_an_embedding_that_is_not_finite_is_no_apple(value):
     spoiled = x.copy()
     spoiled[7, 3] = value
     for asked in (learner.predict, learner.predict_proba, learner.predict_topk, learner.known_score):
-        with pytest.raises(DataError, match="image 7: an embedding that is not finite"):
+        with pytest.raises(DataError, match="row 7: an embedding that is not finite"):
             asked(spoiled)
     with pytest.raises(DataError, match="an embedding that is not finite"):
         learner.explain(spoiled[7])

@@ -80,7 +80,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
     assert [row["classes"][0]["name"] for row in rows] == list(held.predict(files))
     assert [len(row["classes"]) for row in rows] == [2] * 4
 
-    called(monkeypatch, "predict", learner, *files, "--csv", "--unknown-below", "1.1", "--device", "cpu")
+    called(monkeypatch, "predict", learner, *files, "--csv", "--unknown-below", "1", "--device", "cpu")
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["class"] for line in lines] == list(held.predict(files))
     assert {line["unknown"] for line in lines} == {"True"}
@@ -91,7 +91,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
         learner,
         files[0],
         "--unknown-below",
-        "1.1",
+        "1",
         "--explain",
         tmp_path / "why",
         "--device",
@@ -151,6 +151,12 @@ def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys
         (["predict", learner, tmp_path / "nowhere.png"], "cannot be read"),
         (["predict", learner, pictures / "test", "--json", "--csv"], "one of the two"),
         (["predict", learner, pictures / "test", "--topk", "0"], "at least 1"),
+        (
+            ["predict", learner, pictures / "test", "--unknown-below", "5"],
+            "--unknown-below 5.0: must be a number from 0",
+        ),
+        (["predict", learner, pictures / "test", "--unknown-below", "nan"], "must be a number from 0 to 1"),
+        (["predict", learner, pictures / "test", "--unknown-below=-1"], "must be a number from 0 to 1"),
         (["predict", tmp_path / "new", pictures / "test"], "no learner there"),
         (["inspect", tmp_path / "new"], "no learner there"),
         (["forget", learner, "a unicorn"], "is not known"),

@@ -3,30 +3,69 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cairn.data.folders import check, decoded, rgb
 from cairn.errors import DataError, one_line
 
-Item = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image, an array (h, w, 3) or (h, w) of uint8, or where embeddings are learned a row (d,)."""
+Item = str | Path | Image.Image | np.ndarray | torch.Tensor
+"""A file, a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or where embeddings are learned a row (d,)."""
+
+CHANNELS = (3, 4)
+ONE_PICTURE = "give a picture as uint8 (h, w, 3), (h, w, 4) or (h, w)"
+
+
+def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Item]:
+    """The single images or rows in what was given: one, or several in a list, a generator or an array.
+
+    With `width` rows of embeddings are expected: (width,) is one, (n, width) are n. Otherwise an array (h, w) or (h, w, 3)
+    is one picture and (n, h, w, 3) are n. Raises DataError for anything else.
+    """
+    if isinstance(given, (str, bytes, Path, Image.Image)):
+        return [given]
+    if not isinstance(given, (np.ndarray, torch.Tensor)):
+        if not isinstance(given, Iterable):
+            raise DataError(
+                f"images: {_short(given)}; give a file, a PIL image, an array, or several of them in a list"
+            )
+        return list(given)
+    numeric = isinstance(given, torch.Tensor) or given.dtype.kind in "fiub"
+    if not numeric:  # an array of paths
+        return np.ravel(given).tolist()
+    single = (1,) if width is not None else (2, 3)
+    if given.ndim in single:
+        return [given]
+    if given.ndim == max(single) + 1:
+        return list(given)
+    expected = (
+        f"rows of {width} numbers, (n, {width})" if width is not None else f"{ONE_PICTURE}, several as (n, h, w, 3)"
+    )
+    raise DataError(f"images: an array of shape {tuple(given.shape)}; {expected}")
 
 
 class Given:
-    """Images as they were handed over, labelled by class number. A file is opened when it is asked for."""
+    """Images as they were handed over, labelled by class number. A file is opened when it is asked for.
 
-    def __init__(self, items: Sequence[Item], labels: np.ndarray):
-        self.items, self.labels = items, labels
+    With `width` the items are rows of so many numbers, in place of pictures.
+    """
+
+    def __init__(self, items: Sequence[Item], labels: np.ndarray, width: int | None = None):
+        self.items, self.labels, self.width = items, labels, width
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Any:
+        """A PIL image in RGB or a float32 row (width,). Raises DataError naming the item that is neither."""
+        return self._picture(index) if self.width is None else self._row(index)
+
+    def _picture(self, index: int) -> Image.Image:
         item = self.items[index]
         if isinstance(item, (str, Path)):
             try:
@@ -36,28 +75,44 @@ class Given:
                 raise DataError(f"image '{one_line(str(item))}': cannot be read ({reason})") from None
         if isinstance(item, Image.Image):
             return rgb(item)
+        if not isinstance(item, (np.ndarray, torch.Tensor)):
+            raise DataError(f"image {index}: {_short(item)}; give a file, a PIL image or an array")
         array = np.asarray(item)
-        if array.ndim == 1:
-            if not np.isfinite(array).all():
-                raise DataError(f"image {index}: an embedding that is not finite; embed it again or leave it out")
-            return array
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+        pictured = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in CHANNELS)
+        if pictured and array.dtype == np.uint8 and array.size:
+            return rgb(Image.fromarray(array))
+        hint = "channels last, as from transpose(1, 2, 0); " if array.ndim == 3 and array.shape[0] in CHANNELS else ""
+        raise DataError(f"image {index}: an array of {array.dtype} {array.shape}; {hint}{ONE_PICTURE}")
+
+    def _row(self, index: int) -> np.ndarray:
+        item = self.items[index]
+        try:
+            if isinstance(item, (str, bytes, Path, Image.Image)):
+                raise ValueError
+            row = np.asarray(item, dtype=np.float32)
+        except (TypeError, ValueError):
             raise DataError(
-                f"image {index}: an array of {array.dtype} {array.shape}; give uint8 (h, w, 3), (h, w, 4) or (h, w)"
+                f"row {index}: {_short(item)}; this learner takes embeddings, rows of {self.width} numbers"
+            ) from None
+        if row.shape != (self.width,):
+            raise DataError(
+                f"row {index}: shape {row.shape}; this learner takes embeddings, rows of {self.width} numbers"
             )
-        return rgb(Image.fromarray(array))
+        if not np.isfinite(row).all():
+            raise DataError(f"row {index}: an embedding that is not finite; embed it again or leave it out")
+        return row
 
     def check(self, index: int) -> None:
         """Raises what opening would raise; pixels in memory are taken as they are."""
         item = self.items[index]
-        if isinstance(item, (str, Path)):
+        if self.width is None and isinstance(item, (str, Path)):
             check(Path(item))
         else:
             self[index]
 
     def describe(self, index: int) -> str:
         item = self.items[index]
-        return str(item) if isinstance(item, (str, Path)) else f"image {index}"
+        return str(item) if isinstance(item, (str, Path)) else f"{'image' if self.width is None else 'row'} {index}"
 
     def identity(self, index: int) -> bytes:
         item = self.items[index]
@@ -65,3 +120,7 @@ class Given:
             found = Path(item).stat()
             return f"{item}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")
         return hashlib.sha256(np.asarray(item).tobytes()).digest()
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__} {one_line(repr(value))[:60]}"

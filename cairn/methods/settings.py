@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Union, get_args, get_origin
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -42,10 +43,13 @@ def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, st
 
 
 def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
-    """The config with `path=value` applied in order; values are YAML scalars.
+    """`with_values` of texts `path=value`; values are YAML scalars."""
+    return with_values(config, parsed(assignments))
 
-    Raises UnknownName for an unknown path (with the nearest ones) and ConfigError for a value that does not fit.
-    """
+
+def parsed(assignments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Path and value of each `path=value`. Raises ConfigError for what is not of that form."""
+    found = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
@@ -56,7 +60,18 @@ def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
             value = text
         if isinstance(value, str) and _is_number(value):
             value = float(value)
-        config = _assigned(config, path.strip().split("."), value, path.strip(), config)
+        found.append((path.strip(), value))
+    return found
+
+
+def with_values(config: BaseModel, values: Iterable[tuple[str, Any]]) -> BaseModel:
+    """The config with each value, of the setting's own type, at its path, in order.
+
+    Raises UnknownName for an unknown path (with the nearest ones) and ConfigError for a value that does not fit.
+    """
+    for path, value in values:
+        value = value.item() if isinstance(value, np.generic) else value
+        config = _assigned(config, path.split("."), value, path, config)
     for path, value, _ in settings(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"setting {path}={value}: must be a finite number")

@@ -7,7 +7,7 @@ import pytest
 from cairn.errors import ConfigError, UnknownName
 from cairn.methods.catalogue import METHODS
 from cairn.methods.dmc import Config
-from cairn.methods.settings import settings, with_settings
+from cairn.methods.settings import settings, with_settings, with_values
 from cairn.towers.tuning import Full, Lora
 
 
@@ -66,3 +66,10 @@ def test_every_listed_setting_can_be_set_to_its_own_default(name):
 def test_every_setting_of_dmc_says_what_it_is():
     silent = [path for path, _, text in settings(Config()) if not text]
     assert set(silent) <= {path for path, _, _ in settings(Config()) if path.endswith("weight_decay")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_value_of_python_is_taken_as_it_is(method):
+    config = METHODS[method].config()
+    for path, value, _ in settings(config):
+        assert with_values(config, [(path, value)]) == config, path

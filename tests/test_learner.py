@@ -480,7 +480,7 @@ def test_an_embedding_that_is_not_finite_is_no_apple(value):
             asked(spoiled)
     with pytest.raises(DataError, match="an embedding that is not finite"):
         learner.explain(spoiled[7])
-    with pytest.raises(DataError, match=r"1 image\(s\) that cannot be read: image 7 .*not finite"):
+    with pytest.raises(DataError, match=r"1 image\(s\) that cannot be read: row 7 .*not finite"):
         learner.partial_fit(spoiled, names)
     assert learner.predict(x).tolist() == names
     assert learner.counts_.tolist() == [6, 6]

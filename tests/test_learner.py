@@ -498,7 +498,7 @@ def test_scores_that_are_not_finite_are_no_answer(monkeypatch):
 
     monkeypatch.setattr(type(learner.method_), "scores", spoiled)
     for asked in (learner.predict, learner.predict_proba, learner.predict_topk):
-        with pytest.raises(NotFinite, match="image 6: scores that are not finite"):
+        with pytest.raises(NotFinite, match="row 6: scores that are not finite"):
             asked(x)
     with pytest.raises(NotFinite, match="scores that are not finite"):
         learner.explain(x[6])

@@ -13,20 +13,38 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from cairn.errors import ResultError
 from cairn.files import make_folder, read_json, sha256_of, write_chunks, write_json
+from cairn.schema import Count, Record, validated
 from cairn.tensors import read_tensors, require_finite, serialized
 
 SCHEMA_VERSION = 1
 
-PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9=_-]{0,99}")
+PART = r"^[A-Za-z0-9][A-Za-z0-9=_-]{0,99}$"
 """What a part may be called: never a path."""
 
 State = Mapping[str, Tensor]
+
+
+class PartEntry(Record):
+    """A file of tensors."""
+
+    file: str
+    bytes: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(Record):
+    """A generation, without its own SHA-256."""
+
+    schema_version: int
+    parts: dict[Annotated[str, Field(pattern=PART)], PartEntry]
+    record: dict[str, Any] = Field(description="whose schema is that of the reader")
 
 
 class Generation(NamedTuple):
@@ -106,7 +124,7 @@ class Archive:
             self.folder.rmdir()
 
     def _part(self, name: str, state: State) -> dict[str, Any]:
-        if not PART.fullmatch(name):
+        if not re.fullmatch(PART, name):
             raise ValueError(f"part '{name}'")
         require_finite(self.folder / name, state)
         running = hashlib.sha256()
@@ -133,31 +151,21 @@ class Archive:
 
     def _checked(self, path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Record and parts of a manifest that is what it must be."""
-        manifest = read_json(path)
-        if not isinstance(manifest, dict):
-            raise ResultError(f"'{path}': not a manifest")
-        version = manifest.get("schema_version")
+        stored = read_json(path)
+        version = stored.get("schema_version") if isinstance(stored, dict) else None
         if type(version) is not int or version < 1:
             raise ResultError(f"'{path}': schema_version {str(version)[:20]}: not a manifest")
         if version > SCHEMA_VERSION:
             raise Newer(
                 f"'{path}': schema_version {version}, this cairn reads up to {SCHEMA_VERSION}; use the version that wrote it"
             )
-        given = manifest.pop("sha256", None)
-        if given != digest(manifest):
+        if stored.pop("sha256", None) != digest(stored):
             raise ResultError(f"'{path}': damaged: it does not match its own SHA-256")
-        record, entries = manifest.get("record"), manifest.get("parts")
-        if not isinstance(record, dict) or not isinstance(entries, dict):
-            raise ResultError(f"'{path}': not a manifest")
-        for name, entry in entries.items():
-            entry = entry if isinstance(entry, dict) else {}
-            file, size, sha256 = entry.get("file"), entry.get("bytes"), entry.get("sha256")
-            known = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) and type(size) is int
-            if not known or not PART.fullmatch(name):
-                raise ResultError(f"'{path}': part '{name[:80]}' is not described as it must be")
-            if file != self._file(name, sha256):
-                raise ResultError(f"'{path}': part '{name}' points to '{str(file)[:80]}', not to a file of its own")
-        return record, entries
+        manifest = validated(Manifest, stored, f"'{path}'")
+        for name, entry in manifest.parts.items():
+            if entry.file != self._file(name, entry.sha256):
+                raise ResultError(f"'{path}': part '{name}' points to '{entry.file[:80]}', not to a file of its own")
+        return manifest.record, {name: entry.model_dump() for name, entry in manifest.parts.items()}
 
     def _sweep(self, keep: int | None = None) -> None:
         """Remove all but the `keep` newest manifests (None: none of them), and parts that no manifest names."""

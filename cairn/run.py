@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.archive import Archive
 from cairn.data.catalogue import open_dataset
@@ -30,6 +30,7 @@ from cairn.methods.settings import choices, with_settings
 from cairn.methods.settings import settings as every_setting
 from cairn.methods.stored import fit_into
 from cairn.ranks import Ranks
+from cairn.schema import Amount, Count, Difference, Record, Share, validated
 from cairn.templates import prompt_templates
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
@@ -84,15 +85,19 @@ def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TowersUsed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     name: str
     fingerprint: str = Field(description="over weights, activation and preprocessing, and over the tokenizer")
     revision: str | None = None
 
 
 class Passes(BaseModel):
-    images: int = Field(description="images through the vision tower, forward")
-    text_tokens: int = Field(description="tokens through the text tower, forward")
-    stored: int = Field(0, description="images whose embeddings a feature store held, in place of a pass")
+    model_config = ConfigDict(extra="forbid")
+
+    images: Count = Field(description="images through the vision tower, forward")
+    text_tokens: Count = Field(description="tokens through the text tower, forward")
+    stored: Count = Field(0, description="images whose embeddings a feature store held, in place of a pass")
 
 
 class RunResult(BaseModel):
@@ -109,28 +114,28 @@ class RunResult(BaseModel):
     split: str = Field(description="fingerprint of which images are in which task")
     towers: TowersUsed
     class_order: list[str] = Field(min_length=1, description="class names in order of arrival")
-    task_sizes: list[int] = Field(description="classes per task")
-    test_sizes: list[int] = Field(description="test images per task")
-    base: int
-    step: int
-    seed: int
-    accuracy: list[list[float | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
-    seen_accuracy: list[float] = Field(description="A_i: after task i, over all test images of classes seen")
-    seen_accuracy_by_class: list[float] = Field(description="the same, every class weighing alike")
-    future_accuracy: list[float | None] = Field(description="zero-shot, after task i, among the classes still to come")
-    zero_shot_accuracy: list[float | None] = Field(
+    task_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, description="classes per task")
+    test_sizes: list[Count] = Field(description="test images per task")
+    base: Count
+    step: Count
+    seed: Count
+    accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
+    seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
+    seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
+    future_accuracy: list[Share | None] = Field(description="zero-shot, after task i, among the classes still to come")
+    zero_shot_accuracy: list[Share | None] = Field(
         [], description="of the towers as they came, on the classes seen after task i; null without class texts"
     )
-    average: float = Field(description="average incremental accuracy, the mean of seen_accuracy")
-    last: float = Field(description="the last of seen_accuracy")
-    forgetting: float | None = Field(description="null with a single task")
-    bwt: float | None = Field(description="backward transfer; null with a single task")
-    seconds: float = Field(description="wall-clock time, learning and evaluation")
-    seconds_per_task: list[float] = Field(description="of learning alone")
-    resumed: int = Field(0, description="how often the run was cut off and gone on with")
-    processes: int = Field(1, description="how many learned side by side, when it ended")
-    peak_rss_bytes: int = Field(description="largest resident memory of the process, of several the largest")
-    memory_bytes: int = Field(description="kept of old classes beyond trained parameters, after the last task")
+    average: Share = Field(description="average incremental accuracy, the mean of seen_accuracy")
+    last: Share = Field(description="the last of seen_accuracy")
+    forgetting: Difference | None = Field(description="null with a single task")
+    bwt: Difference | None = Field(description="backward transfer; null with a single task")
+    seconds: Amount = Field(description="wall-clock time, learning and evaluation")
+    seconds_per_task: list[Amount] = Field(description="of learning alone")
+    resumed: Count = Field(0, description="how often the run was cut off and gone on with")
+    processes: int = Field(1, ge=1, description="how many learned side by side, when it ended")
+    peak_rss_bytes: Count = Field(description="largest resident memory of the process, of several the largest")
+    memory_bytes: Count = Field(description="kept of old classes beyond trained parameters, after the last task")
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
     device: str
@@ -301,6 +306,20 @@ def run_stream(
     )
 
 
+class CheckpointRecord(Record):
+    """What a checkpoint says beside its tensors."""
+
+    run: dict[str, Any] = Field(description="the call")
+    split: str
+    towers: str = Field(description="their fingerprint")
+    versions: dict[str, str]
+    resumed: Count
+    seconds: Amount
+    evaluations: list[Evaluation] = Field(description="of every finished task")
+    durations: list[Amount] = Field(description="seconds of learning per task, that in progress included")
+    passes: dict[str, dict[str, Count]] = Field(description="through the towers, while learning and while evaluating")
+
+
 class _Course:
     """How far a run is: the method, what was found of it, and what it took. Kept between tasks, or within one."""
 
@@ -431,24 +450,24 @@ class _Course:
             "passes": self.passes,
         }  # fmt: skip
 
-    def _restore(self, record: dict[str, Any], learner: State) -> None:
+    def _restore(self, stored: dict[str, Any], learner: State) -> None:
+        remedy = "--overwrite to start again"
+        record = validated(CheckpointRecord, stored, f"'{self._archive.folder}': the checkpoint", remedy=remedy)
         same = {
-            "call": comparable_call(record["run"]) == comparable_call(self.config.model_dump(mode="json")),
-            "data": record["split"] == self.stream.fingerprint,
-            "towers": same_towers(record["towers"], self.towers.fingerprint),
+            "call": comparable_call(record.run) == comparable_call(self.config.model_dump(mode="json")),
+            "data": record.split == self.stream.fingerprint,
+            "towers": same_towers(record.towers, self.towers.fingerprint),
         }
         for what, holds in same.items():
             if not holds:
                 raise ResultError(
                     f"'{self._archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
                 )
-        if (then := record["versions"]) != (now := versions()):
+        if (then := record.versions) != (now := versions()):
             changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
             self.log("warning", text=f"versions changed since the run began ({changed}): it would not reproduce")
-        self.evaluations = TypeAdapter(list[Evaluation]).validate_python(record["evaluations"])
-        self.durations = [float(seconds) for seconds in record["durations"]]
-        self.passes = {part: {key: int(n) for key, n in counts.items()} for part, counts in record["passes"].items()}
-        self._spent, self.resumed = float(record["seconds"]), int(record["resumed"]) + 1
+        self.evaluations, self.durations, self.passes = record.evaluations, record.durations, record.passes
+        self._spent, self.resumed = record.seconds, record.resumed + 1
         if not self._plausible():
             raise ValueError("a record of other tasks")
         fit_into(

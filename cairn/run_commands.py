@@ -140,12 +140,14 @@ def checked(kind: type[Settings], **values: Any) -> Settings:
     """Settings from options; one that does not fit is named as the option it came from."""
     from pydantic import ValidationError
 
+    from cairn.schema import reason_of
+
     try:
         return kind(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {problem['input']}: {problem['msg'].lower()}") from None
+        raise ConfigError(f"--{option} {problem['input']}: {reason_of(problem)}") from None
 
 
 def _step(step: int | None, data: str) -> int:

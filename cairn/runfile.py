@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from cairn.errors import ConfigError, UnknownName, one_line
 from cairn.files import read_bytes
 from cairn.run import RunConfig
+from cairn.schema import reason_of
 
 BYTES, LINE = 2**16, 2**11
 """Longest run file, and line of one, that is read: the parser's memory grows with the square of a key's dots."""
@@ -53,7 +54,7 @@ def checked(path: Path, values: dict[str, Any]) -> RunFile:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"run file '{path}': {place} = {problem['input']!r}: {problem['msg'].lower()}") from None
+        raise ConfigError(f"run file '{path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
 
 
 def read_run_file(path: Path) -> RunFile:

@@ -16,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cairn.errors import ResultError, one_line
 from cairn.versions import versions
 
+REMEDY = "damaged or edited by hand; restore it from a copy"
+
 Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1 + 1e-6, allow_inf_nan=False)]
+Difference = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]
+"""Of two shares."""
 
 SHOWN = 60
 """Letters of a refused value in a message."""
@@ -31,8 +37,10 @@ class Record(BaseModel):
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def validated(schema: type[Schema], stored: Any, where: str, made_by: str | None = None) -> Schema:
-    """`stored`, a value as JSON holds it, by a schema; `where` begins the message.
+def validated(
+    schema: type[Schema], stored: Any, where: str, made_by: str | None = None, remedy: str = REMEDY
+) -> Schema:
+    """`stored`, a value as JSON holds it, by a schema and without conversions; `where` begins the message.
 
     `made_by` is the version that wrote it; by default that of its own `versions`. Raises ResultError naming the first value
     that is wrong.
@@ -40,7 +48,7 @@ def validated(schema: type[Schema], stored: Any, where: str, made_by: str | None
     try:
         return schema.model_validate_json(json.dumps(stored), strict=True)
     except ValidationError as error:
-        remedy = newer_version(made_by or _version_in(stored)) or "damaged or edited by hand; restore it from a copy"
+        remedy = newer_version(made_by or _version_in(stored)) or remedy
         raise ResultError(f"{where}: {first_problem(error)}; {remedy}") from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.archive import Archive
 from cairn.data.catalogue import open_dataset
@@ -23,6 +23,7 @@ from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.stored import fit_into
 from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, comparable_call, towers_for
+from cairn.schema import validated
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
 from cairn.training.log import Log
@@ -42,11 +43,7 @@ def read_result(path: Path) -> RunResult:
         raise ResultError(
             f"'{file}': schema_version {version}, this cairn reads {SCHEMA_VERSION}; use the version that wrote it"
         )
-    try:
-        return RunResult.model_validate(stored)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ResultError(f"'{file}': {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
+    return validated(RunResult, stored, f"'{file}'")
 
 
 class Call(BaseModel):
@@ -75,14 +72,9 @@ def read_call(folder: Path) -> Call:
             if finished
             else f"'{folder}': no {CALL}, so no run was begun there; give the folder of one"
         )
-    stored = read_json(folder / CALL)
-    try:
-        return Call.model_validate(stored)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ResultError(
-            f"'{folder / CALL}': {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}; use the version that wrote it"
-        ) from None
+    return validated(
+        Call, read_json(folder / CALL), f"'{folder / CALL}'", remedy="use the version that wrote it, or begin again"
+    )
 
 
 class Lock:

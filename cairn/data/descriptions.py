@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cairn.errors import DataError, ResultError
 from cairn.files import read_json
+from cairn.schema import validated
 
 SCHEMA_VERSION = 1
 FILE_NAME = "descriptions.json"
@@ -69,20 +70,13 @@ def read_descriptions(path: str | Path) -> Descriptions:
     if not os.path.exists(path):
         raise DataError(f"descriptions '{path}': no such file; write one with `cairn describe`")
     try:
-        found = Descriptions.model_validate(read_json(path, links=True))
+        stored = read_json(path, links=True)
+        version = stored.get("schema_version", SCHEMA_VERSION) if isinstance(stored, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise DataError(f"descriptions '{path}': schema version {version}, this cairn reads {SCHEMA_VERSION}")
+        return validated(Descriptions, stored, f"'{path}'", remedy="the schema is in docs/descriptions.md")
     except ResultError as error:
         raise DataError(f"descriptions {error}; write them with `cairn describe`") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"descriptions '{path}': {where + ': ' if where else ''}{first['msg']}; the schema is in docs/descriptions.md"
-        ) from None
-    if found.schema_version != SCHEMA_VERSION:
-        raise DataError(
-            f"descriptions '{path}': schema version {found.schema_version}, this cairn reads {SCHEMA_VERSION}"
-        )
-    return found
 
 
 def written_by(author: str, sentences: Mapping[str, Sequence[str] | str]) -> Descriptions:

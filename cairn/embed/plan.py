@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.archive import digest
 from cairn.data.feature_store import image_ids
@@ -18,6 +18,7 @@ from cairn.data.images import Subset
 from cairn.errors import ResultError
 from cairn.files import read_json
 from cairn.run import RunConfig, TowersUsed, comparable_call
+from cairn.schema import Amount, Count, validated
 from cairn.tensors import serialized
 
 PLAN, ROWS, TEXT = "plan.json", "rows", "text"
@@ -71,12 +72,12 @@ class Plan(BaseModel):
     config: EmbedConfig
     split: str = Field(description="fingerprint of which images there are, and of their classes")
     towers: TowersUsed
-    dim: int
-    logit_scale: float
+    dim: Count
+    logit_scale: Amount
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    train: int = Field(description="training images")
-    test: int
+    train: Count = Field(description="training images")
+    test: Count
     images: tuple[str, ...] = Field(description="what the images of each shard are: a hash of their identities")
     rows: str = Field(description="SHA-256 of the file of rows")
     # No part of the key:
@@ -153,6 +154,6 @@ class Chosen(NamedTuple):
 def stored_plan(folder: Path) -> Plan | None:
     """The plan that was begun in a folder, None if there is none, or none that can be read: its shards are then nobody's."""
     try:
-        return Plan.model_validate(read_json(folder / PLAN))
-    except (ResultError, ValidationError):
+        return validated(Plan, read_json(folder / PLAN), f"'{folder / PLAN}'")
+    except ResultError:
         return None

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from cairn.errors import ConfigError, UnknownName
 from cairn.files import read_yaml
+from cairn.schema import reason_of
 
 
 def kind_by_name(value: Any) -> Any:
@@ -104,7 +105,7 @@ def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: Bas
         return type(node).model_validate(given | {name: value})
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"setting {path}={value}: {problem['msg'].lower()}") from None
+        raise ConfigError(f"setting {path}={value}: {reason_of(problem)}") from None
 
 
 def _paths(root: BaseModel) -> list[str]:

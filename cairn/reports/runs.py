@@ -9,22 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
 from cairn.files import read_bytes, read_json
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, stream_keys
+from cairn.schema import Amount, Difference, Share, validated
 
 SCHEMA_VERSION = 1
 """The newest that is read, of results and of drift reports."""
 
 EVENT_BYTES = 256 * 2**20
 """A longer event log is passed over."""
-
-Share = Annotated[float, Field(ge=0, le=1 + 1e-6, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
-Points = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -63,8 +60,8 @@ class _Stored(BaseModel):
     zero_shot_accuracy: list[Share | None] = []
     average: Share
     last: Share
-    forgetting: Points | None = None
-    bwt: Points | None = None
+    forgetting: Difference | None = None
+    bwt: Difference | None = None
     seconds: Amount | None = None
     seconds_per_task: list[Amount] = []
     resumed: int = 0
@@ -126,12 +123,7 @@ def _read(path: Path, form: type[BaseModel]) -> dict[str, Any]:
         raise ResultError(
             f"'{path}': schema_version {version}, this report reads up to {SCHEMA_VERSION}; use the version that wrote it"
         )
-    try:
-        return form.model_validate(stored).model_dump()
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = "".join(f"{part}: " for part in [".".join(map(str, problem["loc"]))] if part)
-        raise ResultError(f"'{path}': {where}{problem['msg'].lower()}") from None
+    return validated(form, stored, f"'{path}'").model_dump()
 
 
 def read_results(folders: Iterable[Path]) -> list[Result]:

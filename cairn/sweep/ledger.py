@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from cairn.errors import ResultError
 from cairn.evaluation.metrics import mean_and_deviation
 from cairn.files import read_json, write_chunks, write_json
 from cairn.reports.formats import Cell, Column, Estimate, Table, estimate
+from cairn.schema import Count, validated
 from cairn.sweep.plan import Point, Run
 
 SCHEMA_VERSION = 1
@@ -93,13 +96,25 @@ class Ledger:
         write_chunks(self.folder / RUNS, [(run_table(self.jobs).csv() + "\n").encode()])
 
 
+class _Attempted(BaseModel):
+    """Of a run of `sweep.json`, what is read back; the rest of the file is for people."""
+
+    folder: str
+    attempts: Count
+    reason: str | None
+
+
+class _Stored(BaseModel):
+    runs: list[_Attempted]
+
+
 def earlier(folder: Path) -> dict[str, dict[str, Any]]:
     """The runs that `sweep.json` told of when it was last written, by folder; none if it cannot be read."""
     try:
-        stored = read_json(folder / SWEEP)
-        return {run["folder"]: {"attempts": int(run["attempts"]), "reason": run["reason"]} for run in stored["runs"]}
-    except (ResultError, KeyError, TypeError, ValueError):
+        stored = validated(_Stored, read_json(folder / SWEEP), f"'{folder / SWEEP}'")
+    except ResultError:
         return {}
+    return {run.folder: {"attempts": run.attempts, "reason": run.reason} for run in stored.runs}
 
 
 def gathered(jobs: Sequence[Job], key: str) -> dict[str, Any] | None:

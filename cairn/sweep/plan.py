@@ -18,6 +18,7 @@ from cairn.errors import CairnError, ConfigError, ResultError
 from cairn.methods.catalogue import method_named
 from cairn.methods.settings import with_settings
 from cairn.run import Prepared, RunConfig, RunResult, comparable_call, prepared
+from cairn.schema import reason_of
 from cairn.store import CALL, RESULT, read_call, read_result
 from cairn.sweep.file import Choice, Range, SweepFile, methods_of
 from cairn.training.log import Log
@@ -80,9 +81,7 @@ def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Po
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise ConfigError(
-            f"sweep file '{file.path}': {place} = {problem['input']!r}: {problem['msg'].lower()}"
-        ) from None
+        raise ConfigError(f"sweep file '{file.path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
     if not name:
         chosen_later = file.search is not None and "method" in file.search.space
         name = folder_name("search" if chosen_later else config.method, varies)

@@ -119,8 +119,8 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
     )
     console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
     forms = [("Settings (--set key=value)", entry.config())]
-    if hasattr(entry.config, "embedding"):
-        forms.append(("Settings on a features file (embedding form)", entry.config.embedding()))
+    if entry.has_embedding_form:
+        forms.append(("Settings on a features file (embedding form)", entry.embedding_config()))
     for title, config in forms:
         rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
         if rows:
@@ -201,6 +201,7 @@ def explain_image(
 
     from cairn.data.folders import decoded
     from cairn.files import write_json
+    from cairn.methods.protocol import PatchReasons
     from cairn.reports.patches import patch_figure
     from cairn.store import read_learner
 
@@ -209,7 +210,7 @@ def explain_image(
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         raise DataError(f"image '{image}': cannot be read: {(str(error) or 'empty').splitlines()[0]}") from None
     result, method = read_learner(run)
-    if not hasattr(method, "reasons"):
+    if not isinstance(method, PatchReasons):
         raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
     prepared = method.towers.prepare(picture)
     reasons = method.reasons(method.towers.pixels(prepared[None]), best)

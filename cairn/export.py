@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
@@ -16,6 +15,8 @@ from cairn.errors import ConfigError, ResultError
 from cairn.files import whole
 from cairn.learner import IncrementalClassifier
 from cairn.maths.similarity import unit
+from cairn.methods.catalogue import METHODS
+from cairn.methods.protocol import CosineScoring
 
 TOLERANCE = 1e-4
 """Largest difference of a score that is let pass, relative to the largest score."""
@@ -45,28 +46,14 @@ def image_scores(learner: IncrementalClassifier) -> ImageScores:
     towers = method.towers
     if not towers.has_images:
         raise ConfigError("learned from embeddings: there is no image tower to export")
-    if hasattr(method, "projectors"):
-        if method.config.local.weight:
-            raise ConfigError(
-                f"method '{learner.method}': patches are not exported; export one of another method, or set local.weight=0"
-            )
-        project = method.projectors
-        vision = nn.Sequential(towers.vision(), _Unit(), copy.deepcopy(project["visual"]))
-        matrix = project["textual"](method.anchors.to(towers.device))
-    elif hasattr(method, "class_matrix"):
-        vision = copy.deepcopy(method.image.module) if hasattr(method, "image") else towers.vision()
-        matrix = method.class_matrix
-    else:
+    if not isinstance(method, CosineScoring):
+        able = ", ".join(name for name, entry in METHODS.items() if CosineScoring in entry.capabilities)
         raise ConfigError(
             f"method '{learner.method}': its scores are not cosines of an image embedding and class vectors, so it cannot be "
-            "exported; take another method"
+            f"exported; these can: {able}"
         )
-    return ImageScores(vision.cpu().float().eval(), matrix.detach().cpu().float(), towers.logit_scale)
-
-
-class _Unit(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return unit(x)
+    form = method.cosine_form()
+    return ImageScores(form.vision.cpu().float().eval(), form.matrix.detach().cpu().float(), towers.logit_scale)
 
 
 def export_onnx(learner: IncrementalClassifier, path: Path) -> float:

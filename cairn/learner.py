@@ -24,7 +24,7 @@ from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import Method
+from cairn.methods.protocol import KeepsImages, Method, PatchReasons
 from cairn.methods.settings import with_values
 from cairn.methods.stored import fit_into
 from cairn.novelty import Novelty, gaussians_of, require_threshold
@@ -272,7 +272,7 @@ class IncrementalClassifier:
             pixels = self._pixels(items[0])
             scores = self._scores_of(pixels)[0]
             p = torch.softmax(scores.double(), 0)
-            if hasattr(self.method_, "reasons") and self.method_.config.local.weight:
+            if isinstance(self.method_, PatchReasons) and self.method_.has_reasons:
                 found = self.method_.reasons(pixels, best)
             else:
                 top = scores.topk(min(best, len(scores))).indices.tolist()
@@ -393,7 +393,7 @@ class IncrementalClassifier:
         if self._stored_config is not None:
             return self._stored_config
         config = entry.default_config(towers)
-        if "descriptions" in type(config).model_fields and self.descriptions is None:
+        if entry.descriptions and self.descriptions is None:
             config = config.model_copy(update={"descriptions": "template"})
         return with_values(config, (self.settings or {}).items())
 
@@ -414,7 +414,7 @@ class IncrementalClassifier:
         method = self._fresh(log)
         if self.method_ is not None:
             method.load_state_dict(self.method_.state_dict())
-            if hasattr(method, "remember"):
+            if isinstance(method, KeepsImages):
                 method.remember(self.method_.tasks)
         return method
 

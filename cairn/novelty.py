@@ -29,6 +29,7 @@ from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.shrinkage import Oas, Ridge
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import GaussianScoring
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Scores
 
@@ -41,8 +42,8 @@ FOLDS = 5
 
 def gaussians_of(method: Any) -> GaussianMemory | None:
     """The Gaussians that a method keeps of its classes, if it does."""
-    memory = getattr(method, "memory", None)
-    return memory if isinstance(memory, GaussianMemory) else None
+    held = isinstance(method, GaussianScoring) and isinstance(method.memory, GaussianMemory)
+    return method.memory if held else None
 
 
 def require_threshold(value: float, name: str) -> None:

@@ -25,8 +25,8 @@ from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.kept import kept
 from cairn.methods.catalogue import Entry, method_named
-from cairn.methods.protocol import Method
-from cairn.methods.settings import choices, with_settings
+from cairn.methods.protocol import KeepsImages, Method
+from cairn.methods.settings import AltersImages, choices, with_settings
 from cairn.methods.settings import settings as every_setting
 from cairn.methods.stored import fit_into
 from cairn.ranks import Ranks
@@ -194,7 +194,7 @@ def prepared(config: RunConfig) -> Prepared:
 def tower_stands(entry: Entry, settings: BaseModel) -> bool:
     """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
     tunings = {value for path, value, _ in every_setting(settings) if path.rpartition(".")[2] == "tuning"}
-    alters = getattr(settings, "alters_images", False)
+    alters = isinstance(settings, AltersImages) and settings.alters_images
     return tunings <= {"none", "adapter"} and not alters and entry.keeps != "images"
 
 
@@ -228,7 +228,7 @@ def run_stream(
         else:
             reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
             log("notice", text=f"the cache is not used: {reason}")
-    if not towers.has_images and hasattr(entry.config, "embedding"):
+    if not towers.has_images and entry.has_embedding_form:
         log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
             "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
     log(
@@ -473,7 +473,7 @@ class _Course:
         fit_into(
             self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
         )
-        if self.entry.keeps == "images":
+        if isinstance(self.method, KeepsImages):
             self.method.remember(self.stream.tasks[: self.done])
 
 

@@ -28,6 +28,14 @@ from cairn.methods import (
     spa,
     zero_shot,
 )
+from cairn.methods.protocol import (
+    CosineScoring,
+    DescribedClasses,
+    GaussianScoring,
+    KeepsImages,
+    PatchReasons,
+)
+from cairn.methods.settings import EmbeddingForm
 from cairn.towers.protocol import Towers
 
 
@@ -47,6 +55,7 @@ class Entry:
 
     `text` says that class texts are used, `needs_text` that it does not work without; `descriptions` that sentences
     about classes are used where there are any; `moves` that the image encoder is trained, once or in every task.
+    `capabilities` are those of `cairn.methods.protocol` that the method has.
     """
 
     name: str
@@ -62,6 +71,7 @@ class Entry:
     needs_text: bool = False
     descriptions: bool = False
     moves: bool = False
+    capabilities: tuple[type, ...] = ()
     citation: str = ""
 
     @property
@@ -76,9 +86,16 @@ class Entry:
 
     def default_config(self, towers: Towers) -> BaseModel:
         """The method's defaults; on precomputed embeddings those of its embedding form, if it has one."""
-        if not towers.has_images and hasattr(self.config, "embedding"):
-            return self.config.embedding()
-        return self.config()
+        return self.config() if towers.has_images else self.embedding_config()
+
+    @property
+    def has_embedding_form(self) -> bool:
+        """Whether it has a form of its own for precomputed embeddings."""
+        return issubclass(self.config, EmbeddingForm)
+
+    def embedding_config(self) -> BaseModel:
+        """The defaults on precomputed embeddings."""
+        return self.config.embedding() if issubclass(self.config, EmbeddingForm) else self.config()
 
 
 METHODS = {
@@ -87,17 +104,20 @@ METHODS = {
         Entry(
             "zero-shot", "Zero-shot CLIP", zero_shot.ZeroShot, zero_shot.Config,
             "Radford et al. 2021", ("class texts from templates",), "nothing", "nothing", text=True, needs_text=True,
+            capabilities=(CosineScoring,),
             citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
         ),
         Entry(
             "simplecil", "SimpleCIL: class means", simplecil.SimpleCIL, simplecil.Config,
             "Zhou et al. 2023", ("mean embedding per class",), "nothing", "means", lambda k, d, n, i: k * (4 * d + 8),
+            capabilities=(CosineScoring,),
             citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
         ),
         Entry(
             "lda", "Discriminant analysis: class means, one covariance", lda.LDA, lda.Config,
             "Hayes & Kanan 2020", ("mean embedding per class, one covariance for all",), "nothing", "gaussians",
             lambda k, d, n, i: k * (4 * d + 8) + 2 * d * (d + 1),
+            capabilities=(GaussianScoring,),
             citation="Hayes, Kanan. Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis. CVPR Workshops "
             "2020. arXiv 1909.01520.",
         ),
@@ -131,6 +151,7 @@ METHODS = {
             "clipood", "CLIPood: margins between class texts, averaged weights", clipood.CLIPood, clipood.Config,
             "Shu et al. 2023", ("stage 1: vision against class texts, with margins; the weights end as their Beta average",),
             "vision", "nothing", text=True, moves=True,
+            capabilities=(CosineScoring,),
             citation="Shu et al. CLIPood: Generalizing CLIP to Out-of-Distributions. ICML 2023. arXiv 2302.00864.",
         ),
         Entry(
@@ -142,6 +163,7 @@ METHODS = {
                 "stage 2: the classifier alone, on draws of all classes, with normalised logits",
             ),
             "vision, then head", "gaussians", lambda k, d, n, i: k * gaussian(d), moves=True,
+            capabilities=(GaussianScoring,),
             citation="Zhang et al. SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model. "
             "ICCV 2023. arXiv 2303.05118.",
         ),
@@ -154,6 +176,7 @@ METHODS = {
                 "statistics: a Gaussian per new class",
             ),
             "adapter", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True,
+            capabilities=(GaussianScoring,),
             citation="Huang et al. Class-Incremental Learning with CLIP: Adaptive Representation Adjustment and Parameter Fusion. "
             "ECCV 2024. arXiv 2407.14143.",
         ),
@@ -165,6 +188,7 @@ METHODS = {
                 "stage 2: class texts on draws of all classes seen, new ones too",
             ),
             "text", "generators", lambda k, d, n, i: k * (4 * (64 * (16 + 1) + 66 * d) + 8), text=True,
+            capabilities=(CosineScoring, GaussianScoring),
             citation="Frascaroli et al. CLIP with Generative Latent Replay: a Strong Baseline for Incremental Learning. BMVC 2024. "
             "arXiv 2407.15793.",
         ),
@@ -189,18 +213,21 @@ METHODS = {
                 "at test: the likeliest classes compared pair by pair, by the sentences that tell them apart",
             ),
             "projectors", "means", lambda k, d, n, i: k * (4 * d + 8), text=True, descriptions=True,
+            capabilities=(DescribedClasses,),
             citation="Zhou et al. External Knowledge Injection for CLIP-Based Class-Incremental Learning. ICCV 2025. "
             "arXiv 2503.08510.",
         ),
         Entry(
             "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,
             "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing", text=True, moves=True,
+            capabilities=(CosineScoring,),
             citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
         ),
         Entry(
             "joint", "Joint training (upper bound)", joint.Joint, joint.Config,
             "the field's upper bound", ("stage 1 on all images so far", "stage 2 on all images so far"),
             "vision, then text", "images", lambda k, d, n, i: n * i, text=True, moves=True,
+            capabilities=(CosineScoring, KeepsImages),
             citation="The joint-training bound of the class-incremental literature.",
         ),
         Entry(
@@ -212,6 +239,7 @@ METHODS = {
                 "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
             ),
             "vision, then text", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True, moves=True,
+            capabilities=(CosineScoring, GaussianScoring),
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -224,6 +252,7 @@ METHODS = {
                 "stage 2: text moves (a shared and a task's prompt block), vision is frozen; old classes are drawn",
             ),
             "vision, then text", "gaussians", lambda k, d, n, i: k * gaussian(d), text=True, moves=True,
+            capabilities=(CosineScoring, GaussianScoring),
             citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
         ),
         Entry(
@@ -235,6 +264,7 @@ METHODS = {
                 "statistics: a Gaussian per new class",
             ),
             "projectors", "gaussians", lambda k, d, n, i: k * gaussian(2 * d), text=True, descriptions=True,
+            capabilities=(CosineScoring, GaussianScoring, PatchReasons, DescribedClasses),
             citation="Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning. arXiv 2605.13835.",
         ),
     )

@@ -23,7 +23,7 @@ from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.autoencoders import Vae
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, CosineForm
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, align_text, class_anchors
 from cairn.methods.unit_rows import UnitRows
@@ -127,6 +127,9 @@ class CGIL(UnitRows):
     def class_matrix(self) -> Features:
         """t_c, one unit row per class."""
         return self._class_texts
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(self.towers.vision(), self.class_matrix)
 
     def row_scores(self, x: Features) -> Scores:
         return self.towers.logit_scale * x @ self.class_matrix.to(x.device).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from cairn.data.loading import Loader
 from cairn.data.probes import Probes
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import CosineForm
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -70,6 +72,9 @@ class Decoupled(UnitRows):
     def class_matrix(self) -> Features:
         """t_c, one unit row per class."""
         return self._class_texts
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
 
     def row_scores(self, z: Features) -> Scores:
         return self.towers.logit_scale * z @ self.class_matrix.to(z.device).T

@@ -103,6 +103,10 @@ class ENGINE:
         return self.means.counts
 
     @property
+    def needs_sentences(self) -> bool:
+        return self.config.descriptions == "data"
+
+    @property
     def memory_bytes(self) -> int:
         return self.means.bytes
 

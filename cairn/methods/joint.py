@@ -5,6 +5,7 @@ It keeps every image, so it is no class-incremental method: it is the upper boun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task, without_class
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import CosineForm
 from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -109,6 +111,9 @@ class Joint:
     def class_matrix(self) -> Features:
         """t_c, one unit row per class."""
         return self.texts()
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T

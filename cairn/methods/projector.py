@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from cairn.maths.similarity import unit
 
 
+class UnitLength(nn.Module):
+    """x -> x / |x|."""
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        return unit(x)
+
+
 class Projector(nn.Module):
     """x -> unit(x + sum_b G_b x), G_b trained on task b from zero; those of finished tasks are one matrix [P]."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Protocol, Union, get_args, get_origin, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,26 @@ from pydantic.fields import FieldInfo
 from cairn.errors import ConfigError, UnknownName
 from cairn.files import read_yaml
 from cairn.schema import reason_of
+
+
+@runtime_checkable
+class EmbeddingForm(Protocol):
+    """Settings that have a form of their own for precomputed embeddings."""
+
+    @classmethod
+    def embedding(cls) -> BaseModel:
+        """The defaults of that form."""
+        ...
+
+
+@runtime_checkable
+class AltersImages(Protocol):
+    """Settings under which other images than the given ones may pass the tower."""
+
+    @property
+    def alters_images(self) -> bool:
+        """Whether they do."""
+        ...
 
 
 def kind_by_name(value: Any) -> Any:

@@ -11,7 +11,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, CosineForm
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ class SimpleCIL:
     encoder = FROZEN
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
-        self.towers, self.log = towers, log
+        self.towers, self.config, self.log = towers, config, log
         self.means = ClassMeans.empty(towers.dim)
 
     @property
@@ -59,6 +59,9 @@ class SimpleCIL:
     def class_matrix(self) -> Features:
         """p_c / |p_c|, one row per class."""
         return unit(self.means.means)
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(self.towers.vision(), self.class_matrix)
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T

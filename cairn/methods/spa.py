@@ -15,6 +15,7 @@ description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -34,8 +35,8 @@ from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.described import sentences_of
-from cairn.methods.projector import Projector
-from cairn.methods.protocol import FROZEN
+from cairn.methods.projector import Projector, UnitLength
+from cairn.methods.protocol import FROZEN, CosineForm
 from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import class_anchors
 from cairn.towers.patches import Attention
@@ -209,7 +210,24 @@ class SPA:
         """Draws from the memory, where rows of images lie: z and v apart."""
         return unit(x.view(-1, self.towers.dim)).view(x.shape)
 
+    @torch.no_grad()
+    def cosine_form(self) -> CosineForm:
+        if self.config.local.weight:
+            raise ConfigError("local.weight: the scores of patches are no cosines of class vectors; set local.weight=0")
+        project = self.projectors
+        vision = nn.Sequential(self.towers.vision(), UnitLength(), copy.deepcopy(project["visual"]))
+        return CosineForm(vision, project["textual"](self.anchors.to(_device(self.towers))))
+
+    @property
+    def needs_sentences(self) -> bool:
+        return self.has_reasons and self.config.descriptions == "data"
+
     # the patch branch
+
+    @property
+    def has_reasons(self) -> bool:
+        """Whether patches are looked at."""
+        return self.config.local.weight > 0
 
     @torch.no_grad()
     def reasons(self, pixels: Pixels, best: int = 3) -> list[dict[str, Any]]:
@@ -221,7 +239,7 @@ class SPA:
 
         Raises ConfigError without patches, ValueError for more than one image.
         """
-        if not self.config.local.weight:
+        if not self.has_reasons:
             raise ConfigError("local.weight is 0: without patches there is nothing to show")
         if len(pixels) != 1:
             raise ValueError(f"{len(pixels)} images: one at a time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
+from cairn.methods.protocol import CosineForm
 from cairn.methods.stages import align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -52,6 +54,9 @@ class TextAnchored:
     def class_matrix(self) -> Features:
         """t_c, one unit row per class."""
         return self.anchors
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T

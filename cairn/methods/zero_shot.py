@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, CosineForm
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ class ZeroShot:
     memory_bytes = 0
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
-        self.towers = towers
+        self.towers, self.config = towers, config
         self.texts = torch.zeros(0, towers.dim)
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
@@ -48,6 +48,9 @@ class ZeroShot:
     def class_matrix(self) -> Features:
         """t_c, one unit row per class."""
         return self.texts
+
+    def cosine_form(self) -> CosineForm:
+        return CosineForm(self.towers.vision(), self.class_matrix)
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T

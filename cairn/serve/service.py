@@ -19,6 +19,7 @@ from cairn.data.folders import decoded, reason
 from cairn.data.stream import require_text
 from cairn.errors import ConfigError, DataError, Stopped, one_line
 from cairn.learner import IncrementalClassifier
+from cairn.methods.protocol import DescribedClasses
 from cairn.store import Lock
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
@@ -84,7 +85,8 @@ class Service:
     @property
     def describes(self) -> bool:
         """Whether a new class needs sentences that say what it looks like."""
-        return getattr(self.learner.method_.config, "descriptions", None) == "data"
+        method = self.learner.method_
+        return isinstance(method, DescribedClasses) and method.needs_sentences
 
     # changed
 

@@ -308,15 +308,19 @@ class IncrementalClassifier:
 
     # on disk
 
+    def require_savable(self) -> None:
+        """Raises ConfigError for a method that keeps images: `save` writes none."""
+        if method_named(self.method).keeps == "images":
+            raise ConfigError(
+                f"method '{self.method}' keeps images, so it cannot be saved; take another of `cairn list`"
+            )
+
     def save(self, folder: str | Path) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
         Whole or not at all: a learner that was there stays until this one is written and checked."""
         with self._gate.reading():
             method = self._fitted()
-            if method_named(self.method).keeps == "images":
-                raise ConfigError(
-                    f"method '{self.method}' keeps images, which no folder of ours does; take another to save"
-                )
+            self.require_savable()
             # After forgetting, the state before must not stay beside this one
             keep = 1 if self._forgot else 2
             record = self._record()

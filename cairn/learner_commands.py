@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cairn.errors import ConfigError, DataError, one_line
 from cairn.reports.console import Console
+
+if TYPE_CHECKING:
+    from cairn.learner import IncrementalClassifier
 
 METHOD, TOWERS = "dmc-ot", "openai/clip-vit-base-patch16"
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
@@ -26,13 +30,16 @@ def register(app: typer.Typer) -> None:
 def learn(
     learner: Learner,
     pictures: Annotated[Path, typer.Argument(help="a folder with a folder of pictures per class")],
-    method: Annotated[str, typer.Option(help="for a new learner: a method of `cairn list`")] = METHOD,
+    method: Annotated[
+        str | None, typer.Option(help=f"for a new learner: a method of `cairn list`  [default: {METHOD}]")
+    ] = None,
     towers: Annotated[
-        str, typer.Option(help="for a new learner: tiny, a hub id, a folder, or open_clip:<either>")
-    ] = TOWERS,
+        str | None,
+        typer.Option(help=f"for a new learner: tiny, a hub id, a folder, or open_clip:<either>  [default: {TOWERS}]"),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="for a new learner: a setting, key=value")] = None,
     template: Annotated[list[str] | None, typer.Option(help="for a new learner: a prompt, {} for the class")] = None,
-    seed: Annotated[int, typer.Option(help="for a new learner")] = 1,
+    seed: Annotated[int | None, typer.Option(help="for a new learner  [default: 1]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
@@ -43,6 +50,7 @@ def learn(
     from cairn.data.folders import class_images
     from cairn.files import make_folder
     from cairn.learner import NAME, WORK, IncrementalClassifier
+    from cairn.methods.settings import parsed
     from cairn.store import Lock
     from cairn.templates import DEFAULT, prompt_templates
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
@@ -52,8 +60,8 @@ def learn(
     images, classes, said = class_images(pictures)
     items = [images.path(row) for row in range(len(images))]
     names = [classes[label] for label in images.labels]
-    settings = _settings(set_)
-    templates = prompt_templates(template or DEFAULT, "--template")
+    settings = parsed(set_ or ())
+    templates = prompt_templates(template, "--template") if template else None
     made = not learner.exists()
     make_folder(learner)
     lock = Lock(
@@ -61,16 +69,14 @@ def learn(
     ).take()  # before anything is read there: what another process learned meanwhile must not be lost
     try:
         if Archive(learner, NAME):
-            new = {"method": method != METHOD, "towers": towers != TOWERS, "set": set_, "template": template}
-            if given := [option for option, value in new.items() if value]:
-                raise ConfigError(
-                    f"--{given[0]}: the learner is there already and keeps what it was made with; leave it out"
-                )
             held = IncrementalClassifier.load(learner, device=device)
+            _require_same(held, method, towers, settings, templates, seed)
         else:
             held = IncrementalClassifier(
-                method, towers, settings=settings, templates=templates, seed=seed, device=device
-            )
+                method or METHOD, towers or TOWERS, settings=dict(settings), templates=templates or DEFAULT,
+                seed=1 if seed is None else seed, device=device,
+            )  # fmt: skip
+            held.require_savable()
         if said is not None:
             own = {name: list(described.sentences) for name, described in said.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}
@@ -96,14 +102,34 @@ def learn(
     )
 
 
-def _settings(assignments: list[str] | None) -> dict[str, str]:
-    found = {}
-    for assignment in assignments or ():
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
-        found[key] = value
-    return found
+def _require_same(
+    held: IncrementalClassifier, method: str | None, towers: str | None, settings: Sequence[tuple[str, Any]],
+    templates: tuple[str, ...] | None, seed: int | None,
+) -> None:  # fmt: skip
+    """Options for a new learner may be given again where it is there already; raises ConfigError for the first that differs."""
+    from cairn.methods.settings import settings as every_setting
+    from cairn.methods.settings import with_values
+
+    config = held._settings()
+    has = {path: value for path, value, _ in every_setting(config)}
+    asked = {path: value for path, value, _ in every_setting(with_values(config, settings))}
+    options = [
+        ("--method", method, held.method),
+        ("--towers", towers, held.method_.towers.name),
+        *((f"--set {path}", value, has.get(path)) for path, value in asked.items()),
+        ("--template", templates, held.templates),
+        ("--seed", seed, held.seed),
+    ]
+    for option, value, own in options:
+        if value != own and (value is not None or option.startswith("--set")):
+            raise ConfigError(
+                f"{option}: {_shown(value)} is asked for, but the learner that is there was made with {_shown(own)}; leave it "
+                "out, or make a learner in another folder"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def predict(

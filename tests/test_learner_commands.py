@@ -144,7 +144,15 @@ def test_reasons_of_spa_are_pictures_with_patches(pictures, tmp_path, monkeypatc
 
 def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys):
     for words, part in (
-        (["learn", learner, pictures / "first", "--method", "spa"], "keeps what it was made with"),
+        (["learn", learner, pictures / "first", "--method", "spa"], "--method: spa is asked for, but"),
+        (["learn", learner, pictures / "first", "--seed", "7"], "was made with 1; leave it out"),
+        (["learn", learner, pictures / "first", "--template", "a {}"], "--template: 'a {}' is asked for"),
+        (["learn", learner, pictures / "first", "--towers", "other/clip"], "was made with tiny"),
+        (
+            ["learn", learner, pictures / "first", "--set", "stage2.schedule.epochs=3"],
+            "--set stage2.schedule.epochs: 3 is asked for, but the learner that is there was made with 1",
+        ),
+        (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--method", "joint"], "cannot be saved"),
         (["learn", tmp_path / "new", tmp_path / "nowhere"], "no such folder"),
         (["learn", tmp_path / "new", pictures / "test", *QUICK], "no class found"),
         (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--set", "epochs"], "must be key=value"),
@@ -163,6 +171,13 @@ def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys
     ):
         assert part in refused(monkeypatch, capsys, *words)
     assert not (tmp_path / "new").exists()
+
+
+def test_options_that_say_what_the_learner_has_are_taken(learner, pictures, monkeypatch, capsys):
+    """The creating call may be repeated, with options that equal the defaults as well."""
+    same = ["--method", "dmc-ot", "--seed", "1", "--template", "a photo of a {}.", "--set", "stage2.real_share=null"]
+    called(monkeypatch, "learn", learner, pictures / "first", *QUICK, *same)
+    assert "already" in capsys.readouterr().out
 
 
 def test_what_is_learned_on_is_read_under_the_lock(learner, pictures, monkeypatch, capsys):

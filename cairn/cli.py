@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cairn import embed_commands, learner_commands, run_commands, sweep_commands
+from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, ConfigError, DataError, Stopped
 from cairn.ranks import ALONE, Ranks
 from cairn.reports.console import Console
@@ -342,7 +343,7 @@ def serve(
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f'serve: {error.name} is missing; pip install "cairn[serve]"') from None
+        raise ConfigError(f"serve: {error.name} is missing; {extra_remedy('serve')}") from None
     from cairn.serve.app import serve
 
     console = Console()

@@ -9,6 +9,7 @@ import socket
 import threading
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, one_line
 
 STORE_BYTES = 100 * 2**20
@@ -20,7 +21,7 @@ def ray_module(instead: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise ConfigError(f'ray is missing; pip install "cairn[ray]", or {instead}') from None
+        raise ConfigError(f"ray is missing; {extra_remedy('ray')}, or {instead}") from None
     return ray
 
 

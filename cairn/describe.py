@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.data.descriptions import ClassDescription
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
+from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, ConfigError
 from cairn.maths.similarity import representative_and_diverse
 from cairn.towers.clip import spoken
@@ -135,7 +136,7 @@ def described(
     try:
         import openai
     except ImportError:
-        raise ConfigError('describe: the openai client is missing; pip install "cairn[describe]"') from None
+        raise ConfigError(f"describe: the openai client is missing; {extra_remedy('describe')}") from None
     try:
         client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=config.retries, timeout=config.timeout)
     except openai.OpenAIError:

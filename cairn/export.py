@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, ResultError
 from cairn.files import whole
 from cairn.learner import IncrementalClassifier
@@ -68,7 +69,7 @@ def export_onnx(learner: IncrementalClassifier, path: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401 - what torch writes the file with
     except ImportError as error:
-        raise ConfigError(f'export: {error.name} is missing; pip install "cairn[onnx]"') from None
+        raise ConfigError(f"export: {error.name} is missing; {extra_remedy('onnx')}") from None
     model, towers = image_scores(learner), learner.method_.towers
     rng = np.random.default_rng(0)
     size = towers.prepare(np.zeros((8, 8, 3), np.uint8)).shape[-1]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Ranks:
         try:
             from accelerate import PartialState
         except ImportError:
-            raise ConfigError('several processes: accelerate is missing; pip install "cairn[parallel]"') from None
+            raise ConfigError(f"several processes: accelerate is missing; {extra_remedy('parallel')}") from None
 
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError(

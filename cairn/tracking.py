@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, UnknownName, one_line
 from cairn.run import RunConfig, RunResult
 
@@ -107,9 +108,9 @@ def _require(name: str) -> None:
         importlib.import_module("accelerate.tracking")
         importlib.import_module(name)
     except Exception as error:  # one that is there may still lack something, and say so in any way
-        client = "" if name == "tensorboard" else f" {name}"
+        client = "" if name == "tensorboard" else f", and pip install {name}"
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f'--track {name}: not there ({reason}); pip install "cairn[track]"{client}') from None
+        raise ConfigError(f"--track {name}: not there ({reason}); {extra_remedy('track')}{client}") from None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

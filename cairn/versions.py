@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGES = ("cairn", "torch", "transformers", "peft", "numpy", "safetensors")
+from cairn.distribution import installed_version
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Of cairn, of what it stands on, of Python and of the system."""
-    found = {name: metadata.version(name) for name in PACKAGES}
+    found = {"cairn": installed_version()} | {name: metadata.version(name) for name in PACKAGES}
     return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

@@ -256,7 +256,7 @@ def test_every_page_is_in_the_navigation_once():
 
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_asks_for_nothing_elsewhere(tmp_path):
-    pytest.importorskip("material", reason="pip install 'cairn[docs]'")
+    pytest.importorskip("material", reason="pip install '.[docs]'")
     pytest.importorskip("mkdocstrings")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
+from cairn.distribution import extra_remedy
 from cairn.embed import EmbedConfig, Rank, conduct, embed_dataset, maker, work
 from cairn.embed.parts import Column, Parts, write_columns
 from cairn.errors import CairnError, DataError, NotFinite, ResultError, Stopped
@@ -609,7 +610,7 @@ def test_without_ray_it_is_said_what_to_install(cairn, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     status, _, err = cairn(*CALL, "--out", "x.safetensors", "--workers", 2)
     assert status == 2
-    assert err == 'cairn: ray is missing; pip install "cairn[ray]", or torchrun\n'
+    assert err == f"cairn: ray is missing; {extra_remedy('ray')}, or torchrun\n"
     assert not list(tmp_path.iterdir())
 
 

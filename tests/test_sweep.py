@@ -16,6 +16,7 @@ import pytest
 import rich.console
 import torch
 
+from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, ConfigError, NotFinite, ResultError, Stopped
 from cairn.reports.page import page_of
 from cairn.run import RunConfig
@@ -545,7 +546,7 @@ def test_a_dry_run_lists_and_leaves_nothing(cairn, write, tmp_path):
 
 
 def test_a_device_that_ray_hands_out_is_not_chosen(cairn, write, tmp_path):
-    pytest.importorskip("ray", reason="pip install 'cairn[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     status, _, err = cairn("sweep", write("seeds = [1]", head='method = "dmc"\ndevice = "cuda:1"'), "--out", "out")
     assert status == 2
     assert """give device = "cuda\"""" in err
@@ -558,7 +559,7 @@ def test_what_is_not_installed_is_one_line(cairn, write, tmp_path, monkeypatch, 
     path = write(QUICK + SEARCH, head=HELD_OUT)
     status, _, err = cairn("sweep", path, "--out", "out", *(["--engine", "serial"] if missing == "optuna" else []))
     assert status == 2
-    assert f'{missing} is missing; pip install "cairn[ray]"' in err
+    assert f"{missing} is missing; {extra_remedy('ray')}" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -610,7 +611,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="which node a process is of is read from /proc")
 def test_a_node_of_a_cluster_is_lost_and_no_run_is(tmp_path):
     """Three nodes, one of them taken away while it works: every run ends once, as if nothing had happened."""
-    pytest.importorskip("ray", reason="pip install 'cairn[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     file, out = tmp_path / "sweep.toml", tmp_path / "out"
     file.write_text(CLUSTER)
     ended = subprocess.run(
@@ -640,7 +641,7 @@ def test_a_node_of_a_cluster_is_lost_and_no_run_is(tmp_path):
 
 @pytest.mark.slow
 def test_on_this_machine_an_interrupt_keeps_what_goes_on_and_workers_that_die_are_replaced(tmp_path):
-    pytest.importorskip("ray", reason="pip install 'cairn[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     file, out = tmp_path / "sweep.toml", tmp_path / "out"
     file.write_text(CLUSTER.replace("checkpoint_seconds = 0.1", "checkpoint_seconds = 60").replace("[1, 2]", "[1]"))
     words = [sys.executable, "-c", "from cairn.cli import main; main()", "sweep", str(file), "--out", str(out)]
@@ -688,7 +689,7 @@ def test_on_this_machine_an_interrupt_keeps_what_goes_on_and_workers_that_die_ar
     ],
 )
 def test_a_cluster_that_is_not_there_or_too_small_is_one_line(tmp_path, words, says):
-    pytest.importorskip("ray", reason="pip install 'cairn[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     (tmp_path / "sweep.toml").write_text(CLUSTER)
     command = [sys.executable, "-c", "from cairn.cli import main; main()", "sweep", "sweep.toml", *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(), cwd=tmp_path)
@@ -716,7 +717,7 @@ def test_the_page_shows_the_stored_overhead(monkeypatch):
 
 @pytest.mark.slow
 def test_the_smallest_benchmark_runs_and_its_parts_add_up(tmp_path):
-    pytest.importorskip("ray", reason="pip install 'cairn[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     words = [sys.executable, ROOT / "benchmarks" / "sweep.py", "--size", "tiny", "--out", tmp_path / "sweep.json"]
     subprocess.run(words, check=True, capture_output=True, timeout=300, env=environment())
     report = json.loads((tmp_path / "sweep.json").read_text())

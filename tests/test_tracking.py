@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, UnknownName
 from cairn.run import RunConfig
 from cairn.tracking import Tracking
@@ -228,7 +229,8 @@ def test_a_run_that_was_asked_to_track_goes_on_tracking(cairn, features, stand_i
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("tensorboard", ""), ("wandb", " wandb"), ("trackio", " trackio"), ("mlflow", " mlflow")]
+    ("name", "remedy"),
+    [("tensorboard", ""), *((name, f", and pip install {name}") for name in ("wandb", "trackio", "mlflow"))],
 )
 def test_a_missing_client_is_one_line_before_anything_happens(cairn, features, tmp_path, monkeypatch, name, remedy):
     monkeypatch.setitem(sys.modules, name, None)
@@ -236,7 +238,7 @@ def test_a_missing_client_is_one_line_before_anything_happens(cairn, features, t
     status, _, err = cairn(*DMC, "--data", features, "--track", name)
     assert status == 2
     assert err.startswith(f"cairn: --track {name}: not there (")
-    assert err.endswith(f'pip install "cairn[track]"{remedy}\n')
+    assert err.endswith(f"{extra_remedy('track')}{remedy}\n")
     assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -1,6 +1,6 @@
 """Public data sets through the `datasets` library: from the hub, or from a copy on disk.
 
-Labels are read beforehand, images when they are asked for. `datasets` is an extra (`pip install "cairn[hub]"`) and is
+Labels are read beforehand, images when they are asked for. `datasets` comes with the extra `hub` and is
 imported when a table is opened; a copy that is a plain folder of images does without it.
 """
 
@@ -21,6 +21,7 @@ from cairn.data.catalogue import CATALOGUE, HubRow
 from cairn.data.folders import check, decoded, folder_dataset, reason
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.stream import held_out
+from cairn.distribution import extra_remedy
 from cairn.errors import DataError, UnknownName
 
 TEST_SHARE = 0.2
@@ -96,7 +97,7 @@ def _library(row: HubRow) -> ModuleType:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"data '{row.key}': needs the datasets library; pip install \"cairn[hub]\"") from None
+        raise DataError(f"data '{row.key}': needs the datasets library; {extra_remedy('hub')}") from None
     return datasets
 
 

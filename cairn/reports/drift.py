@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
 from cairn.reports.formats import Column, Table, estimate
 from cairn.reports.tables import stored_below
@@ -68,7 +69,7 @@ def drift_figure(report: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError('drift figure: matplotlib is missing; pip install "cairn[report]"') from None
+        raise ConfigError(f"drift figure: matplotlib is missing; {extra_remedy('report')}") from None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, key, title in zip(
         figure.subplots(1, 2),

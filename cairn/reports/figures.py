@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
 from cairn.files import write_chunks
 from cairn.reports.formats import Cell, Column, Estimate, Table
@@ -136,7 +137,7 @@ def _look(name: str) -> Iterator[None]:
     try:
         import matplotlib.style
     except ImportError:
-        raise ConfigError('report: matplotlib is missing; pip install "cairn[report]"') from None
+        raise ConfigError(f"report: matplotlib is missing; {extra_remedy('report')}") from None
     ours = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.titlesize": 10, "text.color": INK,
         "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": INK, "ytick.color": INK, "grid.color": RULE,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, UnknownName
 from cairn.files import make_folder, write_chunks
 from cairn.reports.cautions import Caution, remarks, warnings
@@ -83,7 +84,7 @@ class Page:
         try:
             from jinja2 import Environment, FileSystemLoader, StrictUndefined
         except ImportError:
-            raise ConfigError('report: jinja2 is missing; pip install "cairn[report]"') from None
+            raise ConfigError(f"report: jinja2 is missing; {extra_remedy('report')}") from None
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
@@ -77,5 +78,5 @@ def _figure(**how: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError('figure: matplotlib is missing; pip install "cairn[report]"') from None
+        raise ConfigError(f"figure: matplotlib is missing; {extra_remedy('report')}") from None
     return Figure(layout="constrained", **how)

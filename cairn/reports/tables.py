@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
 from cairn.files import read_json
@@ -125,7 +126,7 @@ def gains(first: Sequence[Result], second: Sequence[Result]) -> list[Interval | 
     try:
         from scipy.stats import t
     except ImportError:
-        raise ConfigError('comparison: scipy is missing; pip install "cairn[report]"') from None
+        raise ConfigError(f"comparison: scipy is missing; {extra_remedy('report')}") from None
     seeds = paired_seeds(first, second)
     of_first, of_second = ({result["seed"]: result for result in runs} for runs in (first, second))
     found: list[Interval | None] = []

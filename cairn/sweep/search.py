@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, ResultError
 from cairn.sweep.file import SEARCHED, Choice, Range, Search, SweepFile, text_of
 from cairn.sweep.plan import Point, folder_name, point_with
@@ -26,7 +27,7 @@ def optuna_module() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError('sweep: optuna is missing; pip install "cairn[ray]"') from None
+        raise ConfigError(f"sweep: optuna is missing; {extra_remedy('ray')}") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -22,6 +22,7 @@ from cairn.data.catalogue import (
 from cairn.data.hub import HubImages, hub_dataset
 from cairn.data.images import Dataset
 from cairn.data.stream import task_sizes, task_stream
+from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, DataError, UnknownName
 
 datasets = pytest.importorskip("datasets", reason="the hub extra is not installed")
@@ -336,7 +337,7 @@ def test_library_absent(tmp_path, monkeypatch):
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(lambda: hub_dataset("cifar100", local=copy), "data 'cifar100'", 'pip install "cairn[hub]"')
+    refused(lambda: hub_dataset("cifar100", local=copy), "data 'cifar100'", extra_remedy("hub"))
 
 
 # --- complaints ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -484,6 +485,32 @@ def test_weights_that_are_not_finite(tmp_path):
     weights["text_projection.weight"][3, 4] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
     refusal(lambda: load_towers(str(path.parent)), "not finite", "'text_projection.weight'", kind=TowersError)
+
+
+def tiny_copy(tmp_path) -> Path:
+    return Path(shutil.copytree(str(resources.files("cairn.towers").joinpath("tiny")), tmp_path / "copy"))
+
+
+def test_checkpoint_without_a_tokenizer(tmp_path):
+    folder = tiny_copy(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    refusal(lambda: load_towers(str(folder)), "tokenizer.json is missing", "merges.txt", kind=TowersError)
+
+
+def test_checkpoint_with_a_foreign_tokenizer(tmp_path):
+    folder = tiny_copy(tmp_path)
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    stored["model"] = {"type": "WordLevel", "vocab": {"a": 0, "photo": 1, "<unk>": 2}, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": []}), encoding="utf-8")
+    refusal(lambda: load_towers(str(folder)), "ids up to", "a table of 784 rows", kind=TowersError)
+
+
+def test_preprocessing_that_is_not_understood(tmp_path):
+    path = tiny_copy(tmp_path) / "preprocessor_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for field, value in (("sharpen", 2), ("do_center_crop", False), ("do_pad", True), ("resample", 77)):
+        path.write_text(json.dumps(stored | {field: value}), encoding="utf-8")
+        refusal(lambda: load_towers(str(path.parent)), field, "correct the file", kind=TowersError)
 
 
 def test_embedding_that_is_not_finite():

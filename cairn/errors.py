@@ -18,6 +18,11 @@ def one_line(text: str | os.PathLike) -> str:
     return _NOT_ON_A_LINE.sub(lambda found: found[0].encode("unicode_escape").decode(), os.fspath(text))
 
 
+def first_line(error: Exception) -> str:
+    """What a foreign error says, as far as a message of one line can hold it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class CairnError(Exception):
     """Root of the tree. The command prints the message alone and exits with status 2."""
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging as transformers_logging
 
-from cairn.errors import TowersError, UnknownName
+from cairn.errors import UnknownName
 from cairn.towers.clip import ClipTowers
-from cairn.towers.openclip import CLIP_VOCABULARY, open_clip_model
+from cairn.towers.clip_checkpoint import load_checkpoint
+from cairn.towers.hub import find_checkpoint
+from cairn.towers.openclip import CLIP_VOCABULARY, open_clip_checkpoint
 from cairn.towers.preprocessing import FILES as PREPROCESSING_FILES
 from cairn.towers.preprocessing import processor_preprocessing
 from cairn.towers.tokenizer import FILES as TOKENIZER_FILES
@@ -49,67 +48,38 @@ def load_towers(
     code from a hub is never run. Raises TowersError naming what is missing.
     """
     if spec.startswith("open_clip:"):
-        model, folder, preprocessing = open_clip_model(spec.removeprefix("open_clip:"), revision)
-        text_config, commit = None, revision  # the config of open_clip names no token
+        found, preprocessing = open_clip_checkpoint(spec.removeprefix("open_clip:"), revision)
+        model, folder = found.model, found.folders[0]
+        text_config = None  # the config of open_clip names no token
         if not has_tokenizer(folder) and model.config.text_config.vocab_size == CLIP_VOCABULARY:
-            folder = _hub_folder(CLIP_TOKENIZER, None, spec)  # what open_clip itself takes
+            folder = find_checkpoint(
+                CLIP_TOKENIZER, None, TOKENIZER_FILES, _tokenizer_files, has_tokenizer
+            ).folder  # as open_clip does
     else:
-        source, folder = spec, Path(spec)
-        if spec == "tiny":
-            folder = Path(str(resources.files("cairn.towers").joinpath("tiny")))
-            source = str(folder)
-        elif not os.path.exists(folder) and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
-            if "/" in spec:
-                raise TowersError(f"towers '{spec}': no such folder")
+        if spec != "tiny" and "/" not in spec and not os.path.isdir(spec):
             raise UnknownName("towers", spec, KNOWN)
-        model = _transformers_model(source, spec, revision)
-        commit = getattr(model.config, "_commit_hash", None)
+        with _quiet():
+            found = load_checkpoint(_embedded() if spec == "tiny" else spec, revision)
+        model, folder = found.model, found.folder_with(TOKENIZER_FILES)
         text_config = model.config.text_config
-        if not folder.is_dir():
-            folder = _hub_folder(source, commit, spec)
-        preprocessing = processor_preprocessing(folder, model.config.vision_config.image_size)
+        preprocessing = processor_preprocessing(
+            found.folder_with(PREPROCESSING_FILES), model.config.vision_config.image_size
+        )
     with _quiet():
         tokenizer = load_tokenizer(folder)
     require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
     return ClipTowers(
-        model, tokenizer, preprocessing.with_mode(preprocess), name=spec, device=device, precision=precision, revision=commit
+        model, tokenizer, preprocessing.with_mode(preprocess), name=spec, device=device, precision=precision,
+        revision=None if spec == "tiny" else found.commit, notices=found.notices,
     )  # fmt: skip
 
 
-def _transformers_model(source: str, spec: str, revision: str | None) -> CLIPModel:
-    try:
-        with _quiet():
-            config = CLIPConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-            if config.model_type != "clip":
-                raise TowersError(f"towers '{spec}': a '{config.model_type}' model, not a CLIP; give a CLIP checkpoint")
-            model, report = CLIPModel.from_pretrained(
-                source, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                attn_implementation="sdpa", output_loading_info=True,
-            )  # fmt: skip
-    except TowersError:
-        raise
-    except Exception as error:  # a hub or a file can fail in many ways; none may reach a user as a traceback
-        raise TowersError(f"towers '{spec}': cannot be loaded: {_first_line(error)}") from None
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
-    if missing:
-        raise TowersError(
-            f"towers '{spec}': {len(missing)} weights are missing, first '{missing[0]}'; the file is incomplete"
-        )
-    return model
+def _embedded() -> str:
+    return str(resources.files("cairn.towers").joinpath("tiny"))
 
 
-def _hub_folder(source: str, revision: str | None, spec: str) -> Path:
-    """Where the hub's tokenizer and preprocessing files of a repository lie, once fetched."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(source, revision=revision, allow_patterns=[*TOKENIZER_FILES, *PREPROCESSING_FILES])
-        )
-    except Exception as error:
-        raise TowersError(
-            f"towers '{spec}': the tokenizer of '{source}' cannot be fetched: {_first_line(error)}"
-        ) from None
+def _tokenizer_files(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in TOKENIZER_FILES]
 
 
 @contextmanager
@@ -124,7 +94,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from cairn.errors import ConfigError, TowersError
 from cairn.templates import prompt_templates
 from cairn.towers.fingerprint import full_fingerprint
+from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import Attention, embedded_tokens
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
@@ -88,7 +89,7 @@ class ClipTowers:
     """`Towers` over a `CLIPModel`, frozen, in evaluation mode.
 
     `precision` is `float32` or `bfloat16`; in bfloat16 the towers compute under autocast and hand out float32, so
-    statistics, losses and transport never see half precision.
+    statistics, losses and transport never see half precision. `notices` is what a user should know of how they were loaded.
     """
 
     has_images = True
@@ -104,12 +105,15 @@ class ClipTowers:
         device: str = "auto",
         precision: str = "float32",
         revision: str | None = None,
+        notices: Sequence[str] = (),
     ):
         if precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision '{precision}': must be float32 or bfloat16")
         text = model.config.text_config
         self.name, self.revision, self.precision = name, revision, precision
         self.device = device_named(device)
+        self.notices = tuple(notices)
+        require_unadapted(model, f"towers '{name}'")
         self.preprocessing, self.tokenizer = preprocessing, tokenizer
         self.passes = {"images": 0, "text_tokens": 0}
         self.dim = model.config.projection_dim

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cairn.errors import ConfigError
+from cairn.errors import ConfigError, TowersError
 
 ADAPTER = "cairn"
 
@@ -23,6 +24,7 @@ def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: 
     nothing matches.
     Source: Hu et al., LoRA (2021), section 4.1.
     """
+    require_unadapted(tower, "lora")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -77,6 +79,15 @@ def dropping(tower: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 def _layers(tower: nn.Module) -> list[LoraLayer]:
     return [module for module in tower.modules() if isinstance(module, LoraLayer)]
+
+
+def require_unadapted(model: nn.Module, where: str) -> None:
+    """Raises TowersError for a model that carries layers of peft: a LoRA of a method beside them would replace theirs."""
+    if found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        raise TowersError(
+            f"{where}: carries an adapter of peft on {len(found)} layers, first '{found[0]}'; give the model that its "
+            "merge_and_unload() returns"
+        )
 
 
 def delta(tower: nn.Module) -> dict[str, Tensor]:

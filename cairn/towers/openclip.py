@@ -9,22 +9,22 @@ Source: OpenCLIP (Ilharco et al., 2021), layout of its `CLIP` and `CustomTextCLI
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, CLIPConfig, CLIPModel
+from transformers import CLIPConfig
 
-from cairn.errors import TowersError
+from cairn.errors import TowersError, first_line
+from cairn.towers.adapter import has_adapter
+from cairn.towers.hub import find_checkpoint
 from cairn.towers.preprocessing import Preprocessing, open_clip_preprocessing
+from cairn.towers.weights import ClipCheckpoint, model_with, no_weights, prefix_notices, read_file, without_prefixes
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CLIP_VOCABULARY = 49408
 
 # open_clip's options that change the network, with the values at which it is CLIPModel's.
@@ -188,8 +188,8 @@ def open_clip_state(clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel, Path, Preprocessing]:
-    """A frozen float32 `CLIPModel` in evaluation mode, the folder it was read from, and its preprocessing.
+def open_clip_checkpoint(source: str, revision: str | None = None) -> tuple[ClipCheckpoint, Preprocessing]:
+    """A frozen float32 `CLIPModel` in evaluation mode with the folder it was read from, and its preprocessing.
 
     `source` is a folder or the id of a repository on the hub, `revision` a branch, tag or commit of the latter. No random
     number is drawn.
@@ -197,30 +197,22 @@ def open_clip_model(source: str, revision: str | None = None) -> tuple[CLIPModel
     Raises TowersError for a folder that lacks the config or safetensors weights, weights that do not fit the config,
     and whatever `clip_config` and `clip_state` refuse. Pickled weights are never opened.
     """
-    folder = _folder(source, revision)
+    place = find_checkpoint(source, revision, (CONFIG,), _chosen, _is_complete)
+    folder = place.folder
+    if has_adapter(folder):
+        raise TowersError(
+            f"'{folder}': an adapter beside open_clip's weights is not merged on loading; merge it and save the model"
+        )
     described = _described(folder)
     config = clip_config(described)
     path = _weights(folder)
-    try:
-        loaded = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TowersError(f"'{path}' cannot be read: {_line(error)}; fetch the checkpoint again") from None
-    state = clip_state(loaded)
-
-    # On the meta device nothing is initialised: no time, no memory, no draw from the global generator.
-    with torch.device("meta"):
-        model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    _fits(path, model, state)
-    # A copy, because what safetensors hands out is a view of the file, which may change later.
-    model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)
-    for embeddings in (model.vision_model.embeddings, model.text_model.embeddings):
-        # The one buffer no checkpoint holds.
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).unsqueeze(0)
+    state, prefixes = without_prefixes(read_file(path), path)
+    model, _ = model_with(config, clip_state(state), path, CONFIG)
     where = f"'{folder / CONFIG}': preprocess_cfg"
     preprocessing = open_clip_preprocessing(
         described.get("preprocess_cfg") or {}, config.vision_config.image_size, where
     )
-    return model.eval().requires_grad_(False), folder, preprocessing
+    return ClipCheckpoint(model, (folder,), place.commit, prefix_notices(prefixes, folder)), preprocessing
 
 
 # The two layouts, row by row: open_clip's name, transformers' names, and whether open_clip stores the transpose.
@@ -276,19 +268,6 @@ def _complete(
     found += [f"{len(unknown)} unknown (first: '{unknown[0]}')"] if unknown else []
     if found:
         raise TowersError(f"not the weights of {layout}'s plain CLIP: {', '.join(found)}; {_REMEDY['model_cfg']}")
-
-
-def _fits(path: Path, model: CLIPModel, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = [name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)]
-    if wrong:
-        name = min(wrong)
-        sizes = f"{shapes.get(name, 'absent')}, by {CONFIG} {expected.get(name, 'absent')}"
-        raise TowersError(
-            f"'{path}' does not fit its config in {len(wrong)} weights: '{name}' is {sizes}; "
-            f"take both files from one checkpoint"
-        )
 
 
 # The config's entries.
@@ -373,26 +352,14 @@ def _epsilon(options: Mapping[str, Any], section: str) -> float:
 # The files.
 
 
-def _folder(source: str, revision: str | None) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        if revision is not None:
-            raise TowersError(f"revision '{revision}' of the folder '{source}': a folder has none; leave it out")
-        return folder
-    from huggingface_hub import snapshot_download
+def _chosen(names: Sequence[str]) -> list[str]:
+    """Tokenizer files are JSON, and `merges.txt`. Many repositories hold the same weights for transformers too."""
+    weights = [name for name in names if name in WEIGHTS] or [name for name in names if name.endswith(".safetensors")]
+    return weights + [name for name in names if name.endswith((".json", ".txt"))]
 
-    def fetched(*patterns: str) -> Path:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
 
-    try:
-        # Tokenizer files are JSON, and `merges.txt`. Many repositories hold the same weights for transformers too.
-        folder = fetched(*WEIGHTS, "*.json", "*.txt")
-        return folder if _named(folder) else fetched("*.safetensors", "*.json", "*.txt")
-    except (OSError, ValueError) as error:
-        raise TowersError(
-            f"'{source}' is no folder and cannot be fetched from the hub: {_line(error)}; check its spelling, or give "
-            f"the folder of a checkpoint"
-        ) from None
+def _is_complete(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
 def _described(folder: Path) -> Mapping[str, Any]:
@@ -402,7 +369,7 @@ def _described(folder: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise TowersError(f"'{folder}' holds no {CONFIG}: copy it beside the weights") from None
     except (ValueError, RecursionError) as error:
-        raise TowersError(f"'{path}' is not JSON: {_line(error)}; fetch the checkpoint again") from None
+        raise TowersError(f"'{path}' is not JSON: {first_line(error)}; fetch the checkpoint again") from None
     if not isinstance(described, Mapping):
         raise TowersError(f"'{path}' is not a table; fetch the checkpoint again")
     return described
@@ -420,12 +387,4 @@ def _weights(folder: Path) -> Path:
         raise TowersError(
             f"'{folder}' holds {len(found)} safetensors files ({found[0].name}, ...): name the one to read {WEIGHTS[0]}"
         )
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-    seen = f" but {pickled[0]}" if pickled else ""
-    raise TowersError(
-        f"'{folder}' holds no safetensors weights{seen}: pickled weights are not read; convert them to {WEIGHTS[0]}"
-    )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    raise no_weights(folder, WEIGHTS[0])

@@ -478,9 +478,42 @@ def test_empty_task(root):
     assert all(size > 0 for base in range(8) for step in range(1, 8) for size in task_sizes(7, base, step))
 
 
-def test_weights_that_are_not_finite(tmp_path):
+def own_weights(tmp_path):
+    """Those of the tiny towers in a folder of a user."""
     shutil.copytree(str(resources.files("cairn.towers").joinpath("tiny")), tmp_path / "mine")
-    path = tmp_path / "mine" / "model.safetensors"
+    return tmp_path / "mine" / "model.safetensors"
+
+
+def test_lora_beside_the_weights(tmp_path):
+    """W + (alpha / rank) B A, here with rank 1, alpha 3, B all ones and A all .01."""
+    path = own_weights(tmp_path)
+    weights = load_file(path)
+    layer = "vision_model.encoder.layers.0.self_attn.q_proj"
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 3, "target_modules": [layer]}
+    (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    delta = {"A": torch.full((1, 160), 0.01), "B": torch.ones(160, 1)}
+    state = {f"base_model.model.{layer}.lora_{part}.weight": value for part, value in delta.items()}
+    save_file(state, path.parent / "adapter_model.safetensors")
+    found = load_towers(str(path.parent), device="cpu")
+    expected = weights[f"{layer}.weight"].float() + 0.03
+    torch.testing.assert_close(found._model.state_dict()[f"{layer}.weight"], expected)
+    assert "merged" in found.notices[0]
+
+
+def test_prefix_of_a_wrapper(tmp_path, towers):
+    path = own_weights(tmp_path)
+    save_file({f"module.{name}": value for name, value in load_file(path).items()}, path)
+    found = load_towers(str(path.parent), device="cpu")
+    assert found.fingerprint == towers.fingerprint
+    assert "'module.'" in found.notices[0]
+
+
+def test_path_of_towers_that_is_not_there():
+    refusal(lambda: load_towers("./copies/clip"), "'./copies/clip': no such folder", kind=TowersError)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    path = own_weights(tmp_path)
     weights = load_file(path)
     weights["text_projection.weight"][3, 4] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})

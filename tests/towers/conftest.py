@@ -1,13 +1,17 @@
-"""Checkpoint folders of a user, small."""
+"""Checkpoint folders of a user, small, and a hub that needs no network."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from cairn.towers.openclip import open_clip_state
@@ -39,3 +43,51 @@ def open_clip_copy(tmp_path, towers) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": side, "preprocess_cfg": {}}))
     towers.tokenizer.save_pretrained(folder)
     return folder
+
+
+class Hub:
+    """Repositories that are folders; what is fetched of them lies in the cache as the hub's own client leaves it."""
+
+    def __init__(self, cache: Path):
+        self.cache, self.asked = cache, []
+        self._held: dict[tuple[str, str], Path] = {}
+
+    def holds(self, name: str, folder: Path, revision: str = "main") -> None:
+        self._held[name, revision] = folder
+
+    @staticmethod
+    def commit(name: str, revision: str) -> str:
+        return hashlib.sha1(f"{name} {revision}".encode()).hexdigest()
+
+    def model_info(self, api, name: str, *, revision=None, timeout=None):
+        """Of what no repository holds there is no network."""
+        self.asked.append(name)
+        if (found := self._held.get((name, revision or "main"))) is None:
+            raise ConnectionError("Name or service not known")
+        files = [SimpleNamespace(rfilename=path.name) for path in found.iterdir()]
+        return SimpleNamespace(sha=self.commit(name, revision or "main"), siblings=files)
+
+    def snapshot_download(self, name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        (at,) = (held for held in self._held if held[0] == name and self.commit(*held) == revision)
+        place = self.cache / f"models--{name.replace('/', '--')}"
+        folder = place / "snapshots" / revision
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in allow_patterns:
+            shutil.copy(self._held[at] / file, folder / file)
+        reference = place / "refs" / at[1]
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(revision)
+        return str(folder)
+
+    def disconnect(self) -> None:
+        self._held, self.asked = {}, []
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    made = Hub(tmp_path / "cache")
+    made.cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(made.cache))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **named: made.model_info(*given, **named))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    return made

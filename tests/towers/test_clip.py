@@ -229,7 +229,7 @@ def test_damaged_files_are_one_line(copy):
     [
         ("tinny", UnknownName, "did you mean tiny"),
         ("./nowhere/clip", TowersError, "no such folder"),
-        ("somebody/no-such-clip", TowersError, "cannot be loaded"),
+        ("somebody/no-such-clip", TowersError, "cannot be fetched from the hub"),
     ],
 )
 def test_unknown_towers(spec, error, says):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from cairn.errors import TowersError
-from cairn.towers.openclip import clip_config, clip_state, open_clip_model, open_clip_state
+from cairn.towers.openclip import clip_config, clip_state, open_clip_checkpoint, open_clip_state
 from cairn.towers.preprocessing import Preprocessing
 
 BASE = {
@@ -164,6 +164,10 @@ def stored(folder: Path, config: dict, state: dict[str, Tensor], name: str = "op
     return str(folder)
 
 
+def open_clip_model(source: str, revision: str | None = None) -> CLIPModel:
+    return open_clip_checkpoint(source, revision)[0].model
+
+
 TOKENS = torch.tensor([[48, 3, 49, 0, 0, 0, 0], [48, 9, 31, 7, 12, 2, 49], [48, 30, 30, 5, 49, 0, 0]])
 
 
@@ -181,7 +185,7 @@ def test_the_mapped_model_computes_what_open_clip_defines(tmp_path, quick_gelu, 
     own = {name: (prefix if not name.startswith(("visual.", "logit_")) else "") + name for name in state}
     source = stored(tmp_path / "c", config, {own[name]: value for name, value in state.items()})
 
-    model, _, _ = open_clip_model(source)
+    model = open_clip_model(source)
     images, texts = embeddings(model, small_pixels(), TOKENS)
 
     naive = Naive(state, quick_gelu)
@@ -227,7 +231,7 @@ def test_a_real_vit_b16_survives_the_way_through_the_file():
     # 600 MB: not left behind as pytest's own folders are.
     with tempfile.TemporaryDirectory() as folder:
         source = stored(Path(folder) / "b16", BASE, open_clip_state(original.state_dict()))
-        reloaded, _, _ = open_clip_model(source)
+        reloaded = open_clip_model(source)
     after = embeddings(reloaded, pixels, tokens)
 
     assert original.state_dict().keys() == reloaded.state_dict().keys()
@@ -241,10 +245,11 @@ def test_the_model_is_frozen_float32_and_draws_nothing(tmp_path):
     source = stored(tmp_path / "c", SMALL, {name: value.half() for name, value in small_state().items()})
     generator = torch.get_rng_state()
 
-    model, folder, _ = open_clip_model(source)
+    found, _ = open_clip_checkpoint(source)
+    model = found.model
 
     assert torch.equal(generator, torch.get_rng_state())
-    assert folder == tmp_path / "c"
+    assert found.folders == (tmp_path / "c",)
     assert not model.training
     assert {(weight.dtype, weight.device.type, weight.requires_grad) for weight in model.parameters()} == {
         (torch.float32, "cpu", False)
@@ -254,7 +259,7 @@ def test_the_model_is_frozen_float32_and_draws_nothing(tmp_path):
 
 
 def test_the_model_can_be_saved_and_read_by_transformers(tmp_path):
-    model, _, _ = open_clip_model(stored(tmp_path / "c", SMALL, small_state()))
+    model = open_clip_model(stored(tmp_path / "c", SMALL, small_state()))
     model.save_pretrained(tmp_path / "saved")
 
     again = CLIPModel.from_pretrained(tmp_path / "saved")
@@ -488,8 +493,8 @@ def test_preprocessing_is_complete(tmp_path):
     stored(tmp_path / "defaults", SMALL, small_state())
     stored(tmp_path / "own", SMALL | {"preprocess_cfg": BASE["preprocess_cfg"]}, small_state())
 
-    _, _, defaults = open_clip_model(str(tmp_path / "defaults"))
-    _, _, own = open_clip_model(str(tmp_path / "own"))
+    _, defaults = open_clip_checkpoint(str(tmp_path / "defaults"))
+    _, own = open_clip_checkpoint(str(tmp_path / "own"))
 
     assert defaults == Preprocessing(size=12)
     assert own == Preprocessing(size=12, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), resample="bilinear")
@@ -501,14 +506,14 @@ def test_the_weights_are_found(tmp_path, name):
     if name != "anything":
         save_file(clip_state(small_state(seed=1)), tmp_path / "c" / "model.safetensors")
 
-    model, _, _ = open_clip_model(source)
+    model = open_clip_model(source)
 
     assert torch.equal(model.visual_projection.weight, small_state()["visual.proj"].T)
 
 
 def test_later_changes_of_the_file_do_not_reach_the_model(tmp_path):
     source = stored(tmp_path / "c", SMALL, small_state())
-    model, _, _ = open_clip_model(source)
+    model = open_clip_model(source)
     path = tmp_path / "c" / "open_clip_model.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
 
@@ -573,7 +578,11 @@ def test_a_malformed_preprocessing_is_refused(tmp_path):
     ("path", "value", "named"),
     [
         ("model_cfg.embed_dim", 21, r"2 weights: 'text_projection\.weight' is \(20, 24\), by .* \(21, 24\)"),
-        ("model_cfg.text_cfg.layers", 4, r"16 weights: 'text_model\.encoder\.layers\.3.*' is absent"),
+        (
+            "model_cfg.text_cfg.layers",
+            4,
+            r"16 weights are missing, first 'text_model\.encoder\.layers\.3.*of another model",
+        ),
         ("model_cfg.text_cfg.layers", 2, r"16 weights: 'text_model\.encoder\.layers\.2.*by .* absent"),
     ],
 )
@@ -593,33 +602,34 @@ def test_a_folder_has_no_revision(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "other.safetensors"])
-def test_a_hub_id_is_fetched_without_pickles_or_needless_weights(tmp_path, monkeypatch, name):
-    source = stored(tmp_path / "snapshot", SMALL, small_state(), name)
-    calls = []
+def test_a_hub_id_is_fetched_without_pickles_or_needless_weights(tmp_path, hub, name):
+    source = stored(tmp_path / "stored", SMALL, small_state(), name)
+    for other in ("pytorch_model.bin", "README.md", "merges.txt", "tokenizer.json"):
+        (tmp_path / "stored" / other).write_text("{}")
+    if name.startswith("open"):
+        (tmp_path / "stored" / "model.safetensors").write_bytes(b"the same for transformers")
+    hub.holds("someone/vit", Path(source), revision="abc")
 
-    def snapshot_download(repo_id: str, **options: object) -> str:
-        calls.append((repo_id, options["revision"], options["allow_patterns"]))
-        return source
+    found, _ = open_clip_checkpoint("someone/vit", revision="abc")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-    _, folder, _ = open_clip_model("someone/vit", revision="abc")
-
-    assert folder == tmp_path / "snapshot"
-    assert {call[:2] for call in calls} == {("someone/vit", "abc")}
-    assert ["*.safetensors" in call[2] for call in calls] == ([False] if name.startswith("open") else [False, True])
-    assert all(pattern.endswith((".safetensors", ".json", ".txt")) for call in calls for pattern in call[2])
+    assert sorted(path.name for path in found.folders[0].iterdir()) == sorted(
+        [name, "open_clip_config.json", "merges.txt", "tokenizer.json"]
+    )
+    assert found.commit == found.folders[0].name
+    assert hub.asked == ["someone/vit"]
+    open_clip_checkpoint("someone/vit", revision="abc")
+    assert hub.asked == ["someone/vit"]  # cached
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("not there\nat all"), ValueError("bad id"), ConnectionError()])
 def test_a_source_that_cannot_be_fetched_is_refused(monkeypatch, error):
-    def snapshot_download(repo_id: str, **options: object) -> str:
+    def model_info(self, repo_id: str, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
 
     with pytest.raises(
-        TowersError, match=r"^'someone/vit' is no folder and cannot be fetched from the hub: \w.*;"
+        TowersError, match=r"^'someone/vit' is no folder, not in the cache, and cannot be fetched from the hub: \w.*;"
     ) as caught:
         open_clip_model("someone/vit")
 

@@ -17,9 +17,10 @@ AHEAD_VALUES = 2**25
 class ReplayBatches:
     """Real rows of the current task and pseudo-features of old classes, on the unit sphere.
 
-    An epoch shows each real row once. Of every batch, `real_share` is real; None gives each class the same share. The
-    drawn part has its labels balanced over the classes of `memory` and is drawn anew each epoch. With no memory, all is
-    real; with a share of 0, all is drawn and an epoch is as long as the real rows would make it.
+    An epoch shows each real row once. Of every batch, `real_share` is real; None gives each class the same share. A batch
+    that has both kinds has at least one row of each, so one of `batch` = 1 has two. The drawn part has its labels balanced
+    over the classes of `memory` and is drawn anew each epoch. With no memory or a share of 1, all is real; with a share of 0,
+    all is drawn and an epoch is as long as the real rows would make it.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, memory: ClassMemory, *, batch: int, real_share: float | None):
@@ -29,8 +30,12 @@ class ReplayBatches:
             present = len(torch.unique(labels))
             real_share = present / (present + old)
         share = 1.0 if old == 0 else real_share
-        self.real = min(batch, round(share * batch)) if share == 0 else max(1, round(share * batch))
-        self.drawn = batch - self.real if old else 0
+        if share in (0.0, 1.0):
+            self.real = round(share * batch)
+            self.drawn = batch - self.real
+        else:
+            self.real = min(max(1, round(share * batch)), max(1, batch - 1))
+            self.drawn = max(1, batch - self.real)
 
     def __len__(self) -> int:
         return -(-len(self.features) // (self.real or self.drawn))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cairn.data.loading import Loader
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
-from cairn.methods.stages import as_tuned
+from cairn.methods.stages import as_tuned, competing
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
@@ -35,7 +35,10 @@ def adapted(
     """
     z, y = encoded(loader, lambda pixels, _: towers.image(pixels), checkpoint, "Z")
     if encoder.parameters() and not encoder.version and schedule.epochs:
+        encoder.version = 1
         classes, which = y.unique(return_inverse=True)
+        if len(competing(classes, len(classes), log)) < 2:
+            return z, y
         w = nn.Parameter(torch.stack([unit(z[which == i]).mean(0) for i in range(len(classes))]).to(encoder.device))
 
         def loss(pixels: Tensor, labels: Tensor) -> Tensor:
@@ -45,5 +48,4 @@ def adapted(
         schedule, average = as_tuned(encoder, schedule)
         trained = [*encoder.parameters(), w]
         fit(loss, trained, loader, schedule, seeds, log, checkpoint, average=average, model=encoder)
-        encoder.version = 1
     return z, y

@@ -37,6 +37,7 @@ from cairn.memory.covariances import Full as FullCovariance
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.settings import kind_by_name
+from cairn.methods.stages import competing
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -131,9 +132,11 @@ class SLCA(UnitRows):
         # 1. Slow learner: the task's classes compete among themselves, and old rows stand still.
         present, encoder = loader.labels.unique(), self.image.parameters()
         rows = nn.Parameter(head[present].to(self.image.device))
+        classes = competing(present, len(head), log.at(stage=1))
+        others = head[classes[~torch.isin(classes, present)]].to(rows.device)
 
         def slow_loss(pixels: Pixels, y: Labels) -> Tensor:
-            H = _logits(unit(self.image(pixels)), rows)
+            H = _logits(unit(self.image(pixels)), torch.cat([rows, others]))
             return cross_entropy(H, torch.searchsorted(present, y).to(H.device))
 
         rate, average = stage1.slow, None
@@ -142,11 +145,12 @@ class SLCA(UnitRows):
             if stage1.tuning.average is not None:
                 average = BetaAverage(encoder, stage1.tuning.average)
         rates = [rate] * len(encoder) + [1.0]
+        schedule = stage1.schedule if len(classes) > 1 else stage1.schedule.model_copy(update={"epochs": 0})
         fit(
-            slow_loss, [*encoder, rows], loader, stage1.schedule, seeds.at(stage=1), log.at(stage=1), checkpoint,
+            slow_loss, [*encoder, rows], loader, schedule, seeds.at(stage=1), log.at(stage=1), checkpoint,
             rates=rates, average=average, model=self.image,
         )  # fmt: skip
-        if encoder and stage1.schedule.epochs:
+        if encoder and schedule.epochs:
             self.image.version += 1
         head[present] = rows.detach().cpu()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
@@ -96,6 +96,21 @@ def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
 
 
+def competing(present: Int[Tensor, "j"], seen: int, log: Log) -> Int[Tensor, "i"]:
+    """Numbers of the classes in a softmax over the `present` ones of a task, `seen` being known in all.
+
+    A softmax over one class is 1 and has no gradient. Where a task has a single class, all classes seen stand in it [I]; where
+    that is one class too, there is nothing to train. Both are said.
+    """
+    if len(present) > 1:
+        return present
+    if seen > 1:
+        log("notice", text=f"one class in this task: all {seen} classes seen stand in the softmax of this stage")
+    else:
+        log("notice", text="one class, and no other to tell it from: the image encoder is not trained")
+    return torch.arange(seen)
+
+
 def as_tuned(
     encoder: ImageEncoder, schedule: Schedule, beta: float | None = None
 ) -> tuple[Schedule, BetaAverage | None]:
@@ -118,11 +133,16 @@ def align_vision(
 ) -> None:
     """Stage 1. Minimise CE(s (z - lambda t_y) T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
-    T are the rows of `anchors` (all classes seen) that are in the softmax, lambda is `stage.margin`. Source: [P] for the
-    stage; what it is made of is in docs/deviations.md.
+    T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`), lambda is `stage.margin`.
+    Source: [P] for the stage; what it is made of is in docs/deviations.md.
     """
 
-    classes = batches.labels.unique() if stage.classes == "current" else torch.arange(len(anchors))
+    if not encoder.parameters() or not stage.schedule.epochs:
+        return
+    seen = torch.arange(len(anchors))
+    classes = competing(batches.labels.unique() if stage.classes == "current" else seen, len(anchors), log)
+    if len(classes) < 2:
+        return
     T = anchors[classes].to(encoder.device)
 
     def loss(pixels: Tensor, y: Tensor) -> Tensor:
@@ -134,8 +154,7 @@ def align_vision(
 
     schedule, average = as_tuned(encoder, stage.schedule, stage.average)
     fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average, model=encoder)
-    if encoder.parameters() and stage.schedule.epochs:
-        encoder.version += 1
+    encoder.version += 1
 
 
 def align_text(

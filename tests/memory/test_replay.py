@@ -67,6 +67,32 @@ def test_a_share_of_zero_is_all_drawn(world):
     assert all(len(y) == 8 and y.max() < 4 for y in ys)
 
 
+@pytest.mark.parametrize(
+    ("batch", "share", "real_rows", "drawn_rows"),
+    [
+        (1, 0.5, 1, 1),
+        (1, None, 1, 1),
+        (2, 0.99, 1, 1),
+        (16, 0.99, 15, 1),
+        (16, 0.01, 1, 15),
+        (16, 1.0, 16, 0),
+        (1, 0.0, 0, 1),
+    ],
+)
+def test_a_batch_of_both_kinds_has_at_least_one_row_of_each(world, batch, share, real_rows, drawn_rows):
+    real, labels, memory = world
+    _, y = next(ReplayBatches(real, labels, memory, batch=batch, real_share=share).epoch(rng()))
+    assert ((y >= 4).sum(), (y < 4).sum()) == (real_rows, drawn_rows)
+
+
+def test_one_old_class_among_many_new_ones_is_replayed(world):
+    """Its even share of a batch, 4 / 41, is less than half a row."""
+    real, _, memory = world
+    only = memory.without(3).without(2).without(1)
+    _, y = next(ReplayBatches(real, 1 + torch.arange(40), only, batch=4, real_share=None).epoch(rng()))
+    assert (y == 0).sum() == 1
+
+
 def test_without_a_memory_all_is_real(world):
     real, labels, _ = world
     batches = ReplayBatches(real, labels, GaussianMemory(6), batch=16, real_share=0.5)

@@ -335,7 +335,12 @@ def serve(
         typer.Option(envvar="CAIRN_TOKEN", help="what clients have to know to teach  [default: made and printed]"),
     ] = None,
     max_bytes: Annotated[int, typer.Option(min=1000, help="largest picture")] = 10_000_000,
-    rate: Annotated[int, typer.Option(min=1, help="requests of one client in a minute")] = 60,
+    max_pixels: Annotated[
+        int, typer.Option(min=10_000, help="largest picture of a kind that cannot be decoded at a smaller size")
+    ] = 2**24,
+    public_url: Annotated[
+        str | None, typer.Option(help="where a proxy in front of it is reached, https://...; needs --token")
+    ] = None,
 ) -> None:
     """A page and an HTTP service: look at pictures, teach new classes, forget old ones."""
     try:
@@ -351,7 +356,9 @@ def serve(
     def ready(where: str) -> None:
         console.note(f"open {where}  (to stop: Ctrl-C)")
 
-    serve(learner, host, port, token=token, max_bytes=max_bytes, rate=rate, ready=ready)
+    serve(
+        learner, host, port, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url, ready=ready
+    )
 
 
 @app.command()

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from base64 import b64encode
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from cairn import IncrementalClassifier
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError
-from cairn.serve.app import Server, application
-from cairn.serve.guard import HEADERS, ROOM, Buckets, Rules
+from cairn.serve.app import Server, application, server_config
+from cairn.serve.connection import CONNECTIONS
+from cairn.serve.guard import FAILURES, HEADERS, ROOM, Buckets, Rules
 from cairn.serve.service import Service
 from cairn.store import Lock
 
@@ -261,11 +265,12 @@ def test_sizes_are_limited_while_they_come_in(service):
 
 def test_who_may_ask_for_what(service, drawn):
     image = {"image": next(iter(drawn.values()))[8]}
-    here, name = client(service), next(iter(drawn))
+    name = next(iter(drawn))
     wrong = [
         {"Authorization": value} for value in ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer é".encode())
     ]
     for headers in wrong:
+        here = client(service)
         assert here("POST", "/api/predict", files=image, headers=headers).status_code == 200
         for method, path in (("POST", "/api/learn"), ("DELETE", f"/api/classes/{name}")):
             refused = here(method, path, headers=headers)
@@ -301,7 +306,7 @@ def test_other_sites_are_kept_out(service, drawn):
         assert not [key for key in response.headers if key.startswith("access-control")]
 
 
-def test_each_client_has_its_rate(service):
+def test_wrong_tokens_are_counted_apart_and_lock_nobody_out(service):
     now = [0.0]
     buckets = Buckets(60, clock=lambda: now[0])
     assert [buckets.wait("a") for _ in range(60)] == [0] * 60
@@ -309,13 +314,145 @@ def test_each_client_has_its_rate(service):
     assert buckets.wait("b") == 0
     now[0] = 1.0
     assert (buckets.wait("a"), buckets.wait("a") > 0) == (0, True)
-    ask = client(service, rate=2)
-    assert [ask("GET", "/api/classes").status_code for _ in range(3)] == [200, 200, 429]
-    refused = ask("GET", "/api/health")  # with a token, it would tell whether that is the right one
-    assert "too many requests" in error(refused, 429)
-    assert int(refused.headers["retry-after"]) > 0
-    assert ask("GET", "/api/health", headers={"Authorization": ""}).status_code == 429
+    ask, wrong = client(service, loopback=False, host="0.0.0.0"), {"Authorization": "Bearer wrong"}
+    answers = [ask("GET", "/api/classes", headers=wrong) for _ in range(FAILURES + 2)]
+    assert [answer.status_code for answer in answers] == [401] * FAILURES + [429] * 2
+    assert "too many wrong access codes" in error(answers[-1], 429)
+    assert int(answers[-1].headers["retry-after"]) > 0
+    assert ask("GET", "/api/health", headers=wrong).status_code == 429  # it would tell a right one
+    for _ in range(3 * FAILURES):
+        assert ask("GET", "/api/classes").status_code == 200
+    assert ask("GET", "/api/health", headers={"Authorization": ""}).status_code == 200
     assert ask("GET", "/").status_code == 200
+
+
+def test_requests_of_other_sites_count_for_nothing(service):
+    """A picture or a form in somebody else's page is asked for by the owner's own browser."""
+    ask = client(service)
+    for site in ("cross-site", "same-site"):
+        for _ in range(70):
+            headers = {"Authorization": "Bearer wrong", "Sec-Fetch-Site": site}
+            assert "other sites" in error(ask("GET", "/api/classes", headers=headers), 403)
+    assert ask("GET", "/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link leads there
+    for site in ("same-origin", "none"):
+        assert ask("GET", "/api/classes", headers={"Sec-Fetch-Site": site}).status_code == 200
+    assert ask("GET", "/api/classes", headers={"Authorization": "Bearer wrong"}).status_code == 200  # not 429
+
+
+def test_behind_a_proxy(service, drawn):
+    """Without --public-url what a proxy forwards is refused; with it, the page works and everything needs the token."""
+    image, proxied = {"image": next(iter(drawn.values()))[8]}, {"X-Forwarded-For": "192.0.2.7"}
+    here = client(service)
+    for header in ("X-Forwarded-For", "X-Forwarded-Proto", "X-Real-IP", "Forwarded", "Via"):
+        said = error(here("POST", "/api/predict", files=image, headers={header: "192.0.2.7"}), 403)
+        assert header.lower() in said
+        assert "--public-url" in said
+    for url in ("https://cairn.example.org", "https://CAIRN.example.org:443/learners/"):
+        public = client(service, public_url=url)
+        site = {"Origin": "https://cairn.example.org", "Sec-Fetch-Site": "same-origin"}
+        for host in ("cairn.example.org", "127.0.0.1:8000"):  # as the proxy has it, or as the browser does
+            headers = proxied | site | {"Host": host}
+            assert public("POST", "/api/predict", files=image, headers=headers).status_code == 200
+            health = public("GET", "/api/health", headers=headers).json()
+            assert (health["may_ask"], health["may_change"]) == (True, True)
+            without = headers | {"Authorization": ""}
+            error(public("POST", "/api/predict", files=image, headers=without), 401)
+            assert public("GET", "/api/health", headers=without).json()["may_ask"] is False
+        for origin in ("http://cairn.example.org", "https://cairn.example.org:444", "https://evil.example", "null"):
+            error(public("POST", "/api/predict", files=image, headers=site | proxied | {"Origin": origin}), 403)
+    for url in (
+        "cairn.example.org",
+        "ftp://a.example",
+        "https://",
+        "https://a.example?b",
+        "https://a:b@c.example",
+        "https://a:x",
+    ):
+        with pytest.raises(ConfigError, match="must be an address such as"):
+            Rules(token=TOKEN, public_url=url)
+    with pytest.raises(ConfigError, match="give --token"):
+        Rules(public_url="https://cairn.example.org")
+
+
+def test_pictures_are_decoded_no_larger_than_the_tower_needs(service, monkeypatch):
+    ask = client(service)
+    large = png(np.zeros((9000, 9000), np.uint8))
+    assert len(large) < 200_000
+    tracemalloc.start()
+    said = error(ask("POST", "/api/predict", files={"image": large}), 415)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "9000 x 9000 pixels, where 16,777,216 are the most" in said
+    assert peak < 30_000_000
+    out, sizes = io.BytesIO(), []
+    Image.new("RGB", (4000, 3000), (200, 30, 30)).save(out, "JPEG")
+    prepare = service.towers.prepare
+    monkeypatch.setattr(service.towers, "prepare", lambda image: (sizes.append(np.shape(image)[:2]), prepare(image))[1])
+    assert ask("POST", "/api/predict", files={"image": out.getvalue()}).status_code == 200
+    assert (375, 500) in sizes
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(service, monkeypatch):
+    with served(service) as address:
+        place = ("127.0.0.1", port_of(address))
+        held = [socket.create_connection(place) for _ in range(CONNECTIONS + 30)]
+        try:
+            for half in held[::2]:
+                with suppress(OSError):
+                    half.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+            began = time.monotonic()
+            for _ in range(3):
+                assert httpx.get(f"{address}api/health", timeout=10).status_code == 200
+            assert time.monotonic() - began < 8
+        finally:
+            for half in held:
+                half.close()
+        monkeypatch.setattr("cairn.serve.connection.HEADER_SECONDS", 0.5)
+        for begun in (
+            b"",
+            b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ",
+            b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET",
+        ):
+            with socket.create_connection(place, timeout=10) as slow:
+                slow.sendall(begun)
+                assert closed_in_time(slow)
+
+
+def test_a_body_that_trickles_is_ended(service, monkeypatch):
+    monkeypatch.setattr("cairn.serve.guard.GRACE", 1.0)
+    head = (
+        f"POST /api/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9000\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    )
+    with served(service) as address:
+        place = ("127.0.0.1", port_of(address))
+        with socket.create_connection(place, timeout=10) as slow:
+            slow.sendall(head.encode())
+            answer = []
+            assert closed_in_time(slow, answer)
+        assert b"408" in answer[0].splitlines()[0]
+        assert b"too slowly" in b"".join(answer)
+        assert httpx.get(f"{address}api/health", timeout=10).status_code == 200
+
+
+def closed_in_time(slow, answer=None, seconds=8.0):
+    """Whether the other side closes the connection, although a byte is sent every tenth of a second."""
+    began = time.monotonic()
+    slow.settimeout(0.1)
+    while time.monotonic() - began < seconds:
+        try:
+            slow.sendall(b"x")
+            some = slow.recv(65536)
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+        if not some:
+            return True
+        if answer is not None:
+            answer.append(some)
+    return False
 
 
 def test_patches_and_sentences_of_spa(drawn, towers, tmp_path):
@@ -348,6 +485,8 @@ def test_the_command_refuses_what_is_not_safe(cairn, tmp_path):
         (("--host", "no such host"), "give 127.0.0.1"),
         ((), "no learner there"),
         (("--port", "70000"), "--port"),
+        (("--public-url", "https://cairn.example.org"), "give --token"),
+        (("--public-url", "cairn.example.org", "--token", TOKEN), "must be an address"),
     ):
         status, _, err = cairn("serve", tmp_path, *arguments)
         assert (status, err.count("\n")) == (2, 1)
@@ -385,9 +524,8 @@ def test_the_command_serves_until_a_signal_comes(saved, number, tmp_path):
 def served(service, **changes):
     """The address of a service in a thread."""
     listening = socket.create_server(("127.0.0.1", 0))
-    rules = Rules(token=TOKEN, rate=1000, **changes)
-    config = uvicorn.Config(application(service, rules), log_level="error", lifespan="off")
-    server = Server(config, service)
+    rules = Rules(token=TOKEN, **changes)
+    server = Server(server_config(application(service, rules)), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -396,6 +534,10 @@ def served(service, **changes):
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+def port_of(address: str) -> int:
+    return httpx.URL(address).port
 
 
 DROP = """([area, name, files]) => {
@@ -462,3 +604,95 @@ def test_the_page_in_a_browser(service, drawn):
         browser.close()
     assert not problems
     assert not [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))]
+
+
+def nginx_block() -> str:
+    """The block of docs/serve.md."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serve.md").read_text()
+    return re.search(r"```nginx\n(.*?)```", page, re.DOTALL)[1]
+
+
+@contextmanager
+def proxied(folder, service_port, name="cairn.example.org"):
+    """nginx with the documented block and a certificate of its own in front of a port; where it listens, and the certificate."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}", "-addext",
+         f"subjectAltName=DNS:{name}", "-keyout", key, "-out", certificate], check=True, capture_output=True,
+    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    block = nginx_block()
+    for written, here in (
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("/etc/ssl/cairn/fullchain.pem", str(certificate)),
+        ("/etc/ssl/cairn/privkey.pem", str(key)),
+        ("127.0.0.1:8000", f"127.0.0.1:{service_port}"),
+    ):
+        assert block.count(written) == 1
+        block = block.replace(written, here)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {folder / kind};\n" for kind in kinds)
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {folder / 'pid'}; error_log {folder / 'error.log'};\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{paths}{block}\n}}\n"
+    )
+    command = [shutil.which("nginx", path=NGINX_PATH), "-c", config, "-p", folder, "-e", folder / "error.log"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(200):
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        yield port, certificate
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+NGINX_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+@pytest.mark.skipif(
+    shutil.which("nginx", path=NGINX_PATH) is None or shutil.which("openssl") is None, reason="needs nginx and openssl"
+)
+def test_the_documented_nginx_block_works(service, drawn, tmp_path):
+    """Everything through TLS: the page, looking, teaching and forgetting with the token; nothing without it."""
+    names, file = list(drawn), next(iter(drawn.values()))[8]
+    with (
+        served(service, public_url="https://cairn.example.org/") as address,
+        proxied(tmp_path, port_of(address)) as (port, certificate),
+        httpx.Client(verify=ssl.create_default_context(cafile=certificate), timeout=60) as through,
+    ):
+
+        def ask(method, path, token=TOKEN, **how):
+            headers = {"Origin": "https://cairn.example.org", "Sec-Fetch-Site": "same-origin"}
+            headers |= {"Authorization": f"Bearer {token}"} if token else {}
+            headers |= {"Host": "cairn.example.org"} | how.pop("headers", {})
+            named = {"sni_hostname": "cairn.example.org"}
+            return through.request(method, f"https://127.0.0.1:{port}{path}", headers=headers, extensions=named, **how)
+
+        for path in ("/", "/page.js", "/page.css"):
+            assert ask("GET", path, token=None).status_code == 200
+        assert ask("GET", "/api/health", token=None).json()["may_ask"] is False
+        assert ask("GET", "/api/health").json()["may_change"] is True
+        found = ask("POST", "/api/predict", files={"image": file})
+        assert found.json()["classes"][0]["name"] in names
+        for token in (None, "wrong"):
+            error(ask("POST", "/api/predict", token=token, files={"image": file}), 401)
+            error(ask("DELETE", f"/api/classes/{names[0]}", token=token), 401)
+        evil = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+        assert "other sites" in error(ask("GET", "/api/classes", headers=evil), 403)
+        taught = ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:4]))
+        assert taught.json()["classes"][-1] == {"name": names[3], "images": 4}
+        assert ask("DELETE", f"/api/classes/{names[3]}").status_code == 200
+        large = bytes(Rules(token=TOKEN).max_bytes + 2 * ROOM)
+        for _ in range(3):  # answered before all of it is there, and the answer gets through
+            assert "too large" in error(ask("POST", "/api/predict", files={"image": large}), 413)
+            error(ask("POST", "/api/predict", token=None, files={"image": large}), 401)
+    with served(service) as address, proxied(tmp_path, port_of(address)) as (port, certificate):
+        refused = httpx.get(f"https://127.0.0.1:{port}/api/classes", verify=False, headers={"Host": "127.0.0.1"})
+        assert "--public-url" in error(refused, 403)

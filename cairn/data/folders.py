@@ -99,6 +99,18 @@ def decoded(file: Path | IO[bytes]) -> Image.Image:
         return rgb(image)
 
 
+def decoded_small(file: Path | IO[bytes], side: int, pixels: int) -> Image.Image:
+    """As `decoded`, for whoever needs no more than `side` pixels along either side: a JPEG is decoded at the smallest of its
+    fractions (to an eighth) that has them. What has to be decoded whole may have so many `pixels`."""
+    with Image.open(file, formats=FORMATS) as image:
+        _refuse_bomb(image)
+        if image.format == "JPEG" and not image.info.get("progressive"):  # of which all is held at once
+            image.draft(None, (side, side))
+        if image.width * image.height > pixels:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, where {pixels:,} are the most")
+        return rgb(image)
+
+
 def check(file: Path | IO[bytes]) -> None:
     """Raises what `decoded` would raise, at less cost: a PNG's checksums stand for its pixels, a JPEG is made small."""
     with Image.open(file, formats=FORMATS) as image:

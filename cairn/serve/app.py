@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from cairn.errors import CairnError, ConfigError, ResultError, one_line
+from cairn.serve.connection import Connection
 from cairn.serve.guard import Guard, Rules
 from cairn.serve.service import Service
 from cairn.versions import versions
@@ -104,7 +105,7 @@ def application(service: Service, rules: Rules) -> ASGIApp:
         """Whether it is there, and what it allows."""
         trusted, work = request.state.trusted, service.work
         return Health(
-            version=app.version, learning=None if work is None else work.share, may_ask=rules.loopback or trusted,
+            version=app.version, learning=None if work is None else work.share, may_ask=rules.local or trusted,
             may_change=trusted, describes=service.describes, max_bytes=rules.max_bytes,
         )  # fmt: skip
 
@@ -189,9 +190,18 @@ class Server(uvicorn.Server):
         self.service.stop(sig)
 
 
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """Without WebSockets, and without trust in what a proxy says of a client."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", log_level="error", access_log=False, lifespan="off", proxy_headers=False,
+        server_header=False,
+    )  # fmt: skip
+
+
 def serve(
-    folder: Path, host: str, port: int, *, token: str | None, max_bytes: int, rate: int, ready: Callable[[str], None]
-) -> None:
+    folder: Path, host: str, port: int, *, token: str | None, max_bytes: int, max_pixels: int, public_url: str | None,
+    ready: Callable[[str], None],
+) -> None:  # fmt: skip
     """Serve the learner of `folder` until a signal comes; `ready` is told where. Raises ConfigError for an address that
     cannot be had or must not be had without a token."""
     try:
@@ -199,20 +209,19 @@ def serve(
     except OSError as error:
         raise ConfigError(f"--host {one_line(host)}: {error.strerror}; give 127.0.0.1") from None
     loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
-    rules = Rules(loopback=loopback, host=host, token=token, max_bytes=max_bytes, rate=rate)
-    service = Service(folder)
+    rules = Rules(
+        loopback=loopback, host=host, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url
+    )
+    service = Service(folder, max_pixels=max_pixels)
     try:
         listening = socket.create_server(address, family=family, backlog=128)
     except OSError as error:
         raise ConfigError(f"--port {port}: {error.strerror}; give another --port") from None
     with listening:
-        config = uvicorn.Config(
-            application(service, rules), log_level="warning", access_log=False, lifespan="off", proxy_headers=False,
-            server_header=False, limit_concurrency=100,
-        )  # fmt: skip
+        config = server_config(application(service, rules))
         # A token that was given is known to whoever gave it, and is not shown
         shown = f"[{host}]" if ":" in host else host
-        where = f"http://{shown}:{listening.getsockname()[1]}/"
+        where = rules.public_url or f"http://{shown}:{listening.getsockname()[1]}/"
         ready(where if token is not None else f"{where}#token={quote(rules.token, safe='')}")
         try:
             Server(config, service).run(sockets=[listening])

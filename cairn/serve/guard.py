@@ -1,4 +1,4 @@
-"""Who may ask for what, how often and how much: looked at before anything of a request is read."""
+"""Who may ask for what, and how much: looked at before anything of a request is read."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ LEARN_TIMES = 20
 ROOM = 2**16
 """What a request may have beside its images."""
 
-SILENCE = 30.0
-"""Seconds to wait for more of a body."""
+GRACE, SLOWEST = 30.0, 20_000
+"""A body may take so many seconds, and one more for every so many bytes of it that have come."""
+
+FAILURES = 10
+"""Wrong tokens of one address in a minute, and as many at once after a rest. The right one is taken whatever the number."""
 
 ADDRESSES = 10_000
-"""Clients whose bucket is remembered."""
+"""Addresses whose wrong tokens are counted."""
 
 TOKEN = re.compile("[!-~]{16,200}")
 
@@ -44,18 +47,25 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """On loopback, whoever is on this machine may ask and the token is for changes; elsewhere it is for everything.
+    """On loopback, whoever is on this machine may ask and the token is for changes; elsewhere, and behind a proxy, whose
+    address is `public_url`, it is for everything.
 
-    Raises ConfigError for a service on the network to which nobody gave a token, and for a token that can be guessed.
+    Raises ConfigError for a service that others can reach to which nobody gave a token, for a token that can be guessed, and
+    for a public address that is none.
     """
 
     loopback: bool = True
     host: str = "127.0.0.1"
     token: str | None = None
     max_bytes: int = 10_000_000
-    rate: int = 60
+    max_pixels: int = 2**24
+    public_url: str | None = None
 
     def __post_init__(self):
+        if self.public_url is not None:
+            object.__setattr__(self, "public_url", _public(self.public_url))
+            if self.token is None:
+                raise ConfigError("--public-url: others can reach it; give --token, which they then have to know")
         if self.token is None and not self.loopback:
             raise ConfigError(f"--host {self.host}: others can reach it; give --token, which they then have to know")
         if self.token is not None and not TOKEN.fullmatch(self.token):
@@ -63,15 +73,20 @@ class Rules:
         if self.token is None:
             object.__setattr__(self, "token", secrets.token_urlsafe(24))
 
+    @property
+    def local(self) -> bool:
+        """Whether whoever asks is on this machine."""
+        return self.loopback and self.public_url is None
+
     def body_limit(self, path: str) -> int:
         return ROOM + self.max_bytes * {"/api/predict": 1, "/api/learn": LEARN_TIMES}.get(path, 0)
 
 
 @dataclass
 class Buckets:
-    """A token bucket per client: `rate` requests a minute, and as many at once after a rest."""
+    """A token bucket per address: `rate` a minute, and as many at once after a rest."""
 
-    rate: int
+    rate: int = FAILURES
     clock: Callable[[], float] = time.monotonic
     _held: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
 
@@ -90,7 +105,7 @@ class Guard:
     """An application behind the rules. What is refused is `{"error": one line}`; `state.trusted` tells of the token."""
 
     def __init__(self, app: ASGIApp, rules: Rules):
-        self.app, self.rules, self.buckets = app, rules, Buckets(rules.rate)
+        self.app, self.rules, self.failures = app, rules, Buckets()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,36 +122,46 @@ class Guard:
         try:
             self._admit(scope, Headers(scope=scope))
         except HTTPException as refused:
-            # Whatever of a body is still to come is not waited for
-            headers = {**(refused.headers or {}), "connection": "close"}
-            await JSONResponse({"error": refused.detail}, refused.status_code, headers)(scope, receive, sending)
+            # Answered before the body is there. What still comes of it is passed over by the connection, for as long as it
+            # waits for a request: were it closed now, a proxy would see a broken connection and not the answer
+            answer = JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+            await answer(scope, receive, sending)
             return
         await self.app(scope, self._limited(receive, self.rules.body_limit(scope["path"])), sending)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Raises HTTPException for what is not let in."""
         rules, path, method = self.rules, scope["path"], scope["method"]
-        host = headers.get("host", "")
-        # A name that somebody pointed at this machine would let their page talk to it as if it were theirs
-        if rules.loopback and _hostname(host) not in ("localhost", "127.0.0.1", "::1", rules.host):
-            raise HTTPException(403, "open this page by the address that was printed when it started")
-        origin = headers.get("origin")
-        if method not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != host:
-            raise HTTPException(403, "requests from other sites are refused")
-        scope.setdefault("state", {})["trusted"] = trusted = self._knows_token(headers.get("authorization", ""))
+        self._refuse_other_sites(path, headers)
+        authorization = headers.get("authorization", "")
+        scope.setdefault("state", {})["trusted"] = trusted = self._knows_token(authorization)
         if not path.startswith("/api/"):
             return
-        health = path == "/api/health"
-        # Its plain form costs nothing; with a token it would tell whether that is the right one
-        if not (health and "authorization" not in headers):
-            seconds = self.buckets.wait((scope.get("client") or ("",))[0])
-            if seconds:
-                seconds = math.ceil(seconds)
-                raise HTTPException(429, f"too many requests; wait {seconds} s", {"retry-after": str(seconds)})
+        if authorization and not trusted:
+            self._count_failure((scope.get("client") or ("",))[0])
         changes = method not in ("GET", "HEAD") and path != "/api/predict"
-        if not trusted and (changes or not (rules.loopback or health)):
+        if not trusted and (changes or not (rules.local or path == "/api/health")):
             raise HTTPException(401, "this needs the access code (token)", {"www-authenticate": "Bearer"})
         if int(headers.get("content-length", 0)) > rules.body_limit(path):
             raise HTTPException(413, self._too_long(rules.body_limit(path)))
+
+    def _refuse_other_sites(self, path: str, headers: Headers) -> None:
+        rules, host, origin = self.rules, headers.get("host", ""), headers.get("origin")
+        if rules.local and (by := next(filter(_forwarded, headers), None)):
+            raise HTTPException(403, f"forwarded by a proxy ({by}); start the service with --public-url")
+        # A name that somebody pointed at this machine would let their page talk to it as if it were theirs
+        if rules.local and _hostname(host) not in ("localhost", "127.0.0.1", "::1", rules.host):
+            raise HTTPException(403, "open this page by the address that was printed when it started")
+        own = origin is None or urlsplit(origin).netloc == host or origin == _origin(rules.public_url)
+        # Browsers say where a request comes from, a picture or a form of another page's included
+        inside = path.startswith("/api/") and headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if not own or inside:
+            raise HTTPException(403, "requests from other sites are refused")
+
+    def _count_failure(self, address: str) -> None:
+        if seconds := self.failures.wait(address):
+            seconds = math.ceil(seconds)
+            raise HTTPException(429, f"too many wrong access codes; wait {seconds} s", {"retry-after": str(seconds)})
 
     def _knows_token(self, authorization: str) -> bool:
         kind, _, given = authorization.partition(" ")
@@ -144,19 +169,20 @@ class Guard:
 
     def _limited(self, receive: Receive, limit: int) -> Receive:
         """Raises while the body comes in, not when it is there."""
-        read, more = 0, True
+        read, more, began = 0, True, time.monotonic()
 
         async def limited() -> Message:
             nonlocal read, more
             if not more:
                 return await receive()
+            left = began + GRACE + read / SLOWEST - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), SILENCE)
+                message = await asyncio.wait_for(receive(), max(left, 0))
             except TimeoutError:
-                raise HTTPException(408, f"nothing came for {SILENCE:.0f} s", {"connection": "close"}) from None
+                raise HTTPException(408, "the request comes too slowly", {"connection": "close"}) from None
             read, more = read + len(message.get("body", b"")), message.get("more_body", False)
             if read > limit:
-                raise HTTPException(413, self._too_long(limit), {"connection": "close"})
+                raise HTTPException(413, self._too_long(limit))
             return message
 
         return limited
@@ -171,3 +197,28 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
+
+
+def _forwarded(header: str) -> bool:
+    """Whether a proxy adds it."""
+    return header in ("forwarded", "via", "x-real-ip") or header.startswith("x-forwarded-")
+
+
+def _public(url: str) -> str:
+    """The address with a slash at its end."""
+    try:
+        parts = urlsplit(url)
+        usual = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, usual) else f":{parts.port}"
+        sound = parts.hostname and not (parts.username or parts.query or parts.fragment)
+    except (ValueError, KeyError):
+        sound = False
+    if not sound:
+        raise ConfigError(f"--public-url {url}: must be an address such as https://cairn.example.org/")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}/"
+
+
+def _origin(url: str | None) -> str | None:
+    """What a browser calls the site of an address."""
+    return None if url is None else f"{urlsplit(url).scheme}://{urlsplit(url).netloc}"

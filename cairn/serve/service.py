@@ -14,8 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
-from cairn.data.folders import decoded, reason
+from cairn.data.folders import decoded_small, reason
 from cairn.data.stream import require_text
 from cairn.errors import ConfigError, DataError, Stopped, one_line
 from cairn.learner import IncrementalClassifier
@@ -25,6 +26,9 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 
 NAME_LETTERS, SENTENCES, SENTENCE_LETTERS = 100, 20, 300
+DECODED = 4
+"""A JPEG is decoded to no less than so many times the tower's side."""
+
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
 
@@ -50,11 +54,12 @@ class Service:
     Raises ConfigError for a learner of embeddings: it has no pictures to look at.
     """
 
-    def __init__(self, folder: Path, learner: IncrementalClassifier | None = None):
+    def __init__(self, folder: Path, learner: IncrementalClassifier | None = None, max_pixels: int = 2**24):
         self.folder, self.learner = folder, learner or IncrementalClassifier.load(folder)
         self.towers = self.learner.method_.towers
         if not self.towers.has_images:
             raise ConfigError(f"'{folder}': learned from embeddings, so it has no pictures to look at")
+        self.max_pixels = max_pixels
         self.work: Work | None = None
         self.stopping: int | None = None
         self._free = threading.Lock()
@@ -163,7 +168,7 @@ class Service:
     def _seen(self, file: IO[bytes], what: str = "the file") -> np.ndarray:
         """The image as the tower sees it, (h, w, 3): however large it was, what is kept of it is small."""
         try:
-            image = decoded(file)
+            image = decoded_small(file, DECODED * self._blank.shape[-1], self.max_pixels)
         except Exception as error:  # a decoder fed with hostile bytes may raise anything
             raise HTTPException(415, f"{what} cannot be read as a picture ({reason(error)})") from None
         return self.towers.prepare(image).permute(1, 2, 0).numpy()
@@ -171,8 +176,12 @@ class Service:
     @cached_property
     def _grid(self) -> int:
         """Patches along a side."""
-        blank = self.towers.prepare(np.zeros((8, 8, 3), np.uint8))
-        return round(self.towers.patches(self.towers.pixels(blank[None])).shape[1] ** 0.5)
+        return round(self.towers.patches(self.towers.pixels(self._blank[None])).shape[1] ** 0.5)
+
+    @cached_property
+    def _blank(self) -> Tensor:
+        """A picture without anything in it, as the tower sees it."""
+        return self.towers.prepare(np.zeros((8, 8, 3), np.uint8))
 
 
 def _stopped() -> HTTPException:

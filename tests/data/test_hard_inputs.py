@@ -23,7 +23,7 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 
 from cairn import IncrementalClassifier, cli
-from cairn.data.folders import folder_dataset, unreadable
+from cairn.data.folders import decoded_small, folder_dataset, unreadable
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import ConfigError, DataError, TowersError
 from cairn.run import RunConfig, prepared, run_stream
@@ -171,6 +171,29 @@ def test_decompression_bomb(root, size):
     (root / "train" / "cat" / "0.png").write_bytes(bomb)
     assert Image.MAX_IMAGE_PIXELS == 89_478_485
     refused(root, "train/cat/0.png", why="limit of")
+
+
+def test_large_picture_sent_to_the_service():
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    picture = small.resize((1200, 900), Image.Resampling.BICUBIC)
+
+    def sent(kind, pixels=200_000, **how):
+        file = io.BytesIO()
+        picture.save(file, kind, **how)
+        return decoded_small(file, 200, pixels)
+
+    reduced = sent("JPEG", quality=95)  # at a quarter: an eighth would have fewer than 200 rows
+    assert reduced.size == (300, 225)
+    expected = np.asarray(picture.resize((300, 225), Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(reduced) - expected).mean() < 3
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    assert sent("JPEG", exif=exif).size == (225, 300)
+    for kind, how in (("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})):
+        with pytest.raises(Image.DecompressionBombError, match="1200 x 900 pixels, where 200,000 are the most"):
+            sent(kind, **how)
+    assert np.array_equal(sent("PNG", pixels=1200 * 900), np.asarray(picture))
 
 
 def test_many_damaged_images(root):

@@ -574,4 +574,4 @@ def test_embedding_that_is_not_finite():
     towers = FeatureTowers(name="x", dim=4, logit_scale=9.0, fingerprint="x", names=tuple("abcd"), text=rows)
     learner = IncrementalClassifier("simplecil", towers).partial_fit(rows, list("abcd"))
     rows[2] = float("nan")
-    refusal(lambda: learner.predict(rows), "image 2", "not finite")
+    refusal(lambda: learner.predict(rows), "row 2", "not finite")

@@ -17,6 +17,8 @@ def card(record: LearnerRecord) -> str:
         f"revision {one_line(towers.revision or 'none')}",
         f"- {len(record.classes)} classes from {sum(record.counts)} images, none of which is kept",
         f"- {record.bytes:,} bytes, of which {record.memory_bytes:,} are statistics of classes",
+        f"- {record.picture_hashes} hashes (SHA-256 of the pixels) by which images that were learned are known again; no image "
+        "can be made from one, but who has an image can tell whether it was learned",
         f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}", "",
         "| class | images |", "|---|---|",
         *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)), "",
@@ -27,7 +29,8 @@ def card(record: LearnerRecord) -> str:
             lines.append(f"| {learned.date} | a class was forgotten |")
         else:
             again = f", more of {len(learned.again)} known ones" if learned.again else ""
-            lines.append(f"| {learned.date} | {len(learned.new)} new classes{again}, {learned.images} images |")
+            known = "" if learned.hashed else ", not known one by one"
+            lines.append(f"| {learned.date} | {len(learned.new)} new classes{again}, {learned.images} images{known} |")
     return "\n".join(lines) + "\n"
 
 

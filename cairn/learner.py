@@ -17,6 +17,7 @@ from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import unreadable
 from cairn.data.given import Given, Item, items_of
+from cairn.data.identity import LearnedPictures, content_hashes
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, require_text
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError, one_line
@@ -87,6 +88,7 @@ class IncrementalClassifier:
         self.history_: list[dict[str, Any]] = []
         self.references_: list[float] = []
         self._forgot = False
+        self._pictures = LearnedPictures()
         self.notices_: list[str] = []
 
     def __repr__(self) -> str:
@@ -102,10 +104,13 @@ class IncrementalClassifier:
         log: Log | None = None,
         checkpoint: Checkpoint | None = None,
         archive: Archive | None = None,
+        again: bool = False,
     ) -> IncrementalClassifier:
         """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
 
-        One image with its class name may stand without a list.
+        One image with its class name may stand without a list. Images that were learned as the same class already are left
+        out, and a notice counts them, unless `again` is true: they are known by a hash of their pixels (see
+        `cairn.data.identity`). If all were, nothing changes.
         All files are read once before anything is learned. If anything fails, the classifier is as it was. With `archive`,
         unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on with it.
         Raises DataError for unreadable images or labels that are no text, ConfigError for unknown settings.
@@ -121,9 +126,15 @@ class IncrementalClassifier:
                 shown = ", ".join(f"{one_line(given.describe(row))} ({why})" for row, why in list(bad.items())[:20])
                 raise DataError(f"{len(bad)} image(s) that cannot be read: {shown}; replace or leave them out")
             # Class by class, as a stream has them: the order of arrival within a task must not matter
-            order = np.argsort(given.labels, kind="stable")
-            given = Given([items[i] for i in order], given.labels[order], self._width)
-            self._learn(given, new, log or Log(), checkpoint or Checkpoint(), archive)
+            given = given.taken(np.argsort(given.labels, kind="stable"))
+            log, hashes = self._noting(log or Log()), content_hashes(given)
+            found = self._pictures.compare(hashes, given.labels)
+            for text in found.notices(given, [*self.classes_, *new], again):
+                log("notice", text=text)
+            if not again:
+                given, hashes = given.taken(found.fresh), [hashes[row] for row in found.fresh]
+            if len(given):
+                self._learn(given, hashes, new, log, checkpoint or Checkpoint(), archive)
         return self
 
     def _labelled(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> tuple[list[Item], list[str]]:
@@ -139,12 +150,20 @@ class IncrementalClassifier:
                 raise DataError(f"label {name!r}: a class is called by a text, such as 'oak'")
         return items, names
 
-    def _learn(self, given: Given, new: list[str], log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
+    def _learn(
+        self,
+        given: Given,
+        hashes: list[bytes],
+        new: list[str],
+        log: Log,
+        checkpoint: Checkpoint,
+        archive: Archive | None,
+    ) -> None:
         k = len(self.classes_)
         task = Task(len(self.history_), range(k, k + len(new)), tuple(new), self.templates, given, self._descriptions())
         method = self._copy(log)
         if archive is not None:
-            _go_on(checkpoint, archive, self._fingerprint(task))
+            _go_on(checkpoint, archive, self._fingerprint(task, hashes))
         method.learn(task, checkpoint)
         self.references_ = [*self.references_, *self._references(method, given)]
         self.method_, self._novelty = method, None
@@ -152,14 +171,14 @@ class IncrementalClassifier:
         counts = np.bincount(given.labels, minlength=len(self.classes_))
         counts[:k] += self.counts_
         again = [str(self.classes_[c]) for c in np.unique(given.labels[given.labels < k])]
-        self.counts_ = counts
+        self.counts_, self._pictures = counts, self._pictures.with_more(hashes, given.labels)
         self.history_.append(
             {
                 "date": str(date.today()),
                 "new": new,
                 "again": again,
                 "images": len(given),
-                "given": self._identity(given),
+                "hashed": True,
             }
         )
 
@@ -174,28 +193,11 @@ class IncrementalClassifier:
             a = torch.quantile(a, torch.linspace(0, 1, REFERENCES, dtype=a.dtype))
         return a.tolist()
 
-    def knows(self, images: Iterable[Item], labels: Iterable[str]) -> bool:
-        """Whether these very images were learned, with these labels and together."""
-        items, names = list(images), list(labels)
-        numbers = {name: i for i, name in enumerate(self.classes_)}
-        if not set(names) <= numbers.keys():
-            return False
-        given = Given(items, np.array([numbers[name] for name in names], dtype=np.int64))
-        return self._identity(given) in {entry.get("given") for entry in self.history_}
-
-    def _identity(self, given: Given) -> str:
-        """Names the images and their classes, whatever their order."""
-        rows = sorted(
-            hashlib.sha256(str(self.classes_[label]).encode() + b"\0" + given.identity(row)).digest()
-            for row, label in enumerate(given.labels)
-        )
-        return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
-
-    def _fingerprint(self, task: Task) -> str:
-        """Names the task and the state that it is learned on."""
+    def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
+        """Names the task, its images by their hashes, and the state that it is learned on."""
         digest = hashlib.sha256(repr((task.index, task.names, list(self.classes_), self._config())).encode())
-        for row in range(len(task.train)):
-            digest.update(task.train.labels[row].tobytes() + task.train.identity(row))
+        for label, value in zip(task.train.labels, hashes, strict=True):
+            digest.update(label.tobytes() + value)
         return digest.hexdigest()
 
     def forget(self, name: str) -> IncrementalClassifier:
@@ -203,10 +205,11 @@ class IncrementalClassifier:
         a class that is not known."""
         with self._gate.writing():
             c = self._number(name)
-            method = self._copy(Log())
+            method = self._copy(self._noting(Log()))
             method.forget(c)
             self.method_, self._novelty = method, None
             self.classes_, self.counts_ = np.delete(self.classes_, c), np.delete(self.counts_, c)
+            self._pictures = self._pictures.without_class(c)
             if isinstance(self.descriptions, Mapping):
                 self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
             for entry in self.history_:
@@ -325,7 +328,9 @@ class IncrementalClassifier:
             keep = 1 if self._forgot else 2
             record = self._record()
             stored = record.model_dump(mode="json", exclude_unset=True)
-            Archive(Path(folder), NAME).write(stored, {"method": method.state_dict()}, keep)
+            Archive(Path(folder), NAME).write(
+                stored, {"method": method.state_dict(), "pictures": self._pictures.state_dict()}, keep
+            )
             self._forgot = False
             with whole(Path(folder) / CARD) as temporary:
                 temporary.write_text(card(record), encoding="utf-8")
@@ -349,12 +354,28 @@ class IncrementalClassifier:
                 f"'{folder}': learned on towers {record.towers.fingerprint}, '{held.name}' is "
                 f"{held.fingerprint} today; give the weights and the tokenizer that it was learned on"
             )
-        method = learner._fresh(Log())
+        method = learner._fresh(learner._noting(Log()))
         if "method" not in found.parts:
             raise ResultError(f"'{folder}': holds no state of a method; learn again")
         fit_into(method, found.parts["method"], folder, len(learner.classes_))
         learner.method_ = method
+        learner._take_pictures(found.parts.get("pictures"), folder)
         return learner
+
+    def _take_pictures(self, state: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
+        """The hashes of learned pictures, which learners of earlier versions do not have."""
+        if state is not None:
+            try:
+                self._pictures = LearnedPictures.from_state(state, len(self.classes_))
+            except ValueError as error:
+                raise ResultError(
+                    f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy"
+                ) from None
+        if unknown := sum(entry["images"] for entry in self.history_ if not entry.get("hashed")):
+            self.notices_.append(
+                f"{unknown} images were learned without hashes, by an earlier version or in a run: they are not known one by "
+                "one, and count twice if they are given again"
+            )
 
     @classmethod
     def _described(cls, record: LearnerRecord, where: str, towers: Towers | None, device: str) -> IncrementalClassifier:
@@ -384,6 +405,7 @@ class IncrementalClassifier:
             "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
             "references": self.references_, "memory_bytes": method.memory_bytes,
             "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
+            "picture_hashes": len(self._pictures),
         }  # fmt: skip
         return validated(LearnerRecord, record, "this learner")
 
@@ -404,14 +426,18 @@ class IncrementalClassifier:
     def _config(self) -> dict[str, Any]:
         return self._settings().model_dump(mode="json")
 
-    def _fresh(self, log: Log) -> Method:
+    def _noting(self, log: Log) -> Log:
+        """The log, with notices and warnings kept in `notices_`."""
+
         def keep(event: dict[str, Any]) -> None:
             if event["event"] in ("notice", "warning"):
                 self.notices_.append(event["text"])
             log.keep(event)
 
-        told = Log(keep=keep, show=log.show)
-        return method_named(self.method).build(self._loaded_towers(), self._settings(), seed=self.seed, log=told)
+        return Log(keep=keep, show=log.show)
+
+    def _fresh(self, log: Log) -> Method:
+        return method_named(self.method).build(self._loaded_towers(), self._settings(), seed=self.seed, log=log)
 
     def _copy(self, log: Log) -> Method:
         """The method as it stands, apart from the one that predicts."""

@@ -80,14 +80,18 @@ def learn(
         if said is not None:
             own = {name: list(described.sentences) for name, described in said.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}
-        if not again and held.knows(items, names):
-            console.note(f"{learner} has learned these {len(items)} pictures already (--again to learn them once more)")
-            return
-        before = len(held.classes_)
+        for notice in held.notices_:
+            console.note(f"note: {notice}")
+        before, calls = len(held.classes_), len(held.history_)
         work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
-            held.partial_fit(items, names, log=log, checkpoint=checkpoint, archive=work)
+            held.partial_fit(items, names, log=log, checkpoint=checkpoint, archive=work, again=again)
+        if len(held.history_) == calls:
+            console.note(
+                f"{learner}: nothing new, all {len(items)} pictures were learned already (--again for once more)"
+            )
+            return
         held.save(learner)
         work.clear()
     finally:
@@ -97,7 +101,7 @@ def learn(
                 learner.rmdir()
     new = len(held.classes_) - before
     console.note(
-        f"{learner}: {len(items)} pictures learned, {new} new classes, {len(held.classes_)} in all; "
+        f"{learner}: {held.history_[-1]['images']} pictures learned, {new} new classes, {len(held.classes_)} in all; "
         f"{_bytes(held.method_.memory_bytes)} kept of them, no picture"
     )
 

@@ -55,7 +55,10 @@ class HistoryEntry(Record):
     new: list[ClassName] = Field([], description="classes learned for the first time")
     again: list[ClassName] = Field([], description="classes of which more was learned")
     images: Count
-    given: str | None = Field(None, description="a hash of the images and their classes")
+    hashed: bool = Field(False, description="whether its images are known one by one, by their hashes")
+    given: str | None = Field(
+        None, description="in place of that in earlier versions: a hash of files and their classes"
+    )
     forgotten: Count = 0
 
 
@@ -72,6 +75,9 @@ class LearnerRecord(Record):
     counts: list[Annotated[int, Field(ge=1)]] = Field(description="images that each class was learned from")
     history: list[HistoryEntry]
     references: list[float] = Field([], description="see `cairn.novelty`")
+    picture_hashes: Count = Field(
+        0, description="images that are known one by one, per class; see `cairn.data.identity`"
+    )
     memory_bytes: Count
     bytes: Count
     versions: dict[str, str]

@@ -99,7 +99,7 @@ def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_on
     assert again.history_ == learner.history_
     more = [images[:4], names[:4]]
     for one in (learner, again):
-        one.partial_fit(*more)
+        one.partial_fit(*more, again=True)
     np.testing.assert_array_equal(again.predict_proba(test), learner.predict_proba(test))
 
 
@@ -107,7 +107,7 @@ def test_a_known_class_is_learned_on(pictures, towers_once):
     (images, names), _ = pictures
     learner = quick("simplecil", towers_once).partial_fit(images, names)
     before = learner.method_.means.means.clone()
-    learner.partial_fit(images[:3], names[:3])
+    learner.partial_fit(images[:3], names[:3], again=True)
     assert len(learner.classes_) == 4
     assert learner.counts_.tolist() == [11, 8, 8, 8]
     assert not torch.equal(before[0], learner.method_.means.means[0])

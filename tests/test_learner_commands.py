@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -69,8 +70,13 @@ def learner(pictures, tmp_path, monkeypatch, capsys):
 
 def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_path, monkeypatch, capsys):
     assert sorted(path.suffix for path in learner.iterdir() if path.name != LOCK)[0] == ".json"
-    called(monkeypatch, "learn", learner, pictures / "second", "--device", "cpu")
-    assert "already" in capsys.readouterr().out
+    shutil.copytree(pictures / "second", tmp_path / "copy")
+    monkeypatch.chdir(pictures)
+    for folder in (pictures / "second", "second", tmp_path / "copy"):
+        called(monkeypatch, "learn", learner, folder, "--device", "cpu")
+        assert "nothing new, all 16 pictures were learned already" in capsys.readouterr().out
+    held = IncrementalClassifier.load(learner, device="cpu")
+    assert held.counts_.tolist() == [8] * 4
 
     called(monkeypatch, "predict", learner, pictures / "test", "--topk", "2", "--json", "--device", "cpu")
     rows = json.loads(capsys.readouterr().out)

@@ -127,8 +127,10 @@ def test_learns_saves_and_forgets(service, drawn, towers):
     learned = ask("POST", "/api/learn", data={"name": f" {names[3]} "}, files=pictures(*drawn[names[3]][:8]))
     assert learned.json()["classes"][-1] == {"name": names[3], "images": 8}
     assert list(before.classes_) == names[:3]
-    again = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]][:2]))
-    assert again.json()["classes"][0] == {"name": names[0], "images": 10}
+    again = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]][7:9]))
+    assert again.json()["classes"][0] == {"name": names[0], "images": 9}  # one of the two was learned before
+    repeated = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]]))
+    assert "has learned these pictures already" in error(repeated, 409)
     found = ask("POST", "/api/predict", files={"image": drawn[names[3]][0]}).json()
     assert found["classes"][0]["name"] == names[3]
     odd = 'a/../b?#"<i>'

@@ -61,6 +61,10 @@ class Given:
     def __len__(self) -> int:
         return len(self.items)
 
+    def taken(self, rows: Sequence[int] | np.ndarray) -> Given:
+        """Those items, in that order."""
+        return Given([self.items[row] for row in rows], self.labels[np.asarray(rows, dtype=np.int64)], self.width)
+
     def __getitem__(self, index: int) -> Any:
         """A PIL image in RGB or a float32 row (width,). Raises DataError naming the item that is neither."""
         return self._picture(index) if self.width is None else self._row(index)

@@ -96,7 +96,8 @@ class Service:
     # changed
 
     async def learn(self, name: str, files: Sequence[IO[bytes]], sentences: Sequence[str] = ()) -> None:
-        """Raises HTTPException: 409 while another change is made, 415 and 422 for what cannot be learned."""
+        """Raises HTTPException: 409 while another change is made and for pictures that were learned already, 415 and 422 for
+        what cannot be learned."""
         name = _class_name(name)
         said = _sentences(sentences)
 
@@ -107,7 +108,10 @@ class Service:
                     raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
                 copy.descriptions = {**(copy.descriptions or {}), name: said}
             work = self.work
+            calls = len(copy.history_)
             copy.partial_fit(images, [name] * len(images), log=Log(show=work.progress), checkpoint=work.checkpoint)
+            if len(copy.history_) == calls:
+                raise HTTPException(409, f"'{name}' has learned these pictures already; nothing was changed")
 
         await self._changed(f"'{name}' is being learned", change)
 

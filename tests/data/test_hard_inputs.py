@@ -484,6 +484,39 @@ def test_empty_class(root, side):
     refusal(lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder")
 
 
+def taught(root):
+    learner = IncrementalClassifier("simplecil", "tiny", device="cpu")
+    files = [root / "train" / name / file for name in ("cat", "dog") for file in ("1.png", "2.png")]
+    for i, file in enumerate(files):
+        paint(file, colour=(60 * i, 30, 200))
+    return learner.partial_fit(files, [file.parent.name for file in files]), files
+
+
+def test_picture_learned_already(root, tmp_path):
+    learner, files = taught(root)
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(files[0].read_bytes())
+    os.utime(files[1], (1, 1))
+    learner.partial_fit([copy, files[1]], ["cat", "cat"])
+    assert learner.counts_.tolist() == [2, 2]
+    assert "2 of 2 images were learned as the same class already" in learner.notices_[-1]
+    assert learner.partial_fit([copy], ["cat"], again=True).counts_.tolist() == [3, 2]
+
+
+def test_relabelled_picture(root):
+    learner, files = taught(root)
+    learner.partial_fit(files[0], "dog")
+    assert learner.counts_.tolist() == [2, 3]
+    assert f"{files[0]} as 'dog', also learned as 'cat'" in learner.notices_[-1]
+
+
+def test_array_that_is_no_picture(root):
+    learner, _ = taught(root)
+    for array in (np.zeros((3, 6, 5), np.uint8), np.zeros((6, 5, 3)), np.zeros(8, np.float32), torch.zeros(3, 6, 5)):
+        refusal(lambda array=array: learner.predict(array), str(tuple(array.shape)), "uint8 (h, w, 3)")
+    assert len(learner.predict(np.zeros((6, 5, 3), np.uint8))) == 1
+
+
 def test_class_that_comes_back(root):
     """What every method does with it is in the contract tests; here the count of images of one that keeps means."""
     entry, stream, towers, settings = prepared(config(root, method="simplecil"))

@@ -341,6 +341,7 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option(help="where a proxy in front of it is reached, https://...; needs --token")
     ] = None,
+    towers: Annotated[str | None, typer.Option(help="where the learner's weights are now, if they moved")] = None,
 ) -> None:
     """A page and an HTTP service: look at pictures, teach new classes, forget old ones."""
     try:
@@ -357,8 +358,9 @@ def serve(
         console.note(f"open {where}  (to stop: Ctrl-C)")
 
     serve(
-        learner, host, port, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url, ready=ready
-    )
+        learner, host, port, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url, ready=ready,
+        towers=towers,
+    )  # fmt: skip
 
 
 @app.command()

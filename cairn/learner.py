@@ -20,7 +20,7 @@ from cairn.data.given import Given, Item, items_of
 from cairn.data.identity import LearnedPictures, content_hashes
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, require_text
-from cairn.errors import ConfigError, DataError, NotFinite, ResultError, one_line
+from cairn.errors import ConfigError, DataError, NotFinite, ResultError, TowersError, UnknownName, one_line
 from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
@@ -33,6 +33,7 @@ from cairn.schema import validated
 from cairn.templates import DEFAULT, prompt_templates
 from cairn.tensors import first_not_finite
 from cairn.towers.catalogue import load_towers
+from cairn.towers.clip import ClipTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
@@ -336,8 +337,11 @@ class IncrementalClassifier:
                 temporary.write_text(card(record), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path, towers: Towers | None = None, device: str = "auto") -> IncrementalClassifier:
-        """The classifier that was saved there. `towers` stand in for those it names, if they are the same.
+    def load(
+        cls, folder: str | Path, towers: str | Towers | None = None, device: str = "auto"
+    ) -> IncrementalClassifier:
+        """The classifier that was saved there. `towers`, an object or where they are now, stand in for those it names, if they
+        are the same.
 
         Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now.
         """
@@ -348,7 +352,15 @@ class IncrementalClassifier:
         record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
         learner = cls._described(record, f"'{folder}': settings of the learner", towers, device)
         learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
-        held = learner._loaded_towers()
+        try:
+            held = learner._loaded_towers()
+        except (TowersError, UnknownName) as error:
+            if towers is not None:
+                raise
+            raise TowersError(
+                f"{error}. The learner '{folder}' was learned on these: say where they are now with --towers, in Python with "
+                "towers="
+            ) from None
         if not same_towers(held.fingerprint, record.towers.fingerprint):
             raise ResultError(
                 f"'{folder}': learned on towers {record.towers.fingerprint}, '{held.name}' is "
@@ -378,13 +390,15 @@ class IncrementalClassifier:
             )
 
     @classmethod
-    def _described(cls, record: LearnerRecord, where: str, towers: Towers | None, device: str) -> IncrementalClassifier:
+    def _described(
+        cls, record: LearnerRecord, where: str, towers: str | Towers | None, device: str
+    ) -> IncrementalClassifier:
         """An untrained classifier with what a record says of it."""
         held = record.towers
         learner = cls(
             record.method, towers or held.name, settings=None, templates=tuple(record.templates),
             descriptions=record.descriptions, seed=record.seed, device=device, precision=held.precision,
-            preprocess=held.preprocess, revision=held.revision,
+            preprocess=held.preprocess, revision=held.revision if towers in (None, held.name) else None,
         )  # fmt: skip
         schema, made_by = method_named(record.method).config, record.versions.get("cairn")
         learner._stored_config = validated(schema, record.config, where, made_by)
@@ -396,11 +410,13 @@ class IncrementalClassifier:
 
     def _record(self) -> LearnerRecord:
         method, towers = self._fitted(), self._loaded_towers()
+        own = isinstance(towers, ClipTowers)  # others are named by who made them
         spoken = self._descriptions()
         record = {
             "method": self.method, "config": self._config(), "seed": self.seed, "templates": list(self.templates),
             "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
-            "towers": {"name": towers.name, "fingerprint": towers.fingerprint, "precision": self.precision,
+            "towers": {"name": towers.source if own else towers.name, "fingerprint": towers.fingerprint,
+                       "precision": towers.precision if own else self.precision,
                        "preprocess": self.preprocess, "revision": getattr(towers, "revision", None)},
             "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
             "references": self.references_, "memory_bytes": method.memory_bytes,
@@ -454,6 +470,7 @@ class IncrementalClassifier:
                 self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
                 revision=self.revision,
             )  # fmt: skip
+            self.notices_ += self._towers.notices
         return self._towers or self.towers
 
     @property

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from cairn.learner import IncrementalClassifier
 
 METHOD, TOWERS = "dmc-ot", "openai/clip-vit-base-patch16"
+Weights = Annotated[
+    str | None, typer.Option("--towers", help="where the weights that it was learned on are now, if they moved")
+]
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
 
 
@@ -35,7 +38,10 @@ def learn(
     ] = None,
     towers: Annotated[
         str | None,
-        typer.Option(help=f"for a new learner: tiny, a hub id, a folder, or open_clip:<either>  [default: {TOWERS}]"),
+        typer.Option(
+            help="for a new learner: tiny, a hub id, a folder, or open_clip:<either>; for an old one: where they are now  "
+            f"[default: {TOWERS}]"
+        ),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="for a new learner: a setting, key=value")] = None,
     template: Annotated[list[str] | None, typer.Option(help="for a new learner: a prompt, {} for the class")] = None,
@@ -69,14 +75,17 @@ def learn(
     ).take()  # before anything is read there: what another process learned meanwhile must not be lost
     try:
         if Archive(learner, NAME):
-            held = IncrementalClassifier.load(learner, device=device)
-            _require_same(held, method, towers, settings, templates, seed)
+            held = IncrementalClassifier.load(learner, towers, device)
+            _require_same(held, method, settings, templates, seed)
         else:
             held = IncrementalClassifier(
                 method or METHOD, towers or TOWERS, settings=dict(settings), templates=templates or DEFAULT,
                 seed=1 if seed is None else seed, device=device,
             )  # fmt: skip
             held.require_savable()
+            held._loaded_towers()
+        for notice in held.notices_:
+            console.note(notice)
         if said is not None:
             own = {name: list(described.sentences) for name, described in said.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}
@@ -107,7 +116,7 @@ def learn(
 
 
 def _require_same(
-    held: IncrementalClassifier, method: str | None, towers: str | None, settings: Sequence[tuple[str, Any]],
+    held: IncrementalClassifier, method: str | None, settings: Sequence[tuple[str, Any]],
     templates: tuple[str, ...] | None, seed: int | None,
 ) -> None:  # fmt: skip
     """Options for a new learner may be given again where it is there already; raises ConfigError for the first that differs."""
@@ -119,7 +128,6 @@ def _require_same(
     asked = {path: value for path, value, _ in every_setting(with_values(config, settings))}
     options = [
         ("--method", method, held.method),
-        ("--towers", towers, held.method_.towers.name),
         *((f"--set {path}", value, has.get(path)) for path, value in asked.items()),
         ("--template", templates, held.templates),
         ("--seed", seed, held.seed),
@@ -146,6 +154,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
     explain: Annotated[Path | None, typer.Option(help="folder for a picture and JSON of reasons per image")] = None,
+    towers: Weights = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
 ) -> None:
     """The likeliest classes of images, and whether they fit what is known."""
@@ -158,7 +167,7 @@ def predict(
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
     files = _files(images)
-    held = IncrementalClassifier.load(learner, device=device)
+    held = IncrementalClassifier.load(learner, towers, device)
     known = held.known_score(files)
     rows = [
         {
@@ -249,7 +258,11 @@ def inspect(learner: Learner) -> None:
     typer.echo(card(record))
 
 
-def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")]) -> None:
+def forget(
+    learner: Learner,
+    name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")],
+    towers: Weights = None,
+) -> None:
     """Take a class out: its name, texts and statistics. What shared weights learned of it stays."""
     from cairn.learner import IncrementalClassifier
     from cairn.store import Lock
@@ -258,7 +271,7 @@ def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class o
         raise DataError(f"'{learner}': no such folder")
     lock = Lock(learner).take()
     try:
-        held = IncrementalClassifier.load(learner)
+        held = IncrementalClassifier.load(learner, towers)
         held.forget(name)
         held.save(learner)
     finally:
@@ -269,12 +282,13 @@ def forget(learner: Learner, name: Annotated[str, typer.Argument(help="a class o
 def export(
     learner: Learner,
     onnx: Annotated[Path, typer.Option(help="the file to write")],
+    towers: Weights = None,
 ) -> None:
     """The image tower and the class matrix as one ONNX file, checked against the learner before it is kept."""
     from cairn.export import export_onnx
     from cairn.learner import IncrementalClassifier
 
-    difference = export_onnx(IncrementalClassifier.load(learner), onnx)
+    difference = export_onnx(IncrementalClassifier.load(learner, towers), onnx)
     Console().note(f"-> {onnx}: scores within {difference:.0e} of the learner's, relative to the largest")
 
 

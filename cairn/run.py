@@ -33,6 +33,7 @@ from cairn.ranks import Ranks
 from cairn.schema import Amount, Count, Difference, Record, Share, validated
 from cairn.templates import prompt_templates
 from cairn.towers.catalogue import load_towers
+from cairn.towers.clip import ClipTowers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
@@ -139,10 +140,13 @@ class RunResult(BaseModel):
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
     device: str
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="arithmetic that was used inside the towers; null: as the call says"
+    )
     versions: dict[str, str]
 
 
-def towers_for(config: RunConfig, dataset: Dataset) -> Towers:
+def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTowers:
     """The towers a run asks for; a features file is its own towers. Raises ConfigError if the two do not fit."""
     held = dataset.embeddings
     if held is None:
@@ -186,6 +190,7 @@ def prepared(config: RunConfig) -> Prepared:
     dataset = prompted(open_dataset(config.data), config.template)
     stream = stream_for(config, dataset)
     towers = towers_for(config, dataset)
+    stream = replace(stream, notices=(*stream.notices, *towers.notices))
     settings = with_settings(entry.default_config(towers), config.settings)
     stream = readable(stream, skip=config.on_bad_image == "skip")
     return Prepared(entry, stream, towers, settings)
@@ -302,6 +307,7 @@ def run_stream(
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
         device=str(getattr(towers, "device", torch.device("cpu"))),
+        precision=towers.precision,
         versions=versions(),
     )
 
@@ -493,7 +499,7 @@ def _shareable(settings: BaseModel, ranks: Ranks) -> None:
 
 def _alike(stream: TaskStream, towers: Towers, ranks: Ranks) -> None:
     """Raises ConfigError if the processes do not start from the same. All of them come to this, or none goes on."""
-    here = {"data": stream.fingerprint, "towers": towers.fingerprint} | versions()
+    here = {"data": stream.fingerprint, "towers": towers.fingerprint, "precision": towers.precision} | versions()
     for rank, there in enumerate(everyone := ranks.gathered(here)):
         for key, value in there.items():
             if value != everyone[0][key]:

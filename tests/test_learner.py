@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from cairn import IncrementalClassifier
 from cairn.archive import Archive
 from cairn.data.shapes import shapes_dataset
-from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError
+from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError, TowersError
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
 
@@ -503,3 +504,56 @@ def test_scores_that_are_not_finite_are_no_answer(monkeypatch):
     with pytest.raises(NotFinite, match="scores that are not finite"):
         learner.explain(x[6])
     assert learner.predict(x[:6]).tolist() == names[:6]
+
+
+# --- weights that moved -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(pictures, tmp_path, monkeypatch):
+    """A learner on towers named by a relative path, and where these lie."""
+    import shutil
+    from importlib import resources
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(str(resources.files("cairn.towers").joinpath("tiny")), "copies/clip")
+    learner = quick("simplecil", "copies/clip").partial_fit(*pictures[0])
+    learner.save(tmp_path / "learner")
+    monkeypatch.chdir(tmp_path)
+    return learner, tmp_path / "here" / "copies" / "clip"
+
+
+def test_a_relative_path_of_towers_is_found_from_another_folder(moved, pictures, tmp_path):
+    learner, place = moved
+    loaded = IncrementalClassifier.load(tmp_path / "learner")
+    assert loaded.towers == str(place)
+    np.testing.assert_array_equal(loaded.predict(pictures[1][0]), learner.predict(pictures[1][0]))
+
+
+def test_weights_that_moved_are_told_and_can_be_given(moved, pictures, tmp_path):
+    learner, place = moved
+    place.rename(tmp_path / "there")
+    with pytest.raises(
+        TowersError, match=r"no such folder.*say where they are now with --towers, in Python with towers="
+    ):
+        IncrementalClassifier.load(tmp_path / "learner")
+    loaded = IncrementalClassifier.load(tmp_path / "learner", towers="there")
+    np.testing.assert_array_equal(loaded.predict(pictures[1][0]), learner.predict(pictures[1][0]))
+    loaded.save(tmp_path / "learner")
+    assert IncrementalClassifier.load(tmp_path / "learner").towers == str(tmp_path / "there")
+    config = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5, 0.5, 0.5]}
+    (tmp_path / "there" / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ResultError, match="learned on towers"):
+        IncrementalClassifier.load(tmp_path / "learner", towers="there")
+
+
+def test_what_there_is_to_say_of_the_towers_is_kept(moved):
+    from safetensors.torch import load_file, save_file
+
+    path = moved[1] / "model.safetensors"
+    save_file({f"module.{name}": value for name, value in load_file(path).items()}, path)
+    learner = quick("simplecil", str(moved[1]))
+    learner._loaded_towers()
+    assert len(learner.notices_) == 1
+    assert "'module.'" in learner.notices_[0]

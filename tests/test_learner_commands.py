@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from importlib import resources
 
 import numpy as np
 import onnxruntime
@@ -153,7 +154,7 @@ def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys
         (["learn", learner, pictures / "first", "--method", "spa"], "--method: spa is asked for, but"),
         (["learn", learner, pictures / "first", "--seed", "7"], "was made with 1; leave it out"),
         (["learn", learner, pictures / "first", "--template", "a {}"], "--template: 'a {}' is asked for"),
-        (["learn", learner, pictures / "first", "--towers", "other/clip"], "was made with tiny"),
+        (["learn", learner, pictures / "first", "--towers", "other/clip"], "'other/clip' is no folder"),
         (
             ["learn", learner, pictures / "first", "--set", "stage2.schedule.epochs=3"],
             "--set stage2.schedule.epochs: 3 is asked for, but the learner that is there was made with 1",
@@ -264,3 +265,32 @@ def test_what_is_not_exported_is_said(towers, tmp_path, monkeypatch):
     with pytest.raises(ResultError, match="nothing was kept"):
         export_onnx(plain, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_moved_can_be_given_to_every_command(pictures, tmp_path, monkeypatch, capsys):
+    """As whatever was learned on a relative path and is asked from another folder."""
+    tiny = resources.files("cairn.towers").joinpath("tiny")
+    shutil.copytree(str(tiny), tmp_path / "here")
+    learner, first = tmp_path / "learner", pictures / "first"
+    called(
+        monkeypatch, "learn", learner, first, "--method", "simplecil", "--towers", tmp_path / "here", "--device", "cpu"
+    )
+    (tmp_path / "here").rename(tmp_path / "there")
+    name = next(first.iterdir()).name
+    calls = [
+        ("predict", learner, pictures / "test"), ("learn", learner, first), ("export", learner, "--onnx", tmp_path / "x.onnx"),
+        ("serve", learner), ("forget", learner, name),
+    ]  # fmt: skip
+    for words in calls:
+        assert "say where they are now with --towers" in refused(monkeypatch, capsys, *words)
+    asked = []
+    monkeypatch.setattr(IncrementalClassifier, "load", lambda *given: asked.append(given[1]) or pytest.fail("enough"))
+    for words in calls:
+        with pytest.raises(pytest.fail.Exception, match="enough"):
+            called(monkeypatch, *words, "--towers", tmp_path / "there")
+    assert asked == [str(tmp_path / "there")] * len(calls)
+    monkeypatch.undo()
+    called(monkeypatch, "forget", learner, name, "--towers", tmp_path / "there")
+    capsys.readouterr()
+    called(monkeypatch, "predict", learner, pictures / "test", "--device", "cpu")  # from now on it is known
+    assert name not in capsys.readouterr().out

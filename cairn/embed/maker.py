@@ -32,6 +32,8 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker
         dataset, step=max(1, len(dataset.classes)), limit_train=config.limit_train, limit_test=config.limit_test
     )
     towers = towers_for(run if device is None else run.model_copy(update={"device": device}), dataset)
+    # What every machine then does: the arithmetic is part of the plan
+    config = config.model_copy(update={"precision": towers.precision})
     (task,), (tests,) = stream.tasks, stream.tests
     ordered = replace(stream, tasks=(replace(task, train=_in_order(task.train)),), tests=(_in_order(tests),))
     stream = readable(ordered, skip=config.on_bad_image == "skip")
@@ -44,7 +46,7 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker
         train=len(chosen.train), test=len(chosen.test), images=[chosen.identity(shard) for shard in shards],
         rows=chosen.sha256(), versions=versions(),
     )  # fmt: skip
-    return plan, Maker(plan, chosen, towers), stream.notices
+    return plan, Maker(plan, chosen, towers), (*stream.notices, *towers.notices)
 
 
 def _images_of(config: EmbedConfig) -> Dataset:
@@ -90,6 +92,10 @@ class Maker:
             raise Stale(
                 f"towers '{towers.name}': {towers.fingerprint} here, {plan.towers.fingerprint} in '{folder / PLAN}'; give "
                 "every machine the same"
+            )
+        if towers.precision != run.precision:
+            raise Stale(
+                f"{towers.notices[-1]}, but the plan in '{folder / PLAN}' has bfloat16; embed on other machines"
             )
         try:
             held = read_tensors(folder / f"{ROWS}.safetensors", plan.rows)

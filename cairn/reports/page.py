@@ -19,7 +19,7 @@ from cairn.reports.drift import errors_by_task, estimator_table
 from cairn.reports.figures import BOUND, UNTOUCHED, Chart, Series, Style, curves, matrix, styles
 from cairn.reports.formats import FORMS, Cell, Column, Estimate, Table, estimate
 from cairn.reports.runs import Line, Stream, differing, flat, read_drifts, read_results, streams_of
-from cairn.reports.tables import Result, gains_table, none_below, paired_seeds, seed_list, summary_table
+from cairn.reports.tables import Result, gains_table, none_below, paired_seeds, seed_list, summary_table, used_precision
 
 MATRICES = 8
 """More of them are folded away."""
@@ -207,7 +207,7 @@ def _stream_facts(stream: Stream) -> list[tuple[str, str]]:
         ("towers", f"{towers['name']}, {towers['fingerprint']}"),
         ("order", call.get("order")),
         ("classes per task", " to ".join(str(size) for size in (sizes[0], sizes[-1])[: len(sizes)])),
-        ("precision", call["precision"]),
+        ("precision", used_precision(first)),
         ("seeds", ", ".join(map(str, sorted({run["seed"] for run in stream.runs})))),
     ]
     return [(what, str(value)) for what, value in facts if value is not None]

@@ -70,6 +70,7 @@ class _Stored(BaseModel):
     tower_passes: dict[str, Amount] = {}
     evaluation_passes: dict[str, Amount] = {}
     device: str = "?"
+    precision: str | None = None
     versions: dict[str, str] = {}
 
     @model_validator(mode="after")

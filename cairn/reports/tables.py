@@ -47,6 +47,11 @@ def none_below(folders: Iterable[Path], kinds: str = "result.json") -> ResultErr
     return ResultError(f"'{' '.join(map(str, folders))}': no {kinds} there; run `cairn run` first")
 
 
+def used_precision(result: Result) -> str:
+    """What a call asks for is not taken where the processor has no arithmetic for it."""
+    return result.get("precision") or result["run"]["precision"]
+
+
 def stream_keys(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Of each run what it has in common with those that a table may put side by side: equal for runs that saw the same
     images, in the same order, through the same towers."""
@@ -55,7 +60,7 @@ def stream_keys(results: Sequence[Result]) -> list[dict[str, Any]]:
         {
             "towers": towers[result["towers"]["fingerprint"]],
             "split or class order": (result["split"], *result.get("class_order", ())),
-            "precision": result["run"]["precision"],
+            "precision": used_precision(result),
         }
         for result in results
     ]

@@ -200,7 +200,7 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 
 def serve(
     folder: Path, host: str, port: int, *, token: str | None, max_bytes: int, max_pixels: int, public_url: str | None,
-    ready: Callable[[str], None],
+    ready: Callable[[str], None], towers: str | None = None,
 ) -> None:  # fmt: skip
     """Serve the learner of `folder` until a signal comes; `ready` is told where. Raises ConfigError for an address that
     cannot be had or must not be had without a token."""
@@ -212,7 +212,7 @@ def serve(
     rules = Rules(
         loopback=loopback, host=host, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url
     )
-    service = Service(folder, max_pixels=max_pixels)
+    service = Service(folder, max_pixels=max_pixels, towers=towers)
     try:
         listening = socket.create_server(address, family=family, backlog=128)
     except OSError as error:

@@ -54,8 +54,14 @@ class Service:
     Raises ConfigError for a learner of embeddings: it has no pictures to look at.
     """
 
-    def __init__(self, folder: Path, learner: IncrementalClassifier | None = None, max_pixels: int = 2**24):
-        self.folder, self.learner = folder, learner or IncrementalClassifier.load(folder)
+    def __init__(
+        self,
+        folder: Path,
+        learner: IncrementalClassifier | None = None,
+        max_pixels: int = 2**24,
+        towers: str | None = None,
+    ):
+        self.folder, self.learner = folder, learner or IncrementalClassifier.load(folder, towers)
         self.towers = self.learner.method_.towers
         if not self.towers.has_images:
             raise ConfigError(f"'{folder}': learned from embeddings, so it has no pictures to look at")

@@ -70,8 +70,15 @@ def load_towers(
     require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
     return ClipTowers(
         model, tokenizer, preprocessing.with_mode(preprocess), name=spec, device=device, precision=precision,
-        revision=None if spec == "tiny" else found.commit, notices=found.notices,
+        revision=None if spec == "tiny" else found.commit, source=absolute(spec), notices=found.notices,
     )  # fmt: skip
+
+
+def absolute(spec: str) -> str:
+    """What names the same towers from any working directory: the path of a local folder made absolute."""
+    layout = "open_clip:" if spec.startswith("open_clip:") else ""
+    folder = os.path.expanduser(spec.removeprefix(layout))
+    return f"{layout}{os.path.abspath(folder)}" if spec != "tiny" and os.path.isdir(folder) else spec
 
 
 def _embedded() -> str:

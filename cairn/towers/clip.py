@@ -19,6 +19,7 @@ from cairn.templates import prompt_templates
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import Attention, embedded_tokens
+from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import tokenizer_fingerprint
@@ -89,7 +90,9 @@ class ClipTowers:
     """`Towers` over a `CLIPModel`, frozen, in evaluation mode.
 
     `precision` is `float32` or `bfloat16`; in bfloat16 the towers compute under autocast and hand out float32, so
-    statistics, losses and transport never see half precision. `notices` is what a user should know of how they were loaded.
+    statistics, losses and transport never see half precision. Where bfloat16 is much
+    slower than float32, which is measured, float32 is taken. `source` names them from any folder, `notices` is what a user
+    should know of how they were loaded.
     """
 
     has_images = True
@@ -105,14 +108,16 @@ class ClipTowers:
         device: str = "auto",
         precision: str = "float32",
         revision: str | None = None,
+        source: str | None = None,
         notices: Sequence[str] = (),
     ):
         if precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision '{precision}': must be float32 or bfloat16")
         text = model.config.text_config
-        self.name, self.revision, self.precision = name, revision, precision
+        self.name, self.revision, self.source = name, revision, source or name
         self.device = device_named(device)
-        self.notices = tuple(notices)
+        self.precision, slow = usable_precision(precision, self.device)
+        self.notices = (*notices, *slow)
         require_unadapted(model, f"towers '{name}'")
         self.preprocessing, self.tokenizer = preprocessing, tokenizer
         self.passes = {"images": 0, "text_tokens": 0}
@@ -127,7 +132,7 @@ class ClipTowers:
         )
         self._model = model.float().eval().requires_grad_(False).to(self.device)
         self.logit_scale = float(model.logit_scale.detach().exp())
-        self._vision = VisionTower(self._model, getattr(torch, precision), self.passes)
+        self._vision = VisionTower(self._model, getattr(torch, self.precision), self.passes)
 
     # image side
 

@@ -26,6 +26,7 @@ class FeatureTowers:
     device = torch.device("cpu")
     precision = "float32"
     revision = None
+    notices = ()
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from cairn.archive import Archive
+from cairn.calibration import Calibration, recalibrated
 from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import unreadable
@@ -24,6 +25,7 @@ from cairn.errors import ConfigError, DataError, NotFinite, ResultError, TowersE
 from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
+from cairn.maths.calibration import log_probabilities
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import KeepsImages, Method, PatchReasons
 from cairn.methods.settings import with_values
@@ -88,6 +90,8 @@ class IncrementalClassifier:
         self.counts_ = np.array([], dtype=np.int64)
         self.history_: list[dict[str, Any]] = []
         self.references_: list[float] = []
+        self.referenced_among_: list[int] = []
+        self.calibration_ = Calibration()
         self._forgot = False
         self._pictures = LearnedPictures()
         self.notices_: list[str] = []
@@ -166,8 +170,11 @@ class IncrementalClassifier:
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
         method.learn(task, checkpoint)
-        self.references_ = [*self.references_, *self._references(method, given)]
-        self.method_, self._novelty = method, None
+        calibration = recalibrated(self.calibration_, method, lambda: self._copy(Log()), task, self.seed, checkpoint)
+        references = self._references(method, given)
+        self.references_ = [*self.references_, *references]
+        self.referenced_among_ = [*self.referenced_among_, *[k + len(new)] * len(references)]
+        self.method_, self._novelty, self.calibration_ = method, None, calibration
         self.classes_ = np.array([*self.classes_, *new], dtype=object)
         counts = np.bincount(given.labels, minlength=len(self.classes_))
         counts[:k] += self.counts_
@@ -235,16 +242,18 @@ class IncrementalClassifier:
         return found
 
     def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
-        """Softmax of the scores, (n, k), columns in the order of `classes_`."""
+        """Softmax of the scores over a temperature, (n, k), columns in the order of `classes_`. The temperature is fitted on
+        images that were left out of learning (see `cairn.calibration`), so that of images of known classes about as many
+        are classified correctly as the largest probabilities say."""
         with self._gate.reading():
-            return torch.softmax(self._scored(images)[0].double(), 1).numpy()
+            return self._probabilities(self._scored(images)[0]).numpy()
 
     def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image its k likeliest classes with their probabilities, the likeliest first."""
         if k < 1:
             raise ConfigError(f"k {k}: must be at least 1")
         with self._gate.reading():
-            p = torch.softmax(self._scored(images)[0].double(), 1)
+            p = self._probabilities(self._scored(images)[0])
             best = p.topk(min(k, p.shape[1]), 1)
             return [
                 [(str(self.classes_[c]), value) for c, value in zip(row, values, strict=True)]
@@ -275,7 +284,7 @@ class IncrementalClassifier:
         with self._gate.reading():
             pixels = self._pixels(items[0])
             scores = self._scores_of(pixels)[0]
-            p = torch.softmax(scores.double(), 0)
+            p = self._probabilities(scores[None])[0]
             if isinstance(self.method_, PatchReasons) and self.method_.has_reasons:
                 found = self.method_.reasons(pixels, best)
             else:
@@ -294,12 +303,17 @@ class IncrementalClassifier:
         method = self._fitted()
         return _finite(method.scores(method.embed(pixels)).cpu(), lambda row: "the image")
 
+    def _probabilities(self, scores: Scores) -> Scores:
+        return log_probabilities(scores, self.calibration_.temperature).exp()
+
     @torch.no_grad()
     def _scored(self, images: Item | Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
         """Scores of every image, and how well it fits what is known, if that is asked for."""
         method, items = self._fitted(), items_of(images, self._width)
         if known and self._novelty is None:
-            self._novelty = Novelty(method, self.seed, self.references_)
+            self._novelty = Novelty(
+                method, self.seed, self.references_, self.referenced_among_, temperature=self.calibration_.temperature
+            )
         given = Given(items, np.zeros(len(items), dtype=np.int64), self._width)
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
         for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
@@ -405,7 +419,8 @@ class IncrementalClassifier:
         learner.classes_ = np.array(record.classes, dtype=object)
         learner.counts_ = np.array(record.counts, dtype=np.int64)
         learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]
-        learner.references_ = record.references
+        learner.references_, learner.calibration_ = record.references, record.calibration
+        learner.referenced_among_ = record.referenced_among or [len(record.classes)] * len(record.references)
         return learner
 
     def _record(self) -> LearnerRecord:
@@ -419,7 +434,9 @@ class IncrementalClassifier:
                        "precision": towers.precision if own else self.precision,
                        "preprocess": self.preprocess, "revision": getattr(towers, "revision", None)},
             "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
-            "references": self.references_, "memory_bytes": method.memory_bytes,
+            "references": self.references_, "referenced_among": self.referenced_among_,
+            "calibration": self.calibration_.model_dump(mode="json"),
+            "memory_bytes": method.memory_bytes,
             "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
             "picture_hashes": len(self._pictures),
         }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from cairn.calibration import Calibration
 from cairn.data.stream import require_text
 from cairn.errors import DataError
 from cairn.schema import Count, Record
@@ -75,6 +76,10 @@ class LearnerRecord(Record):
     counts: list[Annotated[int, Field(ge=1)]] = Field(description="images that each class was learned from")
     history: list[HistoryEntry]
     references: list[float] = Field([], description="see `cairn.novelty`")
+    referenced_among: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="of each reference, classes that were known when it was taken; empty: all weigh alike"
+    )
+    calibration: Calibration = Field(Calibration(), description="what the temperature is fitted from")
     picture_hashes: Count = Field(
         0, description="images that are known one by one, per class; see `cairn.data.identity`"
     )
@@ -88,6 +93,8 @@ class LearnerRecord(Record):
             raise ValueError("classes: a name is there twice")
         if len(self.counts) != len(self.classes):
             raise ValueError(f"counts: {len(self.counts)} of them for {len(self.classes)} classes")
+        if self.referenced_among and len(self.referenced_among) != len(self.references):
+            raise ValueError(f"referenced_among: {len(self.referenced_among)} for {len(self.references)} references")
         learned = [name for entry in self.history for name in entry.new]
         if sorted(learned) != sorted(self.classes):
             raise ValueError("history: the classes that were learned are not those in 'classes'")

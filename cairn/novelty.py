@@ -1,18 +1,24 @@
 """Does an image belong to any class that was learned? Told from what is kept, without an image.
 
 Letters: z rows as the memory holds them (unit features), d wide; N(mu_c, S_c) Gaussian of class c learned from n_c images;
-T = sum_c n_c S_c, N = sum_c (n_c - 1), W = T / N after shrinkage: how classes scatter; m = sum_c n_c mu_c / sum_c n_c and
-B = W + cov(mu), all of it together.
+T = sum_c n_c S_c, N = sum_c (n_c - 1), V = T / N after shrinkage; m = sum_c n_c mu_c / sum_c n_c;
 
+    W = (1 - r) V + r tr(V) / d I,  r = 1 / (1 + (N / d)^2): how classes scatter;  B = W + cov(mu): all of it together
     g(z) = max_c log N(z; mu_c, W) - log N(z; m, B)
     a(z) = (g(z) - mean g) / sd g + w (max_c score_c(z) - mean) / sd
 
-with means and deviations over draws from N(mu_c, W). The known score is the share of reference values that are at most a(z):
-a p-value. References are the a of images that were left out of the statistics when their class was learned (`left_out`), for
-new images lie further from a class than those it was learned from; without any, they are the draws' own.
+with means and deviations over draws from N(mu_c, W), and score_c(z) what the method makes of the row alone, for references
+and for new images alike. The known score is the share of reference values that are at most a(z): a p-value. References are
+the a of images that were left out of the statistics when their class was learned (`left_out`), for new images lie further
+from a class than those it was learned from; without any, they are the draws' own. The statistics they were taken under change
+as classes come, so a reference weighs as much as the share of today's classes that were known when it was taken.
+
+r is for few images: where N is not many times d, V is known in some directions only, and new images look further away than
+left-out ones do, which share a day or a video with those that were kept.
 
 Source: g is the relative Mahalanobis distance (Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
-Detection"); the text's share w and the references are ours.
+Detection"); r, the text's share w and the
+references are ours.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.errors import ConfigError
+from cairn.maths.calibration import log_probabilities
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.shrinkage import Oas, Ridge
 from cairn.memory.gaussians import GaussianMemory
@@ -53,10 +60,20 @@ def require_threshold(value: float, name: str) -> None:
 
 
 class Novelty:
-    """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead."""
+    """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead, that of
+    softmax(scores / temperature). `among` says of each of the `references` how many classes were known when it was taken; all
+    weigh alike without it."""
 
-    def __init__(self, method: Any, seed: int, references: Sequence[float] = (), text_share: float = TEXT_SHARE):
-        self._method, self._share = method, text_share
+    def __init__(
+        self,
+        method: Any,
+        seed: int,
+        references: Sequence[float] = (),
+        among: Sequence[int] = (),
+        text_share: float = TEXT_SHARE,
+        temperature: float = 1.0,
+    ):
+        self._method, self._share, self._temperature = method, text_share, temperature
         self._memory = gaussians_of(method)
         if self._memory is None or not self._memory.classes:
             self._memory = None
@@ -70,15 +87,17 @@ class Novelty:
         g, t = self._gaussian(drawn.double().cpu()), self._text(drawn)
         self._scales = [(x.mean(), x.std().clamp_min(1e-12)) for x in (g, t)]
         a = torch.tensor(references, dtype=torch.float64) if len(references) else self._standard(g, t)
-        self._references = a.sort().values
+        weights = torch.tensor(among, dtype=torch.float64) if len(among) else torch.ones_like(a)
+        self._references, order = a.sort()
+        self._shares = torch.cat([torch.zeros(1, dtype=torch.float64), weights[order].cumsum(0) / weights.sum()])
 
     def known(self, features: Features, scores: Scores) -> np.ndarray:
-        """(n,) in [0, 1], from what the method made of the images."""
+        """(n,) in [0, 1], from what the method made of the images; `scores` count where it keeps no Gaussians."""
         if self._memory is None:
-            return torch.softmax(scores.double(), 1).amax(1).numpy()
+            return log_probabilities(scores, self._temperature).amax(1).exp().numpy()
         z = self._method.remembered(features).detach()
-        a = self._standard(self._gaussian(z.double().cpu()), scores.amax(1).double().cpu())
-        among = torch.searchsorted(self._references, a, right=True) / len(self._references)
+        a = self._standard(self._gaussian(z.double().cpu()), self._text(z))
+        among = self._shares[torch.searchsorted(self._references, a, right=True)]
         # Below all of them order still counts
         below = torch.exp((a - self._references[0]).clamp_max(0)) / (len(self._references) + 1)
         return torch.where(among > 0, among, below).numpy()
@@ -123,8 +142,10 @@ class _Relative:
     """g(z), up to a constant."""
 
     def __init__(self, T: Tensor, N: int, mu: Tensor, n: Tensor):
-        share = n / n.sum()
-        W, m = Oas()(T / max(1, N), torch.tensor(max(1, N))), share.double() @ mu
+        share, d = n / n.sum(), len(T)
+        V, m = Oas()(T / max(1, N), torch.tensor(max(1, N))), share.double() @ mu
+        r = 1 / (1 + (N / d) ** 2)
+        W = (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
         self.factor = cholesky_repaired(W)[0]
         self._means = _solved(self.factor, mu)
         self._whole = cholesky_repaired(W + (mu - m).T @ (share[:, None] * (mu - m)))[0]

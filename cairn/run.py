@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.archive import Archive
+from cairn.calibration import Calibration, recalibrated
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import unreadable
@@ -124,6 +125,15 @@ class RunResult(BaseModel):
     seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
     future_accuracy: list[Share | None] = Field(description="zero-shot, after task i, among the classes still to come")
+    ece: list[Share | None] = Field(
+        [], description="expected calibration error in 15 bins, after task i, over all test images of classes seen"
+    )
+    nll: list[Amount | None] = Field(
+        [], description="mean negative log-probability of the true class, after task i, over the same images; in nats"
+    )
+    temperature: list[Annotated[float, Field(gt=0)] | None] = Field(
+        [], description="what scores are divided by to make probabilities, after task i; fitted on training images"
+    )
     zero_shot_accuracy: list[Share | None] = Field(
         [], description="of the towers as they came, on the classes seen after task i; null without class texts"
     )
@@ -139,6 +149,7 @@ class RunResult(BaseModel):
     memory_bytes: Count = Field(description="kept of old classes beyond trained parameters, after the last task")
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
+    calibration_passes: Passes | None = Field(None, description="while fitting the temperatures")
     device: str
     precision: Literal["float32", "bfloat16"] | None = Field(
         None, description="arithmetic that was used inside the towers; null: as the call says"
@@ -251,15 +262,19 @@ def run_stream(
     method = course.method
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, ranks=ranks)
     for task in stream.tasks[course.done :]:
+        before = course.before()
         with course.learning():
             try:
                 method.learn(task, checkpoint)
             except NotFinite as error:
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
-        with course.evaluating():
-            found = evaluator.after(task.index, method)
+        with course.passing("calibrating"):
+            calibration = recalibrated(course.calibration, method, before, task, config.seed, checkpoint)
+        with course.passing("evaluating"):
+            found = evaluator.after(task.index, method, calibration.temperature)
         course.evaluations.append(found)
+        course.calibration = calibration
         seen = sum(found.correct) / sum(found.total)
         log("task", task=task.index, seconds=course.durations[-1], accuracy=found.accuracy, seen=seen,
             future=found.future, zero_shot=found.zero_shot, memory_bytes=method.memory_bytes)  # fmt: skip
@@ -293,6 +308,9 @@ def run_stream(
         seen_accuracy=seen,
         seen_accuracy_by_class=[class_mean(e.correct, e.total) for e in evaluations],
         future_accuracy=[e.future for e in evaluations],
+        ece=[e.ece for e in evaluations],
+        nll=[e.nll for e in evaluations],
+        temperature=[e.temperature for e in evaluations],
         zero_shot_accuracy=[e.zero_shot for e in evaluations],
         average=average_incremental(seen),
         last=seen[-1],
@@ -306,6 +324,7 @@ def run_stream(
         memory_bytes=method.memory_bytes,
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
+        calibration_passes=Passes(**course.passes["calibrating"]),
         device=str(getattr(towers, "device", torch.device("cpu"))),
         precision=towers.precision,
         versions=versions(),
@@ -324,6 +343,10 @@ class CheckpointRecord(Record):
     evaluations: list[Evaluation] = Field(description="of every finished task")
     durations: list[Amount] = Field(description="seconds of learning per task, that in progress included")
     passes: dict[str, dict[str, Count]] = Field(description="through the towers, while learning and while evaluating")
+    calibration: Calibration = Field(Calibration(), description="what the temperature is fitted from")
+
+
+PARTS = ("learning", "calibrating", "evaluating")
 
 
 class _Course:
@@ -333,11 +356,12 @@ class _Course:
         self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log, ranks: Ranks
     ):  # fmt: skip
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
-        self.ranks = ranks
+        self.settings, self.ranks = settings, ranks
         self.method: Method = entry.build(towers, settings, seed=config.seed, log=log)
         self.evaluations: list[Evaluation] = []
+        self.calibration = Calibration()
         self.durations: list[float] = []
-        self.passes = {part: dict.fromkeys(towers.passes, 0) for part in ("learning", "evaluating")}
+        self.passes = {part: dict.fromkeys(towers.passes, 0) for part in PARTS}
         self.resumed = 0
         self._began, self._spent = time.perf_counter(), 0.0
         self._archive: Archive | None = None
@@ -373,10 +397,25 @@ class _Course:
         self._marks, self._taken_up = None, False
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def passing(self, part: str) -> Iterator[None]:
+        """What follows learning: its passes are counted as those of `part`."""
         before = dict(self.towers.passes)
         yield
-        self._count("evaluating", before)
+        self._count(part, before)
+
+    def before(self) -> Callable[[], Method]:
+        """Makes a method as this one is now, whatever becomes of this one."""
+        state, done = self.method.state_dict(), self.done
+
+        def same() -> Method:
+            method = self.entry.build(self.towers, self.settings, seed=self.config.seed, log=Log())
+            if done:
+                method.load_state_dict(state)
+            if self.entry.keeps == "images":
+                method.remember(self.stream.tasks[:done])
+            return method
+
+        return same
 
     def _mark(self) -> None:
         self._marks = time.perf_counter(), dict(self.towers.passes)
@@ -419,7 +458,7 @@ class _Course:
 
     def _plausible(self) -> bool:
         """Whether what was read has the lengths, names and ranges of what would have been written."""
-        tasks, kinds = self.stream.tasks, {part: self.towers.passes.keys() for part in ("learning", "evaluating")}
+        tasks, kinds = self.stream.tasks, {part: self.towers.passes.keys() for part in PARTS}
         if self.done > len(tasks) or len(self.durations) - self.done not in (0, 1):
             return False
         return {part: counts.keys() for part, counts in self.passes.items()} == kinds and all(
@@ -453,7 +492,7 @@ class _Course:
             "run": self.config.model_dump(mode="json"), "split": self.stream.fingerprint,
             "towers": self.towers.fingerprint, "versions": versions(), "resumed": self.resumed, "seconds": self.seconds,
             "evaluations": [asdict(found) for found in self.evaluations], "durations": self.durations,
-            "passes": self.passes,
+            "passes": self.passes, "calibration": self.calibration.model_dump(mode="json"),
         }  # fmt: skip
 
     def _restore(self, stored: dict[str, Any], learner: State) -> None:
@@ -472,7 +511,8 @@ class _Course:
         if (then := record.versions) != (now := versions()):
             changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
             self.log("warning", text=f"versions changed since the run began ({changed}): it would not reproduce")
-        self.evaluations, self.durations, self.passes = record.evaluations, record.durations, record.passes
+        self.evaluations, self.durations, self.calibration = record.evaluations, record.durations, record.calibration
+        self.passes |= record.passes  # those of before there were temperatures have none made for them
         self._spent, self.resumed = record.seconds, record.resumed + 1
         if not self._plausible():
             raise ValueError("a record of other tasks")

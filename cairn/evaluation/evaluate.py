@@ -17,6 +17,8 @@ from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.evaluation.exemplars import looked_for, refuse_exemplars
+from cairn.evaluation.metrics import calibration_error, negative_log_likelihood
+from cairn.maths.calibration import log_probabilities
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.ranks import ALONE, Ranks
@@ -34,13 +36,18 @@ ROWS = 1024
 class Evaluation:
     """After one task: `accuracy[j]` on task j <= i, correct and total per class seen; `future`: zero-shot accuracy of the
     current image side on the classes still to come, among those classes (None if there are none); `zero_shot`: that of
-    the towers as they came, on the classes seen. Both are None without class texts."""
+    the towers as they came, on the classes seen. Both are None without class texts. `ece` and `nll`: calibration error and
+    negative log-likelihood of the probabilities softmax(scores / `temperature`), over all test images of classes seen; None
+    in what was kept before there were any."""
 
     accuracy: list[float]
     correct: list[int]
     total: list[int]
     future: float | None
     zero_shot: float | None
+    ece: float | None = None
+    nll: float | None = None
+    temperature: float | None = None
 
 
 class Evaluator:
@@ -69,9 +76,9 @@ class Evaluator:
         self._kept: dict[int, Tensor] = {}
         self._frozen: dict[int, Tensor] = {}
 
-    def after(self, task: int, method: Method) -> Evaluation:
-        """The row of the table that follows learning task number `task`. Raises NotFinite if a score is not a number,
-        ExemplarsKept if the method is said to be exemplar-free and is not."""
+    def after(self, task: int, method: Method, temperature: float = 1.0) -> Evaluation:
+        """The row of the table that follows learning task number `task`, probabilities being softmax(scores / temperature).
+        Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is not."""
         if self.exemplar_free:
             learned = self.stream.tasks[task]
             refuse_exemplars(method, learned, looked_for(learned, self.towers))
@@ -79,38 +86,62 @@ class Evaluator:
             self._encoder, self._kept = method.encoder, {}
         seen = self.stream.tasks[task].classes.stop
         correct, total = torch.zeros(seen, dtype=torch.long), torch.zeros(seen, dtype=torch.long)
-        accuracy = []
+        accuracy, figures = [], []
         for j in range(task + 1):
             labels = self.loaders[j].labels
-            right = self._right(j, lambda rows: self._predicted(task, method, rows), self._embedded(j, method))
+            found = self._figures(j, task, method, temperature)
+            right = found[:, 0] > 0
             accuracy.append(_share(right))
             correct += torch.bincount(labels[right], minlength=seen)
             total += torch.bincount(labels, minlength=seen)
+            figures.append(found)
+        right, confidence, log_probability = torch.cat(figures).T.tolist()
         coming = range(task + 1, len(self.stream.tasks))
         return Evaluation(
             accuracy, correct.tolist(), total.tolist(),
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
+            ece=calibration_error(confidence, right), nll=negative_log_likelihood(log_probability),
+            temperature=temperature,
         )  # fmt: skip
 
-    def _predicted(self, task: int, method: Method, rows: Tensor) -> Tensor:
+    def _figures(self, j: int, task: int, method: Method, temperature: float) -> Tensor:
+        """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken
+        for, and the log-probability of its own."""
+
+        def figures(rows: Tensor, y: Tensor) -> Tensor:
+            scores = self._scores(task, method, rows)
+            best = _likeliest(scores, f"task {task}: the scores of the method")
+            log_p = log_probabilities(scores.cpu(), temperature)
+            columns = (
+                (best == y).to(log_p),
+                log_p.gather(1, best[:, None])[:, 0].exp(),
+                log_p.gather(1, y[:, None])[:, 0],
+            )
+            return torch.stack(columns, 1)
+
+        return self._of_all(j, figures, self._embedded(j, method), torch.empty(0, 3, dtype=torch.float64))
+
+    def _scores(self, task: int, method: Method, rows: Tensor) -> Tensor:
         seen = self.stream.tasks[task].classes.stop
         scores = _scored(method.scores, rows)
         if scores.shape[1] != seen:
             raise NotFinite(
                 f"task {task}: scores of shape {tuple(scores.shape)} must have one column per {seen} classes"
             )
-        return _likeliest(scores, f"task {task}: the scores of the method")
+        return scores
 
-    def _right(self, j: int, predicted: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor:
-        """Which test images of task j are told right, in their order; `rows` are those of this process, if it has any."""
+    def _of_all(
+        self, j: int, figures: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, nothing: Tensor
+    ) -> Tensor:
+        """figures(rows, labels) of all test images of task j, in their order; `rows` are those of this process, if it has any."""
         labels, places = self.loaders[j].labels, self._places(j)
         own = places[self.ranks.rank]
-        found = self.ranks.gathered(own.bool() if rows is None else predicted(rows) == labels[own])
-        right = torch.empty(len(labels), dtype=torch.bool)
+        found = self.ranks.gathered(nothing if rows is None else figures(rows, labels[own]))
+        whole = nothing.new_empty(len(labels), *nothing.shape[1:])
         for place, some in zip(places, found, strict=True):
-            right[place] = some
-        return right
+            whole[place] = some
+        return whole
 
     def _places(self, j: int) -> list[Tensor]:
         """Of each process, the test images of task j that are for it."""
@@ -127,10 +158,11 @@ class Evaluator:
         def scores(z: Tensor) -> Tensor:  # to the bit those of method `zero-shot`
             return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
 
-        def predicted(z: Tensor) -> Tensor:
-            return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start
+        def right(z: Tensor, y: Tensor) -> Tensor:
+            return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start == y
 
-        return _share(torch.cat([self._right(j, predicted, rows(j)) for j in tasks]))
+        nothing = torch.empty(0, dtype=torch.bool)
+        return _share(torch.cat([self._of_all(j, right, rows(j), nothing) for j in tasks]))
 
     @cached_property
     def _texts(self) -> Tensor:

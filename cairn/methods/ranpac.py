@@ -35,7 +35,7 @@ from cairn.training.encode import encoded
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 
 class Config(BaseModel):
@@ -79,6 +79,7 @@ class RanPAC:
         self.random = RandomFeatures(towers.dim, config.width, seed)
         m = self.random.width
         self.sums, self.W, self.lam = SecondOrder.empty(m), torch.zeros(m, 0), 0.0
+        self.held_out: tuple[Scores, Labels] | None = None
 
     @property
     def encoder(self) -> str:
@@ -113,7 +114,8 @@ class RanPAC:
         return sums
 
     def _chosen(self, z: Features, Y: Scores, seeds: Seeds) -> float:
-        """The lam of the smallest error on held-out images, learned from the others and all tasks before."""
+        """The lam of the smallest error on held-out images, learned from the others and all tasks before. Their scores with
+        it are left in `held_out`."""
         order = torch.randperm(len(z), generator=seeds.generator("held-out"))
         out, learned = order.tensor_split([max(1, round(self.config.held_out * len(z)))])
         sums, H, ridges = self._joined(z[learned], Y[learned]), self.random(z[out]), self.config.ridges
@@ -129,6 +131,9 @@ class RanPAC:
             raise NotFinite(
                 f"ridges 1e{self.config.lowest} to 1e{self.config.highest}: none has a solution; raise highest"
             )
+        labels = Y[out].argmax(1)
+        known = (sums.D != 0).any(0)[labels]  # of a class all of whose images are held out nothing was learned
+        self.held_out = self.towers.logit_scale * H[known] @ sums.solution(ridges[best]), labels[known]
         return ridges[best]
 
     def forget(self, c: int) -> None:

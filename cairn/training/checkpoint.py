@@ -40,6 +40,7 @@ class Checkpoint:
         self.seconds, self.steps, self.ranks = seconds, steps, ranks
         self._write: Callable[[dict[str, State]], Any] | None = None
         self._work: dict[str, State] = {}
+        self._finished: dict[str, State] = {}
         self._since, self._counted = time.monotonic(), 0
         self._signal = 0
         self._meetings = Meetings(ranks)
@@ -50,7 +51,7 @@ class Checkpoint:
 
     def begin(self, work: dict[str, State] | None = None) -> None:
         """A task, with the work that was already done of it."""
-        self._work = dict(work or {})
+        self._work, self._finished = dict(work or {}), {}
         self._meetings.soon()
         due, signal = self._asked()
         if due:
@@ -72,11 +73,26 @@ class Checkpoint:
 
     def finish(self, name: str, state: Callable[[], State]) -> None:
         """The same at the end of a piece of work: remembered, due or not, until the task is done."""
+        done = state()
+        self.found_finished(name, done)
         if self._write is not None:
-            self._work[name] = state()
+            self._work[name] = done
         self._meetings.soon()
-        self.step(name, lambda: self._work[name])
+        self.step(name, lambda: done)
         self._meetings.soon()
+
+    def found_finished(self, name: str, state: State) -> None:
+        """That what is known of a piece of work is all of it."""
+        self._finished[name] = state
+
+    def trained(self, name: str) -> State | None:
+        """What a tower was already trained to in the stage of that name, whatever rows it is asked for with."""
+        return None
+
+    def handed_on(self, rows: Tensor, number: int) -> Checkpoint:
+        """For a learner of the same task with these of its `number` rows: what towers were trained to, and the passes over
+        all rows, cut down to these. Nothing is kept; asked to stop it stops where this one does."""
+        return _HandedOn(self, rows, number)
 
     def poll(self) -> None:
         """Between units of work that leave nothing to remember. Raises Stopped if it was asked to stop."""
@@ -103,6 +119,29 @@ class Checkpoint:
         if signal:
             self.save()
             raise Stopped(signal)
+
+
+class _HandedOn(Checkpoint):
+    def __init__(self, source: Checkpoint, rows: Tensor, number: int):
+        super().__init__(ranks=source.ranks)
+        self._source, self._rows, self._number = source, rows, number
+
+    def work(self, name: str) -> State | None:
+        """Of a pass over the rows. One of another number is over other images."""
+        state = self._source._finished.get(name, {})
+        columns = {key: value for key, value in state.items() if key.startswith("column-")}
+        if not columns or any(len(column) != self._number for column in columns.values()):
+            return None
+        return {"batches": state["batches"]} | {key: column[self._rows] for key, column in columns.items()}
+
+    def trained(self, name: str) -> State | None:
+        return self._source._finished.get(name)
+
+    def step(self, name: str, state: Callable[[], State]) -> None:
+        self._source.poll()
+
+    def poll(self) -> None:
+        self._source.poll()
 
 
 @contextmanager

@@ -65,4 +65,6 @@ def encoded(
             break
     if held is None or done > int(held["batches"]):
         checkpoint.finish(name, state)
+    else:
+        checkpoint.found_finished(name, state())
     return tuple(torch.cat(column) for column in columns)

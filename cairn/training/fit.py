@@ -82,14 +82,17 @@ def fit(
         return
     name = "fit-" + "-".join(seeds.path)
     course = _Course(parameters, _optimiser(schedule, parameters, rates or [1.0] * len(parameters)), average)
+    opens_images = getattr(batches, "shares", False)
+    if opens_images and (trained := checkpoint.trained(name)) is not None:
+        return course.restore(trained)
     if (held := checkpoint.work(name)) is not None:
         course.restore(held)
         if not 0 <= course.step <= steps:
             raise ValueError(f"{name}: step {course.step} of {steps}")
         if course.step == steps:
-            return
+            return checkpoint.found_finished(name, course.finished())
     ranks = checkpoint.ranks
-    shared = ranks.number > 1 and getattr(batches, "shares", False)
+    shared = ranks.number > 1 and opens_images
     part = {"rank": ranks.rank} if shared else {}
 
     def training(step: int) -> AbstractContextManager[None]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
+from sklearn.metrics import log_loss
 
 from cairn.evaluation.metrics import (
     average_incremental,
     backward_transfer,
+    calibration_error,
     class_mean,
     forgetting,
     mean_and_deviation,
+    negative_log_likelihood,
     seen_accuracy,
 )
 
@@ -58,3 +64,35 @@ def test_class_mean_ignores_how_many_images_a_class_has():
 def test_deviation_is_the_sample_s():
     assert mean_and_deviation([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0))
     assert mean_and_deviation([0.4]) == (0.4, 0.0)
+
+
+def test_calibration_error_by_hand():
+    # bins of a fifth: (.6, .8] holds .65 and .75, one of them right: |.70 - .5|; (.8, 1] holds .9, .95, 1, all right: .05
+    error = calibration_error([0.65, 0.75, 0.9, 0.95, 1.0], [True, False, True, True, True], bins=5)
+    assert error == pytest.approx((2 * 0.2 + 3 * 0.05) / 5)
+
+
+def test_a_confidence_on_the_edge_is_in_the_bin_below():
+    # .4 and .2 share no bin with .41; each of the first two is wrong by itself
+    assert calibration_error([0.4, 0.41], [True, False], bins=5) == pytest.approx((0.6 + 0.41) / 2)
+    assert calibration_error([0.2, 0.4], [True, False], bins=5) == pytest.approx((0.8 + 0.4) / 2)
+    assert calibration_error([0.0, 0.1], [False, True], bins=5) == pytest.approx(abs(0.1 - 1) / 2)
+
+
+def test_calibration_error_against_the_plain_formula():
+    rng = np.random.default_rng(3)
+    p, right = rng.beta(5, 2, 500), rng.random(500) < 0.6
+    edges, error = np.linspace(0, 1, 16), 0.0
+    for low, high in itertools.pairwise(edges):
+        inside = (p > low) & (p <= high)
+        if inside.any():
+            error += inside.mean() * abs(p[inside].mean() - right[inside].mean())
+    assert calibration_error(p.tolist(), right.tolist()) == pytest.approx(error)
+
+
+def test_negative_log_likelihood_is_scikit_learns_log_loss():
+    rng = np.random.default_rng(4)
+    p = rng.dirichlet(np.ones(5), 60)
+    y = rng.integers(0, 5, 60)
+    found = negative_log_likelihood(np.log(p[np.arange(60), y]).tolist())
+    assert found == pytest.approx(log_loss(y, p, labels=range(5)))

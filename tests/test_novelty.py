@@ -1,0 +1,79 @@
+"""The known score: that images and references are scored alike, and how references are weighed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cairn import IncrementalClassifier
+from cairn.data.shapes import shapes_dataset
+from cairn.maths.shrinkage import Oas
+from cairn.memory.covariances import Shared
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.unit_rows import UnitRows
+from cairn.novelty import Novelty, _Relative
+
+
+class Means(UnitRows):
+    """Class means on the sphere."""
+
+    def __init__(self, z, y):
+        self.memory = GaussianMemory(z.shape[1], covariance=Shared()).add(z, y)
+
+    def row_scores(self, z):
+        return 20 * z @ self.memory.means.to(z).T
+
+
+def clusters(per_class=(40, 9, 25), d=6):
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(len(per_class)).repeat_interleave(torch.tensor(per_class))
+    mixing = torch.randn(d, d, generator=rng) * 0.2
+    z = torch.randn(len(per_class), d, generator=rng)[y] + torch.randn(len(y), d, generator=rng) @ mixing.T
+    return z / z.norm(dim=1, keepdim=True), y
+
+
+def test_the_score_of_an_image_counts_as_that_of_a_reference_does():
+    """What a method makes of an image beyond its row (SPA's own plan) is not known of references, so it must not count."""
+    z, y = clusters()
+    method = Means(z, y)
+    novelty = Novelty(method, 1, Novelty(method, 1).left_out(z, y).tolist())
+    plain = novelty.known(z, method.scores(z))
+    np.testing.assert_array_equal(novelty.known(z, method.scores(z) + 30), plain)
+
+
+@pytest.mark.parametrize("score", ["plan", "feature"])
+def test_half_of_the_known_images_fall_below_a_half(towers, score):
+    data = shapes_dataset()
+    settings = {"schedule.epochs": 1, "local.score": score}
+    learner = IncrementalClassifier("spa", towers, settings=settings)
+
+    def some(images, per_class):
+        rows = [i for c in range(4) for i in np.flatnonzero(images.labels == c)[:per_class]]
+        return [images[i] for i in rows], [data.classes[images.labels[i]] for i in rows]
+
+    learner.partial_fit(*some(data.train, 30))
+    known = learner.known_score(some(data.test, 20)[0])
+    assert 0.3 < (known < 0.5).mean() < 0.7
+
+
+def test_references_weigh_by_the_classes_that_were_known():
+    z, y = clusters()
+    method = Means(z, y)
+    row, scores = z[:1], method.scores(z[:1])
+    a = Novelty(method, 1)._standard(Novelty(method, 1)._gaussian(row.double()), scores.amax(1).double()).item()
+    references, among = [a - 1, a - 0.5, a + 1, a + 2], [2, 2, 6, 10]
+    assert Novelty(method, 1, references, among).known(row, scores)[0] == pytest.approx(4 / 20)
+    assert Novelty(method, 1, references).known(row, scores)[0] == pytest.approx(2 / 4)
+
+
+def test_scatter_of_few_images_is_rounder():
+    z, y = clusters()
+    memory = GaussianMemory(6).add(z.double().float(), y)
+    T = sum(n * np.cov(z[y == c].double().numpy(), rowvar=False, bias=True) for c, n in enumerate((40, 9, 25)))
+    for N in (3, 71, 700):
+        V = Oas()(torch.from_numpy(T) / N, torch.tensor(N)).numpy()
+        r = 1 / (1 + (N / 6) ** 2)
+        W = (1 - r) * V + r * np.trace(V) / 6 * np.eye(6)
+        factor = _Relative(torch.from_numpy(T), N, memory.means, memory.counts).factor
+        np.testing.assert_allclose((factor @ factor.T).numpy(), W, rtol=1e-8)

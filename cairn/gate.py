@@ -14,6 +14,10 @@ class Gate:
         self._condition, self._readers = threading.Condition(), 0
         self._writer = threading.RLock()
 
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        """A copy, also one by pickle, is a new gate: nobody holds it."""
+        return Gate, ()
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._writer, self._condition:

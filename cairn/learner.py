@@ -38,6 +38,7 @@ from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
+from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encoded
 from cairn.training.log import Log
@@ -474,12 +475,30 @@ class IncrementalClassifier:
 
     def _copy(self, log: Log) -> Method:
         """The method as it stands, apart from the one that predicts."""
+        return self._fresh(log) if self.method_ is None else self._restored(*self._learned(), log)
+
+    def _learned(self) -> tuple[State, Sequence[Task]]:
+        """What the method has learned: its state, and the tasks of one that keeps images."""
+        return self.method_.state_dict(), self.method_.tasks if isinstance(self.method_, KeepsImages) else ()
+
+    def _restored(self, state: State, tasks: Sequence[Task], log: Log) -> Method:
         method = self._fresh(log)
-        if self.method_ is not None:
-            method.load_state_dict(self.method_.state_dict())
-            if isinstance(method, KeepsImages):
-                method.remember(self.method_.tasks)
+        method.load_state_dict(state)
+        if isinstance(method, KeepsImages):
+            method.remember(tasks)
         return method
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method, which has a log."""
+        with self._gate.reading():
+            learned = None if self.method_ is None else self._learned()
+            return self.__dict__ | {"method_": None, "_novelty": None, "learned": learned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        learned = state.pop("learned")
+        self.__dict__.update(state)
+        if learned is not None:
+            self.method_ = self._restored(*learned, self._noting(Log()))
 
     def _loaded_towers(self) -> Towers:
         if self._towers is None and isinstance(self.towers, str):

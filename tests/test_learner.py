@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -557,3 +559,27 @@ def test_what_there_is_to_say_of_the_towers_is_kept(moved):
     learner._loaded_towers()
     assert len(learner.notices_) == 1
     assert "'module.'" in learner.notices_[0]
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+@pytest.mark.parametrize("method", ["simplecil", "dmc", "joint"])
+def test_a_copy_is_a_learner_of_its_own(copied, method, pictures, towers_once):
+    (images, names), (test, _) = pictures
+    learner = quick(method, towers_once).partial_fit(images[:16], names[:16])
+    p, known = learner.predict_proba(test), learner.known_score(test)
+    twin = copied(learner)
+    np.testing.assert_array_equal(twin.predict_proba(test), p)
+    np.testing.assert_array_equal(twin.known_score(test), known)
+    twin.partial_fit(images[16:], names[16:])
+    assert (len(twin.classes_), len(learner.classes_), len(learner.history_)) == (4, 2, 1)
+    np.testing.assert_array_equal(learner.predict_proba(test), p)
+    learner.partial_fit(images[16:], names[16:])
+    np.testing.assert_array_equal(learner.predict_proba(test), twin.predict_proba(test))
+
+
+def test_an_untrained_learner_is_copied_too():
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(IncrementalClassifier("dmc", "tiny", seed=3))))
+    assert (twin.method, twin.towers, twin.seed, twin.method_) == ("dmc", "tiny", 3, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import cairn
@@ -37,3 +39,15 @@ def test_no_pickle_anywhere():
 def test_prompts_of_the_repository_name_no_machine():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         assert str(Path.home()) not in path.read_text(), path
+
+
+def test_type_hints_of_public_names_resolve():
+    for name in cairn.__all__:
+        value = getattr(cairn, name)
+        if not callable(value):
+            continue
+        typing.get_type_hints(value)
+        for member in vars(value).values() if inspect.isclass(value) else ():
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if inspect.isfunction(function):
+                typing.get_type_hints(function)

@@ -84,8 +84,6 @@ def learn(
             )  # fmt: skip
             held.require_savable()
             held._loaded_towers()
-        for notice in held.notices_:
-            console.note(notice)
         if said is not None:
             own = {name: list(described.sentences) for name, described in said.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cairn import embed_commands, learner_commands, run_commands, sweep_commands
 from cairn.distribution import extra_remedy
-from cairn.errors import CairnError, ConfigError, DataError, Stopped
+from cairn.errors import CairnError, ConfigError, DataError, Stopped, one_line, printable
 from cairn.ranks import ALONE, Ranks
 from cairn.reports.console import Console
-from cairn.run_commands import Data, checked
+from cairn.run_commands import BadImages, Data, checked, checked_bad_image
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -53,11 +54,44 @@ def main() -> None:
         told = ranks.speaks(error)
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             if told:
-                print(f"cairn: {error.format_message()}; see cairn --help", file=sys.stderr)
+                print(f"cairn: {_usage(error)}", file=sys.stderr)
             sys.exit(2)
         if told:
             raise
         sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line: the value that does not fit, why, and where the help is."""
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    given = _given(getattr(parameter, "opts", ()))
+    if message.startswith("Invalid value for ") and given is not None:
+        reason = message.partition(": ")[2]
+        for long, plain in PARSING.items():
+            reason = reason.replace(long, plain)
+        message = f"{given}: {reason.replace('Input should be', 'must be')}"
+    words = context.command_path.split()[1:] if context is not None else []
+    if context is not None and context.command_path.startswith("python -m"):
+        words = words[2:]
+    return one_line(f"{message}; see `{' '.join(['cairn', *words, '--help'])}`")
+
+
+PARSING = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+}
+"""What the parser of the command line says of a value, and what that means."""
+
+
+def _given(options: Sequence[str]) -> str | None:
+    """One of these options with its value, as it was given."""
+    words = sys.argv[1:]
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in options:
+            return f"{option} {value if equals else words[place + 1]}"
+    return None
 
 
 @app.callback()
@@ -142,12 +176,13 @@ def describe(
     guides: Annotated[str, typer.Option(help="guide images: representative+diverse")] = "4+4",
     allow_name: Annotated[bool, typer.Option("--allow-name", help="phrases may contain the class name")] = False,
     base_url: Annotated[str | None, typer.Option(help="server; default: OPENAI_BASE_URL, or OpenAI's")] = None,
+    on_bad_image: BadImages = "stop",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, send nothing")] = False,
 ) -> None:
     """Ask a vision language model for visual descriptions of the classes; key from OPENAI_API_KEY."""
     from cairn.data.catalogue import open_dataset
     from cairn.data.descriptions import Descriptions, read_descriptions
-    from cairn.describe import DescribeConfig, described, guide_images, request
+    from cairn.describe import DescribeConfig, described, guide_images, request, with_readable
     from cairn.files import make_folder, write_json
     from cairn.towers.catalogue import load_towers
     from cairn.training.log import Log
@@ -159,6 +194,7 @@ def describe(
         DescribeConfig, model=model, sentences=sentences, words=words, name_free=not allow_name,
         representative=int(near), diverse=int(far),
     )  # fmt: skip
+    checked_bad_image(on_bad_image)
     console = Console()
     dataset = open_dataset(data)
     if dataset.embeddings is not None:
@@ -168,6 +204,9 @@ def describe(
     console.note(f"{len(dataset.classes) - len(missing)} of {len(dataset.classes)} classes are described in {out}")
     if not missing:
         return
+    dataset = with_readable(dataset, missing, skip=on_bad_image == "skip")
+    for notice in dataset.notices:
+        console.note(f"note: {notice}")
     chosen = guide_images(dataset, load_towers(towers), missing, config)
     if dry_run:
         for name in missing:
@@ -283,7 +322,7 @@ def _put(text: str, into: Path | None, block: str) -> None:
     from cairn.reports.tables import replaced_block
 
     if into is None:
-        typer.echo(text)
+        typer.echo(printable(text))
     else:
         into.write_text(replaced_block(into.read_text(encoding="utf-8"), block, text), encoding="utf-8")
 

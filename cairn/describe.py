@@ -11,6 +11,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.descriptions import ClassDescription
+from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
 from cairn.distribution import extra_remedy
-from cairn.errors import CairnError, ConfigError
+from cairn.errors import CairnError, ConfigError, UnreadableImages
 from cairn.maths.similarity import representative_and_diverse
 from cairn.towers.clip import spoken
 from cairn.towers.protocol import Towers
@@ -67,6 +69,26 @@ def instruction(name: str, config: DescribeConfig) -> str:
         "thing per phrase, what most pictures share first, and what sets it apart from similar classes. No opinions, no "
         f"facts that cannot be seen.{rule}"
     )
+
+
+def with_readable(dataset: Dataset, names: Sequence[str], skip: bool) -> Dataset:
+    """The data set with the training images of these classes alone, less those that cannot be read, which a notice names;
+    unless `skip`, a DataError does."""
+    rows = np.flatnonzero(np.isin(dataset.train.labels, [dataset.classes.index(name) for name in names]))
+    images = Subset(dataset.train, rows, dataset.train.labels[rows])
+    bad = unreadable(images)
+    if not bad:
+        return replace(dataset, train=images)
+    named = named_unreadable(images, bad)
+    if not skip:
+        raise UnreadableImages(
+            f"data '{dataset.name}': {named}; repair or remove them, or leave them out with --on-bad-image skip", bad
+        )
+    kept = np.delete(rows, list(bad))
+    for label in np.setdiff1d(images.labels, dataset.train.labels[kept]):
+        raise UnreadableImages(f"class '{dataset.classes[label]}': {named}, among them all of this class", bad)
+    left = Subset(dataset.train, kept, dataset.train.labels[kept])
+    return replace(dataset, train=left, notices=(*dataset.notices, f"left out: {named}"))
 
 
 def guide_images(

@@ -11,7 +11,7 @@ import typer
 from cairn.errors import Stopped
 from cairn.ranks import ALONE
 from cairn.reports.console import Console
-from cairn.run_commands import Data, checked
+from cairn.run_commands import BadImages, Data, checked
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,7 @@ def embed(
         str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
-    on_bad_image: Annotated[str, typer.Option(help="image files that cannot be read: error or skip")] = "error",
+    on_bad_image: BadImages = "stop",
     dtype: Annotated[str, typer.Option(help="float32 or float16, in the file")] = "float32",
     batch: Annotated[int, typer.Option(help="images in a pass through the tower")] = 128,
     shard_rows: Annotated[

@@ -5,17 +5,38 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LETTERS = 2000
 """Longest message: a value from a file may have any length."""
 
-_NOT_ON_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+KNOWN = 30
+"""Names that are listed, at most, where none is near."""
+
+_NOT_ON_A_LINE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # control characters, line ends, bytes that are not UTF-8
+    # Unicode's category Cf: of no width, and those that turn the direction of writing
+    "\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
+    "\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0001\U000e0020-\U000e007f"
+    # of other categories and invisible all the same: joiners, fillers, blanks, variation selectors
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 def one_line(text: str | os.PathLike) -> str:
-    """The text as a message can hold it: control characters, line breaks and bytes that are not UTF-8 as escapes."""
-    return _NOT_ON_A_LINE.sub(lambda found: found[0].encode("unicode_escape").decode(), os.fspath(text))
+    """The text as a message can hold it, on one line: characters that are not seen, or that change how others are seen, as
+    escapes."""
+    return _NOT_ON_A_LINE.sub(_escape, os.fspath(text))
+
+
+def printable(text: str) -> str:
+    """Lines of text as a terminal can show them: as `one_line`, line by line."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def first_line(error: Exception) -> str:
@@ -33,14 +54,20 @@ class CairnError(Exception):
         return one_line(message)
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The names that are meant, perhaps; where none is near, which there are."""
+    known = list(known)
+    if near := difflib.get_close_matches(name[:100], known, n=3, cutoff=0.4):
+        return f"did you mean {' or '.join(near)}?"
+    more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
+    return f"known: {', '.join(known[:KNOWN])}{more}"
+
+
 class UnknownName(CairnError):
     """A name that no table holds; the message shows the nearest ones."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
-        known = list(known)
-        near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        super().__init__(f"unknown {kind} '{name}': {hint}")
+        super().__init__(f"unknown {kind} '{name}': {suggestion(name, known)}")
 
 
 class ConfigError(CairnError):
@@ -49,6 +76,14 @@ class ConfigError(CairnError):
 
 class DataError(CairnError):
     """A data set that is missing, empty, damaged or of the wrong shape."""
+
+
+class UnreadableImages(DataError):
+    """Images that cannot be read; `reasons` says why, by position."""
+
+    def __init__(self, message: str, reasons: Mapping[int, str]):
+        super().__init__(message)
+        self.reasons = dict(reasons)
 
 
 class TowersError(CairnError):

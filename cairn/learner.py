@@ -16,12 +16,23 @@ from cairn.archive import Archive
 from cairn.calibration import Calibration, recalibrated
 from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
-from cairn.data.folders import unreadable
+from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.given import Given, Item, items_of
 from cairn.data.identity import LearnedPictures, content_hashes
 from cairn.data.loading import Loader
-from cairn.data.stream import Task, require_text
-from cairn.errors import ConfigError, DataError, NotFinite, ResultError, TowersError, UnknownName, one_line
+from cairn.data.names import alike, class_name, normal_form
+from cairn.data.stream import Task
+from cairn.errors import (
+    ConfigError,
+    DataError,
+    NotFinite,
+    ResultError,
+    TowersError,
+    UnknownName,
+    UnreadableImages,
+    one_line,
+    suggestion,
+)
 from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
@@ -111,29 +122,43 @@ class IncrementalClassifier:
         checkpoint: Checkpoint | None = None,
         archive: Archive | None = None,
         again: bool = False,
+        on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> IncrementalClassifier:
         """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
 
         One image with its class name may stand without a list. Images that were learned as the same class already are left
         out, and a notice counts them, unless `again` is true: they are known by a hash of their pixels (see
         `cairn.data.identity`). If all were, nothing changes.
-        All files are read once before anything is learned. If anything fails, the classifier is as it was. With `archive`,
-        unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on with it.
-        Raises DataError for unreadable images or labels that are no text, ConfigError for unknown settings.
+        Names are kept in Unicode form NFC, without spaces at their ends. All files are read once before anything is learned;
+        with `on_bad_image="skip"` those that cannot be read are left out, with a notice. If anything fails, the classifier is
+        as it was. With `archive`, unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on
+        with it.
+        Raises UnreadableImages, a DataError; DataError for labels that are no text, ConfigError for unknown settings.
         """
         items, names = self._labelled(images, labels)
-        require_text(dict.fromkeys(names))
+        kept = {name: class_name(name) for name in dict.fromkeys(names)}
+        names = [kept[name] for name in names]
+        log = self._noting(log or Log())
         with self._gate.writing():
-            known = {name: i for i, name in enumerate(self.classes_)}
+            known = self._numbers()
             new = [name for name in dict.fromkeys(names) if name not in known]
-            known |= {name: len(known) + i for i, name in enumerate(new)}
+            known |= {name: len(self.classes_) + i for i, name in enumerate(new)}
             given = Given(items, np.array([known[name] for name in names], dtype=np.int64), self._width)
             if bad := unreadable(given):
-                shown = ", ".join(f"{one_line(given.describe(row))} ({why})" for row, why in list(bad.items())[:20])
-                raise DataError(f"{len(bad)} image(s) that cannot be read: {shown}; replace or leave them out")
+                named = named_unreadable(given, bad)
+                if on_bad_image == "stop":
+                    raise UnreadableImages(f"{named}; replace or leave them out", bad)
+                rows = np.delete(np.arange(len(items)), list(bad))
+                for name in new:
+                    if known[name] not in given.labels[rows]:
+                        raise UnreadableImages(f"class '{name}': {named}, among them all of this class", bad)
+                log("notice", text=f"left out: {named}")
+                given = given.taken(rows)
+            for notice in alike([*map(str, self.classes_), *new], new):
+                log("notice", text=notice)
             # Class by class, as a stream has them: the order of arrival within a task must not matter
             given = given.taken(np.argsort(given.labels, kind="stable"))
-            log, hashes = self._noting(log or Log()), content_hashes(given)
+            hashes = content_hashes(given)
             found = self._pictures.compare(hashes, given.labels)
             for text in found.notices(given, [*self.classes_, *new], again):
                 log("notice", text=text)
@@ -214,6 +239,7 @@ class IncrementalClassifier:
         a class that is not known."""
         with self._gate.writing():
             c = self._number(name)
+            name = str(self.classes_[c])
             method = self._copy(self._noting(Log()))
             method.forget(c)
             self.method_, self._novelty = method, None
@@ -274,7 +300,8 @@ class IncrementalClassifier:
     def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
         """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
         items, names = self._labelled(images, labels)
-        return float(np.mean(self.predict(items) == np.array(names, dtype=object)))
+        found = [normal_form(name) for name in self.predict(items)]
+        return float(np.mean([name == normal_form(label) for name, label in zip(found, names, strict=True)]))
 
     def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
         """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches
@@ -317,12 +344,21 @@ class IncrementalClassifier:
             )
         given = Given(items, np.zeros(len(items), dtype=np.int64), self._width)
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
-        for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
-            features = method.embed(pixels)
-            done = sum(map(len, scores))
-            scores.append(_finite(method.scores(features).cpu(), lambda row, done=done: given.describe(done + row)))
-            if known:
-                fits.append(self._novelty.known(features, scores[-1]))
+        try:
+            for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
+                features = method.embed(pixels)
+                done = sum(map(len, scores))
+                scores.append(_finite(method.scores(features).cpu(), lambda row, done=done: given.describe(done + row)))
+                if known:
+                    fits.append(self._novelty.known(features, scores[-1]))
+        except DataError:
+            # All of the files, not the first alone
+            bad = {
+                row: why for row, why in unreadable(given, whole=True).items() if isinstance(items[row], (str, Path))
+            }
+            if bad:
+                raise UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad) from None
+            raise
         return torch.cat(scores), np.concatenate(fits)
 
     # on disk
@@ -530,10 +566,16 @@ class IncrementalClassifier:
         return self.method_
 
     def _number(self, name: str) -> int:
-        found = np.flatnonzero(self.classes_ == name)
-        if not len(found):
-            raise DataError(f"class '{one_line(str(name))}' is not known; see classes_")
-        return int(found[0])
+        numbers = self._numbers()
+        found = numbers.get(name, numbers.get(normal_form(str(name))))
+        if found is None:
+            raise DataError(f"class '{name}' is not known; {suggestion(str(name), map(str, self.classes_))}")
+        return found
+
+    def _numbers(self) -> dict[str, int]:
+        """The classes' numbers by name, and by its normal form: a learner made before names were normalised may hold others."""
+        exact = {str(name): i for i, name in enumerate(self.classes_)}
+        return {normal_form(name): i for name, i in exact.items()} | exact
 
 
 def _finite(scores: Scores, describe: Callable[[int], str]) -> Scores:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cairn.errors import ConfigError, DataError, one_line
+from cairn.errors import ConfigError, DataError, UnreadableImages, one_line, printable
 from cairn.reports.console import Console
+from cairn.reports.formats import csv_text
+from cairn.run_commands import BadImages, checked_bad_image
 
 if TYPE_CHECKING:
     from cairn.learner import IncrementalClassifier
@@ -48,12 +50,13 @@ def learn(
     seed: Annotated[int | None, typer.Option(help="for a new learner  [default: 1]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
+    on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
 ) -> None:
     """Learn the classes of a folder: new names are new classes, of known ones more is learned. Makes the learner if there is
     none. Killed in the middle, the same call goes on."""
     from cairn.archive import Archive
-    from cairn.data.folders import class_images
+    from cairn.data.folders import class_folders
     from cairn.files import make_folder
     from cairn.learner import NAME, WORK, IncrementalClassifier
     from cairn.methods.settings import parsed
@@ -63,9 +66,12 @@ def learn(
     from cairn.training.log import Log
 
     console = Console()
-    images, classes, said = class_images(pictures)
-    items = [images.path(row) for row in range(len(images))]
-    names = [classes[label] for label in images.labels]
+    checked_bad_image(on_bad_image)
+    found = class_folders(pictures)
+    items = [found.images.path(row) for row in range(len(found.images))]
+    names = [found.classes[label] for label in found.images.labels]
+    for notice in found.notices:
+        console.note(f"note: {notice}")
     settings = parsed(set_ or ())
     templates = prompt_templates(template, "--template") if template else None
     made = not learner.exists()
@@ -84,8 +90,8 @@ def learn(
             )  # fmt: skip
             held.require_savable()
             held._loaded_towers()
-        if said is not None:
-            own = {name: list(described.sentences) for name, described in said.classes.items()}
+        if found.descriptions is not None:
+            own = {name: list(described.sentences) for name, described in found.descriptions.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}
         for notice in held.notices_:
             console.note(f"note: {notice}")
@@ -93,7 +99,9 @@ def learn(
         work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
-            held.partial_fit(items, names, log=log, checkpoint=checkpoint, archive=work, again=again)
+            held.partial_fit(
+                items, names, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=on_bad_image
+            )
         if len(held.history_) == calls:
             console.note(
                 f"{learner}: nothing new, all {len(items)} pictures were learned already (--again for once more)"
@@ -151,6 +159,9 @@ def predict(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
+    on_bad_image: Annotated[
+        str, typer.Option(help="images that cannot be read: skip them (and exit with 1), or stop before any answer")
+    ] = "skip",
     explain: Annotated[Path | None, typer.Option(help="folder for a picture and JSON of reasons per image")] = None,
     towers: Weights = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
@@ -164,54 +175,85 @@ def predict(
     if topk < 1:
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
-    files = _files(images)
+    checked_bad_image(on_bad_image)
+    files, errors = _files(images), Console(sys.stderr)
     held = IncrementalClassifier.load(learner, towers, device)
+    bad: dict[int, str] = {}
+    try:
+        rows = _predicted(held, files, topk, unknown_below)
+    except UnreadableImages as error:
+        bad = error.reasons
+        if on_bad_image == "stop" or len(bad) == len(files):
+            raise
+        for row, reason in bad.items():
+            errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
+        files = [file for row, file in enumerate(files) if row not in bad]
+        rows = _predicted(held, files, topk, unknown_below)
+    if as_json:
+        typer.echo(_json(rows))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
+        for row in rows:
+            for rank, found in enumerate(row["classes"], 1):
+                writer.writerow(
+                    [
+                        csv_text(one_line(row["image"])), f"{row['known']:.6f}", row["unknown"], rank,
+                        csv_text(found["name"]), f"{found['probability']:.6f}",
+                    ]
+                )  # fmt: skip
+    else:
+        for row in rows:
+            best = ", ".join(f"{one_line(found['name'])} {100 * found['probability']:.1f}%" for found in row["classes"])
+            unsure = (
+                f"unknown (known score {row['known']:.3f}, below {unknown_below:g}); nearest: "
+                if row["unknown"]
+                else ""
+            )
+            typer.echo(f"{one_line(row['image'])}: {unsure}{best}")
+    if explain is not None:
+        _explained(held, files, max(topk, 3), explain)
+    if bad:
+        errors.note(f"{len(bad)} of {len(bad) + len(files)} images cannot be read; the others are answered")
+        raise typer.Exit(1)
+
+
+def _predicted(held, files: list[Path], topk: int, unknown_below: float) -> list[dict[str, Any]]:
     known = held.known_score(files)
-    rows = [
+    return [
         {
             "image": str(file), "known": float(score), "unknown": bool(score < unknown_below),
             "classes": [{"name": name, "probability": p} for name, p in best],
         }
         for file, score, best in zip(files, known, held.predict_topk(files, topk), strict=True)
     ]  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
-    elif as_csv:
-        writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
-        for row in rows:
-            for rank, found in enumerate(row["classes"], 1):
-                writer.writerow(
-                    [
-                        row["image"],
-                        f"{row['known']:.6f}",
-                        row["unknown"],
-                        rank,
-                        found["name"],
-                        f"{found['probability']:.6f}",
-                    ]
-                )
-    else:
-        for row in rows:
-            best = ", ".join(f"{found['name']} {100 * found['probability']:.1f} %" for found in row["classes"])
-            unsure = f"unknown (fits like {100 * row['known']:.1f} % of known ones); nearest " if row["unknown"] else ""
-            typer.echo(f"{one_line(row['image'])}: {unsure}{best}")
-    if explain is not None:
-        _explained(held, files, max(topk, 3), explain)
+
+
+def _json(value: Any) -> str:
+    """JSON that is safe to print: letters as they are, what `one_line` escapes as JSON escapes it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "\n".join(line if one_line(line) == line else _ascii_where_unseen(line) for line in text.split("\n"))
+
+
+def _ascii_where_unseen(line: str) -> str:
+    return "".join(sign if one_line(sign) == sign else json.dumps(sign)[1:-1] for sign in line)
 
 
 def _files(images: list[Path]) -> list[Path]:
-    from cairn.data.folders import EXTENSIONS
+    """The files that are meant: those named, and the pictures below the folders named. What is passed over is noted."""
+    from cairn.data.picture_files import passed_over, pictures_below
 
     found: list[Path] = []
+    passed: dict[str, Any] = {}
     for path in images:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-            if not inside:
-                raise DataError(f"folder '{one_line(str(path))}': no image in it")
+            inside, others = pictures_below(path)
             found += inside
+            passed |= others
         else:
             found.append(path)
+    for notice in passed_over(passed):
+        Console(sys.stderr).note(f"note: {notice}")
     return found
 
 
@@ -253,7 +295,7 @@ def inspect(learner: Learner) -> None:
     record = validated(LearnerRecord, found.record, f"'{learner}': record of the learner")
     for damaged in found.damaged:
         Console().note(f"WARNING: {damaged}; the one before it was taken")
-    typer.echo(card(record))
+    typer.echo(printable(card(record)))
 
 
 def forget(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cairn.calibration import Calibration
-from cairn.data.stream import require_text
+from cairn.data.names import require_text
 from cairn.errors import DataError
 from cairn.schema import Count, Record
 from cairn.templates import template_problem

@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cairn.archive import Archive
 from cairn.calibration import Calibration, recalibrated
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
-from cairn.data.folders import unreadable
-from cairn.data.images import Dataset
+from cairn.data.folders import named_unreadable, unreadable
+from cairn.data.images import Concatenation, Dataset
 from cairn.data.stream import TaskStream, task_stream, without
 from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError, UnknownName
 from cairn.evaluation.evaluate import Evaluation, Evaluator
@@ -43,6 +45,17 @@ from cairn.training.log import Log
 from cairn.versions import versions
 
 SCHEMA_VERSION = 1
+
+
+def _bad_image(value: Any) -> Any:
+    if value not in ("stop", "skip", "error"):
+        raise ValueError("must be stop or skip")
+    return "error" if value == "stop" else value
+
+
+OnBadImage = Annotated[Literal["error", "skip"], BeforeValidator(_bad_image)]
+"""What to do about image files that cannot be read: `stop` before anything is done, or `skip` them. Stored results call the
+first `error`, which is taken as well."""
 
 
 class RunConfig(BaseModel):
@@ -71,7 +84,7 @@ class RunConfig(BaseModel):
         None, description="how images become squares of the towers' size; unset: as the checkpoint says"
     )
     template: str | None = Field(None, description="one prompt, {} for the class name, in place of the data set's")
-    on_bad_image: Literal["error", "skip"] = Field("error", description="image files that cannot be read")
+    on_bad_image: OnBadImage = Field("error", description="image files that cannot be read: stop (error) or skip")
     revision: str | None = Field(None, description="revision of the towers on the hub")
 
 
@@ -562,6 +575,8 @@ def drift_report(
         if name not in family:
             raise UnknownName("estimator", name, family)
     chosen = {name: family[name]() for name in dict.fromkeys(["none", *estimators])}
+    for notice in stream.notices:
+        log("notice", text=notice)
     rows, figures = [], []
     for seed in seeds:
         log(
@@ -604,19 +619,17 @@ def prompted(dataset: Dataset, template: str | None) -> Dataset:
 
 def readable(stream: TaskStream, skip: bool) -> TaskStream:
     """The stream without the image files that cannot be read, which a notice names; unless `skip`, a DataError does."""
-    found = [unreadable(images) for images in stream.collections]
-    bad = [
-        f"{images.describe(row)} ({reason})"
-        for images, reasons in zip(stream.collections, found, strict=True)
-        for row, reason in reasons.items()
-    ]
+    whole = Concatenation(stream.collections)
+    bad = unreadable(whole)
     if not bad:
         return stream
-    named = f"{len(bad)} image(s) that cannot be read: {', '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}"
+    named = named_unreadable(whole, bad)
     if not skip:
         raise DataError(
             f"data '{stream.name}': {named}; repair or remove them, or leave them out with --on-bad-image skip"
         )
+    starts = np.cumsum([0, *map(len, stream.collections)])
+    found = [[row - start for row in bad if start <= row < stop] for start, stop in pairwise(starts)]
     return replace(without(stream, found), notices=(*stream.notices, f"left out: {named}"))
 
 

@@ -10,14 +10,17 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cairn.errors import ConfigError, Stopped
+from cairn.errors import ConfigError, Stopped, printable
 from cairn.ranks import ALONE, Ranks
 from cairn.reports.console import Console
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
-
+BadImages = Annotated[
+    str,
+    typer.Option("--on-bad-image", help="image files that cannot be read: stop before anything is done, or skip them"),
+]
 
 FILE = "cairn.run_file"
 """Where a context holds what --config read."""
@@ -79,7 +82,7 @@ def run(
         str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
-    on_bad_image: Annotated[str, typer.Option(help="image files that cannot be read: error or skip")] = "error",
+    on_bad_image: BadImages = "stop",
     resume: Annotated[
         Path | None, typer.Option(help="go on with the run that was begun in this folder; no other option")
     ] = None,
@@ -148,6 +151,12 @@ def checked(kind: type[Settings], **values: Any) -> Settings:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{option} {problem['input']}: {reason_of(problem)}") from None
+
+
+def checked_bad_image(choice: str) -> None:
+    """Raises ConfigError for another value of --on-bad-image than stop and skip."""
+    if choice not in ("stop", "skip"):
+        raise ConfigError(f"--on-bad-image {choice}: must be stop or skip")
 
 
 def _step(step: int | None, data: str) -> int:
@@ -270,7 +279,7 @@ def import_(
         raise ConfigError(file.problem)
     text = run_file_text(file, f"from {config.name}")
     if out is None:
-        typer.echo(text, nl=False)
+        typer.echo(printable(text), nl=False)
     else:
         write_chunks(out, [text.encode()])
 
@@ -310,6 +319,7 @@ def drift(
     limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
     limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    on_bad_image: BadImages = "stop",
 ) -> None:
     """The drift laboratory: stored Gaussians against the truth, for research (it opens the images of old tasks)."""
     from cairn.files import make_folder, write_json
@@ -319,9 +329,10 @@ def drift(
 
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"
-    config = RunConfig(
-        method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
+    config = checked(
+        RunConfig, method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
         settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+        on_bad_image=on_bad_image,
     )  # fmt: skip
     with console.live():
         log = Log(keep=console.event, show=console.progress)

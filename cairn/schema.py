@@ -28,6 +28,13 @@ SHOWN = 60
 """Letters of a refused value in a message."""
 
 
+PLAIN = {
+    "int_parsing": "must be a whole number", "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number", "bool_parsing": "must be true or false",
+}  # fmt: skip
+"""What pydantic says at more length, by its types of errors."""
+
+
 class Record(BaseModel):
     """Base of every schema."""
 
@@ -65,6 +72,8 @@ def first_problem(error: ValidationError) -> str:
 
 def reason_of(problem: Mapping[str, Any]) -> str:
     """What pydantic says of a value, as the end of a line."""
+    if (plain := PLAIN.get(problem["type"])) is not None:
+        return plain
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return reason[:1].lower() + reason[1:]
 

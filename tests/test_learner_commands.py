@@ -104,7 +104,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
         "--device",
         "cpu",
     )
-    assert "unknown (fits like" in capsys.readouterr().out
+    assert ", below 1); nearest: " in capsys.readouterr().out
     assert json.loads((tmp_path / "why" / "0.json").read_text())["classes"][0]["name"] in held.classes_
     with Image.open(tmp_path / "why" / "0.png") as drawn:
         assert drawn.width > 300

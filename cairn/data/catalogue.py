@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from cairn.data.images import Dataset
+from cairn.data.names import spaced
 from cairn.errors import DataError, UnknownName
 
 SETTING_A_TEMPLATE = "a good photo of a {}."
@@ -23,11 +24,6 @@ SETTING_A_TEMPLATE = "a good photo of a {}."
 
 
 # --- class names ------------------------------------------------------------------------------------------------------
-
-
-def spaced(raw: str) -> str:
-    """'aquarium_fish' -> 'aquarium fish'."""
-    return " ".join(raw.replace("_", " ").split())
 
 
 def bird_name(raw: str) -> str:

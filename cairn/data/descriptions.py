@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cairn.data.names import class_name
 from cairn.errors import DataError, ResultError
 from cairn.files import read_json
 from cairn.schema import validated
@@ -50,6 +51,11 @@ class Descriptions(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     classes: dict[str, ClassDescription] = Field(default_factory=dict)
+
+    @field_validator("classes")
+    @classmethod
+    def _names_as_kept(cls, classes: dict[str, ClassDescription]) -> dict[str, ClassDescription]:
+        return {class_name(name): said for name, said in classes.items()}
 
     def of(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         """The sentences of these classes, in this order. Raises DataError listing the classes that have none."""

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from cairn.data.images import Dataset
+from cairn.data.names import class_name
 from cairn.errors import DataError, one_line
 from cairn.files import sha256_of, write_chunks
 from cairn.templates import DEFAULT, prompt_templates
@@ -252,6 +253,7 @@ def _names(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
     names = _listed(metadata[key])
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"{shown}: metadata '{key}' is not a list of names; store a JSON list of strings")
+    names = [class_name(name) for name in names]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise DataError(f"{shown}: class name '{twice}' appears twice in '{key}'; names must differ")

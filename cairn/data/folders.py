@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -19,17 +21,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
 from cairn.data.images import Concatenation, Dataset, Images, Subset
-from cairn.data.stream import held_out, one_line, require_text
-from cairn.errors import ConfigError, DataError
-from cairn.templates import DEFAULT
-
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+from cairn.data.names import class_name, listed
+from cairn.data.picture_files import (
+    FOLDER,
+    STRAY,
+    PassedOver,
+    endings,
+    list_folder,
+    no_picture,
+    passed_over,
+    readable_formats,
 )
-"""Endings of the files that count as images, lower case; every other file is passed over."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-"""What a file may hold, whatever its ending. Pillow knows more, among them PostScript, which it has run by Ghostscript."""
+from cairn.data.stream import held_out
+from cairn.errors import ConfigError, DataError, one_line
+from cairn.templates import DEFAULT
 
 TEST_FOLDERS = ("test", "val", "validation")
 """Where test images may lie beside `train/`; the first that exists is taken."""
@@ -94,7 +99,7 @@ class FolderImages:
 
 def decoded(file: Path | IO[bytes]) -> Image.Image:
     """The image as `rgb` gives it. Raises whatever the decoder raises, and refuses a decompression bomb by its header."""
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
         return rgb(image)
 
@@ -102,7 +107,7 @@ def decoded(file: Path | IO[bytes]) -> Image.Image:
 def decoded_small(file: Path | IO[bytes], side: int, pixels: int) -> Image.Image:
     """As `decoded`, for whoever needs no more than `side` pixels along either side: a JPEG is decoded at the smallest of its
     fractions (to an eighth) that has them. What has to be decoded whole may have so many `pixels`."""
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
         if image.format == "JPEG" and not image.info.get("progressive"):  # of which all is held at once
             image.draft(None, (side, side))
@@ -113,7 +118,7 @@ def decoded_small(file: Path | IO[bytes], side: int, pixels: int) -> Image.Image
 
 def check(file: Path | IO[bytes]) -> None:
     """Raises what `decoded` would raise, at less cost: a PNG's checksums stand for its pixels, a JPEG is made small."""
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
         if image.format == "PNG":
             image.verify()
@@ -169,11 +174,13 @@ def reason(error: Exception) -> str:
 def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.2) -> Dataset:
     """The images below `path`, one class per folder, classes and files sorted by name.
 
-    With `train/`, test images come from `test/` or `val/`. Without it, the folders of `path` are the classes and
-    `test_share` of each class's images, at least one on either side, are set aside by `split_seed`.
-    Hidden files and files that are no images (see EXTENSIONS) are passed over; links are followed; nothing is opened.
-    Raises DataError for a missing folder, no class, an empty class, a class that one side lacks, a class name that is no
-    text, and a link in place of a class that leads nowhere.
+    Where there are folders in `train/`, these are the classes and test images come from `test/` or `val/`. Else the folders of `path`
+    are the classes, also one that is called `train`, and `test_share` of each class's images, at least one on either side,
+    are set aside by `split_seed`.
+    Which files are taken is in `cairn.data.picture_files`; links are followed; nothing is opened. The data set's notices say
+    what was passed over.
+    Raises DataError for a missing folder, no class, an empty class, a class that one side lacks, a name that is none, two
+    folders of one class, and a link in place of a class that leads nowhere.
     """
     if not 0 < test_share < 1:
         raise ConfigError(f"test_share {test_share}: must be above 0 and below 1")
@@ -181,44 +188,125 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
     if not os.path.isdir(root):  # unlike Path.is_dir, no error where one may not look
         problem = "is a file, not a folder" if os.path.isfile(root) else "no such folder"
         raise DataError(f"data '{shown}': {problem}; give a folder with train/<class>/ and test/<class>/, or <class>/")
-    folders = _subfolders(root)
-    test_folder = next((name for name in TEST_FOLDERS if name in folders), None)
-    if "train" in folders and test_folder is None:
-        raise DataError(f"data '{shown}': has train/ but neither test/ nor val/; add one, or move the classes up")
-    if "train" not in folders and test_folder is not None:
-        raise DataError(f"data '{shown}': has {test_folder}/ but no train/; add it, or move the classes up")
+    there = list_folder(root)
+    parts = [name for name in ("train", *TEST_FOLDERS) if name in there.folders and _holds_classes(root / name)]
+    test_folder = next((name for name in parts if name != "train"), None)
+    if "train" in parts and test_folder is None:
+        raise DataError(
+            f"data '{shown}': has train/ but neither test/ nor val/ with a folder per class; add one, or move the classes up"
+        )
+    if parts and "train" not in parts:
+        raise DataError(f"data '{shown}': has {parts[0]}/ but no train/; add it, or move the classes up")
 
-    if test_folder is None:
-        classes = folders
-        _require_classes(classes, root)
-        everything = _images(root, "", classes)
+    notices = []
+    if not parts:
+        everything, classes, passed = _images(root, "", _classes(root))
         for label in np.flatnonzero(np.bincount(everything.labels) == 1):
             raise DataError(f"class '{classes[label]}' in '{shown}': has one image, a split needs two; add some")
         kept, out = held_out(everything, test_share, split_seed)
         train: Images = Subset(everything, kept, everything.labels[kept])
         test: Images = Subset(everything, out, everything.labels[out])
     else:
-        classes = _subfolders(root / "train")
-        _require_classes(classes, root / "train")
-        tested = _subfolders(root / test_folder)
-        _require_classes(tested, root / test_folder)
-        for here, there, lone in (
-            (test_folder, "train", sorted(set(tested) - set(classes))),
-            ("train", test_folder, sorted(set(classes) - set(tested))),
+        trained, tested = _classes(root / "train"), _classes(root / test_folder)
+        for here, other, lone in (
+            (test_folder, "train", sorted(set(tested) - set(trained))),
+            ("train", test_folder, sorted(set(trained) - set(tested))),
         ):
             if lone:
                 raise DataError(
-                    f"class '{lone[0]}' in '{one_line(root / here)}': '{there}' lacks it ({len(lone)} such class(es)); "
-                    f"add images to {there}/{lone[0]} or remove {here}/{lone[0]}"
+                    f"class '{lone[0]}' in '{one_line(root / here)}': '{other}' lacks it ({len(lone)} such class(es)); "
+                    f"add images to {other}/{lone[0]} or remove {here}/{lone[0]}"
                 )
-        train, test = _images(root, "train/", classes), _images(root, f"{test_folder}/", classes)
+        train, classes, passed = _images(root, "train/", trained)
+        test, _, more = _images(root, f"{test_folder}/", tested)
+        passed |= more
+        if unused := [name for name in there.folders if name not in ("train", test_folder)]:
+            notices.append(f"not used, beside train/ and {test_folder}/: {listed([f'{one_line(n)}/' for n in unused])}")
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
-    return Dataset(one_line(root.resolve().name), tuple(classes), train, test, DEFAULT, descriptions=said)
+    notices += passed_over(passed)
+    name = one_line(root.resolve().name)
+    return Dataset(name, classes, train, test, DEFAULT, descriptions=said, notices=tuple(notices))
 
 
-def unreadable(images: Images) -> dict[int, str]:
-    """Which images cannot be opened, in order, and why. Every file is read (see `check`), several at a time.
+def named_unreadable(images: Images, reasons: Mapping[int, str]) -> str:
+    """What `unreadable` found, as a message has it: how many, the first 20 and the reason of each."""
+    named = [f"{one_line(images.describe(row))} ({why})" for row, why in reasons.items()]
+    return f"{len(named)} image(s) that cannot be read: {listed(named, 20)}"
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """All images of a folder that has a folder per class, what it says of the classes, and what a user should hear of it."""
+
+    images: FolderImages
+    classes: tuple[str, ...]
+    descriptions: Descriptions | None
+    notices: tuple[str, ...]
+
+
+def class_folders(path: str | Path) -> ClassFolders:
+    """All images below `path/<class>/`, or where there are folders in `train/` those below `path/train/<class>/`. Raises
+    DataError as `folder_dataset`."""
+    root, shown = Path(os.path.expanduser(path)), one_line(path)
+    if not os.path.isdir(root):
+        raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
+    prefix = "train/" if "train" in list_folder(root).folders and _holds_classes(root / "train") else ""
+    images, classes, passed = _images(root, prefix, _classes(root / prefix))
+    file = root / FILE_NAME
+    said = read_descriptions(file) if file.is_file() else None
+    return ClassFolders(images, classes, said, tuple(passed_over(passed)))
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder called train or test is a part of a data set. One with files and no folders is a class of that name."""
+    there = list_folder(folder)
+    return bool(there.folders) or not (there.pictures or there.others)
+
+
+def _classes(folder: Path) -> dict[str, str]:
+    """The folders of the classes by the classes' names, sorted. Raises DataError if there is none, or two of one class."""
+    there = list_folder(folder)
+    for name in there.dangling:
+        if os.path.splitext(name)[1].lower() not in endings():  # a class must not go missing in silence
+            raise DataError(f"link '{one_line(folder / name)}': leads nowhere; repair or remove it")
+    if not there.folders:
+        raise DataError(f"data '{one_line(folder)}': no class found; make one folder of images per class in it")
+    found: dict[str, str] = {}
+    for own in there.folders:
+        name = class_name(own)
+        if name in found:
+            raise DataError(
+                f"folders {found[name]!a} and {own!a} in '{one_line(folder)}': both are class '{name}'; put their images "
+                "into one of the two"
+            )
+        found[name] = own
+    return dict(sorted(found.items()))
+
+
+def _images(root: Path, prefix: str, classes: Mapping[str, str]) -> tuple[FolderImages, tuple[str, ...], PassedOver]:
+    """All images of the classes in `root/prefix`, class by class; the classes' names; and what was passed over."""
+    names: list[str] = []
+    counts = []
+    passed = {str(root / prefix): Counter({STRAY: len(list_folder(root / prefix).pictures)})}
+    for name, own in classes.items():
+        folder = root / prefix / own
+        there = list_folder(folder)
+        passed[prefix + own] = there.others + Counter({FOLDER: len(there.folders)})
+        if not there.pictures:
+            raise DataError(
+                f"class '{name}': no image in '{one_line(folder)}'; add some (.jpg, .png, ...) or remove the folder"
+                f"{no_picture({prefix + own: passed[prefix + own]})}"
+            )
+        names += there.pictures
+        counts.append(len(there.pictures))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    return FolderImages(root, [prefix + own for own in classes.values()], names, labels), tuple(classes), passed
+
+
+def unreadable(images: Images, whole: bool = False) -> dict[int, str]:
+    """Which images cannot be opened, in order, and why. Every file is read (see `check`; with `whole`, decoded), several at
+    a time.
 
     To be called before a long training, so that all offenders are known at once. Looks through `Subset` and
     `Concatenation`; collections whose items are no encoded files, and so have no `check`, are left alone.
@@ -231,6 +319,8 @@ def unreadable(images: Images) -> dict[int, str]:
             if hasattr(source, "check"):
                 try:
                     source.check(position)
+                    if whole:
+                        source[position]
                 except Exception as error:  # as in FolderImages
                     found[index] = reason(error)
         return found
@@ -249,76 +339,3 @@ def _source(images: Images, index: int) -> tuple[Images, int]:
         else:
             images, index = images._place(index)
     return images, index
-
-
-def _subfolders(folder: Path) -> list[str]:
-    names = []
-    with _scan(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink() and not os.path.exists(entry.path):  # a class must not go missing in silence
-                raise DataError(f"link '{one_line(entry.path)}': leads nowhere; repair or remove it")
-            if entry.is_dir():
-                names.append(entry.name)
-    return sorted(names)
-
-
-def class_images(path: str | Path) -> tuple[FolderImages, tuple[str, ...], Descriptions | None]:
-    """All images below `path/<class>/`, or where there is a `train/` those below `path/train/<class>/`; the classes; and what
-    the folder says of them. Raises DataError as `folder_dataset`."""
-    root, shown = Path(os.path.expanduser(path)), one_line(path)
-    if not os.path.isdir(root):
-        raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
-    prefix = "train/" if "train" in _subfolders(root) else ""
-    classes = _subfolders(root / prefix)
-    _require_classes(classes, root / prefix)
-    file = root / FILE_NAME
-    return _images(root, prefix, classes), tuple(classes), read_descriptions(file) if file.is_file() else None
-
-
-def _require_classes(classes: list[str], folder: Path) -> None:
-    if not classes:
-        raise DataError(f"data '{one_line(folder)}': no class found; make one folder of images per class in it")
-    require_text(classes)
-
-
-def _images(root: Path, prefix: str, classes: Sequence[str]) -> FolderImages:
-    """All images of the classes in `root/prefix`, class by class."""
-    names: list[str] = []
-    counts = []
-    for name in classes:
-        folder = root / prefix / name
-        with _scan(folder) as entries:
-            # a directory entry knows its kind: no file is touched
-            found = sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".")
-                and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-                and not _is_folder(entry)
-            )
-        if not found:
-            raise DataError(
-                f"class '{name}': no image in '{one_line(folder)}'; add some (.jpg, .png, ...) or remove the folder"
-            )
-        names += found
-        counts.append(len(found))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return FolderImages(root, [prefix + name for name in classes], names, labels)
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: like one that leads nowhere, it fails when it is opened
-        return False
-
-
-def _scan(folder: Path):
-    try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise DataError(
-            f"folder '{one_line(folder)}': cannot be listed ({error.strerror}); check its permissions"
-        ) from None

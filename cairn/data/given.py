@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cairn.data.folders import check, decoded, rgb
+from cairn.data.folders import check, decoded, reason, rgb
 from cairn.errors import DataError, one_line
 
 Item = str | Path | Image.Image | np.ndarray | torch.Tensor
@@ -75,8 +75,9 @@ class Given:
             try:
                 return decoded(Path(item))
             except Exception as error:  # a decoder fed with damaged bytes may raise anything
-                reason = one_line(str(error) or type(error).__name__)
-                raise DataError(f"image '{one_line(str(item))}': cannot be read ({reason})") from None
+                raise DataError(
+                    f"image '{one_line(str(item))}': cannot be read ({reason(error)}); replace or leave it out"
+                ) from None
         if isinstance(item, Image.Image):
             return rgb(item)
         if not isinstance(item, (np.ndarray, torch.Tensor)):

@@ -20,6 +20,7 @@ from PIL import Image
 from cairn.data.catalogue import CATALOGUE, HubRow
 from cairn.data.folders import check, decoded, folder_dataset, reason
 from cairn.data.images import Concatenation, Dataset, Images, Subset
+from cairn.data.names import class_name
 from cairn.data.stream import held_out
 from cairn.distribution import extra_remedy
 from cairn.errors import DataError, UnknownName
@@ -87,7 +88,7 @@ def hub_dataset(key: str, local: str | Path | None = None, revision: str | None 
     if tables is not None:
         return _from_tables(row, tables)
     plain = folder_dataset(path, split_seed=0, test_share=TEST_SHARE)
-    return Dataset(key, _class_names(row, plain.classes), plain.train, plain.test, row.templates)
+    return Dataset(key, _class_names(row, plain.classes), plain.train, plain.test, row.templates, notices=plain.notices)
 
 
 # --- reading tables ---------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def _class_names(row: HubRow, raw: Sequence[str]) -> tuple[str, ...]:
             f"data '{row.key}': the copy has {len(raw)} classes, {row.title} has {expected}; use a whole copy, "
             "or give a folder of some classes as --data PATH"
         )
-    names = tuple(row.clean(name) for name in raw)
+    names = tuple(class_name(row.clean(name)) for name in raw)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"data '{row.key}': two classes are both called '{twice}'; rename one in the copy")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cairn.data.descriptions import Descriptions
+from cairn.data.names import class_name
 from cairn.errors import DataError
 from cairn.templates import prompt_templates
 
@@ -87,7 +88,8 @@ class Dataset:
 
     `templates` are prompts with one `{}` for the class name; the first serves where a method takes a single one.
     `embeddings` holds what a features file brings besides the images (see `cairn.data.embeddings`), `descriptions` what
-    is said of the classes beyond their names, where the data set brings that.
+    is said of the classes beyond their names, where the data set brings that. `notices` are what a user should hear of it.
+    Raises DataError for a class name that `class_name` refuses.
     """
 
     name: str
@@ -97,7 +99,9 @@ class Dataset:
     templates: tuple[str, ...]
     embeddings: Any = None
     descriptions: Descriptions | None = None
+    notices: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(map(class_name, self.classes)))
         templates = prompt_templates(self.templates, f"data '{self.name}': templates", DataError)
         object.__setattr__(self, "templates", templates)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,18 +17,10 @@ import numpy as np
 
 from cairn.data.descriptions import Descriptions
 from cairn.data.images import Dataset, Images, Subset
-from cairn.errors import ConfigError, DataError, ResultError, one_line
+from cairn.data.names import alike, normal_form
+from cairn.errors import ConfigError, DataError, ResultError, suggestion
 from cairn.files import JSON_BYTES, read_bytes, read_json, read_yaml
 from cairn.templates import prompt_templates
-
-
-def require_text(names: Iterable[str]) -> None:
-    """Raises DataError for a class name that has what `one_line` escapes: it goes into prompts, results and tables."""
-    for name in names:
-        if one_line(name) != name:
-            raise DataError(
-                f"class '{one_line(name)}': the name holds a control character or is not UTF-8; rename the class"
-            )
 
 
 @dataclass(frozen=True)
@@ -77,21 +69,27 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     """Natural indices in order of arrival.
 
     `natural`; `seed:N` for `numpy.random.RandomState(N).permutation(k)`, the field's convention;
-    or a file with every class once: a JSON or YAML list of names or of natural indices, bare or under the key `class_order`,
-    or one name per line.
+    or a file with every class once: a JSON or YAML list, bare or under the key `class_order`, of names (texts) or of
+    positions in the natural order (whole numbers, from 0), or a text file with one name per line.
     Raises ConfigError for anything else, naming what is missing or unknown.
     """
+    return _arrival(order, classes)[0]
+
+
+def _arrival(order: str, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """As `class_order`, with a notice of how a file is read where its entries could be names as well as positions."""
     if order == "natural":
-        return np.arange(len(classes))
+        return np.arange(len(classes)), []
     if order.startswith("seed:"):
         digits = order.removeprefix("seed:")
         if not digits.isdigit() or int(digits) >= 2**32:
             raise ConfigError(f"order '{order}': the seed must be a whole number from 0 to 4294967295")
-        return np.random.RandomState(int(digits)).permutation(len(classes))
+        return np.random.RandomState(int(digits)).permutation(len(classes)), []
     path = Path(order)
     if not os.path.isfile(path):
         raise ConfigError(f"order '{order}': neither natural, seed:N nor a file")
-    names = [_name(entry, classes) for entry in _listed(path)]
+    entries = _listed(path)
+    names = [_name(entry, classes) for entry in entries]
     position, counts = {name: i for i, name in enumerate(classes)}, Counter(names)
     unknown = [name for name in names if name not in position]
     missing = [name for name in classes if name not in counts]
@@ -99,8 +97,26 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     for problem, which in (("unknown", unknown), ("missing", missing), ("repeated", repeated)):
         if which:
             shown = ", ".join(map(repr, which[:3])) + (" ..." if len(which) > 3 else "")
-            raise ConfigError(f"order file '{order}': {len(which)} {problem} class name(s): {shown}")
-    return np.array([position[name] for name in names])
+            hint = _order_hint(which, classes) if problem == "unknown" else ""
+            raise ConfigError(f"order file '{order}': {len(which)} {problem} class name(s): {shown}{hint}")
+    notices = []
+    if all(name.isdecimal() for name in classes):
+        read_as = (
+            "names: whole numbers without quotes, in JSON or YAML, would be positions"
+            if isinstance(entries[0], str)
+            else f"positions, from 0: the first is class '{names[0]}'; for names put them into quotes"
+        )
+        notices.append(
+            f"order file '{order}': every class is called by a number, and the entries are taken as {read_as}"
+        )
+    return np.array([position[name] for name in names]), notices
+
+
+def _order_hint(unknown: Sequence[str], classes: Sequence[str]) -> str:
+    """What to do about entries that are no class."""
+    if all(name.isdecimal() for name in unknown):
+        return "; positions are whole numbers without quotes, in a JSON or YAML list"
+    return f"; {suggestion(unknown[0], classes)}"
 
 
 def _listed(path: Path) -> list[str] | list[int]:
@@ -116,14 +132,16 @@ def _listed(path: Path) -> list[str] | list[int]:
     if isinstance(names, dict):
         names = names.get("class_order")
     if not isinstance(names, list) or {type(name) for name in names} not in ({str}, {int}):
-        raise ConfigError(f"order file '{path}': must hold one list of class names, or of their natural indices")
+        raise ConfigError(
+            f"order file '{path}': must hold one list of class names, or of positions in the natural order"
+        )
     return names
 
 
 def _name(entry: str | int, classes: Sequence[str]) -> str:
-    """The class of a natural index; an index without one is left to be refused as a name."""
+    """The class at a position, or called by a text; a position without a class is left to be refused as a name."""
     if isinstance(entry, str):
-        return entry
+        return normal_form(entry)
     return classes[entry] if 0 <= entry < len(classes) else f"number {entry}"
 
 
@@ -177,7 +195,7 @@ def task_stream(
             raise ConfigError(f"{flag} {limit}: must be at least 1")
     _check(dataset)
     sizes = task_sizes(len(dataset.classes), base, step)
-    arrival = class_order(order, dataset.classes)
+    arrival, order_notices = _arrival(order, dataset.classes)
     names = tuple(dataset.classes[i] for i in arrival)
 
     train, test = dataset.train, dataset.test
@@ -192,7 +210,7 @@ def task_stream(
         tasks.append(Task(index, ids, names[start : start + size], dataset.templates, images, dataset.descriptions))
         tests.append(_of(test, arrival, ids, limit_test))
         start += size
-    notices = _alike(names)
+    notices = [*dataset.notices, *order_notices, *alike(names)]
     if len(sizes) > 1 and sizes[-1] < step:
         notices.append(f"the last task has {sizes[-1]} of {step} classes: {len(names)} classes do not divide evenly")
     stream = TaskStream(dataset.name, tuple(tasks), tuple(tests), names, base, step, "", tuple(notices))
@@ -221,15 +239,6 @@ def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStre
     return replace(less, fingerprint=_fingerprint(less))
 
 
-def _alike(names: Sequence[str]) -> list[str]:
-    """A notice of the classes whose names differ in capital letters alone, if there are any."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.lower(), []).append(name)
-    shown = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-    return [f"different classes whose names differ by case alone: {', '.join(shown)}"] if shown else []
-
-
 def without_class(task: Task, c: int) -> Task:
     """The task without class number c; later classes one number lower. Its images may be none."""
     kept = np.flatnonzero(task.train.labels != c)
@@ -250,7 +259,6 @@ def _of(images: Images, arrival: np.ndarray, ids: range, limit: int | None) -> S
 def _check(dataset: Dataset) -> None:
     if not dataset.classes:
         raise DataError(f"data '{dataset.name}': no class found")
-    require_text(dataset.classes)
     if len(set(dataset.classes)) < len(dataset.classes):
         twice = next(name for name in dataset.classes if dataset.classes.count(name) > 1)
         raise DataError(f"data '{dataset.name}': class '{twice}' appears twice; names must differ")

@@ -17,7 +17,7 @@ from cairn.data.feature_store import image_ids
 from cairn.data.images import Subset
 from cairn.errors import ResultError
 from cairn.files import read_json
-from cairn.run import RunConfig, TowersUsed, comparable_call
+from cairn.run import OnBadImage, RunConfig, TowersUsed, comparable_call
 from cairn.schema import Amount, Count, validated
 from cairn.tensors import serialized
 
@@ -38,7 +38,7 @@ class EmbedConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     preprocess: Literal["crop", "squash"] | None = None
     template: str | None = None
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: OnBadImage = "error"
     revision: str | None = None
     dtype: Literal["float32", "float16"] = Field("float32", description="what the rows are stored in")
     shard_rows: int = Field(2048, ge=1, description="images per shard")

@@ -124,8 +124,7 @@ def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: Bas
         given = {key: getattr(node, key) for key in node.model_fields_set}
         return type(node).model_validate(given | {name: value})
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"setting {path}={value}: {reason_of(problem)}") from None
+        raise ConfigError(f"setting {path}={value}: {reason_of(error.errors()[0])}") from None
 
 
 def _paths(root: BaseModel) -> list[str]:

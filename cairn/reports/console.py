@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
+from rich.cells import cell_len
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cairn.errors import printable
+
 SPARKS = "▁▂▃▄▅▆▇█"
 
-WHOLE = 16
-"""Columns of single words that are no longer than this are not broken across lines, where a line has room for five."""
+GAP = 2
+"""Spaces between the columns of a table."""
 
 
 def percent(value: float | None) -> str:
@@ -28,6 +31,32 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(SPARKS[min(7, max(0, int(8 * v)))] for v in values)
 
 
+def word_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int, title: str | None = None) -> Table:
+    """A table that is as wide as it may be, at most, and breaks lines between words as long as there is room for these."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    rows = [[printable(cell) for cell in row] for row in rows]
+    for name, own in zip(header, column_widths([header, *rows], width), strict=True):
+        table.add_column(name, overflow="fold", width=own)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Widths of columns that fit into a line of that width: the widest column gives way first, down to its longest word.
+    Where there is no room for whole words, the longest words are broken."""
+    columns = list(zip(*rows, strict=True))
+    longest_words = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+    widths = [max(1, *map(cell_len, column)) for column in columns]
+    for least in (longest_words, [1] * len(columns)):
+        while sum(widths) + GAP * (len(columns) - 1) > width:
+            wide = [i for i, own in enumerate(widths) if own > least[i]]
+            if not wide:
+                break
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
 class Console:
     """Prints events and results. On a terminal the running step is one live line; elsewhere a line at most every 10 s."""
 
@@ -37,7 +66,7 @@ class Console:
         self._said = 0.0
 
     def note(self, text: str) -> None:
-        self._rich.print(Text(text))
+        self._rich.print(Text(printable(text)))
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -58,7 +87,7 @@ class Console:
     def line(self, text: str) -> None:
         """What is going on: in place of the line before, or now and then."""
         if self._live is not None:
-            self._live.update(Text(text))
+            self._live.update(Text(printable(text)))
         elif time.monotonic() - self._said > 10:
             self._said = time.monotonic()
             self.note(f"  {text}")
@@ -95,13 +124,7 @@ class Console:
         self.note(f"{results[0].method} over {len(results)} seeds: {', '.join(parts)} -> {path}")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name, *cells in zip(header, *rows, strict=True):
-            words = all(len(cell) <= WHOLE and " " not in cell for cell in cells)
-            table.add_column(name, overflow="fold", no_wrap=words and self._rich.width >= 5 * WHOLE)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        self._rich.print(table, soft_wrap=False)
+        self._rich.print(word_table(header, rows, self._rich.width, title), soft_wrap=False)
         self._rich.print()
 
     def curves(self, results: Sequence[Any]) -> None:

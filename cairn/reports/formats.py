@@ -154,7 +154,9 @@ def _latex(cell: Cell, digits: int) -> str:
 
 
 def _in_csv(cell: Cell, field: str) -> str | float | None:
-    """Words that a spreadsheet would take for a formula get an apostrophe in front."""
-    if isinstance(cell, str):
-        return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
-    return getattr(cell, field, None)
+    return csv_text(cell) if isinstance(cell, str) else getattr(cell, field, None)
+
+
+def csv_text(text: str) -> str:
+    """Words for a cell. Those that a spreadsheet would take for a formula get an apostrophe in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

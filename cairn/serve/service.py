@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from cairn.data.folders import decoded_small, reason
-from cairn.data.stream import require_text
+from cairn.data.names import class_name, require_text
 from cairn.errors import ConfigError, DataError, Stopped, one_line
 from cairn.learner import IncrementalClassifier
 from cairn.methods.protocol import DescribedClasses
@@ -199,12 +199,14 @@ def _stopped() -> HTTPException:
 
 
 def _class_name(name: str) -> str:
-    name = name.strip()
-    if not name or len(name) > NAME_LETTERS:
-        raise HTTPException(422, f"a class name has 1 to {NAME_LETTERS} characters")
+    try:
+        name = class_name(name)
+    except DataError as error:
+        raise HTTPException(422, str(error)) from None
+    if len(name) > NAME_LETTERS:
+        raise HTTPException(422, f"a class name has at most {NAME_LETTERS} characters")
     if name in (".", ".."):  # no address could name it
         raise HTTPException(422, f"class '{name}': take another name")
-    _text([name])
     return name
 
 

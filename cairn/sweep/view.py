@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cairn.reports.console import percent
+from cairn.errors import printable
+from cairn.reports.console import percent, word_table
 from cairn.reports.formats import Table as Points
 from cairn.store import EVENTS
 from cairn.sweep.ledger import Job, Ledger
@@ -93,7 +94,7 @@ class View:
         self._said = time.monotonic()
 
     def note(self, text: str) -> None:
-        self._rich.print(Text(text))
+        self._rich.print(Text(printable(text)))
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -131,12 +132,7 @@ class View:
 
     def table(self, points: Points) -> None:
         """The results, by combination."""
-        found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in points.titles:
-            found.add_column(title, overflow="fold")
-        for row in points.texts():
-            found.add_row(*map(Text, row))
-        self._rich.print(found, soft_wrap=False)
+        self._rich.print(word_table(points.titles, points.texts(), self._rich.width), soft_wrap=False)
 
     def _drawn(self, ledger: Ledger, running: list[Job]) -> Group:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)

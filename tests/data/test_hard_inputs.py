@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 from safetensors.torch import load_file, save_file
 
-from cairn import IncrementalClassifier, cli
-from cairn.data.folders import decoded_small, folder_dataset, unreadable
+from cairn import cli
+from cairn.data.folders import class_folders, decoded_small, folder_dataset, unreadable
+from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
-from cairn.errors import ConfigError, DataError, TowersError
+from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages
+from cairn.learner import IncrementalClassifier
 from cairn.run import RunConfig, prepared, run_stream
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled
@@ -201,7 +203,9 @@ def test_many_damaged_images(root):
         (root / "train" / "dog" / f"bad{i:02d}.png").touch()
     (root / "train" / "cat" / "bad.png").touch()
     (root / "test" / "cat" / "bad.png").touch()
-    text = refusal(lambda: prepared(config(root)), "32 image(s)", "train/cat/bad.png", "train/dog/bad18.png", ", ...")
+    text = refusal(
+        lambda: prepared(config(root)), "32 image(s)", "train/cat/bad.png", "train/dog/bad18.png", ", and 12 more"
+    )
     assert "bad19" not in text
 
 
@@ -225,6 +229,66 @@ def test_class_of_damaged_images(root):
     refusal(
         lambda: prepared(config(root, on_bad_image="skip")), "class 'dog' loses all its test images", "remove the class"
     )
+
+
+@pytest.fixture
+def learner(tmp_path, towers):
+    """One that knows dark and bright pictures."""
+    images = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 30, 220, 250)]
+    IncrementalClassifier("simplecil", towers).partial_fit(images, ["dark", "dark", "bright", "bright"]).save(
+        tmp_path / "l"
+    )
+    return tmp_path / "l"
+
+
+def test_damaged_images_in_predict(tmp_path, learner, cairn):
+    for name, colour in (("a", (0, 0, 0)), ("b", (250, 250, 250)), ("c", (0, 0, 0))):
+        paint(tmp_path / "new" / f"{name}.png", colour)
+    (tmp_path / "new" / "b0.jpg").write_bytes(bytes_of(noise(), "JPEG")[:-100])
+    (tmp_path / "new" / "c0.png").touch()
+    status, out, err = cairn("predict", learner, "new", "gone.png", "--csv", "--device", "cpu")
+    assert status == 1
+    rows = [line.split(",") for line in out.splitlines()[1:]]
+    assert [(row[0], row[4]) for row in rows] == [("new/a.png", "dark"), ("new/b.png", "bright"), ("new/c.png", "dark")]
+    assert "new/b0.jpg (image file is truncated" in err
+    assert "new/c0.png (not an image)" in err
+    assert "gone.png (No such file or directory)" in err
+    assert "3 of 6 images cannot be read; the others are answered" in err
+    # no answer where that is asked for, or where there is none to give
+    status, out, err = cairn("predict", learner, "new", "--on-bad-image", "stop", "--device", "cpu")
+    assert (status, out) == (2, "")
+    assert "2 image(s) that cannot be read: new/b0.jpg" in err
+    assert cairn("predict", learner, "new/c0.png", "--device", "cpu")[:2] == (2, "")
+    assert cairn("predict", learner, "new/a.png", "--device", "cpu")[0] == 0
+
+    held = IncrementalClassifier.load(learner, device="cpu")
+    files = sorted(Path("new").iterdir())
+    for ask in (held.predict, held.predict_proba, held.known_score, held.predict_topk):
+        with pytest.raises(UnreadableImages, match="2 image") as caught:
+            ask(files)
+        assert list(caught.value.reasons) == [2, 4]
+
+
+def test_damaged_images_in_learn(root, tmp_path, cairn):
+    (root / "train" / "cat" / "bad.png").touch()
+    for name in ("cat", "dog"):
+        (root / "train" / name / "2.png").unlink()  # the same picture as the other one
+    call = ("learn", "new", root, "--method", "simplecil", "--towers", "tiny", "--device", "cpu")
+    status, _, err = cairn(*call)
+    assert status == 2
+    assert "train/cat/bad.png (not an image)" in err
+    assert not Path("new").exists()
+    status, out, _ = cairn(*call, "--on-bad-image", "skip")
+    assert status == 0
+    assert "note: left out: 1 image(s) that cannot be read" in out
+    assert "2 pictures learned, 2 new classes" in out
+    assert IncrementalClassifier.load("new", device="cpu").counts_.tolist() == [1, 1]
+    (root / "train" / "owl").mkdir()
+    (root / "train" / "owl" / "bad.png").touch()
+    status, _, err = cairn("learn", "new", root, "--on-bad-image", "skip", "--again", "--device", "cpu")
+    assert status == 2
+    assert "class 'owl': 2 image(s) that cannot be read" in err
+    assert IncrementalClassifier.load("new", device="cpu").counts_.tolist() == [1, 1]
 
 
 def test_damaged_row_of_a_table():
@@ -304,6 +368,27 @@ def test_thread_of_an_image(root):
     assert torch.equal(tall, prepared_image)
 
 
+def test_avif(root):
+    if not features.check("avif"):
+        pytest.skip("this Pillow is built without AVIF")
+    pixels = saved(root, Image.new("RGB", (8, 8), (10, 200, 30)), "0.avif", quality=100)
+    assert np.abs(pixels[0, 0] - [10, 200, 30]).max() <= 3
+    cut = bytes_of(noise(), "AVIF")[:-200]
+    (root / "train" / "cat" / "1.avif").write_bytes(cut)
+    refused(root, "train/cat/1.avif", why="(")
+
+
+def test_heic(root):
+    pytest.importorskip("pillow_heif", reason="the heic extra is not installed")
+    assert "HEIF" in optional_formats()
+    for name in ("0.heic", "1.HEIF"):
+        pixels = saved(root, Image.new("RGB", (64, 32), (10, 200, 30)), name, format="HEIF", quality=100)
+        assert pixels.shape == (32, 64, 3)
+        assert np.abs(pixels[5, 5] - [10, 200, 30]).max() <= 6
+    (root / "train" / "cat" / "2.heic").write_bytes(bytes_of(noise(), "HEIF")[:-200])
+    refused(root, "train/cat/2.heic", why="(")
+
+
 def test_rotation(root):
     image = Image.new("RGB", (8, 4))
     exif = image.getexif()
@@ -341,6 +426,78 @@ def test_folder_link_upwards(root):
     (root / "train" / "cat" / "up").symlink_to("..")
     (root / "train" / "cat" / "up.png").symlink_to(root)
     assert prepared(config(root)).stream.fingerprint == before
+
+
+def test_files_of_operating_systems(root):
+    before = task_stream(folder_dataset(root), step=1)
+    for junk in (
+        "train/__MACOSX/._cat.png", "train/.ipynb_checkpoints/1-checkpoint.png", "train/cat/._1.png", "train/cat/.hidden.png",
+        "train/cat/.ipynb_checkpoints/1.png", "train/cat/__MACOSX/1.png", "train/cat/Thumbs.db", "test/dog/@eaDir/1.png",
+        "__MACOSX/cat/1.png", ".cache/1.png",
+    ):  # fmt: skip
+        paint(root / junk)
+    after = task_stream(folder_dataset(root), step=1)
+    assert after.fingerprint == before.fingerprint
+    assert after.notices == ()
+    assert class_folders(root).notices == ()
+    found, passed = pictures_below(root)
+    assert [file.relative_to(root).as_posix() for file in found] == sorted(described(before))
+    assert passed_over(passed) == []
+
+
+def test_files_that_are_passed_over(root, tmp_path, learner, cairn, monkeypatch):
+    monkeypatch.setattr("cairn.data.picture_files.optional_formats", lambda: ())
+    monkeypatch.setattr("cairn.data.picture_files.endings", lambda: ENDINGS)
+    for name in ("a.heic", "b.HEIC", "c.avif", "scan", "notes.txt", "front/1.png", "back/1.png"):
+        paint(root / "train" / "cat" / name)
+    paint(root / "train" / "dog" / "d.heic")
+    paint(root / "train" / "stray.png")
+    paint(root / "extra" / "1.png")
+    before = described(task_stream(folder_dataset(root), step=1))
+    assert before == [
+        f"{side}/{name}/{i}.png"
+        for side, some in (("train", "12"), ("test", "3"))
+        for name in ("cat", "dog")
+        for i in some
+    ]
+    used, passed = folder_dataset(root).notices
+    assert used == "not used, beside train/ and test/: extra/"
+    (learned,) = class_folders(root).notices
+    for notice in (passed, learned):
+        cat = next(part for part in re.split("passed over: |; ", notice) if "2 .heic" in part)
+        kinds, _, place = cat.partition(" in ")
+        assert sorted(kinds.split(", ")) == ["1 .avif", "1 .txt", "1 file without an ending", "2 .heic", "2 folders"]
+        assert place == "'train/cat'"
+        assert "1 .heic in 'train/dog'" in notice
+        assert "1 picture beside the class folders" in notice
+        assert ".heic needs pillow-heif" in notice
+        assert ".avif needs a Pillow with AVIF" in notice
+        assert "give a picture an ending" in notice
+        assert "move pictures in folders inside a class up" in notice
+    # predict looks into folders, and passes over the same files otherwise
+    status, out, err = cairn("predict", learner, root, "--device", "cpu")
+    assert status == 0
+    inside = [*before, "train/stray.png", "extra/1.png", "train/cat/front/1.png", "train/cat/back/1.png"]
+    assert [line.partition(": ")[0] for line in out.splitlines()] == sorted(str(root / name) for name in inside)
+    assert err.count("\n") == 1
+    assert "2 .heic" in err
+    # a class that has nothing else
+    (root / "train" / "owl").mkdir()
+    paint(root / "train" / "owl" / "e.heic")
+    paint(root / "test" / "owl" / "e.png")
+    refusal(lambda: folder_dataset(root), "class 'owl': no image", "1 .heic", "pillow-heif")
+
+
+def test_linked_folder_in_predict(root, tmp_path, learner, cairn):
+    (tmp_path / "new").mkdir()
+    paint(tmp_path / "new" / "1.png")
+    (tmp_path / "new" / "more").symlink_to(root)
+    (tmp_path / "new" / "self").symlink_to(".")
+    status, out, err = cairn("predict", learner, "new", "--device", "cpu")
+    assert status == 0
+    assert [line.partition(": ")[0] for line in out.splitlines()] == ["new/1.png"]
+    assert "2 linked folders in 'new'. To take them: name a linked folder in the call as well" in err
+    assert len(cairn("predict", learner, "new/more", "--device", "cpu")[1].splitlines()) == 6
 
 
 def test_link_out_of_the_folder(root, tmp_path):
@@ -400,16 +557,66 @@ def test_file_name_that_is_not_utf8(root, monkeypatch):
     refused(root, "train/cat/\\udcff.png", why="not an image")
 
 
-@pytest.mark.parametrize("name", [b"ow\xffl", b"ow\nl", b"ow\x1b[31ml"], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"ow\xffl",
+        b"ow\nl",
+        b"ow\x1b[31ml",
+        *(f"ow{sign}l".encode() for sign in "\u200b\u202e\xad\ufeff\u2066\u3164\ufe0f"),
+    ],
+    ids=repr,
+)
 def test_class_name_that_is_no_text(root, embedded_dataset, name):
     name = os.fsdecode(name)
-    asks = ("class 'ow\\", "control character or is not UTF-8", "rename the class")
+    asks = (
+        "class 'ow\\",
+        "control character, an invisible or direction-changing one, or is not UTF-8",
+        "rename the class",
+    )
     refusal(lambda: task_stream(replace(embedded_dataset, classes=(name, *"abcde")), step=1), *asks)
+    with pytest.raises(DataError, match="rename the class"):
+        IncrementalClassifier("zero-shot", "tiny").partial_fit([np.zeros((4, 4, 3), np.uint8)], [name])
     try:
         paint(root / "train" / name / "1.png")
     except OSError:
         pytest.skip("this file system does not take such a name")
     refusal(lambda: prepared(config(root)), *asks)
+
+
+def test_empty_class_name(root, embedded_dataset):
+    for name in ("", " ", "\t"):
+        refusal(lambda name=name: replace(embedded_dataset, classes=(name, *"abcde")), "at least one visible character")
+        with pytest.raises(DataError, match="at least one visible character"):
+            IncrementalClassifier("zero-shot", "tiny").partial_fit([np.zeros((4, 4, 3), np.uint8)], [name])
+    for side in ("train", "test"):
+        paint(root / side / " " / "1.png")
+    refusal(lambda: prepared(config(root)), "class ' '", "at least one visible character", "give the class a name")
+
+
+def test_one_class_name_in_two_spellings(root, towers):
+    """Composed (one character) and decomposed (a letter and an accent), with and without a space at the end."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for side, name in (("train", composed), ("test", f"{decomposed} ")):
+        for i in range(2):
+            paint(root / side / name / f"{i}.png")
+    stream = prepared(config(root)).stream
+    assert list(stream.class_names) == [composed, "cat", "dog"]
+    assert [len(images) for images in stream.collections] == [2, 2, 2, 2, 1, 1]
+    paint(root / "train" / decomposed / "1.png")
+    text = refusal(
+        lambda: prepared(config(root)), f"both are class '{composed}'", "put their images into one of the two"
+    )
+    assert r"'cafe\u0301'" in text  # else one could not see the difference
+
+    images = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 90, 180, 250)]
+    learner = IncrementalClassifier("simplecil", towers)
+    learner.partial_fit(images, [composed, decomposed, "bear", "bear "])
+    assert list(learner.classes_) == [composed, "bear"]
+    assert learner.counts_.tolist() == [2, 2]
+    assert learner.score(images[2:], ["bear", "bear"]) == 1
+    learner.forget(decomposed)
+    assert list(learner.classes_) == ["bear"]
 
 
 def test_braces_in_a_class_name(root, towers):
@@ -445,13 +652,83 @@ def test_class_names_like_markup_and_paths(root, features_file, monkeypatch):
     assert folders < {*run_stream(config(root)).class_order}
 
 
-def test_class_names_that_differ_by_case(features_file):
+def test_class_names_that_differ_by_case(features_file, towers):
     names = ["Owl", "cat", "owl", "OWL", "dog", "Dog"]
     stream = prepared(config(features_file(class_names=names), step=2)).stream
     assert list(stream.class_names) == names
-    assert stream.notices == (
-        "different classes whose names differ by case alone: 'Owl' and 'owl' and 'OWL', 'dog' and 'Dog'",
-    )
+    (notice,) = stream.notices
+    assert "by case, underscores or spaces alone" in notice
+    assert "'Owl' and 'owl' and 'OWL', 'dog' and 'Dog'" in notice
+
+
+def test_class_names_with_one_prompt(root, towers):
+    """An underscore is said as a space, so that half of each class would be taken for the other."""
+    for name in ("tea_cup", "tea cup"):
+        for side in ("train", "test"):
+            paint(root / side / name / "1.png")
+    assert "'tea cup' and 'tea_cup'" in prepared(config(root)).stream.notices[0]
+
+    images, told = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 250)], []
+    learner = IncrementalClassifier("simplecil", towers).partial_fit(images[:1], ["tea_cup"])
+    assert learner.notices_ == []
+    learner.partial_fit(images[1:], ["Tea cup"], log=Log(keep=told.append))
+    assert "'tea_cup' and 'Tea cup'" in learner.notices_[0]
+    assert [event["event"] for event in told].count("notice") == 1
+    learner.partial_fit([np.full((4, 4, 3), 120, np.uint8)], ["oak"])  # said once, when one of them came
+    assert len(learner.notices_) == 1
+
+
+def test_class_called_train(tmp_path, cairn):
+    """CIFAR-100 has one: a folder called train is a part of the data set only if there are folders in it."""
+    for c, name in enumerate(("train", "test", "owl")):
+        for i in range(4):
+            paint(tmp_path / "data" / name / f"{i}.png", (60 * i, 90 * c, 30))
+    data = folder_dataset(tmp_path / "data")
+    assert data.classes == ("owl", "test", "train")
+    assert [len(data.train), len(data.test)] == [9, 3]
+    found = class_folders(tmp_path / "data")
+    assert found.classes == ("owl", "test", "train")
+    assert len(found.images) == 12
+    status, out, _ = cairn("learn", "l", "data", "--method", "simplecil", "--towers", "tiny", "--device", "cpu")
+    assert status == 0
+    assert "12 pictures learned, 3 new classes" in out
+    # with folders in it, it is a part as before
+    paint(tmp_path / "data" / "train" / "owl" / "1.png")
+    refusal(lambda: folder_dataset(tmp_path / "data"), "has train/ but neither test/ nor val/ with a folder per class")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        (
+            "o.json",
+            "[1, 0, 2]",
+            "are taken as positions, from 0: the first is class '1'; for names put them into quotes",
+        ),
+        ("o.json", '["2", "0", "10"]', "are taken as names: whole numbers without quotes"),
+        ("o.yaml", "- 1\n- 0\n- 2\n", "are taken as positions"),
+        ("o.txt", "2\n0\n10\n", "are taken as names"),
+    ],
+)
+def test_order_file_where_classes_are_called_by_numbers(tmp_path, file, text, said):
+    for name in ("0", "2", "10"):
+        for i in range(2):
+            paint(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / file).write_text(text)
+    stream = prepared(config(tmp_path / "data", order=str(tmp_path / file))).stream
+    assert list(stream.class_names) == (["10", "0", "2"] if "positions" in said else ["2", "0", "10"])
+    (notice,) = stream.notices
+    assert "every class is called by a number" in notice
+    assert said.replace("class '1'", "class '10'") in notice
+
+
+def test_positions_in_a_text_file(root, tmp_path):
+    (tmp_path / "order.txt").write_text("1\n0\n")
+    refusal(
+        lambda: prepared(config(root, order=str(tmp_path / "order.txt"))),
+        "2 unknown class name(s): '1', '0'", "positions are whole numbers without quotes, in a JSON or YAML list",
+        kind=ConfigError,
+    )  # fmt: skip
 
 
 # --- classes and tasks ---

@@ -102,7 +102,7 @@ def _started(context: typer.Context) -> None:
         )
 
 
-SOME = (100, 512, 5000, 3 * 224**2)
+SOME = (100, 512, 5000, 3 * 224**2, 768)
 """Classes, numbers per embedding, images and bytes of an image, for which a method's memory is shown."""
 
 

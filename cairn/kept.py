@@ -66,6 +66,7 @@ class KeptTowers:
     def __init__(self, towers: Towers, store: FeatureStore, data: str = "?"):
         self.towers, self.store = towers, store
         self.name, self.dim, self.logit_scale = towers.name, towers.dim, towers.logit_scale
+        self.hidden_dim = towers.hidden_dim
         self.fingerprint, self.passes = towers.fingerprint, towers.passes
         self.has_images, self.has_text = towers.has_images, towers.has_text
         self.text, self.word_tokens, self.class_texts = towers.text, towers.word_tokens, towers.class_texts
@@ -92,6 +93,10 @@ class KeptTowers:
 
     def image(self, pixels: Pixels) -> Features:
         return self._looked_up(pixels, "image")[0] if _is_place(pixels) else self.towers.image(pixels)
+
+    def image_and_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
+        """Of images alone: the store holds no hidden rows, and the methods that ask for them are not given places."""
+        return self.towers.image_and_hidden(pixels)
 
     def image_and_patches(
         self, pixels: Pixels, attention: Attention = "native"

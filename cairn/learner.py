@@ -451,8 +451,8 @@ class IncrementalClassifier:
             descriptions=record.descriptions, seed=record.seed, device=device, precision=held.precision,
             preprocess=held.preprocess, revision=held.revision if towers in (None, held.name) else None,
         )  # fmt: skip
-        schema, made_by = method_named(record.method).config, record.versions.get("cairn")
-        learner._stored_config = validated(schema, record.config, where, made_by)
+        entry, made_by = method_named(record.method), record.versions.get("cairn")
+        learner._stored_config = validated(entry.config, entry.completed(record.config), where, made_by)
         learner.classes_ = np.array(record.classes, dtype=object)
         learner.counts_ = np.array(record.counts, dtype=np.int64)
         learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]

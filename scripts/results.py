@@ -25,6 +25,7 @@ STREAMS = {
     "shapes": ["--data", "shapes"],
     "caltech51": [*EMBEDDINGS, "data/clip-vit-b32-features/caltech51.safetensors"],
     "ucf101": [*EMBEDDINGS, "data/clip-vit-b32-features/ucf101.safetensors"],
+    "imagenet150": [*EMBEDDINGS, "data/clip-vit-b32-features/imagenet150.safetensors"],
     "ucf101-at-once": [
         "--step",
         "101",
@@ -77,7 +78,7 @@ DRIFT = {
 
 TABLES = {
     "README.md": ["shapes"],
-    "docs/measured.md": ["caltech51", "ucf101", "ucf101-at-once", "cifar100", "cifar100-50"],
+    "docs/measured.md": ["caltech51", "ucf101", "ucf101-at-once", "imagenet150", "cifar100", "cifar100-50"],
     "docs/choose-a-method.md": ["caltech51"],
     "docs/spa.md": ["spa-shapes", "spa-cifar100"],
     "docs/drift.md": [f"drift/{name}" for name in DRIFT],
@@ -95,27 +96,38 @@ Job = tuple[str, str, str, list[str], str]
 
 
 BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
+EXTRA = ("slca-2", "rapf-identity")
 BOUNDS = ("zero-shot", "finetune", "joint")
 VARIANTS = {
     "aper-lora": ("aper", ["tuning=lora"]),
     "aper-5": ("aper", ["schedule.epochs=5"]),
+    "rapf-identity": ("rapf", ["start=identity"]),
     "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
 METHOD_ROWS = {
-    "shapes": [*BOUNDS, *(name for name in BASELINES if name != "slca"), "aper-lora", "slca-2", "dmc", "dmc-ot", "spa"],
+    "shapes": [
+        *BOUNDS,
+        *(name for name in BASELINES if name != "slca"),
+        "aper-lora",
+        *EXTRA,
+        "dmc",
+        "dmc-ot",
+        "spa",
+    ],
     "cifar100": [
         *BOUNDS,
         *(name for name in BASELINES if name not in ("aper", "slca")),
         "aper-5",
-        "slca-2",
+        *EXTRA,
         "dmc",
         "dmc-ot-residual",
         "spa",
     ],
-    "caltech51": [*BOUNDS, *BASELINES, "dmc", "dmc-ot", "spa"],
+    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa"],
+    "imagenet150": ["zero-shot", "simplecil", "lda", "ranpac", "rapf", "rapf-identity", "engine", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
 }
 """What is compared on a stream, by folder."""
@@ -129,9 +141,23 @@ def jobs() -> list[Job]:
             if method in ("spa", "engine") and stream.startswith("cifar100"):
                 settings = DESCRIBED
             found.append((stream, folder, method, settings, FIVE if stream == "shapes" and "dmc" in method else THREE))
-    for method in ("simplecil", "lda", "acil", "ranpac", "aper", "slca", "dmc", "dmc-ot", "spa", "joint"):
+    for method in (
+        "simplecil",
+        "lda",
+        "acil",
+        "ranpac",
+        "aper",
+        "slca",
+        "rapf",
+        "engine",
+        "dmc",
+        "dmc-ot",
+        "spa",
+        "joint",
+    ):
         found.append(("ucf101", method, method, [], "1" if method == "simplecil" else THREE))
     found += [
+        ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
         ("ucf101-at-once", "acil", "acil", [], THREE),
         ("ucf101-at-once", "ranpac", "ranpac", [], THREE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 
 def class_cross_entropy(
@@ -43,12 +43,28 @@ def text_anchor_contrast(
     return -log_share[which, torch.arange(len(z), device=z.device)].mean()
 
 
-def normalised_cross_entropy(H: Float[Tensor, "n k"], y: Int[Tensor, "n"], temperature: float) -> Float[Tensor, ""]:
-    """Mean over rows i of -log softmax(H_i / (temperature |H_i|))_{y_i}: of the logits only their direction counts.
+def batch_contrast(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Each row of `a` against the rows of the batch: mean over i of -log softmax_j(a_i . b_j)_i.
 
-    Source: classifier alignment of SLCA (Zhang et al. 2023), after the logit normalisation of Wei et al. 2022.
+    Rows of one class count as each other's negatives, as in CLIP's own training.
+    Source: Radford et al., CLIP (2021), section 2.3; one half of its symmetric loss.
     """
-    return cross_entropy(normalize(H) / temperature, y)
+    return cross_entropy(a @ b.T, torch.arange(len(a), device=a.device))
+
+
+def normalised_cross_entropy(
+    H: Float[Tensor, "n k"], y: Int[Tensor, "n"], temperature: float, groups: Int[Tensor, "k"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over rows i of -log softmax(H_i / (temperature N_i))_{y_i}, so that logits cannot win by growing.
+
+    N_i is the mean over the groups of classes (the tasks) of the length of H_i in each; with one group, or None, |H_i|.
+    Source: classifier alignment of SLCA (Zhang et al. 2023) and its published code, after the logit normalisation of Wei et
+    al. 2022.
+    """
+    if groups is None:
+        groups = torch.zeros(H.shape[1], dtype=torch.int64)
+    own = [H[:, groups == g].norm(dim=1, keepdim=True) for g in groups.unique()]
+    return cross_entropy(H / (temperature * torch.cat(own, 1).mean(1, keepdim=True).clamp(min=1e-12)), y)
 
 
 def mean_squared_cosine(T_new: Float[Tensor, "j d"], T_old: Float[Tensor, "k d"]) -> Float[Tensor, ""]:

@@ -15,7 +15,7 @@ AHEAD_VALUES = 2**25
 
 
 class ReplayBatches:
-    """Real rows of the current task and pseudo-features of old classes, on the unit sphere.
+    """Real rows of the current task and pseudo-features of old classes; with `sphere` these are brought to length 1.
 
     An epoch shows each real row once. Of every batch, `real_share` is real; None gives each class the same share. A batch
     that has both kinds has at least one row of each, so one of `batch` = 1 has two. The drawn part has its labels balanced
@@ -23,8 +23,17 @@ class ReplayBatches:
     all is drawn and an epoch is as long as the real rows would make it.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, memory: ClassMemory, *, batch: int, real_share: float | None):
-        self.features, self.labels, self.memory = features, labels, memory
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        memory: ClassMemory,
+        *,
+        batch: int,
+        real_share: float | None,
+        sphere: bool = True,
+    ):
+        self.features, self.labels, self.memory, self.sphere = features, labels, memory, sphere
         old = memory.classes
         if real_share is None:
             present = len(torch.unique(labels))
@@ -57,7 +66,9 @@ class ReplayBatches:
             drawn, names = self.memory.draws(per_class, some)
             for i, (rng, order) in enumerate(zip(some, orders, strict=True)):
                 mixed = torch.randperm(rows, generator=rng)
-                yield self._batches(order, 0 if start + i else skip, unit(drawn.pop(0))[mixed], names[mixed])
+                pseudo = drawn.pop(0)
+                pseudo = unit(pseudo) if self.sphere else pseudo
+                yield self._batches(order, 0 if start + i else skip, pseudo[mixed], names[mixed])
 
     def _batches(
         self, order: Tensor, skip: int, pseudo: Tensor | None = None, names: Tensor | None = None

@@ -1,20 +1,30 @@
 """RAPF: one linear map behind a frozen image tower, apart where class texts are near, fused after every task.
 
 Source: Huang et al., Class-Incremental Learning with CLIP: Adaptive Representation Adjustment and Parameter Fusion (ECCV
-2024), arXiv 2407.14143. Its abstract and published summaries were read, its equations were not, so none is cited by number.
-[P] marks what they state: frozen towers and a linear adapter trained by cross entropy on cosines; a Gaussian per class to
-draw old ones from; pairs of an old and a new class whose texts are nearer (Euclidean) than a threshold, kept apart by a
-hinge loss on draws of the old one; after training, old and new weights fused in an orthonormal basis. Formulas and numbers
-are ours [I].
+2024), arXiv 2407.14143. Its equations were not read, so none is cited by number; [P] marks what its abstract and the authors'
+published code state, and the defaults are theirs. Per task:
+1. Cross entropy on s cos(W f(x), t_c) over the task's images and draws from the Gaussians of old classes.
+2. A hinge on fresh draws of each old class whose text is nearer (Euclidean) than a threshold to that of a new one:
+   max(0, cos(W v, t_new) - cos(W v, t_old) + margin), averaged over the draws v of all such pairs.
+3. After training the old and the new weights are fused entry by entry in the basis of the old ones' singular vectors.
+Embeddings are taken as they leave the tower; only the cosine at the end divides by a length.
 
-Letters: x unit embedding of an image, W adapter (d x d), z = W x / |W x|; t_c unit text of class c; s scale; N(mu_c, S_c)
+What differs [I]: draws are spread over all old classes in every epoch, where the code takes two classes per batch; OAS
+shrinks the covariances, where the code adds 1e-4 to their diagonals. Our first form, which started at the identity, had unit
+embeddings, a hinge on distances over the drawn rows of the batch itself and another mask, is the settings start=identity,
+unit_features=true, hinge=distance, pair_draws=null, mask=ratio, threshold=.65.
+
+Letters: x embedding of an image, W adapter (d x d), z = W x / |W x|; t_c unit text of class c; s scale; N(mu_c, S_c)
 Gaussian of class c, over x; U singular vectors of the old W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
@@ -46,26 +56,47 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: float = Field(
-        0.65,
-        ge=0,
-        description="alpha: an old and a new class are neighbours if |t_i - t_j| is below it; 0: none are [I]",
+    start: Literal["random", "identity"] = Field(
+        "random", description="W before the first task: uniform in +-1/sqrt(d), or the identity [P: random]"
     )
-    separation: float = Field(1.0, ge=0, description="weight of the hinge loss between neighbours [I]")
-    margin: float = Field(0.1, ge=0, description="by how much nearer the right text must be, in the hinge loss [I]")
-    fusion: float = Field(
-        1.0,
+    unit_features: bool = Field(False, description="embeddings are brought to length 1 first [P: they are not]")
+    threshold: float = Field(
+        0.55,
         ge=0,
-        description="an entry that changed by so many times the average change is half the old one; 0: all new [I]",
+        description="alpha: an old and a new class are neighbours if |t_i - t_j| is below it; 0: none are [P: .55]",
+    )
+    separation: float = Field(1.0, ge=0, description="weight of the hinge loss between neighbours [P: 1]")
+    margin: float = Field(0.1, ge=0, description="by how much nearer the right text must be, in the hinge loss [P: .1]")
+    hinge: Literal["cosine", "distance"] = Field("cosine", description="what the hinge compares [P: cosine]")
+    pair_draws: int | None = Field(
+        40,
+        ge=1,
+        description="fresh draws of the old class per pair of neighbours and step; null: its rows of the batch [P: 40]",
+    )
+    pairs: int = Field(
+        50, ge=1, description="pairs that are drawn in a step at most, in turn; the code has no limit [I]"
+    )
+    mask: Literal["clipped", "ratio"] = Field(
+        "clipped",
+        description="share of the new weights: min(1, D / max D + fusion), or D / (D + fusion mean D) [P: clipped]",
+    )
+    fusion: float = Field(
+        0.6, ge=0, description="the mask's constant; clipped: 1 is all new; ratio: 0 is all new [P: .6]"
     )
     covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
+        Full(), description="what is kept of a class: full [P], low_rank, diagonal or shared"
     )
     shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     real_share: float | None = Field(
-        None, ge=0, le=1, description="share of real rows in a batch; null: each class the same share [I]"
+        5 / 7,
+        ge=0,
+        le=1,
+        description="share of real rows in a batch; null: each class the same share [P: 100 beside 40 drawn]",
     )
-    schedule: Schedule = Field(Schedule(epochs=10, batch=128, lr=1e-3), description="training of the adapter [I]")
+    schedule: Schedule = Field(
+        Schedule(epochs=15, batch=140, lr=1e-3, optimizer="adam", weight_decay=0, warmup=0, milestones=(4, 10)),
+        description="training of the adapter [P]",
+    )
 
     _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
 
@@ -78,6 +109,9 @@ class RAPF(UnitRows):
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.W = torch.eye(towers.dim)
+        if config.start == "random":
+            drawn = torch.rand(towers.dim, towers.dim, generator=self.seeds.generator("start"))
+            self.W = (2 * drawn - 1) / towers.dim**0.5
         self.anchors = torch.zeros(0, towers.dim)
         self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
 
@@ -90,7 +124,7 @@ class RAPF(UnitRows):
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        x, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+        x, y = encoded(loader, lambda pixels, _: self.remembered(self.towers.image(pixels)), checkpoint, "X")
 
         # Cross entropy on new images and draws of old classes, and the hinge loss on what is drawn of neighbours [P].
         old, device = self.memory, torch.device(self.towers.device)
@@ -98,16 +132,26 @@ class RAPF(UnitRows):
         near = neighbours(T, task.classes.start, config.threshold)
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            z, y = unit(x.to(device) @ W.T), y.to(device)
-            return class_cross_entropy(z, T, y, s) + config.separation * hinge(z, T, y, near, config.margin)
+            z, (y, rival) = unit(x.to(device) @ W.T), y.to(device).T
+            rows = rival < 0  # of the batch itself
+            value = class_cross_entropy(z[rows], T, y[rows], s)
+            if config.pair_draws is None:
+                drawn, rival = near[y].nonzero(as_tuple=True)
+            else:
+                drawn, rival = (~rows).nonzero()[:, 0], rival[~rows]
+            return value + config.separation * hinge(z[drawn], T, y[drawn], rival, config.margin, config.hinge)
 
-        batches = ReplayBatches(x, y, old, batch=config.schedule.batch, real_share=config.real_share)
+        batches = ReplayBatches(
+            x, y, old, batch=config.schedule.batch, real_share=config.real_share, sphere=config.unit_features
+        )
+        pairs = near.nonzero() if config.pair_draws and config.separation else near.nonzero()[:0]
+        batches = _WithPairs(batches, old, pairs.cpu(), config.pair_draws or 0, config.pairs, self.on_sphere)
         fit(loss, [W], batches, config.schedule, seeds, log, checkpoint)
         old.tell_repairs(log)
 
         # Decomposed parameter fusion [P]. The first task has no older weights to hold on to.
         new = W.detach().cpu()
-        self.W = fused(self.W, new, config.fusion) if old.classes else new
+        self.W = fused(self.W, new, config.fusion, config.mask) if old.classes else new
         self.memory = old.add(x, y)
 
     def forget(self, c: int) -> None:
@@ -116,6 +160,12 @@ class RAPF(UnitRows):
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
+
+    def remembered(self, features: Features) -> Features:
+        return unit(features) if self.config.unit_features else features
+
+    def on_sphere(self, drawn: Features) -> Features:
+        return self.remembered(drawn)
 
     def row_scores(self, x: Features) -> Scores:
         return self.towers.logit_scale * unit(x @ self.W.to(x.device).T) @ self.anchors.to(x.device).T
@@ -136,22 +186,77 @@ def neighbours(T: Float[Tensor, "k d"], start: int, threshold: float) -> Bool[Te
 
 
 def hinge(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Labels, near: Bool[Tensor, "k k"], margin: float
-) -> Float[Tensor, ""]:
-    """Mean of max(0, |z_i - t_{y_i}| - |z_i - t_j| + margin) over rows i and neighbours j of their class; 0 without any."""
-    distances = torch.cdist(z, T, compute_mode="donot_use_mm_for_euclid_dist")
-    short = (distances.gather(1, y[:, None]) - distances + margin).relu()
-    return (short * near[y]).sum() / near[y].sum().clamp(min=1)
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Labels, rival: Labels, margin: float,
+    by: Literal["cosine", "distance"] = "cosine",
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Mean over rows i of max(0, near(z_i, t_{rival_i}) - near(z_i, t_{y_i}) + margin), 0 without any; near is the cosine of
+    unit rows or minus their distance."""
+    if not len(z):
+        return z.new_zeros(())
+    right, wrong = T[y], T[rival]
+    if by == "cosine":
+        gap = (z * wrong).sum(1) - (z * right).sum(1)
+    else:
+        gap = (z - right).norm(dim=1) - (z - wrong).norm(dim=1)
+    return (gap + margin).relu().mean()
 
 
-def fused(old: Float[Tensor, "d d"], new: Float[Tensor, "d d"], fusion: float) -> Float[Tensor, "d d"]:
+class _WithPairs:
+    """Batches and, behind each, `draws` fresh draws of the old class of each pair, `most` pairs at a time and in turn.
+
+    Labels have two columns: the class, and the new class a draw is to be kept from; -1 for the rows of the batch itself.
+    """
+
+    def __init__(
+        self, batches: ReplayBatches, old: GaussianMemory, pairs: Int[Tensor, "p 2"], draws: int, most: int, remembered
+    ):
+        self.batches, self.old, self.pairs, self.draws, self.most = batches, old, pairs, draws, most
+        self.remembered = remembered
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """One epoch for each generator; of the first one, `skip` batches are left out."""
+        seeds = [int(torch.randint(2**62, (), generator=rng)) for rng in rngs]
+        for i, source in enumerate(self.batches.epochs(rngs, skip)):
+            yield self._epoch(source, seeds[i], 0 if i else skip)
+
+    def _epoch(self, source: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (x, y) in enumerate(source, start=start):
+            labels = torch.stack([y, torch.full_like(y, -1)], 1)
+            if len(self.pairs):
+                number = min(self.most, len(self.pairs))
+                turn = (torch.arange(number) + step * number) % len(self.pairs)
+                pairs = self.pairs[turn]
+                classes, which = pairs[:, 0].unique(return_inverse=True)
+                sizes = which.bincount()
+                drawn, _ = self.old.draw(
+                    self.draws * int(sizes.max()), torch.Generator().manual_seed(seed + step), classes.tolist()
+                )
+                # Pair i takes the next rows of its class that no pair before it took
+                place = torch.stack([(which[:i] == c).sum() for i, c in enumerate(which)])
+                rows = drawn.view(len(classes), -1, self.draws, drawn.shape[1])[which, place].flatten(0, 1)
+                x = torch.cat([x, self.remembered(rows)])
+                labels = torch.cat([labels, pairs.repeat_interleave(self.draws, 0)])
+            yield x, labels
+
+
+def fused(
+    old: Float[Tensor, "d d"], new: Float[Tensor, "d d"], fusion: float, mask: Literal["clipped", "ratio"] = "clipped"
+) -> Float[Tensor, "d d"]:
     """Old and new weights, mixed entry by entry in the basis U of the old ones' left singular vectors.
 
-    R = U^T old,  R' = U^T new,  D = |R' - R|,  M = D / (D + fusion mean(D));  U (R + M (R' - R)).
+    R = U^T old,  R' = U^T new,  D = |R' - R|;  U (R + M (R' - R)) with
+    M = min(1, D / max D + fusion)  (clipped)  or  M = D / (D + fusion mean D)  (ratio).
     What changed much is the new task's and is taken from the new weights, what hardly changed stays. Float64 inside.
     """
     U = torch.linalg.svd(old.double()).U
     R, change = U.T @ old.double(), U.T @ (new - old).double()
     D = change.abs()
-    M = D / (D + fusion * D.mean()).clamp(min=torch.finfo(D.dtype).tiny)
+    tiny = torch.finfo(D.dtype).tiny
+    if mask == "clipped":
+        M = (D / D.max().clamp(min=tiny) + fusion).clamp(max=1)
+    else:
+        M = D / (D + fusion * D.mean()).clamp(min=tiny)
     return (U @ (R + M * change)).to(old.dtype)

@@ -7,7 +7,9 @@ arXiv 2303.05118), the sections on the slow learner and on classifier alignment.
 2. Statistics [P]: mean and covariance of each new class, under the encoder as the task left it. They stay as they are while
    later tasks move it on.
 3. Classifier alignment [P]: draws from the Gaussians of all classes seen train the classifier alone. Its logits are
-   normalised there, H / (tau |H|), so that it cannot win by growing; predictions are by H as it is.
+   normalised there, H / (tau N), so that it cannot win by growing: N is the mean over the tasks of the length of H over
+   the task's classes [P: published code]. The mean of a class of task t of T (from 1) is drawn as (.9 + .1 t/T) of itself
+   [P: published code]. Predictions are by H as it is.
 
 Ours [I]: the classifier sees sqrt(d) z, of the length that a ViT's last layer norm gives (a tower of CLIP has a scale of its
 own, and embeddings on disk are often normalised); draws are put back on the sphere; rows of new classes start at zero; half
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -80,6 +83,12 @@ class Alignment(BaseModel):
 
     per_class: int = Field(256, ge=1, description="draws of each class in an epoch [K]")
     temperature: float = Field(0.1, gt=0, description="tau of the normalised logits [P]")
+    normalise: Literal["tasks", "all"] = Field(
+        "tasks", description="logits by the mean over tasks of their length, or by their length [P: tasks]"
+    )
+    shrink: float = Field(
+        0.1, ge=0, lt=1, description="means of task t of T are drawn shrunk by shrink (1 - t/T); 0: off [P: .1]"
+    )
     schedule: Schedule = Field(
         Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"), description="optimisation; epochs=0: no alignment [K]"
     )
@@ -114,6 +123,8 @@ class SLCA(UnitRows):
         self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
         self.head = torch.zeros(0, towers.dim + 1)
         """Row c is W_c and behind it b_c."""
+        self.tasks = torch.zeros(0, dtype=torch.int64)
+        """Of each class, the number of the task that it came with."""
 
     @property
     def encoder(self) -> str:
@@ -128,6 +139,8 @@ class SLCA(UnitRows):
         stage1, stage2 = self.config.stage1, self.config.stage2
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
         head = torch.cat([self.head, torch.zeros(len(task.names), self.towers.dim + 1)])
+        number = int(self.tasks.max()) + 1 if len(self.tasks) else 0
+        self.tasks = torch.cat([self.tasks, torch.full((len(task.names),), number)])
 
         # 1. Slow learner: the task's classes compete among themselves, and old rows stand still.
         present, encoder = loader.labels.unique(), self.image.parameters()
@@ -164,14 +177,21 @@ class SLCA(UnitRows):
 
         def alignment_loss(z: Features, y: Labels) -> Tensor:
             H = _logits(z.to(rows.device), rows)
-            return normalised_cross_entropy(H, y.to(rows.device), stage2.temperature)
+            groups = self.tasks if stage2.normalise == "tasks" else None
+            return normalised_cross_entropy(H, y.to(rows.device), stage2.temperature, groups)
 
-        draws = _Draws(self.memory, stage2.per_class, stage2.schedule.batch)
+        draws = _Draws(self.memory, self._shrunk(stage2.shrink), stage2.per_class, stage2.schedule.batch)
         fit(alignment_loss, [rows], draws, stage2.schedule, seeds.at(stage=2), log.at(stage=2), checkpoint)
         self.memory.tell_repairs(log)
         self.head = rows.detach().cpu()
 
+    def _shrunk(self, shrink: float) -> Float[Tensor, "k d"]:
+        """shrink (1 - t/T) mu_c, what a draw of class c of task t of T is short of."""
+        present, t = self.tasks.unique(return_inverse=True)
+        return (shrink * (1 - (t + 1) / len(present)))[:, None] * self.memory.means.float()
+
     def forget(self, c: int) -> None:
+        self.tasks = torch.cat([self.tasks[:c], self.tasks[c + 1 :]])
         self.head = torch.cat([self.head[:c], self.head[c + 1 :]])
         self.memory = self.memory.without(c)
 
@@ -182,10 +202,14 @@ class SLCA(UnitRows):
         return _logits(z, self.head.to(z.device))
 
     def state_dict(self) -> State:
-        return {"head": self.head} | flattened({"image": self.image.state_dict(), "memory": self.memory.state_dict()})
+        held = {"head": self.head, "tasks": self.tasks}
+        return held | flattened({"image": self.image.state_dict(), "memory": self.memory.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.head = state["head"]
+        self.tasks = state.get(
+            "tasks", torch.zeros(len(self.head), dtype=torch.int64)
+        )  # older ones do not tell tasks apart
         self.image.load_state_dict(part(state, "image"))
         self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
 
@@ -196,10 +220,10 @@ def _logits(z: Float[Tensor, "n d"], rows: Float[Tensor, "k e"]) -> Float[Tensor
 
 
 class _Draws:
-    """An epoch is `per_class` draws of every class, on the unit sphere and mixed."""
+    """An epoch is `per_class` draws of every class, less what `shrunk` has for it, on the unit sphere and mixed."""
 
-    def __init__(self, memory: ClassMemory, per_class: int, batch: int):
-        self.memory, self.per_class, self.batch = memory, per_class, batch
+    def __init__(self, memory: ClassMemory, shrunk: Float[Tensor, "k d"], per_class: int, batch: int):
+        self.memory, self.shrunk, self.per_class, self.batch = memory, shrunk, per_class, batch
 
     def __len__(self) -> int:
         return -(-self.per_class * self.memory.classes // self.batch)
@@ -212,5 +236,6 @@ class _Draws:
 
     def _epoch(self, rng: torch.Generator) -> Iterator[tuple[Features, Int[Tensor, "n"]]]:
         z, y = self.memory.draw(self.per_class, rng)
+        z = z - self.shrunk[y]
         for rows in torch.randperm(len(y), generator=rng).split(self.batch):
             yield unit(z[rows]), y[rows]

@@ -72,11 +72,16 @@ class VisionTower(nn.Module):
         return torch.autocast(pixels.device.type, self.precision) if reduced else nullcontext()
 
     def forward(self, pixels: Pixels) -> Features:
+        return self.with_hidden(pixels)[0]
+
+    def with_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
+        """The embedding of each image and what the projection makes it of, from one pass."""
         if not torch.compiler.is_compiling():  # an export would take the number of images for a constant
             self.passes["images"] += len(pixels)
         with self._autocast(pixels):
-            embedded = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
-        return embedded.float()
+            hidden = self.vision_model(pixel_values=pixels).pooler_output
+            embedded = self.visual_projection(hidden)
+        return embedded.float(), hidden.float()
 
     def tokens(self, pixels: Pixels, attention: Attention = "native") -> tuple[Features, Float[Tensor, "n p d"]]:
         """The embedding of each image and those of its patches, from one pass."""
@@ -122,6 +127,7 @@ class ClipTowers:
         self.preprocessing, self.tokenizer = preprocessing, tokenizer
         self.passes = {"images": 0, "text_tokens": 0}
         self.dim = model.config.projection_dim
+        self.hidden_dim = model.config.vision_config.hidden_size
         self.context_length = text.max_position_embeddings
         self.width = text.hidden_size
         # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
@@ -145,6 +151,10 @@ class ClipTowers:
     @torch.no_grad()
     def image(self, pixels: Pixels) -> Features:
         return self._vision(pixels)
+
+    @torch.no_grad()
+    def image_and_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
+        return self._vision.with_hidden(pixels)
 
     @torch.no_grad()
     def image_and_patches(

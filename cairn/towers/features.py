@@ -39,6 +39,7 @@ class FeatureTowers:
         text: np.ndarray | None,
     ):
         self.name, self.dim, self.logit_scale, self.fingerprint = name, dim, logit_scale, fingerprint
+        self.hidden_dim = dim
         self.has_text = text is not None
         self.passes = {"images": 0, "text_tokens": 0}
         self._row = {name: i for i, name in enumerate(names)}
@@ -52,6 +53,9 @@ class FeatureTowers:
 
     def image(self, pixels: Pixels) -> Features:
         return pixels
+
+    def image_and_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
+        return pixels, pixels
 
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:
         return self.image_and_patches(pixels)[1]

@@ -22,6 +22,8 @@ class Towers(Protocol):
 
     name: str
     dim: int
+    hidden_dim: int
+    """Numbers per image before the projection; `dim` where there is no image tower."""
     logit_scale: float
     """s = exp(logit_scale), the factor on cosines; about 100 for CLIP."""
     fingerprint: str
@@ -42,6 +44,11 @@ class Towers(Protocol):
         ...
 
     def image(self, pixels: Pixels) -> Features: ...
+
+    def image_and_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
+        """The embedding and what the projection makes it of, (n, hidden_dim), from one pass; without an image tower the
+        embedding twice."""
+        ...
 
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]: ...
 

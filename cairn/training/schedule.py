@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Schedule(BaseModel):
-    """A stage's optimisation. The learning rate rises linearly, then falls by a half cosine (or stays)."""
+    """A stage's optimisation. The learning rate rises linearly, then falls by a half cosine, or in steps, or stays."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,6 +22,9 @@ class Schedule(BaseModel):
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     cosine: bool = Field(True, description="half-cosine decay to zero")
+    milestones: tuple[int, ...] = Field(
+        (), description="epochs after which the learning rate falls to a tenth, in place of the cosine"
+    )
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
     def optimiser(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -38,6 +41,8 @@ class Schedule(BaseModel):
         warm = math.ceil(self.warmup * steps)
         if step < warm:
             return (step + 1) / warm
+        if self.milestones:
+            return 0.1 ** sum(step * self.epochs >= steps * epoch for epoch in self.milestones)
         if not self.cosine:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

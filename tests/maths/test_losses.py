@@ -7,6 +7,7 @@ import math
 import torch
 
 from cairn.maths.losses import (
+    batch_contrast,
     class_cross_entropy,
     margin_metric_softmax,
     normalised_cross_entropy,
@@ -72,6 +73,20 @@ def test_normalised_cross_entropy_is_the_written_sum():
     assert math.isclose(normalised_cross_entropy(9 * H, y, tau).item(), total / len(z), rel_tol=1e-12)
 
 
+def test_normalised_cross_entropy_of_tasks_divides_by_the_mean_of_their_lengths():
+    z, T, y = clustered(k=5)
+    H = 5.0 * z @ T.T + torch.tensor([3.0, -1.0, 0.5, 9.0, 0.1])
+    tasks = [1, 0, 1, 3, 0]  # of unequal sizes, in no order
+    tau, total = 0.1, 0.0
+    for row, label in zip(H.tolist(), y.tolist(), strict=True):
+        lengths = [math.sqrt(sum(v * v for v, t in zip(row, tasks, strict=True) if t == task)) for task in (0, 1, 3)]
+        logits = [value / (tau * sum(lengths) / 3) for value in row]
+        total -= logits[label] - math.log(sum(math.exp(value) for value in logits))
+    found = normalised_cross_entropy(H, y, tau, torch.tensor(tasks)).item()
+    assert math.isclose(found, total / len(z), rel_tol=1e-12)
+    assert not math.isclose(normalised_cross_entropy(H, y, tau).item(), found, rel_tol=1e-2)
+
+
 def test_text_anchor_contrast_is_the_written_sum_over_the_images_of_the_batch():
     z, T, y = clustered()
     y = torch.where(y == 2, 1, y)  # a class that the batch does not hold must not count
@@ -97,3 +112,14 @@ def test_cosines_ignore_length_and_survive_zero():
     z, T, _ = clustered()
     torch.testing.assert_close(cosines(3 * z, 0.1 * T), z @ T.T)
     assert torch.equal(unit(torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+def test_batch_contrast_is_the_written_sum():
+    a, T, y = clustered()
+    b = a.flip(0) + T[y]
+    total = 0.0
+    for i in range(len(a)):
+        logits = [sum(p * q for p, q in zip(a[i].tolist(), row.tolist(), strict=True)) for row in b]
+        total -= logits[i] - math.log(sum(math.exp(value) for value in logits))
+    assert math.isclose(batch_contrast(a, b).item(), total / len(a), rel_tol=1e-12)
+    assert not math.isclose(batch_contrast(b, a).item(), total / len(a), rel_tol=1e-3)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.data.views import LIGHT, SMALLEST, view
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError, DataError, ResultError
+from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.similarity import unit
 from cairn.methods import engine
 from cairn.methods.catalogue import METHODS
@@ -73,8 +75,14 @@ def units(method) -> tuple[Tensor, Tensor]:
     )
 
 
+def softmax_share(a, rows, i):
+    """-log of the share of row i in the softmax of a . rows."""
+    return -(torch.stack([a @ row for row in rows])).log_softmax(0)[i]
+
+
+@pytest.mark.parametrize("kind", ["contrast", "cross_entropy"])
 @pytest.mark.parametrize("form", ["images", "embeddings"])
-def test_the_loss_is_the_sum_of_its_three_parts(form, towers, small_stream, flat, stream, monkeypatch):
+def test_the_loss_is_the_sum_of_its_three_parts(form, kind, towers, small_stream, flat, stream, monkeypatch):
     seen = {}
 
     def spy(loss, parameters, batches, *_):
@@ -85,20 +93,26 @@ def test_the_loss_is_the_sum_of_its_three_parts(form, towers, small_stream, flat
         seen.update(x=x, y=y, value=loss(x, y).item())
 
     world, tasks = (towers, small_stream.tasks) if form == "images" else (flat, stream.tasks)
-    method = learned(world, tasks[:1], "views=2", "text_weight=0.5", "image_weight=2")
+    method = learned(world, tasks[:1], "views=2", "text_weight=0.5", "image_weight=2", f"loss={kind}")
     monkeypatch.setattr(engine, "fit", spy)
     method.learn(tasks[1])
     (A, B), s, d = units(method), world.logit_scale, world.dim
-    said = [sum(unit(own)) for own in method.sentences]
-    total = 0.0
-    for x, y in zip(seen["x"], seen["y"].tolist(), strict=True):
-        image, first, second = x.split(d)
-        cosines = torch.stack([cosine_similarity(A @ image, B @ t, dim=0) for t in method.anchors])
-        L_c = -(s * cosines).log_softmax(0)[y]
-        L_t = -cosine_similarity(B @ method.anchors[y], said[y], dim=0)
-        L_i = -sum(cosine_similarity(A @ image, other, dim=0) for other in (first, second)) / 2
+    said = unit(torch.stack([sum(unit(own)) for own in method.sentences]))
+    x, y, total = seen["x"], seen["y"].tolist(), 0.0
+    z, first, second = unit(x[:, :d] @ A.T), x[:, d : 2 * d], x[:, 2 * d :]
+    first, second, T = unit(first), unit(second), unit(method.anchors @ B.T)
+    for i in range(len(x)):
+        if kind == "contrast":
+            others = [T[c] for c in y]
+            L_c = (softmax_share(s * z[i], others, i) + softmax_share(s * T[y[i]], z, i)) / 2
+            L_t = softmax_share(T[y[i]], [said[c] for c in y], i)
+            L_i = (softmax_share(z[i], first, i) + softmax_share(z[i], second, i)) / 2
+        else:
+            L_c = softmax_share(s * z[i], T, y[i])
+            L_t = -cosine_similarity(T[y[i]], said[y[i]], dim=0)
+            L_i = -sum(cosine_similarity(z[i], other[i], dim=0) for other in (first, second)) / 2
         total += (L_c + 0.5 * L_t + 2 * L_i).item()
-    assert seen["value"] == pytest.approx(total / len(seen["x"]), rel=1e-4)
+    assert seen["value"] == pytest.approx(total / len(x), rel=1e-4)
     assert seen["y"].unique().tolist() == [0, 1, 2, 3]
 
 
@@ -140,19 +154,20 @@ def test_the_means_are_those_of_unit_embeddings_and_units_of_finished_tasks_stan
     torch.testing.assert_close(method.means.means[2:], torch.stack([x[:30].mean(0), x[30:].mean(0)]))
 
 
-def test_text_weight_brings_class_texts_to_their_descriptions(towers, small_stream):
+@pytest.mark.parametrize("kind", ["contrast", "cross_entropy"])
+def test_text_weight_brings_class_texts_to_their_descriptions(towers, small_stream, kind):
     nearness = []
     for weight in (0, 5):
-        method = learned(towers, small_stream.tasks[:1], f"text_weight={weight}", "schedule.epochs=10")
+        method = learned(towers, small_stream.tasks[:1], f"text_weight={weight}", "schedule.epochs=10", f"loss={kind}")
         T = method.units["textual"](method.anchors)
         nearness.append((T * method._described()).sum(1).mean().item())
-    assert nearness[1] > nearness[0] + 0.01
+    assert nearness[1] > nearness[0] + 0.005
 
 
 def test_image_weight_brings_images_to_altered_ones(flat, stream):
     nearness = []
     for weight in (0, 20):
-        method = learned(flat, stream.tasks[:1], f"image_weight={weight}", "schedule.epochs=10")
+        method = learned(flat, stream.tasks[:1], f"image_weight={weight}", "schedule.epochs=10", "loss=cross_entropy")
         x = unit(rows(stream.tasks[0].train))
         nearness.append((method.units["visual"](x) * x).sum(1).mean().item())
     assert nearness[1] > nearness[0]
@@ -210,31 +225,116 @@ def test_the_sentence_that_tells_a_class_from_another_speaks_for_it_and_against_
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 99])
-def test_scores_are_the_injected_probability_plus_the_mean_over_pairs(towers, small_stream, candidates):
-    method = learned(towers, small_stream.tasks, f"candidates={candidates}")
+def test_re_ranking_adds_the_cosine_with_what_tells_a_class_from_the_other_likely_ones(
+    towers, small_stream, candidates
+):
+    method = learned(towers, small_stream.tasks, f"candidates={candidates}", "stat=0", "rerank=0.3")
     pixels = next(iter(Loader(small_stream.tests[1], towers.prepare, towers.pixels)))[0]
     x, (A, B), s = unit(towers.image(pixels)), units(method), towers.logit_scale
-    injected = (s * unit(x @ A.T) @ unit(method.anchors @ B.T).T).softmax(1)
+    cosines = unit(x @ A.T) @ unit(method.anchors @ B.T).T
     said = torch.cat(method.sentences)
     tells = engine.telling(method.sentences, unit(torch.stack([own.mean(0) for own in method.sentences])))
-    f = injected.clone()
+    R = torch.zeros_like(cosines)
     for i in range(len(x)):
-        best = injected[i].argsort(descending=True)[: min(candidates, 6)].tolist()
+        best = cosines[i].argsort(descending=True)[: min(candidates, 6)].tolist()
         for a in best:
-            for b in set(best) - {a}:
-                pair = s * torch.stack([x[i] @ said[tells[a, b]], x[i] @ said[tells[b, a]]])
-                f[i, a] += pair.softmax(0)[0] / (len(best) - 1)
-    found = method.scores(method.embed(pixels))
-    torch.testing.assert_close(found.softmax(1), f / f.sum(1, keepdim=True), atol=1e-4, rtol=1e-3)
-    assert (f.argmax(1) == found.argmax(1)).all()
-    assert (f - injected).max() > 0.2
+            mean = sum(said[tells[a, b]] for b in best if b != a) / (len(best) - 1)
+            R[i, a] = cosine_similarity(x[i], mean, dim=0)
+    torch.testing.assert_close(method.scores(method.embed(pixels)), s * (0.3 * R + 0.7 * cosines), atol=1e-4, rtol=1e-4)
+    assert (R != 0).sum(1).tolist() == [min(candidates, 6)] * len(x)
 
 
 def test_one_candidate_is_no_re_ranking(flat, stream):
-    method = learned(flat, stream.tasks, "candidates=1")
+    method = learned(flat, stream.tasks, "candidates=1", "stat=0")
     x, (A, B) = unit(rows(stream.tests[0])), units(method)
     expected = flat.logit_scale * unit(x @ A.T) @ unit(method.anchors @ B.T).T
     torch.testing.assert_close(method.scores(x), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- the discriminant head --------------------------------------------------------------------------------------------
+
+
+def without_some(task, kept):
+    """The task with `kept[c]` of its images of class c, so that classes are of unequal size."""
+    labels = np.asarray(task.train.labels)
+    chosen = np.concatenate([np.flatnonzero(labels == c)[: kept[c]] for c in task.classes])
+    return replace(task, train=Subset(task.train, chosen, labels[chosen]))
+
+
+@pytest.mark.parametrize("form", ["images", "embeddings"])
+def test_the_head_is_the_normalised_discriminant_of_features_before_the_projection(
+    form, towers, small_stream, flat, stream
+):
+    world, tasks = (towers, small_stream) if form == "images" else (flat, stream)
+    sizes = (3, 8, 5, 2, 7, 4)
+    parts = [without_some(task, sizes) for task in tasks.tasks]
+    method = learned(world, parts, "stat=0.6", "rerank=0")
+    h, y = [], torch.cat([torch.as_tensor(task.train.labels) for task in parts])
+    for task in parts:
+        for pixels, _ in Loader(task.train, world.prepare, world.pixels).ordered():
+            if form == "images":
+                h.append(world._model.vision_model(pixel_values=pixels).pooler_output.detach())
+            else:
+                h.append(pixels)
+    h = unit(torch.cat(h)).double()
+    assert h.shape[1] == world.hidden_dim
+    mu = [h[y == c].mean(0) for c in range(6)]
+    S = sum(torch.outer(row - mu[c], row - mu[c]) for row, c in zip(h, y.tolist(), strict=True)) / len(h)
+    n, w = len(h) / 3, world.hidden_dim
+    P = w * torch.linalg.inv(n * S + S.trace() * torch.eye(w, dtype=S.dtype))
+    pixels = next(iter(Loader(tasks.tests[1], world.prepare, world.pixels)))[0]
+    x = world.image(pixels)
+    g = unit(world._model.vision_model(pixel_values=pixels).pooler_output if form == "images" else pixels).double()
+    D = torch.stack([g @ P @ m - (m @ P @ m) / 2 - np.log(6) for m in mu], 1)
+    D = D / (D**2).sum(1, keepdim=True).sqrt()
+    A, B = units(method)
+    cosines = unit(unit(x) @ A.T) @ unit(method.anchors @ B.T).T
+    found = method.scores(method.embed(pixels))
+    torch.testing.assert_close(found, (world.logit_scale * (0.6 * D + 0.4 * cosines)).float(), atol=1e-3, rtol=1e-3)
+    only = learned(world, parts, "stat=1")
+    assert torch.equal(only.scores(only.embed(pixels)).argmax(1), D.argmax(1))
+
+
+def test_the_head_alone_tells_classes_by_their_scatter():
+    """Two classes whose means differ where the scatter is small: nearest means are lost in the noise, the head is not."""
+    rng = torch.Generator().manual_seed(0)
+    scales = torch.tensor([3.0, 0.1, 1.0])
+    y = torch.arange(2).repeat_interleave(torch.tensor([400, 50]))
+    mixing = torch.linalg.qr(torch.randn(3, 3, generator=rng))[0]
+    x = (torch.randn(450, 3, generator=rng) * scales + torch.tensor([[0.6, 0.4, 0], [-0.6, -0.4, 0]])[y]) @ mixing
+    mu = torch.stack([x[y == c].mean(0) for c in range(2)])
+    centred = (x - mu[y]).double()
+    W, b = linear_discriminant(mu, centred.T @ centred / 450, 450)
+    assert ((x.double() @ W + b).argmax(1) == y).double().mean() > 0.98
+    assert (torch.cdist(x, mu).argmin(1) == y).double().mean() < 0.8
+
+
+def test_without_its_share_there_is_no_head_and_a_state_without_one_is_refused(flat, stream):
+    none, some = learned(flat, stream.tasks[:1], "stat=0"), learned(flat, stream.tasks[:1])
+    assert some.memory_bytes - none.memory_bytes == 2 * (4 * 16 + 8) + 2 * 16 * 17
+    fresh = build(flat, "stat=0")
+    fresh.load_state_dict(none.state_dict())
+    assert torch.equal(fresh.scores(rows(stream.tests[0])), none.scores(rows(stream.tests[0])))
+    with pytest.raises(ResultError, match="no discriminant head"):
+        build(flat).load_state_dict(none.state_dict())
+
+
+def test_a_record_from_before_the_head_is_read_as_it_was():
+    """A learner's record holds every setting that there was."""
+    record = {"descriptions": "template", "text_weight": 1.0, "image_weight": 1.0, "views": 1, "noise": 0.5, "replay": None,
+              "candidates": 5, "schedule": {"epochs": 10, "batch": 64, "lr": 0.05, "optimizer": "sgd"}}  # fmt: skip
+
+    def stored(name, record):
+        return METHODS[name].config.model_validate(METHODS[name].completed(record))
+
+    config = stored("engine", record)
+    assert (config.stat, config.loss, config.text_weight, config.replay) == (0.0, "cross_entropy", 1.0, None)
+    kept = METHODS["engine"].config(stat=0.9).model_dump(mode="json")
+    assert stored("engine", kept).stat == 0.9
+    first = stored("rapf", {"threshold": 0.65, "fusion": 1.0})
+    assert (first.start, first.mask, first.hinge, first.unit_features, first.pair_draws) == (
+        "identity", "ratio", "distance", True, None,
+    )  # fmt: skip
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

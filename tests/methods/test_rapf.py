@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from cairn.data.images import Concatenation, Subset
 from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.catalogue import METHODS
-from cairn.methods.rapf import fused, hinge, neighbours
+from cairn.methods.rapf import _WithPairs, fused, hinge, neighbours
 from cairn.methods.settings import with_settings
 from cairn.towers.features import FeatureTowers
 from cairn.training.checkpoint import Checkpoint
@@ -69,64 +70,136 @@ def test_neighbours_are_pairs_of_an_old_and_a_new_class_with_near_texts(threshol
     assert int(near.sum()) == {0.0: 0, 3.0: 6}.get(threshold, int(near.sum()))
 
 
-def test_hinge_is_the_written_mean_over_rows_and_neighbours():
+@pytest.mark.parametrize("by", ["cosine", "distance"])
+def test_hinge_is_the_written_mean_over_rows_and_their_rivals(by):
     z, T, y = world()
-    near, margin, terms = neighbours(T, 3, float(torch.cdist(T[:3], T[3:]).median())), 0.1, []
-    assert 0 < int(near.sum()) < 6
+    rival, margin, terms = (y + 1 + torch.arange(len(y)) % 4) % 5, 0.1, []
     for i in range(len(z)):
-        for j in range(len(T)):
-            if near[y[i], j]:
-                terms.append(max(0.0, float((z[i] - T[y[i]]).norm() - (z[i] - T[j]).norm()) + margin))
+        if by == "cosine":
+            short = float(z[i] @ T[rival[i]]) - float(z[i] @ T[y[i]]) + margin
+        else:
+            short = float((z[i] - T[y[i]]).norm() - (z[i] - T[rival[i]]).norm()) + margin
+        terms.append(max(0.0, short))
     assert 0 in terms
     assert max(terms) > 0
-    assert hinge(z, T, y, near, margin).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
-    assert hinge(z, T, y, near & False, margin).item() == 0
-    assert torch.autograd.gradcheck(lambda z: hinge(z, T, y, near, margin), (z.requires_grad_(),))
+    assert hinge(z, T, y, rival, margin, by).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+    assert hinge(z[:0], T, y[:0], rival[:0], margin, by).item() == 0
+    assert torch.autograd.gradcheck(lambda z: hinge(z, T, y, rival, margin, by), (z.requires_grad_(),))
 
 
-def test_fusion_is_the_written_mixture_in_the_basis_of_the_old_weights():
+@pytest.mark.parametrize(("mask", "fusion"), [("clipped", 0.6), ("clipped", 0.0), ("ratio", 0.7)])
+def test_fusion_is_the_written_mixture_in_the_basis_of_the_old_weights(mask, fusion):
     rng = torch.Generator().manual_seed(3)
     old, change = (torch.randn(4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
     new = old + 0.1 * change
     vectors = np.linalg.svd(old.numpy())[0]
     R, R2 = vectors.T @ old.numpy(), vectors.T @ new.numpy()
-    mean = np.abs(R2 - R).mean()
+    mean, largest = np.abs(R2 - R).mean(), np.abs(R2 - R).max()
     mixed = np.empty((4, 4))
     for i in range(4):
         for j in range(4):
             D = abs(R2[i, j] - R[i, j])
-            M = D / (D + 0.7 * mean)
+            M = min(1, D / largest + fusion) if mask == "clipped" else D / (D + fusion * mean)
             mixed[i, j] = (1 - M) * R[i, j] + M * R2[i, j]
-    torch.testing.assert_close(fused(old, new, 0.7), torch.from_numpy(vectors @ mixed), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fused(old, new, fusion, mask), torch.from_numpy(vectors @ mixed), rtol=0, atol=1e-12)
 
 
 def test_fusion_ends_at_the_new_weights_and_at_the_old_ones():
     rng = torch.Generator().manual_seed(3)
     old, new = (torch.randn(5, 5, generator=rng) for _ in range(2))
-    torch.testing.assert_close(fused(old, new, 0.0), new)
-    torch.testing.assert_close(fused(old, new, 1e9), old)
-    torch.testing.assert_close(fused(old, old, 1.0), old)
-    torch.testing.assert_close(fused(old, old, 0.0), old)
-    gaps = [(fused(old, new, fusion) - old).norm().item() for fusion in (0.0, 0.5, 1.0, 2.0)]
+    torch.testing.assert_close(fused(old, new, 0.0, "ratio"), new)
+    torch.testing.assert_close(fused(old, new, 1e9, "ratio"), old)
+    torch.testing.assert_close(fused(old, new, 1.0), new)
+    for mask in ("clipped", "ratio"):
+        torch.testing.assert_close(fused(old, old, 1.0, mask), old)
+        torch.testing.assert_close(fused(old, old, 0.0, mask), old)
+    gaps = [(fused(old, new, fusion, "ratio") - old).norm().item() for fusion in (0.0, 0.5, 1.0, 2.0)]
     assert gaps == sorted(gaps, reverse=True)
+
+
+def correlated_memory(sizes, d=5):
+    """Gaussians of old classes of unequal sizes with one scatter that is neither diagonal nor isotropic, far apart."""
+    rng = torch.Generator().manual_seed(4)
+    mixing = torch.randn(d, d, generator=rng) * torch.logspace(0, -1, d)
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    means = 20 * torch.randn(len(sizes), d, generator=rng)
+    return GaussianMemory(d).add(means[y] + torch.randn(len(y), d, generator=rng) @ mixing, y), means
+
+
+def test_every_pair_gets_fresh_draws_of_its_own_old_class_in_every_step():
+    old, means = correlated_memory([40, 7, 25])
+    pairs = torch.tensor([[0, 3], [0, 4], [2, 3]])
+    x, y = torch.randn(10, 5), torch.full((10,), 3)
+    batches = _WithPairs(
+        ReplayBatches(x, y, old, batch=8, real_share=0.5, sphere=False), old, pairs, 6, 50, lambda v: v
+    )
+    found = list(next(batches.epochs([torch.Generator().manual_seed(0)])))
+    assert len(found) == len(batches) == 3
+    drawn = []
+    for rows, labels in found:
+        own = labels[:, 1] < 0
+        assert own.sum() == len(rows) - 18
+        assert labels[~own].tolist() == [[0, 3]] * 6 + [[0, 4]] * 6 + [[2, 3]] * 6
+        nearest = torch.cdist(rows[~own], means).argmin(1)
+        assert nearest.tolist() == labels[~own, 0].tolist()
+        assert (rows[~own].norm(dim=1) > 2).all()  # not brought to length 1
+        drawn.append(rows[~own])
+    drawn = torch.cat(drawn)
+    assert len(drawn.unique(dim=0)) == len(drawn)
+    left = list(next(batches.epochs([torch.Generator().manual_seed(0)], skip=2)))
+    assert all(torch.equal(one, other) for one, other in zip(left[0], found[2], strict=True))
+
+
+def test_pairs_beyond_the_limit_take_turns():
+    old, _ = correlated_memory([9, 12, 5, 30])
+    pairs = torch.tensor([[c, 4] for c in range(4)])
+    x, y = torch.randn(12, 5), torch.full((12,), 4)
+    batches = _WithPairs(ReplayBatches(x, y, old, batch=4, real_share=0.75), old, pairs, 2, 3, unit)
+    turns = [labels[labels[:, 1] >= 0, 0].tolist() for _, labels in next(batches.epochs([torch.Generator()]))]
+    assert turns == [[0, 0, 1, 1, 2, 2], [3, 3, 0, 0, 1, 1], [2, 2, 3, 3, 0, 0], [1, 1, 2, 2, 3, 3]]
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+DESCENT = ("schedule.epochs=1", "schedule.optimizer=sgd", "schedule.lr=1e-3", "schedule.clip=1e9",
+           "schedule.weight_decay=0", "schedule.milestones=[]", "threshold=2", "separation=50", "margin=1")  # fmt: skip
+
+
 def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
     """One step of plain descent, against gradients of the loss as written, on the batch that the seed says."""
-    step = ("schedule.epochs=1", "schedule.batch=200", "schedule.optimizer=sgd", "schedule.lr=1e-3", "schedule.clip=1e9",
-            "schedule.weight_decay=0", "threshold=2", "separation=50", "margin=1", "fusion=0")  # fmt: skip
-    method = build(flat, *step)
+    method = build(flat, *DESCENT, "schedule.batch=200", "real_share=0.5", "fusion=1")
     method.learn(stream.tasks[0])
     before, old, task = method.W.clone(), method.memory, stream.tasks[1]
     method.learn(task)
 
+    x, y = rows(task.train), torch.as_tensor(task.train.labels)
+    pairs = torch.tensor([[i, j] for i in (0, 1) for j in (2, 3)])
+    batches = ReplayBatches(x, y, old, batch=200, real_share=0.5, sphere=False)
+    batches = _WithPairs(batches, old, pairs, 40, 50, lambda v: v)
+    ((x, labels),) = next(batches.epochs([Seeds(1).at(task=1).at(epoch=0).generator("batches")]))
+    y, rival = labels.T
+    assert len(y) == 60 + 100 + 4 * 40
+    W = before.clone().requires_grad_()
+    z, T = unit(x @ W.T), flat._text[:4]
+    short = [(z[i] @ T[rival[i]] - z[i] @ T[y[i]] + 1).clamp(min=0) for i in range(160, 320)]
+    assert set(y[:160].tolist()) == {0, 1, 2, 3}
+    assert sum(value.item() > 0 for value in short) > 10
+    (cross_entropy(flat.logit_scale * z[:160] @ T.T, y[:160]) + 50 * torch.stack(short).mean()).backward()
+    torch.testing.assert_close(method.W - before, -1e-3 * W.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_form_hinges_on_the_rows_of_the_batch(flat, stream):
+    method = build(flat, *DESCENT, "schedule.batch=200", "real_share=null", "fusion=0", "mask=ratio", "start=identity",
+                   "unit_features=true", "hinge=distance", "pair_draws=null")  # fmt: skip
+    assert torch.equal(method.W, torch.eye(16))
+    method.learn(stream.tasks[0])
+    before, old, task = method.W.clone(), method.memory, stream.tasks[1]
+    method.learn(task)
     x, y = unit(rows(task.train)), torch.as_tensor(task.train.labels)
-    batches = ReplayBatches(x, y, old, batch=200, real_share=None)
-    ((x, y),) = batches.epoch(Seeds(1).at(task=1).at(epoch=0).generator("batches"))
-    assert set(y.tolist()) == {0, 1, 2, 3}
+    rng = Seeds(1).at(task=1).at(epoch=0).generator("batches")
+    torch.randint(2**62, (), generator=rng)
+    ((x, y),) = ReplayBatches(x, y, old, batch=200, real_share=None).epoch(rng)
     W = before.clone().requires_grad_()
     z, T = unit(x @ W.T), flat._text[:4]
     short = [
@@ -139,15 +212,23 @@ def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
 
 
 def test_the_first_task_keeps_its_weights_and_the_next_are_fused(flat, stream):
-    plain, mixed = build(flat, "fusion=0"), build(flat, "fusion=2")
+    plain, mixed = build(flat, "fusion=1"), build(flat, "fusion=0.2")
     for method in (plain, mixed):
         method.learn(stream.tasks[0])
     assert torch.equal(plain.W, mixed.W)
     before = plain.W
     for method in (plain, mixed):
         method.learn(stream.tasks[1])
-    torch.testing.assert_close(mixed.W, fused(before, plain.W, 2.0), rtol=1e-4, atol=1e-6)
-    assert (mixed.W - before).norm() < 0.8 * (plain.W - before).norm()
+    torch.testing.assert_close(mixed.W, fused(before, plain.W, 0.2), rtol=1e-4, atol=1e-6)
+    assert (mixed.W - before).norm() < 0.9 * (plain.W - before).norm()
+
+
+def test_the_start_is_uniform_and_the_seed_s_alone(flat):
+    one, other = build(flat).W, build(flat).W
+    assert torch.equal(one, other)
+    assert 0.2 < one.abs().max() <= 16**-0.5
+    assert one.mean().abs() < 0.05
+    assert not torch.equal(METHODS["rapf"].build(flat, METHODS["rapf"].config(), seed=2, log=Log()).W, one)
 
 
 def test_without_neighbours_the_hinge_has_no_say(flat, stream):
@@ -171,20 +252,24 @@ def test_separation_puts_old_images_further_from_the_texts_of_new_neighbours(fla
             "margin=1",
             "schedule.epochs=10",
             "schedule.lr=3e-3",
-            "fusion=0",
+            "schedule.milestones=[]",
+            "start=identity",
+            "fusion=1",
         )
         for task in stream.tasks[:2]:
             method.learn(task)
         z, y = unit(unit(rows(stream.tests[0])) @ method.W.T), torch.as_tensor(stream.tests[0].labels)
-        short.append(hinge(z, method.anchors, y, neighbours(method.anchors, 2, 9), 1).item())
+        short.append(sum(hinge(z, method.anchors, y, torch.full_like(y, new), 1).item() for new in (2, 3)))
     assert short[1] < 0.9 * short[0]
 
 
-def test_the_gaussians_describe_unit_features_of_the_frozen_tower(flat, stream):
-    method = build(flat)
+@pytest.mark.parametrize("units", [False, True])
+def test_the_gaussians_describe_features_of_the_frozen_tower(flat, stream, units):
+    method = build(flat, f"unit_features={units}")
     for task in stream.tasks[:2]:
         method.learn(task)
-    x, y = unit(rows(stream.tasks[0].train)).double(), torch.as_tensor(stream.tasks[0].train.labels)
+    x, y = rows(stream.tasks[0].train).double(), torch.as_tensor(stream.tasks[0].train.labels)
+    x = unit(x) if units else x
     for c in range(2):
         torch.testing.assert_close(method.memory.mean(c), x[y == c].mean(0), atol=1e-6, rtol=0)
     pixels = rows(stream.tests[0])

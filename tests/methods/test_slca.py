@@ -71,6 +71,7 @@ def test_a_slow_step_goes_down_the_written_loss_each_part_at_its_own_rate(flat, 
     task = stream.tasks[1]
     method.learn(stream.tasks[0])
     method.head = torch.cat([method.head, torch.randn(2, 17, generator=torch.Generator().manual_seed(0))])
+    method.tasks = torch.tensor([0, 0, 1, 1])
     D0, c0 = (p.detach().clone() for p in (method.image.module.map.weight, method.image.module.map.bias))
     before = method.head.clone()
     method.learn(type(task)(1, range(4, 4), (), task.templates, task.train))
@@ -127,9 +128,14 @@ def test_gaussians_are_those_of_the_encoder_at_their_task_and_stay(flat, stream)
         assert torch.equal(method.memory.covariance(c), kept.covariance(c))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_an_alignment_step_goes_down_the_written_loss_on_draws_of_all_classes(flat, stream, temperature):
-    settings = ("stage2.per_class=5", f"stage2.temperature={temperature}")
+@pytest.mark.parametrize(
+    ("temperature", "normalise", "shrink"), [(0.1, "tasks", 0.1), (0.5, "tasks", 0.4), (0.5, "all", 0)]
+)
+def test_an_alignment_step_goes_down_the_written_loss_on_draws_of_all_classes(
+    flat, stream, temperature, normalise, shrink
+):
+    settings = ("stage2.per_class=5", f"stage2.temperature={temperature}", f"stage2.normalise={normalise}",
+                f"stage2.shrink={shrink}")  # fmt: skip
     aligned = build(flat, "stage1.schedule.epochs=1", *step(2, lr=0.03), *settings)
     plain = build(flat, "stage1.schedule.epochs=1", "stage2.schedule.epochs=0")
     aligned.learn(stream.tasks[0])
@@ -144,8 +150,11 @@ def test_an_alignment_step_goes_down_the_written_loss_on_draws_of_all_classes(fl
     assert torch.bincount(names).tolist() == [5, 5, 5, 5]
     head, total = plain.head.clone().requires_grad_(), 0.0
     for z, c in zip(drawn, names.tolist(), strict=True):
+        if c < 2:  # of the first task of two: its mean is drawn as 1 - shrink / 2 of itself
+            z = z - shrink / 2 * aligned.memory.mean(c).float()
         H = logits(z, head)
-        H = H / (temperature * (H**2).sum().sqrt())
+        own = [H] if normalise == "all" else [H[:2], H[2:]]
+        H = H / (temperature * sum((part**2).sum().sqrt() for part in own) / len(own))
         total = total - H[c] + H.logsumexp(0)
     (total / len(drawn)).backward()
     torch.testing.assert_close(aligned.head, plain.head - 0.03 * head.grad, rtol=1e-3, atol=1e-5)
@@ -169,7 +178,7 @@ def test_an_epoch_of_draws_is_balanced_mixed_and_can_be_taken_up(flat, stream):
     method = build(flat, "stage2.schedule.epochs=0")
     for task in stream.tasks:
         method.learn(task)
-    draws = _Draws(method.memory, per_class=7, batch=10)
+    draws = _Draws(method.memory, torch.zeros(6, 16), per_class=7, batch=10)
 
     def epochs(skip):
         rngs = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
@@ -195,3 +204,24 @@ def test_a_classifier_of_zeros_can_be_aligned(flat, stream):
     scores = method.scores(method.embed(x))
     assert torch.isfinite(scores).all()
     assert (scores.argmax(1) == y).double().mean() > 0.8
+
+
+def test_tasks_of_classes_are_kept_through_forgetting_and_a_state_that_has_none_is_read_as_one_task(flat, stream):
+    method = build(flat, "stage2.schedule.epochs=0")
+    for task in stream.tasks:
+        method.learn(task)
+    assert method.tasks.tolist() == [0, 0, 1, 1, 2, 2]
+    method.forget(2)
+    method.forget(2)
+    assert method.tasks.tolist() == [0, 0, 2, 2]
+    means = method.memory.means.float()
+    expected = torch.stack([0.05 * means[0], 0.05 * means[1], 0 * means[2], 0 * means[3]])  # of two tasks
+    torch.testing.assert_close(method._shrunk(0.1), expected)
+    state = method.state_dict()
+    state.pop("tasks")
+    fresh = build(flat)
+    fresh.load_state_dict(state)
+    assert fresh.tasks.tolist() == [0, 0, 0, 0]
+    entry = METHODS["slca"]
+    before = entry.config.model_validate(entry.completed({"stage2": {"per_class": 9}})).stage2
+    assert (before.per_class, before.normalise, before.shrink) == (9, "all", 0)

@@ -164,6 +164,9 @@ def test_the_rate_rises_then_falls_by_a_half_cosine():
     assert factors[55] == pytest.approx(0.5)
     assert 0 < factors[-1] < 0.01
     assert Schedule(warmup=0, cosine=False).factor(73, 100) == 1.0
+    stepped = Schedule(epochs=15, warmup=0, milestones=(4, 10))
+    rates = [stepped.factor(step, 45) for step in range(45)]  # three steps an epoch
+    assert rates == pytest.approx([1.0] * 12 + [0.1] * 18 + [0.01] * 15)
 
 
 def test_seeds_are_a_tree():

@@ -5,9 +5,10 @@ public. [P] marks what it says: semantic-guided selection of patches, optimal tr
 tokens, task-specific projectors, Gaussian pseudo-features for old classes. What is marked [K] (nearest published
 practice) or [I] (ours) is a setting with a documented default; docs/deviations.md lists them all.
 
-Both towers stay frozen, so which patches of an image count never changes: it is computed when the image passes the tower,
-once, and training sees embeddings alone. What the patches that count look like is one vector, the local feature; a class
-has a Gaussian over the image's embedding and its local feature together, so that old classes are replayed in both.
+Both towers stay frozen, and which patches of an image count depends on the image, the descriptions and the classes seen so
+far: it is computed when the image passes the tower, once, and training sees embeddings alone. What the patches that count
+look like is one vector, the local feature; a class has a Gaussian over the image's embedding and its local feature together,
+so that old classes are replayed in both. The half of it that is of the local feature goes stale as classes come.
 
 Letters: z unit embedding of the image, p_i its unit patches, v its unit local feature; t_c unit text of class c, d_cl its
 description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v and d; S_c local score; s scale.
@@ -161,7 +162,7 @@ class SPA:
         fit(loss, current, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
         old.tell_repairs(log)
 
-        # Statistics of the new classes; the encoder never moves, so they never need calibration [P].
+        # Statistics of the new classes. Their z never moves [P]; their v does, with the candidates of `_seen`.
         self.memory = old.add(x.cpu(), y.cpu())
 
     def forget(self, c: int) -> None:
@@ -295,7 +296,8 @@ class SPA:
         """What scoring and training need of embedded images: rows z or [z ; v], and the plan's scores, if those count.
 
         The classes that look at an image are its m best by cos(z, t_c), weighted by their softmax; with `labels`, in
-        training, its own class alone. Nothing of this depends on a projector.
+        training, its own class alone. Nothing of this depends on a projector, but with `best` it depends on the classes seen:
+        where a later class is among the m best of an old image, v is another than the one that the memory learned.
         """
         d, choice, s = self.towers.dim, self.config.local, self.towers.logit_scale
         z, T = unit(features[:, :d]), self.anchors.to(features.device)

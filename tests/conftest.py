@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from cairn.data.images import Dataset, Subset
+from cairn.data.images import Dataset, Images, Subset
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import TaskStream, task_stream
 
@@ -53,6 +54,17 @@ def shared() -> Path:
     return SHARED
 
 
+TRAIN_COUNTS, TEST_COUNTS = (10, 5, 8, 12, 6, 7), (4, 4, 4, 4, 4, 4)
+"""Images of each class of the drawn world. Those for training are unequal, since equal counts hide every fault of a weighting;
+so are both counts of the embedded world."""
+
+
+def unequal(images: Images, counts: Sequence[int]) -> Subset:
+    """The first so many images of each class."""
+    rows = np.sort(np.concatenate([np.flatnonzero(images.labels == c)[:n] for c, n in enumerate(counts)]))
+    return Subset(images, rows, images.labels[rows])
+
+
 def few_classes(dataset: Dataset, number: int) -> Dataset:
     """The first classes of a data set."""
     kept = [np.flatnonzero(images.labels < number) for images in (dataset.train, dataset.test)]
@@ -65,13 +77,15 @@ def few_classes(dataset: Dataset, number: int) -> Dataset:
 
 @pytest.fixture
 def small_stream() -> TaskStream:
-    """Six classes of the drawn world in three tasks, eight training and four test images each."""
-    return task_stream(few_classes(shapes_dataset(), 6), step=2, order="seed:1993", limit_train=8, limit_test=4)
+    """Six classes of the drawn world in three tasks, with unequal numbers of images."""
+    data = few_classes(shapes_dataset(), 6)
+    data = replace(data, train=unequal(data.train, TRAIN_COUNTS), test=unequal(data.test, TEST_COUNTS))
+    return task_stream(data, step=2, order="seed:1993")
 
 
 @pytest.fixture
 def embedded_dataset() -> Dataset:
-    """Six clusters of correlated embeddings with class texts, as a features file gives them."""
+    """Six clusters of correlated embeddings of unequal sizes with class texts, as a features file gives them."""
     from cairn.data.embeddings import Embeddings, Rows
 
     rng = np.random.default_rng(0)
@@ -79,13 +93,25 @@ def embedded_dataset() -> Dataset:
     texts = (2.0 * rng.normal(size=d) + 0.7 * rng.normal(size=(6, d))).astype(np.float32)  # a cone, as CLIP's are
     mixing = rng.normal(size=(d, d)) / d**0.5 * np.geomspace(1.0, 0.1, d)
 
-    def rows(number: int) -> Rows:
-        labels = np.repeat(np.arange(6), number)
+    def rows(counts: Sequence[int]) -> Rows:
+        labels = np.repeat(np.arange(6), counts)
         noise = rng.normal(size=(len(labels), d)) @ mixing.T
         return Rows((texts[labels] + 0.6 * noise).astype(np.float32), labels, "made")
 
     held = Embeddings(dim=d, text=texts, logit_scale=20.0, fingerprint="made", name="made")
-    return Dataset("made", names, rows(30), rows(10), ("a photo of a {}.",), held)
+    return Dataset(
+        "made", names, rows((40, 18, 30, 46, 22, 24)), rows((10, 14, 8, 12, 6, 10)), ("a photo of a {}.",), held
+    )
+
+
+@pytest.fixture
+def blurred_dataset(embedded_dataset) -> Dataset:
+    """The embedded data set with test images that are often told wrong: where all are right, no measure can be wrong."""
+    from cairn.data.embeddings import Rows
+
+    test, rng = embedded_dataset.test, np.random.default_rng(1)
+    values = test.values + 2.0 * rng.normal(size=test.values.shape)
+    return replace(embedded_dataset, test=Rows(values.astype(np.float32), test.labels, test.name))
 
 
 @pytest.fixture

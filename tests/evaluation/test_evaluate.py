@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
 from cairn.evaluation.evaluate import Evaluator
 from cairn.methods.catalogue import METHODS
+from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 
@@ -42,3 +44,63 @@ def test_scores_that_are_not_finite_are_no_accuracy(towers, small_stream, monkey
     method.means.means[0, 0] = float("nan")
     with pytest.raises(NotFinite, match="task 0: the scores of the method: those of test image 0 are not finite"):
         Evaluator(small_stream, towers).after(0, method)
+
+
+@pytest.fixture
+def flat(embedded_dataset):
+    held = embedded_dataset.embeddings
+    return FeatureTowers(
+        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
+        names=embedded_dataset.classes, text=held.text,
+    )  # fmt: skip
+
+
+def rows_of(tests):
+    x = torch.cat([torch.stack([torch.as_tensor(test[i]) for i in range(len(test))]) for test in tests])
+    return x, torch.cat([torch.as_tensor(test.labels) for test in tests])
+
+
+def share_of_texts(tests, texts, classes):
+    """Share of the images whose nearest text among those of `classes` is that of their own class, one by one."""
+    x, y = rows_of(tests)
+    right = 0
+    for image, label in zip(x, y.tolist(), strict=True):
+        cosines = {c: float(image @ texts[c] / image.norm() / texts[c].norm()) for c in classes}
+        right += max(cosines, key=cosines.get) == label
+    return right / len(x)
+
+
+def test_classes_to_come_are_asked_among_themselves_and_seen_ones_among_the_seen(flat, blurred_dataset):
+    stream = task_stream(blurred_dataset, step=2)
+    method, texts = (
+        METHODS["simplecil"].build(flat, None, seed=1, log=Log()),
+        torch.as_tensor(blurred_dataset.embeddings.text),
+    )
+    evaluator = Evaluator(stream, flat)
+    for task, seen in enumerate((2, 4, 6)):
+        method.learn(stream.tasks[task])
+        found = evaluator.after(task, method)
+        coming = stream.tests[task + 1 :]
+        assert found.future == (share_of_texts(coming, texts, range(seen, 6)) if coming else None)
+        assert found.zero_shot == share_of_texts(stream.tests[: task + 1], texts, range(seen))
+        if task == 1:  # it makes a difference here
+            assert found.future != share_of_texts(coming, texts, range(6))
+
+
+def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):
+    """Of tasks and of classes with unequal numbers of test images."""
+    stream = task_stream(blurred_dataset, step=2)
+    method, evaluator = METHODS["simplecil"].build(flat, None, seed=1, log=Log()), Evaluator(stream, flat)
+    for task in range(2):
+        method.learn(stream.tasks[task])
+        found = evaluator.after(task, method)
+    correct, total = [0] * 4, [0] * 4
+    for j, test in enumerate(stream.tests[:2]):
+        x, y = rows_of([test])
+        right = method.scores(x).argmax(1) == y
+        assert found.accuracy[j] == right.sum() / len(y)
+        for c, hit in zip(y.tolist(), right.tolist(), strict=True):
+            total[c] += 1
+            correct[c] += hit
+    assert (found.correct, found.total) == (correct, total)
+    assert len(set(total)) == 4

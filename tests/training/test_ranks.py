@@ -44,9 +44,9 @@ class Thread(Ranks):
 
     def gathered(self, value):
         self.table[self.rank] = copy.deepcopy(value)
-        self.barrier.wait(10)
+        self.barrier.wait(120)
         values = list(self.table)
-        self.barrier.wait(10)
+        self.barrier.wait(120)
         return values
 
     def told(self, act):

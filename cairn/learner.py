@@ -33,6 +33,7 @@ from cairn.errors import (
     one_line,
     suggestion,
 )
+from cairn.feature_file import is_features_file, open_features_towers
 from cairn.files import whole
 from cairn.gate import Gate
 from cairn.learner_record import LearnerRecord
@@ -47,6 +48,7 @@ from cairn.templates import DEFAULT, prompt_templates
 from cairn.tensors import first_not_finite
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
+from cairn.towers.features import FeatureTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
@@ -66,7 +68,7 @@ REFERENCES = 256
 class IncrementalClassifier:
     """Learns classes as they come and keeps none of their images.
 
-    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, or a `Towers` object; `settings` are the
+    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, a features file, or a `Towers` object; `settings` are the
     method's, as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one `{}` for the class name. `descriptions`
     (for SPA) is a mapping of class names to sentences, or a file. The remaining arguments are as in `RunConfig`. Nothing is
     loaded before it is needed.
@@ -400,12 +402,14 @@ class IncrementalClassifier:
         found = Archive(folder, NAME).read()
         if found is None:
             raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+        if not found.record:
+            raise ResultError(f"'{folder}': kept by a run of an earlier version; run it again with --keep-learner")
         record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
         learner = cls._described(record, f"'{folder}': settings of the learner", towers, device)
         learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
         try:
             held = learner._loaded_towers()
-        except (TowersError, UnknownName) as error:
+        except (TowersError, UnknownName, DataError) as error:
             if towers is not None:
                 raise
             raise TowersError(
@@ -423,6 +427,29 @@ class IncrementalClassifier:
         fit_into(method, found.parts["method"], folder, len(learner.classes_))
         learner.method_ = method
         learner._take_pictures(found.parts.get("pictures"), folder)
+        return learner
+
+    @classmethod
+    def of_run(
+        cls, method: Method, name: str, tasks: Sequence[Task], towers: Towers, calibration: Calibration, *, seed: int,
+        preprocess: Literal["crop", "squash"] | None,
+    ) -> IncrementalClassifier:  # fmt: skip
+        """The classifier that `method`, which is called `name`, has become by learning `tasks`, as if it had been given them
+        one after another. Its images are not known one by one, and its known score is read against draws."""
+        learner = cls(name, towers, templates=tasks[0].templates, seed=seed, preprocess=preprocess)
+        learner.method_, learner._stored_config, learner.calibration_ = method, method.config, calibration
+        learner.classes_ = np.array([name for task in tasks for name in task.names], dtype=object)
+        labels = np.concatenate([task.train.labels for task in tasks])
+        learner.counts_ = np.bincount(labels, minlength=len(learner.classes_))
+        if (said := tasks[0].descriptions) is not None:
+            learner.descriptions = {
+                name: list(said.classes[name].sentences) for name in learner.classes_ if name in said.classes
+            }
+        today = str(date.today())
+        learner.history_ = [
+            {"date": today, "new": list(task.names), "again": [], "images": len(task.train), "hashed": False}
+            for task in tasks
+        ]
         return learner
 
     def _take_pictures(self, state: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
@@ -462,7 +489,7 @@ class IncrementalClassifier:
 
     def _record(self) -> LearnerRecord:
         method, towers = self._fitted(), self._loaded_towers()
-        own = isinstance(towers, ClipTowers)  # others are named by who made them
+        own = isinstance(towers, (ClipTowers, FeatureTowers))  # others are named by who made them
         spoken = self._descriptions()
         record = {
             "method": self.method, "config": self._config(), "seed": self.seed, "templates": list(self.templates),
@@ -538,17 +565,23 @@ class IncrementalClassifier:
 
     def _loaded_towers(self) -> Towers:
         if self._towers is None and isinstance(self.towers, str):
-            self._towers = load_towers(
-                self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
-                revision=self.revision,
-            )  # fmt: skip
+            if is_features_file(self.towers):
+                self._towers = open_features_towers(self.towers)
+            else:
+                self._towers = load_towers(
+                    self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
+                    revision=self.revision,
+                )  # fmt: skip
             self.notices_ += self._towers.notices
         return self._towers or self.towers
 
     @property
     def _width(self) -> int | None:
         """How many numbers an item has, where embeddings are learned in place of images."""
-        return None if isinstance(self.towers, str) or self.towers.has_images else self.towers.dim
+        if isinstance(self.towers, str) and not is_features_file(self.towers):
+            return None
+        towers = self._loaded_towers()
+        return None if towers.has_images else towers.dim
 
     def _towers_name(self) -> str:
         return self.towers if isinstance(self.towers, str) else self.towers.name

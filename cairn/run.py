@@ -26,6 +26,7 @@ from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultEr
 from cairn.evaluation.evaluate import Evaluation, Evaluator
 from cairn.evaluation.laboratory import drift_rows, relative
 from cairn.evaluation.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
+from cairn.feature_file import features_towers
 from cairn.kept import kept
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import KeepsImages, Method
@@ -186,10 +187,7 @@ def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTower
         raise ConfigError(
             f"towers '{config.towers}': data '{config.data}' holds embeddings, not images; leave --towers out"
         )
-    return FeatureTowers(
-        name=held.name, dim=held.dim, logit_scale=held.logit_scale, fingerprint=held.fingerprint,
-        names=dataset.classes, text=held.text,
-    )  # fmt: skip
+    return features_towers(dataset, config.data)
 
 
 def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
@@ -227,25 +225,36 @@ def tower_stands(entry: Entry, settings: BaseModel) -> bool:
     return tunings <= {"none", "adapter"} and not alters and entry.keeps != "images"
 
 
+class Learned(NamedTuple):
+    """What a run leaves besides numbers. `towers` are those of the method without its cache."""
+
+    config: RunConfig
+    method: Method
+    stream: TaskStream
+    towers: Towers
+    calibration: Calibration
+
+
 def run_stream(
     config: RunConfig,
     log: Log | None = None,
-    learned: Callable[[Method], Any] | None = None,
+    learned: Callable[[Learned], Any] | None = None,
     store: FeatureStore | None = None,
     checkpoint: Checkpoint | None = None,
     archive: Archive | None = None,
 ) -> RunResult:
     """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts.
 
-    `learned` is called with the method when the last task is done, for who wants more than its numbers. Where the method
-    leaves the image tower as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the
-    state is kept there whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is
-    the same to the bit, apart from times and passes. With the `ranks` of `checkpoint` it is one process of several, all of
-    which call this alike; the first alone writes.
+    `learned` is called when the last task is done, for who wants more than numbers. Where the method leaves the image tower
+    as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the state is kept there
+    whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is the same to the bit,
+    apart from times and passes. With the `ranks` of `checkpoint` it is one process of several, all of which call this alike;
+    the first alone writes.
     """
     log, checkpoint = log or Log(), checkpoint or Checkpoint()
     ranks = checkpoint.ranks
     entry, stream, towers, settings = prepared(config)
+    loaded = towers
     if ranks.number > 1:
         _shareable(settings, ranks)
         _alike(stream, towers, ranks)
@@ -298,7 +307,7 @@ def run_stream(
         checkpoint.begin()
 
     if learned is not None and ranks.first:
-        learned(method)
+        learned(Learned(config, method, stream, loaded, course.calibration))
     B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
     sizes = [len(test) for test in stream.tests]

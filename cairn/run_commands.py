@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -92,7 +93,7 @@ def run(
         bool, typer.Option("--overwrite", help="begin again, whatever result or unfinished run is there")
     ] = False,
     keep_learner: Annotated[
-        bool, typer.Option("--keep-learner", help="keep what was learned, for `cairn explain-image`")
+        bool, typer.Option("--keep-learner", help="keep what was learned in DIR/learner, a learner as of `cairn learn`")
     ] = False,
     cache: Annotated[
         bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
@@ -121,6 +122,8 @@ def run(
     if method is None:
         raise ConfigError(asked.problem or "no method given; see `cairn list`")
     entry = method_named(method)
+    if keep_learner and entry.keeps == "images":
+        raise ConfigError(f"--keep-learner: method '{entry.name}' keeps images, so it cannot be saved; leave it out")
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     several = _seeds(seeds) if seeds is not None else None
@@ -249,7 +252,7 @@ def _run_one(
     store = FeatureStore.configured() if call.cache else None
     try:
         with stopped_by_signals(checkpoint), console.live():
-            learned = (lambda method: write_learner(folder, method)) if call.keep_learner else None
+            learned = partial(write_learner, folder) if call.keep_learner else None
             log = Log(keep=keep, show=console.progress) if ranks.first else Log()
             result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
         if ranks.first:

@@ -19,10 +19,11 @@ from cairn.data.catalogue import open_dataset
 from cairn.errors import CairnError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
 from cairn.files import growing, make_folder, read_bytes, read_json, write_json
+from cairn.learner import IncrementalClassifier
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.stored import fit_into
-from cairn.run import SCHEMA_VERSION, RunConfig, RunResult, comparable_call, towers_for
+from cairn.run import SCHEMA_VERSION, Learned, RunConfig, RunResult, comparable_call, towers_for
 from cairn.schema import validated
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
@@ -193,9 +194,13 @@ class RunFolder:
             self._lock.release()
 
 
-def write_learner(folder: Path, method: Method) -> None:
-    """What a method has learned, beside the result of its run."""
-    Archive(folder / LEARNER, "learner").write({}, {"method": method.state_dict()})
+def write_learner(folder: Path, learned: Learned) -> None:
+    """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
+    run = learned.config
+    IncrementalClassifier.of_run(
+        learned.method, run.method, learned.stream.tasks, learned.towers, learned.calibration, seed=run.seed,
+        preprocess=run.preprocess,
+    ).save(folder / LEARNER)  # fmt: skip
 
 
 def read_learner(folder: Path) -> tuple[RunResult, Method]:
@@ -227,7 +232,7 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
         reason = str(error) or type(error).__name__
         raise ResultError(f"'{folder / RESULT}': its config does not make a {result.method}: {reason}") from None
     parts = archive.read().parts
-    if parts.keys() != {"method"}:
+    if "method" not in parts:
         raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
     fit_into(method, parts["method"], archive.folder, len(result.class_order))
     return result, method

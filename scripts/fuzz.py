@@ -28,6 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def targets(root: Path) -> dict[str, Target]:
     for name, changed in LEARNERS.items():
         config = RunConfig(method=name, data=str(data), step=2, settings=changed)
         folder = root / name
-        result = run_stream(config, learned=lambda method, folder=folder: write_learner(folder, method))
+        result = run_stream(config, learned=partial(write_learner, folder))
         write_json(folder / RESULT, result.model_dump(mode="json"))
         found[f"learner {name}"] = Target(_files(folder), _learner)
         found[f"checkpoint {name}"] = Target(_files(_cut_off(config, root / f"{name}-cut")), _gone_on(config))

@@ -51,7 +51,7 @@ def measured(stream: str, run: str, seed: int) -> dict[str, Any]:
     result = run_stream(config, learned=kept.append)
     row = {"stream": stream, "run": run, "seed": seed, "last": result.last, "pooled": None}
     if method.startswith("dmc"):
-        learner, world, right = kept[0], prepared(config), []
+        learner, world, right = kept[0].method, prepared(config), []
         for test in world.stream.tests:
             for pixels, y in Loader(test, world.towers.prepare, world.towers.pixels, batch=256).ordered():
                 with torch.no_grad():

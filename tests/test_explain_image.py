@@ -25,11 +25,11 @@ def kept(tmp_path_factory):
         method="spa", data="shapes", step=20, limit_train=3, limit_test=1, device="cpu",
         settings=("schedule.epochs=2", "local.patches=8"),
     )  # fmt: skip
-    methods = []
-    result = run_stream(config, Log(), methods.append)
-    write_learner(folder, methods[0])
+    ended = []
+    result = run_stream(config, Log(), ended.append)
+    write_learner(folder, ended[0])
     RunFolder(folder, Call(run=config, checkpoint_seconds=60)).write(result)
-    return folder, methods[0]
+    return folder, ended[0].method
 
 
 def pixels(method, index=0):

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def learner(features, tmp_path):
     """The folder of a run that kept its learner."""
     folder = tmp_path / "run"
     config = RunConfig(method="simplecil", data=features, step=2)
-    result = run_stream(config, learned=lambda method: write_learner(folder, method))
+    result = run_stream(config, learned=partial(write_learner, folder))
     write_json(folder / RESULT, result.model_dump(mode="json"))
     return folder
 
@@ -237,7 +238,7 @@ def test_a_learner_of_two_stages_is_tried_before_it_is_trusted(key, change, feat
     folder, states = tmp_path / "run", []
     quick = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
     config = RunConfig(method="dmc", data=features, step=2, settings=quick)
-    result = run_stream(config, learned=lambda m: (states.append(m.state_dict()), write_learner(folder, m)))
+    result = run_stream(config, learned=lambda m: (states.append(m.method.state_dict()), write_learner(folder, m)))
     write_json(folder / RESULT, result.model_dump(mode="json"))
     changed = {name: change(value) if name == key else value for name, value in states[0].items()}
     assert key in changed

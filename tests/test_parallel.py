@@ -55,7 +55,7 @@ from cairn.training.checkpoint import Checkpoint
 folder, ranks = Path(sys.argv[1]), Ranks.launched()
 with ranks.connected("cpu"):
     for name, asked in json.loads((folder / "runs.json").read_text()).items():
-        keep = lambda method: save_file(method.state_dict(), folder / f"{name}.safetensors")
+        keep = lambda learned: save_file(learned.method.state_dict(), folder / f"{name}.safetensors")
         result = run_stream(RunConfig(**asked), learned=keep, checkpoint=Checkpoint(ranks=ranks))
         if ranks.first:
             (folder / f"{name}.json").write_text(result.model_dump_json())
@@ -119,7 +119,9 @@ def two(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_learn_what_one_does(two, name):
     states = []
-    alone = run_stream(RunConfig(**SHORT, **RUNS[name]), learned=lambda method: states.append(method.state_dict()))
+    alone = run_stream(
+        RunConfig(**SHORT, **RUNS[name]), learned=lambda learned: states.append(learned.method.state_dict())
+    )
     both = RunResult.model_validate_json((two / f"{name}.json").read_text())
     one, other = states[0], load_file(two / f"{name}.safetensors")
     assert both.processes == 2

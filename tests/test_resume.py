@@ -61,7 +61,9 @@ class Cutting(Checkpoint):
 def whole(config):
     """Result, learned state and units of work of an untouched run."""
     states, checkpoint = [], Cutting(None)
-    result = run_stream(config, learned=lambda method: states.append(method.state_dict()), checkpoint=checkpoint)
+    result = run_stream(
+        config, learned=lambda learned: states.append(learned.method.state_dict()), checkpoint=checkpoint
+    )
     return result, states[0], checkpoint.units
 
 
@@ -72,7 +74,7 @@ def cut_and_gone_on(config, archive, after):
         try:
             result = run_stream(
                 config,
-                learned=lambda method: states.append(method.state_dict()),
+                learned=lambda learned: states.append(learned.method.state_dict()),
                 checkpoint=Cutting(after),
                 archive=archive,
             )
@@ -182,7 +184,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(features, tmp_path):
     states = []
     result = run_stream(
         config,
-        learned=lambda m: states.append(m.state_dict()),
+        learned=lambda learned: states.append(learned.method.state_dict()),
         checkpoint=Checkpoint(),
         archive=Archive(tmp_path, "run"),
     )

@@ -19,7 +19,7 @@ from cairn.types import Features, Pixels
 class FeatureTowers:
     """`Towers` over precomputed embeddings. What other towers call pixels is the embedding itself, (n, d).
 
-    `text` holds a row per name of `names`, or is None where the file has no text embeddings.
+    `text` holds a row per name of `names`, or is None where the file has no text embeddings. `source` is the file's path.
     """
 
     has_images = False
@@ -37,10 +37,11 @@ class FeatureTowers:
         fingerprint: str,
         names: Sequence[str],
         text: np.ndarray | None,
+        source: str | None = None,
     ):
         self.name, self.dim, self.logit_scale, self.fingerprint = name, dim, logit_scale, fingerprint
         self.hidden_dim = dim
-        self.has_text = text is not None
+        self.has_text, self.source = text is not None, source or name
         self.passes = {"images": 0, "text_tokens": 0}
         self._row = {name: i for i, name in enumerate(names)}
         self._text = None if text is None else normalize(torch.tensor(text, dtype=torch.float32), dim=-1)

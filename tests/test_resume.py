@@ -331,6 +331,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_succeeded(tmp_path):
     again.release()
 
 
+@pytest.mark.timeout(1800)
 def test_twenty_kills_change_no_bit():
     """Real processes, killed for real; `make torture` does two hundred."""
     done = subprocess.run(

@@ -68,7 +68,7 @@ PLANTS = (
     Plant("variances moved by A, not its squares", "memory/covariances.py", "(A * A) @ held[\"variances\"]", "A @ held[\"variances\"]", MEMORY),
     Plant("pooled covariance of classes, not of images", "memory/gaussians.py", "self._stored.counts[chunk].double() / total", "torch.ones(len(chunk), dtype=torch.float64) / len(rows)", MEMORY),
     Plant("stand-in for classes without scatter not scaled", "memory/gaussians.py", "LONE_VARIANCE * self._energies[rows] / self._dim", "LONE_VARIANCE * self._energies[rows]", MEMORY),
-    Plant("draws not on the sphere", "memory/replay.py", "unit(drawn.pop(0))[mixed]", "drawn.pop(0)[mixed]", REPLAY),
+    Plant("draws not on the sphere", "memory/replay.py", "unit(pseudo) if self.sphere else pseudo", "pseudo", REPLAY),
     Plant("drawn rows with other rows' labels", "memory/replay.py", "[mixed], names[mixed])", "[mixed], names)", REPLAY),
     Plant("a small share of replay rounded to none", "memory/replay.py", "self.drawn = max(1, batch - self.real)", "self.drawn = batch - self.real", REPLAY),
     Plant("means of means", "memory/means.py", "(len(own) / n[c])", "0.5", (*HEADS, *VALUES)),

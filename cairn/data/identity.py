@@ -52,11 +52,12 @@ class Found(NamedTuple):
     def notices(self, images: Images, names: Sequence[str], again: bool) -> Iterator[str]:
         """What is to be said of it; `names` are those of the classes, `again` says that the repeated ones are learned."""
         if self.repeated:
-            done = "are learned once more" if again else "are left out; with `again` they are learned once more"
-            yield (
-                f"{len(self.repeated)} of {len(images)} images were learned as the same class already, or are given twice: "
-                f"{done}"
-            )
+            why = "already learned as the same class, or given twice"
+            count = f"{len(self.repeated)} of {len(images)} images"
+            if again:
+                yield f"{count} are learned once more: {why}"
+            else:
+                yield f"{count} are left out: {why}; again=True, on the command line --again, learns them once more"
         if self.relabelled:
             shown = ", ".join(
                 f"{one_line(images.describe(row))} as '{names[images.labels[row]]}', also learned as '{names[other]}'"

@@ -776,7 +776,7 @@ def test_picture_learned_already(root, tmp_path):
     os.utime(files[1], (1, 1))
     learner.partial_fit([copy, files[1]], ["cat", "cat"])
     assert learner.counts_.tolist() == [2, 2]
-    assert "2 of 2 images were learned as the same class already" in learner.notices_[-1]
+    assert "2 of 2 images are left out: already learned as the same class" in learner.notices_[-1]
     assert learner.partial_fit([copy], ["cat"], again=True).counts_.tolist() == [3, 2]
 
 

@@ -88,7 +88,10 @@ def test_copies_touched_files_and_other_paths_are_left_out(learner, files, tmp_p
         ([other], ["oak"]),
     ):
         learner.partial_fit(given, called)
-        assert f"{len(given)} of {len(given)} images were learned as the same class already" in learner.notices_[-1]
+        assert (
+            f"{len(given)} of {len(given)} images are left out: already learned as the same class"
+            in learner.notices_[-1]
+        )
         assert same(state_of(learner), before)
         assert learner.counts_.tolist() == [4, 2]
         assert len(learner.history_) == history
@@ -127,7 +130,7 @@ def test_a_relabelled_picture_is_said_to_stay_under_the_old_label(learner, files
     assert f"{files[0]} as 'elm', also learned as 'oak'" in told
     assert f"{files[1]} as 'ash', also learned as 'oak'" in told
     learner.partial_fit(files[:2], ["elm", "ash"])
-    assert "2 of 2 images were learned as the same class already" in learner.notices_[-1]
+    assert "2 of 2 images are left out: already learned as the same class" in learner.notices_[-1]
 
 
 def test_one_picture_in_two_classes_of_a_call_is_said(files, towers):

@@ -113,7 +113,7 @@ class Archive:
                 continue
             return Generation(record, parts, damaged)
         if damaged:
-            raise ResultError(f"{damaged[0]}; no sound one is left in '{self.folder}'")
+            raise ResultError(f"{damaged[0]}; no undamaged copy is left in '{self.folder}'")
         return None
 
     def clear(self) -> None:

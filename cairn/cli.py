@@ -112,7 +112,7 @@ def _yes(claim: bool) -> str:
 
 @app.command(name="list")
 def list_() -> None:
-    """Methods, data sets and towers."""
+    """List methods, data sets and towers."""
     from cairn.data.catalogue import CATALOGUE
     from cairn.methods.catalogue import METHODS
     from cairn.towers.catalogue import KNOWN
@@ -136,7 +136,7 @@ def list_() -> None:
 
 @app.command()
 def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`")]) -> None:
-    """A method's source, stages and settings with their defaults."""
+    """Show a method's source, stages and settings."""
     from cairn.methods.catalogue import method_named
     from cairn.methods.settings import settings
 
@@ -179,7 +179,7 @@ def describe(
     on_bad_image: BadImages = "stop",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, send nothing")] = False,
 ) -> None:
-    """Ask a vision language model for visual descriptions of the classes; key from OPENAI_API_KEY."""
+    """Have a vision language model describe the classes. The key is taken from OPENAI_API_KEY."""
     from cairn.data.catalogue import open_dataset
     from cairn.data.descriptions import Descriptions, read_descriptions
     from cairn.describe import DescribeConfig, described, guide_images, request, with_readable
@@ -198,7 +198,7 @@ def describe(
     console = Console()
     dataset = open_dataset(data)
     if dataset.embeddings is not None:
-        raise ConfigError(f"data '{data}': embeddings, not images: there is nothing to show")
+        raise ConfigError(f"data '{data}': holds embeddings, but describe needs images; give a folder of images")
     held = read_descriptions(out) if out.is_file() else Descriptions()
     missing = [name for name in dataset.classes if name not in held.classes]
     console.note(f"{len(dataset.classes) - len(missing)} of {len(dataset.classes)} classes are described in {out}")
@@ -236,7 +236,7 @@ def explain_image(
     best: Annotated[int, typer.Option(help="classes to explain, the likeliest first")] = 3,
     out: Annotated[Path | None, typer.Option(help="PNG to write, JSON beside it  [default: IMAGE-reasons.png]")] = None,
 ) -> None:
-    """Which patches of an image speak for its best classes, and for which words: a picture and JSON."""
+    """Show which patches of an image speak for its classes. Writes a picture and JSON, with the words they speak for."""
     import numpy as np
 
     from cairn.data.folders import decoded
@@ -274,7 +274,7 @@ def table(
     into: Into = None,
     name: Block = "results",
 ) -> None:
-    """Results (of runs, or of the drift laboratory) as a Markdown table, mean and standard deviation over seeds."""
+    """Print results as a Markdown table. Of runs or of the drift laboratory: mean and standard deviation over seeds."""
     from cairn.reports.drift import drift_reports_below, drift_table
     from cairn.reports.tables import markdown_table, results_below
 
@@ -289,7 +289,7 @@ def compare(
     into: Into = None,
     name: Block = "results",
 ) -> None:
-    """What one method gains over another, paired by seed, with a 95 % confidence interval."""
+    """Compare two methods, paired by seed. Prints what one gains over the other, with a 95 % confidence interval."""
     from cairn.reports.tables import difference_table, results_below
 
     _put(difference_table(results_below([first]), results_below([second])), into, f"compare {name}")
@@ -306,7 +306,8 @@ def report(
         str | None, typer.Option(help="the method that differences are to  [default: the first found]")
     ] = None,
 ) -> None:
-    """Runs side by side on one page: tables, curves, matrices, costs, settings, and what keeps them from being compared."""
+    """Show runs side by side on one page. Tables, curves, matrices, costs, settings, and what keeps them from being
+    compared."""
     from cairn.files import make_folder, write_chunks
     from cairn.reports.page import page_of
 
@@ -382,7 +383,7 @@ def serve(
     ] = None,
     towers: Annotated[str | None, typer.Option(help="where the learner's weights are now, if they moved")] = None,
 ) -> None:
-    """A page and an HTTP service: look at pictures, teach new classes, forget old ones."""
+    """Serve a learner as a page and over HTTP. Look at pictures, teach new classes, forget old ones."""
     try:
         import fastapi  # noqa: F401
         import python_multipart  # noqa: F401
@@ -404,7 +405,7 @@ def serve(
 
 @app.command()
 def version() -> None:
-    """The version of cairn and of what it stands on."""
+    """Print the versions of cairn and its libraries."""
     from cairn.run import versions
 
     for package, number in versions().items():

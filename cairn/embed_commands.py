@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.errors import Stopped
 from cairn.ranks import ALONE
 from cairn.reports.console import Console
 from cairn.run_commands import BadImages, Data, checked
@@ -66,7 +65,7 @@ def embed(
         bool, typer.Option("--overwrite", help="begin again, whatever file or shards are there")
     ] = False,
 ) -> None:
-    """Embed every image of a data set into a file that `cairn run --data FILE` takes. The same call again goes on where it
+    """Embed every image of a data set into one file. `cairn run --data FILE` takes it. The same call again goes on where it
     was cut off."""
     from cairn.embed import EmbedConfig, Rank, embed_dataset
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
@@ -80,16 +79,11 @@ def embed(
     ranks = context.obj or ALONE
     rank = Rank(ranks.rank, ranks.number, int(os.environ["LOCAL_RANK"]) if ranks.number > 1 else 0)
     console, checkpoint = _Console(), Checkpoint()
-    try:
-        with stopped_by_signals(checkpoint), console.live():
-            made = embed_dataset(
-                config, out, workers=workers, address=address, rank=rank, keep_parts=keep_parts, overwrite=overwrite,
-                log=Log(keep=console.event, show=console.progress), checkpoint=checkpoint,
-            )  # fmt: skip
-    except Stopped:
-        if rank.number == 0:
-            console.note("stopped; whole shards are kept. The same call goes on")
-        raise
+    with stopped_by_signals(checkpoint), console.live():
+        made = embed_dataset(
+            config, out, workers=workers, address=address, rank=rank, keep_parts=keep_parts, overwrite=overwrite,
+            log=Log(keep=console.event, show=console.progress), checkpoint=checkpoint,
+        )  # fmt: skip
     if rank.number:
         return
     if made.finished:

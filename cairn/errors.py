@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from signal import SIGINT, Signals
 
 LETTERS = 2000
 """Longest message: a value from a file may have any length."""
@@ -105,6 +106,6 @@ class NotFinite(CairnError):
 class Stopped(CairnError):
     """Asked to stop by a signal, after the state was kept; the command exits with 128 and the signal's number."""
 
-    def __init__(self, signal: int):
-        super().__init__(f"stopped by signal {signal}")
+    def __init__(self, signal: int, to_go_on: str = "the same call goes on where it was"):
+        super().__init__(f"interrupted ({'Ctrl-C' if signal == SIGINT else Signals(signal).name}); {to_go_on}")
         self.signal = signal

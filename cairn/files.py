@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -27,7 +28,8 @@ YAML_LETTERS = 2**20
 DEPTH = 100
 """Lists in lists, at most: whoever goes through a value by recursion gets to its end."""
 
-REMEDY = "free some space or give another folder"
+ELSEWHERE = "give another folder"
+"""What to do where a place cannot be written and never will be."""
 
 _NO_SURPRISE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """A link is not followed; nobody waits for the other end of a pipe."""
@@ -36,20 +38,29 @@ _NO_SURPRISE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> ResultError:
+def unwritable(path: Path, error: OSError, elsewhere: str = ELSEWHERE) -> ResultError:
+    """The error to raise; its remedy follows from the system's error, `elsewhere` is how to have another place."""
+    remedy = f"{_REMEDIES[error.errno]} or {elsewhere}" if error.errno in _REMEDIES else elsewhere
     return ResultError(f"'{path}': cannot be written: {error.strerror or error}; {remedy}")
 
 
-def make_folder(path: Path, remedy: str = "give another folder") -> None:
+_REMEDIES = {
+    errno.ENOENT: "make its folder",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions"),
+}
+
+
+def make_folder(path: Path, elsewhere: str = ELSEWHERE) -> None:
     """Raises ResultError if the folder cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(path, error, remedy) from None
+        raise unwritable(path, error, elsewhere) from None
 
 
 @contextmanager
-def whole(path: Path, remedy: str = REMEDY) -> Iterator[Path]:
+def whole(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """A path to write to, beside `path`; on leaving it is flushed to the disk and renamed, so that a reader sees the old
     file or the new one. If anything fails, the old file stays and nothing else does. Raises ResultError for OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -62,7 +73,7 @@ def whole(path: Path, remedy: str = REMEDY) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        raise unwritable(path, error, remedy) from None
+        raise unwritable(path, error, elsewhere) from None
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -125,7 +136,7 @@ def read_bytes(path: Path, limit: int | None = None, links: bool = False) -> byt
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra)) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ResultError(f"'{path}': not a plain file; replace it by one")
+                raise ResultError(f"'{path}': not a regular file; put one in its place")
             if limit is not None and found.st_size > limit:
                 raise ResultError(f"'{path}': {found.st_size} bytes where at most {limit} are expected")
             return file.read()
@@ -133,7 +144,7 @@ def read_bytes(path: Path, limit: int | None = None, links: bool = False) -> byt
         reason = "a link, which is not followed" if not links and path.is_symlink() else error.strerror
         raise ResultError(f"'{path}': cannot be read: {reason}") from None
     except MemoryError:
-        raise ResultError(f"'{path}': larger than what memory is left") from None
+        raise ResultError(f"'{path}': does not fit into memory") from None
 
 
 def read_json(path: Path, links: bool = False) -> Any:

@@ -53,8 +53,8 @@ def learn(
     on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
 ) -> None:
-    """Learn the classes of a folder: new names are new classes, of known ones more is learned. Makes the learner if there is
-    none. Killed in the middle, the same call goes on."""
+    """Learn the classes of a folder of pictures. New names are new classes, of known ones more is learned. Makes the learner
+    if there is none. Killed in the middle, the same call goes on."""
     from cairn.archive import Archive
     from cairn.data.folders import class_folders
     from cairn.files import make_folder
@@ -117,7 +117,7 @@ def learn(
     new = len(held.classes_) - before
     console.note(
         f"{learner}: {held.history_[-1]['images']} pictures learned, {new} new classes, {len(held.classes_)} in all; "
-        f"{_bytes(held.method_.memory_bytes)} kept of them, no picture"
+        f"{_bytes(held.method_.memory_bytes)} of statistics, no picture is stored"
     )
 
 
@@ -166,12 +166,12 @@ def predict(
     towers: Weights = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
 ) -> None:
-    """The likeliest classes of images, and whether they fit what is known."""
+    """Tell the likeliest classes of images. Says also whether an image fits what is known."""
     from cairn.learner import IncrementalClassifier
     from cairn.novelty import require_threshold
 
     if as_json and as_csv:
-        raise ConfigError("--json and --csv: one of the two")
+        raise ConfigError("--json and --csv: give only one of them")
     if topk < 1:
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
@@ -204,7 +204,9 @@ def predict(
                 )  # fmt: skip
     else:
         for row in rows:
-            best = ", ".join(f"{one_line(found['name'])} {100 * found['probability']:.1f}%" for found in row["classes"])
+            best = ", ".join(
+                f"{one_line(found['name'])} {100 * found['probability']:.1f} %" for found in row["classes"]
+            )
             unsure = (
                 f"unknown (known score {row['known']:.3f}, below {unknown_below:g}); nearest: "
                 if row["unknown"]
@@ -281,7 +283,7 @@ def _explained(held, files: list[Path], best: int, folder: Path) -> None:
 
 
 def inspect(learner: Learner) -> None:
-    """What a learner knows, when it learned it, and what it keeps."""
+    """Show what a learner knows and what it keeps."""
     from cairn.archive import Archive
     from cairn.card import card
     from cairn.errors import ResultError
@@ -303,7 +305,7 @@ def forget(
     name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")],
     towers: Weights = None,
 ) -> None:
-    """Take a class out: its name, texts and statistics. What shared weights learned of it stays."""
+    """Remove a class: its name, texts and statistics. What shared weights learned of it stays."""
     from cairn.learner import IncrementalClassifier
     from cairn.store import Lock
 
@@ -324,7 +326,7 @@ def export(
     onnx: Annotated[Path, typer.Option(help="the file to write")],
     towers: Weights = None,
 ) -> None:
-    """The image tower and the class matrix as one ONNX file, checked against the learner before it is kept."""
+    """Write image tower and class matrix as one ONNX file. It is checked against the learner before it is kept."""
     from cairn.export import export_onnx
     from cairn.learner import IncrementalClassifier
 

@@ -91,7 +91,9 @@ def _stream(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
     row = CATALOGUE.get(values["data"])
     if row is not None and len(row.classes) > 1:
         whole, part = row.classes
-        notices.append(f"{row.title} has {whole} classes, theirs keeps {part}; for these give a copy, {row.key}=PATH")
+        notices.append(
+            f"{row.title} has {whole} classes, their config uses {part} of them; give a copy with these, {row.key}=PATH"
+        )
     base, step = left.pop("init_cls", base), left.pop("increment", step)
     if step is not None:
         values |= {"base": 0 if base in (None, step) else base, "step": step}
@@ -114,7 +116,7 @@ def _towers(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
     towers = TOWERS_NAMES.get(_plain(named[0])) if named else None
     if towers is None:
         reason = f"'{named[0]}' is no CLIP" if named else "no backbone is named"
-        notices.append(f"{reason}; the towers are the field's, {LAION}, unless --towers says otherwise")
+        notices.append(f"{reason}; the usual towers, {LAION}, are taken unless --towers says otherwise")
         towers = LAION
     devices = left.pop("device", [])
     devices = [str(number) for number in (devices if isinstance(devices, list) else [devices])]

@@ -63,7 +63,7 @@ class Ranks:
             for key in SIZES:
                 if environment.get(key, "1") != "1":
                     raise ConfigError(
-                        f"{key} {environment[key]}: a launcher of processes that are not one run; {REMEDY}"
+                        f"{key} {environment[key]}: set by a launcher whose processes would not work together; {REMEDY}"
                     )
             return cls()
         number, rank, local_number = (
@@ -72,7 +72,9 @@ class Ranks:
         )
         missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in environment]
         if number > 1 and missing:
-            raise ConfigError(f"WORLD_SIZE {number} without {' and '.join(missing)}: not a whole launch; {REMEDY}")
+            raise ConfigError(
+                f"WORLD_SIZE {number} without {' and '.join(missing)}: the launcher set not all; {REMEDY}"
+            )
         return cls(number, rank, local_number) if number > 1 else cls()
 
     @property

@@ -105,8 +105,8 @@ def run(
         bool, typer.Option("--log-lines", help="after each task also print the accuracy lines of PyCIL and C3Box")
     ] = False,
 ) -> None:
-    """Learn a class stream with a method and write DIR/result.json. The same call again goes on where it was cut off.
-    Several processes that torchrun starts share the images out."""
+    """Learn a class stream with one method. The result is DIR/result.json. The same call again goes on where it was cut
+    off. Several processes that torchrun starts share the images out."""
     from cairn.methods.catalogue import method_named
     from cairn.run import RunConfig
     from cairn.runfile import RunFile
@@ -258,9 +258,8 @@ def _run_one(
         if ranks.first:
             output.write(result)
             tracking.result(result)
-    except Stopped:
-        console.note(f"stopped; the state is kept. To go on: cairn run --resume {folder}")
-        raise
+    except Stopped as stopped:
+        raise Stopped(stopped.signal, f"to go on: cairn run --resume {folder}") from None
     finally:
         tracking.close()
         output.close()
@@ -272,7 +271,7 @@ def import_(
     config: Annotated[Path, typer.Argument(help="a config of PyCIL, PILOT or C3Box (JSON)")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the run file to write  [default: print it]")] = None,
 ) -> None:
-    """Another toolbox's config as a run file; what it says that has no counterpart here is told in comments."""
+    """Turn another toolbox's config into a run file. What has no counterpart here is told in comments."""
     from cairn.files import write_chunks
     from cairn.pycil import read_config
     from cairn.runfile import run_file_text
@@ -291,7 +290,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="moves every random choice")] = 1,
 ) -> None:
-    """Forty classes of the drawn world in eight tasks: zero-shot, class means and DMC side by side."""
+    """Compare three methods on drawn pictures, in a minute. Forty classes in eight tasks: zero-shot, class means and DMC."""
     from cairn.run import RunConfig
     from cairn.store import Call
 
@@ -324,7 +323,8 @@ def drift(
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
     on_bad_image: BadImages = "stop",
 ) -> None:
-    """The drift laboratory: stored Gaussians against the truth, for research (it opens the images of old tasks)."""
+    """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
+    the images of old tasks."""
     from cairn.files import make_folder, write_json
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.run import RunConfig, drift_report

@@ -18,7 +18,7 @@ from cairn.archive import Archive
 from cairn.data.catalogue import open_dataset
 from cairn.errors import CairnError, ResultError
 from cairn.evaluation.metrics import mean_and_deviation
-from cairn.files import growing, make_folder, read_bytes, read_json, write_json
+from cairn.files import growing, make_folder, read_bytes, read_json, unwritable, write_json
 from cairn.learner import IncrementalClassifier
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
@@ -98,7 +98,7 @@ class Lock:
                 f"'{self.folder}' is being written by {self._holder() or 'another process'}; wait for it or give another folder"
             ) from None
         except OSError as error:
-            raise ResultError(f"'{self.folder}': cannot be written: {error.strerror}; give another folder") from None
+            raise unwritable(self.folder, error) from None
         self.stale = self._holder()
         with suppress(OSError):
             path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
@@ -160,7 +160,7 @@ class RunFolder:
             self._events = growing(self.path / EVENTS, append=bool(self.archive))
         except OSError as error:
             self._lock.release()
-            raise ResultError(f"'{self.path}': cannot be written: {error.strerror}; give another --out") from None
+            raise unwritable(self.path, error, "give another --out") from None
         write_json(self.path / CALL, self.call.model_dump(mode="json"))
         return self._lock.stale
 
@@ -169,7 +169,7 @@ class RunFolder:
             self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
             self._events.flush()
         except OSError as error:
-            raise ResultError(f"'{self.path / EVENTS}': cannot be written: {error.strerror}; free some space") from None
+            raise unwritable(self.path / EVENTS, error, "give another --out") from None
 
     def happened(self) -> list[dict[str, Any]]:
         """The events so far, those before the run was cut off too; a line that was cut short is left out."""

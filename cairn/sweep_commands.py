@@ -46,7 +46,8 @@ def sweep(
     cache: Annotated[bool | None, typer.Option("--cache", help="as `cairn run --cache`")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="find every run good, list them, and run none")] = False,
 ) -> None:
-    """Every run that a file asks for, and one table. The same call again goes on where it was cut off, and does what is new."""
+    """Make every run that a file asks for, and one table. The same call again goes on where it was cut off, and does what is
+    new."""
     if engine is Where.serial and address is not None:
         raise ConfigError(f"--address {address}: --engine serial runs here; leave one out")
     given = {
@@ -88,7 +89,7 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
     try:
         ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))
     except Stopped:
-        view.note(f"stopped: {counts(held.ledger)}. To go on: the same call again")
+        view.note(counts(held.ledger))
         raise
     view.note("")
     view.table(held.table())

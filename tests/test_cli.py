@@ -172,3 +172,14 @@ def test_a_cache_spares_the_second_run_its_passes(cairn, tmp_path, monkeypatch):
     status, _, err = cairn("cache", "info")
     assert (status, err.count("\n")) == (2, 1)
     assert "CAIRN_CACHE_BYTES 'much'" in err
+
+
+@pytest.mark.parametrize("group", [(), ("cache",)])
+def test_no_summary_of_a_command_is_cut_off(cairn, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = cairn(*group, "--help")
+    commands = out.partition("Commands:\n")[2].splitlines()
+    assert status == 0
+    assert len(commands) > 1
+    assert [line for line in commands if "..." in line] == []
+    assert max(map(len, out.splitlines())) <= 80

@@ -232,7 +232,7 @@ def test_a_data_set_may_carry_its_protocol(tmp_path, suffix, base, step):
         ({"memory_size": 2000}, "memory_size 2000 is not used: simplecil keeps means"),
         ({"model_name": "joint", "memory_per_class": 20}, "memory_per_class 20 is not used: joint keeps images"),
         ({"convnet_type": "resnet32", "backbone_type": "resnet32"}, "'resnet32' is no CLIP"),
-        ({"dataset": "cars"}, "Stanford Cars has 196 classes, theirs keeps 100"),
+        ({"dataset": "cars"}, "Stanford Cars has 196 classes, their config uses 100 of them"),
         ({"seed": [1, 2]}, "a class order for each seed"),
         ({"device": ["0", "1"]}, "one device is used, the first of 0, 1"),
         ({"tuned_epoch": 20, "vpt_type": "deep"}, "not used: prefix, tuned_epoch, vpt_type"),

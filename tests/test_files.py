@@ -19,6 +19,7 @@ from cairn.files import (
     read_json,
     read_yaml,
     sha256_of,
+    unwritable,
     write_chunks,
     write_json,
 )
@@ -70,6 +71,26 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, 
         assert str(error.value) == says
     assert read_json(path) == 1
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space or give another folder"), (errno.EDQUOT, "free some space or give another folder"),
+        (errno.EFBIG, "free some space or give another folder"), (errno.ENOENT, "make its folder or give another folder"),
+        (errno.ENOTDIR, "give another folder"), (errno.EROFS, "give another folder"), (errno.EIO, "give another folder"),
+        (errno.EACCES, "change its permissions or give another folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_comes_with_a_remedy_that_fits(tmp_path, number, remedy):
+    path = tmp_path / "a.json"
+    assert str(unwritable(path, OSError(number, "so"))) == f"'{path}': cannot be written: so; {remedy}"
+
+
+def test_a_missing_folder_is_no_lack_of_space(tmp_path):
+    path = tmp_path / "missing" / "a.json"
+    with pytest.raises(ResultError, match=r"No such file or directory; make its folder or give another folder$"):
+        write_json(path, 1)
 
 
 def test_a_file_has_the_rights_that_the_user_gives_new_files(tmp_path):
@@ -158,7 +179,7 @@ def test_only_plain_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert read_bytes(tmp_path / "link", links=True) == b"1"
     for name, says in (
-        ("link", "a link, which is not followed"), ("loop", "a link, which is not followed"), ("pipe", "not a plain file"),
+        ("link", "a link, which is not followed"), ("loop", "a link, which is not followed"), ("pipe", "not a regular file"),
         (".", "Is a directory"), ("none", "No such file"),
     ):  # fmt: skip
         refused(lambda name=name: read_bytes(tmp_path / name), says)
@@ -173,7 +194,7 @@ def test_a_file_that_claims_to_be_huge_is_not_read(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(1 << 43)
     refused(lambda: read_json(tmp_path / "a.json"), f"at most {JSON_BYTES} are expected")
-    refused(lambda: read_bytes(tmp_path / "a.json"), "larger than what memory is left")
+    refused(lambda: read_bytes(tmp_path / "a.json"), "does not fit into memory")
 
 
 def test_no_handle_is_left_open(tmp_path):

@@ -215,7 +215,9 @@ def test_a_learner_whose_hash_does_not_fit_is_refused(learner):
     content[-1] ^= 1
     part_of(learner).write_bytes(content)
     refused(
-        lambda: read_learner(learner), "damaged: its SHA-256 is not the one in the manifest", "no sound one is left"
+        lambda: read_learner(learner),
+        "damaged: its SHA-256 is not the one in the manifest",
+        "no undamaged copy is left",
     )
 
 

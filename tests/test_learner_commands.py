@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
+import signal
 from importlib import resources
 
 import numpy as np
@@ -20,6 +22,7 @@ from cairn.errors import ConfigError, ResultError
 from cairn.export import export_onnx
 from cairn.learner import IncrementalClassifier
 from cairn.store import LOCK, Lock
+from cairn.training.checkpoint import Checkpoint
 
 QUICK = [
     "--towers",
@@ -104,7 +107,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
         "--device",
         "cpu",
     )
-    assert ", below 1); nearest: " in capsys.readouterr().out
+    assert re.search(r", below 1\); nearest: [\w ]+ \d+\.\d %\n$", capsys.readouterr().out)
     assert json.loads((tmp_path / "why" / "0.json").read_text())["classes"][0]["name"] in held.classes_
     with Image.open(tmp_path / "why" / "0.png") as drawn:
         assert drawn.width > 300
@@ -149,6 +152,21 @@ def test_reasons_of_spa_are_pictures_with_patches(pictures, tmp_path, monkeypatc
     assert (tmp_path / "why" / "0.png").stat().st_size > 5000
 
 
+def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkeypatch, capsys):
+    words = ["learn", tmp_path / "learner", pictures / "first", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "step", lambda self, name, state: (self.stop(signal.SIGINT), self.poll()))
+        with pytest.raises(SystemExit) as stop:
+            called(patch, *words)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "cairn: interrupted (Ctrl-C); the same call goes on where it was\n"
+    called(monkeypatch, *words)
+    assert re.search(
+        r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored$",
+        capsys.readouterr().out.replace("\n", " ").strip(),
+    )
+
+
 def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys):
     for words, part in (
         (["learn", learner, pictures / "first", "--method", "spa"], "--method: spa is asked for, but"),
@@ -164,7 +182,7 @@ def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys
         (["learn", tmp_path / "new", pictures / "test", *QUICK], "no class found"),
         (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--set", "epochs"], "must be key=value"),
         (["predict", learner, tmp_path / "nowhere.png"], "cannot be read"),
-        (["predict", learner, pictures / "test", "--json", "--csv"], "one of the two"),
+        (["predict", learner, pictures / "test", "--json", "--csv"], "--json and --csv: give only one of them"),
         (["predict", learner, pictures / "test", "--topk", "0"], "at least 1"),
         (
             ["predict", learner, pictures / "test", "--unknown-below", "5"],

@@ -158,7 +158,7 @@ def test_one_stops_two_go_on_stop_and_one_finishes(cairn, tmp_path, monkeypatch)
     while '"resumed"' not in (folder / EVENTS).read_text() and time.monotonic() - since < 60:
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
-    assert ended(processes) == ([143, 143], ["cairn: stopped by signal 15"])
+    assert ended(processes) == ([143, 143], ["cairn: interrupted (SIGTERM); to go on: cairn run --resume cut"])
     assert {path.name for path in folder.iterdir()} == {CALL, CHECKPOINT, EVENTS}
 
     assert cairn("run", "--resume", "cut")[0] == 0

@@ -242,7 +242,8 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on(tmp_path, monkeypatch, c
         with pytest.raises(SystemExit) as stop:
             called(patch, *command(out=tmp_path / "cut"))
     assert stop.value.code == 128 + signal.SIGTERM
-    assert f"cairn run --resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert said == f"cairn: interrupted (SIGTERM); to go on: cairn run --resume {tmp_path / 'cut'}\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not (tmp_path / "cut" / LOCK).exists()
     called(monkeypatch, "run", "--resume", str(tmp_path / "cut"))

@@ -238,8 +238,12 @@ def test_only_pictures_are_looked_at(service, monkeypatch):
         assert "cannot be read as a picture" in error(ask("POST", "/api/predict", files={"image": bad}), 415)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     assert "exceed" in error(ask("POST", "/api/predict", files={"image": png(square)}), 415)
-    error(ask("POST", "/api/predict", data={"image": "/etc/passwd"}), 422)
-    error(ask("POST", "/api/predict", files={"image": png(square)}, data={"topk": 0}), 422)
+    uploaded = "must be an uploaded picture, sent as multipart/form-data"
+    assert error(ask("POST", "/api/predict", data={"image": "/etc/passwd"}), 422) == f"image: {uploaded}"
+    told = error(ask("POST", "/api/learn", data={"name": "x", "images": ["a.png", "b.png"]}), 422)
+    assert told == f"images 0: {uploaded}"
+    told = error(ask("POST", "/api/predict", files={"image": png(square)}, data={"topk": 0}), 422)
+    assert told == "topk: must be greater than or equal to 1"
     error(ask("GET", "/../../etc/passwd"), 404)
 
 

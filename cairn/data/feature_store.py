@@ -27,7 +27,7 @@ from cairn.files import make_folder, safetensors_header, whole
 
 LIMIT_BYTES = 20 * 10**9
 
-REMEDY = "free some space, set CAIRN_CACHE to another folder, or leave --cache out"
+ELSEWHERE = "set CAIRN_CACHE to another folder, or leave --cache out"
 
 FORMAT = "cairn features 1"
 """Counts up when opened images change on their way to the tower, or the file's layout does: old sets are then passed over."""
@@ -242,9 +242,9 @@ class FeatureStore:
         place = self._features / maker / name
         raw = ids.view("u1").reshape(-1, ID_BYTES)
         target = place / f"{_name(raw)}.safetensors"
-        make_folder(place, REMEDY)
+        make_folder(place, ELSEWHERE)
         try:
-            with whole(target, REMEDY) as temporary:
+            with whole(target, ELSEWHERE) as temporary:
                 with temporary.open("wb") as file:
                     _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
                     size = file.tell()

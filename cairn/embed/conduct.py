@@ -86,7 +86,7 @@ def embed_dataset(
     if workers < 1:
         raise ConfigError(f"--workers {workers}: must be at least 1")
     if workers > 1 and rank.size > 1:
-        raise ConfigError(f"--workers {workers}: {rank.size} processes were started already; one of the two")
+        raise ConfigError(f"--workers {workers}: {rank.size} processes were started already; leave --workers out")
     if workers > 1:
         ray_module(INSTEAD)
     folder = out.with_name(f"{out.name}.parts")

@@ -109,8 +109,8 @@ def _shared_out(
                     what = "while it started" if name is None else f"at {name}"
                     if losses[name] >= LOSSES:
                         raise ResultError(
-                            f"{losses[name]} workers died {what} ({_first_line(error)}); is there memory for --workers "
-                            f"{workers}?"
+                            f"{losses[name]} workers died {what} ({_first_line(error)}); if memory was short, give less "
+                            f"than --workers {workers}"
                         ) from None
                     log("warning", text=f"a worker died {what}; another takes its place")
                     if name is not None:

@@ -109,9 +109,10 @@ class Console:
                 )
 
     def result(self, result: Any, path: Path) -> None:
+        forgetting = "none yet" if result.forgetting is None else f"{percent(result.forgetting)} %"
         self.note(
             f"{result.method}: average {percent(result.average)} %, last {percent(result.last)} %, "
-            f"forgetting {percent(result.forgetting)}, {result.seconds:.0f} s -> {path}\n"
+            f"forgetting {forgetting}, {result.seconds:.0f} s -> {path}\n"
         )
 
     def summary(self, results: Sequence[Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from cairn.errors import CairnError, ConfigError, ResultError, one_line
+from cairn.schema import reason_of
 from cairn.serve.connection import Connection
 from cairn.serve.guard import Guard, Rules
 from cairn.serve.service import Service
@@ -34,6 +35,9 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+
+UPLOADS = ("image", "images")
+"""Fields of forms that hold files."""
 
 log = logging.getLogger("uvicorn.error")
 
@@ -162,7 +166,10 @@ def application(service: Service, rules: Rules) -> ASGIApp:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return problem(422, f"{first['loc'][-1]}: {first['msg'].lower()}")
+        _, field, *position = map(str, first["loc"])
+        upload = field in UPLOADS and first["type"] == "value_error"
+        what = "must be an uploaded picture, sent as multipart/form-data" if upload else reason_of(first)
+        return problem(422, f"{' '.join([field, *position])}: {what}")
 
     @app.exception_handler(CairnError)
     async def wrong(request: Request, error: CairnError) -> JSONResponse:

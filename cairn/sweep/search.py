@@ -64,7 +64,7 @@ class Study:
                 study_name=point.name, storage=storage, direction="maximize", load_if_exists=True
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ResultError(f"'{path}': cannot be gone on with ({error}); give another --out") from None
+            raise ResultError(f"'{path}': cannot be continued ({error}); give another --out") from None
         asked = json.loads(json.dumps(_asked(self._search, point)))
         held = self._study.user_attrs.get("asked")
         if held is None:

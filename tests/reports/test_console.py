@@ -3,6 +3,8 @@
 import io
 import sys
 import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +29,16 @@ def test_the_console_prints_no_escape_of_a_terminal():
     console.table("t", ("name",), [("\x1b[2J\u202e",)])
     assert not {"\x1b", "\x07", "\u202e"} & set(file.getvalue())
     assert "owl\\x1b]0;title\\x07\nnext" in file.getvalue()
+
+
+def test_each_share_of_a_result_has_its_percent_sign():
+    file = io.StringIO()
+    result = SimpleNamespace(method="lda", average=0.5, last=0.25, forgetting=0.125, seconds=3.0)
+    Console(file).result(result, Path("r.json"))
+    assert file.getvalue() == "lda: average 50.00 %, last 25.00 %, forgetting 12.50 %, 3 s -> r.json\n\n"
+    file.truncate(file.seek(0))
+    Console(file).result(SimpleNamespace(**{**vars(result), "forgetting": None}), Path("r.json"))
+    assert "forgetting none yet, 3 s" in file.getvalue()
 
 
 def test_columns_break_between_words_while_there_is_room():

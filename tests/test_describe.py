@@ -206,6 +206,28 @@ def test_a_dry_run_sends_nothing(ask, server, tmp_path):
     assert not (tmp_path / "said.json").exists()
 
 
+def test_damaged_images_of_describe_stop_it_or_are_left_out(ask, server, tmp_path):
+    folder = tmp_path / "pets" / "train" / "bee"
+    (folder / "1.png").write_bytes(b"damaged")
+    status, out, err = ask("--dry-run")
+    assert (status, out) == (2, "0 of 3 classes are described in said.json\n")
+    assert "1 image(s) that cannot be read: train/bee/1.png (not an image)" in err
+    assert "leave them out with --on-bad-image skip" in err
+    status, out, err = ask("--on-bad-image", "skip", "--dry-run")
+    assert (status, err) == (0, "")
+    assert "note: left out: 1 image(s) that cannot be read: train/bee/1.png (not an image)" in out
+    shown = next(line for line in out.splitlines() if line.startswith("bee: "))
+    assert {"train/bee/0.png", "train/bee/2.png"} == set(shown.partition("(")[2].partition(")")[0].split(", "))
+    for name in ("0.png", "2.png"):
+        (folder / name).write_bytes(b"")
+    status, _, err = ask("--on-bad-image", "skip")
+    assert status == 2
+    assert "class 'bee': 3 image(s) that cannot be read" in err
+    assert "among them all of this class" in err
+    assert not server.requests
+    assert not (tmp_path / "said.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

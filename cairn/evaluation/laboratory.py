@@ -103,7 +103,8 @@ def _errors(memory: GaussianMemory, truth: GaussianMemory) -> list[Row]:
 def relative(rows: Sequence[Row], figures: Sequence[Row]) -> list[Row]:
     """Per estimator and seed: errors summed over tasks and old classes, relative to those of `none`; accuracies.
 
-    Where `none` has no error, because nothing moved, the ratio is 1 for an estimator that has none either.
+    Where `none` has no error, because nothing moved, the ratio is 1 for an estimator that has none either, and None for
+    one that has.
     """
     table = []
     for figure in figures:
@@ -112,6 +113,6 @@ def relative(rows: Sequence[Row], figures: Sequence[Row]) -> list[Row]:
         for key in ("mean_error", "covariance_error", "bures_error"):
             own = sum(row[key] for row in rows if row["estimator"] == name and row["seed"] == seed)
             base = sum(row[key] for row in rows if row["estimator"] == "none" and row["seed"] == seed)
-            entry[key] = own / base if base > torch.finfo(torch.float64).tiny else (1.0 if own <= 0 else float("inf"))
+            entry[key] = own / base if base > torch.finfo(torch.float64).tiny else (1.0 if own <= 0 else None)
         table.append(entry)
     return table

@@ -96,6 +96,9 @@ class _Error(BaseModel):
 
 
 class _Relative(_Error):
+    mean_error: Amount | None
+    covariance_error: Amount | None
+    bures_error: Amount | None
     average: Share
     last: Share
 

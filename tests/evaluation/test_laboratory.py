@@ -47,6 +47,8 @@ def test_ratios_are_of_sums():
     figures = [{"estimator": "x", "seed": 1, "average": 0.5, "last": 0.4}]
     (entry,) = relative(rows, figures)
     assert (entry["mean_error"], entry["covariance_error"], entry["bures_error"]) == (0.25, 2.0, 1.0)
+    (entry,) = relative([*rows[:2], {**rows[2], "bures_error": 0.5}], figures)
+    assert entry["bures_error"] is None  # an infinite ratio, which JSON cannot hold
 
 
 def test_the_table_and_the_figure(report, tmp_path):

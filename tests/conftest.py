@@ -54,7 +54,7 @@ def shared() -> Path:
     return SHARED
 
 
-TRAIN_COUNTS, TEST_COUNTS = (10, 5, 8, 12, 6, 7), (4, 4, 4, 4, 4, 4)
+TRAIN_COUNTS, TEST_COUNTS = (10, 5, 8, 12, 6, 7), (4, 6, 3, 5, 2, 4)
 """Images of each class of the drawn world. Those for training are unequal, since equal counts hide every fault of a weighting;
 so are both counts of the embedded world."""
 

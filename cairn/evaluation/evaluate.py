@@ -28,8 +28,9 @@ from cairn.towers.protocol import Towers
 KEEP_BYTES = 2 << 30
 """Test embeddings held in memory; what does not fit lies in a file."""
 
-ROWS = 1024
-"""Images scored at once."""
+BATCH = 256
+"""Images embedded, and scored, at once: the same ones in any number of processes, since the rounding of a product of matrices
+depends on how many rows it has."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Evaluator:
         # Test images count as memory that does not grow: all sets together have what one loader would
         room = room_for_images() // len(stream.tests)
         self.loaders = [
-            Loader(test, towers.prepare, towers.pixels, batch=256, cache_bytes=room) for test in stream.tests
+            Loader(test, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=room) for test in stream.tests
         ]
         self._encoder: str | None = None
-        self._kept: dict[int, Tensor] = {}
-        self._frozen: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor | None] = {}
+        self._frozen: dict[int, Tensor | None] = {}
 
     def after(self, task: int, method: Method, temperature: float = 1.0) -> Evaluation:
         """The row of the table that follows learning task number `task`, probabilities being softmax(scores / temperature).
@@ -203,7 +204,7 @@ class Evaluator:
     def _room(self, n: int, like: Tensor) -> Tensor:
         """An empty matrix for n rows like these, in memory while there is room."""
         size = n * like[0].numel()
-        held = sum(kept.nbytes for kept in self._kept.values())
+        held = sum(kept.nbytes for kept in self._kept.values() if kept is not None)
         if held + size * like.element_size() <= self.keep_bytes:
             return like.new_empty(n, *like.shape[1:])
         # The name goes at once, the file when the last tensor on it does
@@ -213,7 +214,7 @@ class Evaluator:
 
 
 def _scored(scores: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    return torch.cat([scores(some) for some in rows.split(ROWS)])
+    return torch.cat([scores(some) for some in rows.split(BATCH)])
 
 
 def _likeliest(scores: Tensor, what: str) -> Tensor:

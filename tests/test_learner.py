@@ -471,6 +471,35 @@ def clusters(towers="made"):
     return towers, x, ["apple"] * 6 + ["pear"] * 6
 
 
+@pytest.mark.parametrize("gone", range(4))
+@pytest.mark.parametrize("method", ["simplecil", "lda"])
+def test_counts_after_forgetting_are_those_of_the_classes_left(method, gone, embedded_dataset, tmp_path):
+    """Of every class its own, in the learner, in what its method keeps, after a save, and after the class came back."""
+    from cairn.towers.features import FeatureTowers
+
+    data, counts = embedded_dataset, [5, 2, 4, 3]
+    held = data.embeddings
+    towers = FeatureTowers(
+        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made", names=data.classes, text=held.text
+    )
+    rows = [row for c, n in enumerate(counts) for row in np.flatnonzero(data.train.labels == c)[:n]]
+    images = [data.train.values[row] for row in rows]
+    names = [data.classes[data.train.labels[row]] for row in rows]
+    learner = IncrementalClassifier(method, towers).partial_fit(images, names)
+    assert learner.counts_.tolist() == counts
+    name = data.classes[gone]
+    left = counts[:gone] + counts[gone + 1 :]
+    learner.forget(name)
+    learner.save(tmp_path)
+    for found in (learner, IncrementalClassifier.load(tmp_path, towers)):
+        kept = found.method_.means if method == "simplecil" else found.method_.memory
+        assert found.counts_.tolist() == kept.counts.tolist() == left
+        back = [image for image, own in zip(images, names, strict=True) if own == name]
+        found.partial_fit(back, [name] * len(back))
+        assert found.classes_.tolist() == [*(own for own in data.classes[:4] if own != name), name]
+        assert found.counts_.tolist() == [*left, counts[gone]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_embedding_that_is_not_finite_is_no_apple(value):
     """The largest of scores that are NaN is the first, for argmax."""

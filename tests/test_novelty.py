@@ -13,6 +13,7 @@ from cairn.memory.covariances import Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.unit_rows import UnitRows
 from cairn.novelty import Novelty, _Relative
+from cairn.towers.features import FeatureTowers
 
 
 class Means(UnitRows):
@@ -55,6 +56,25 @@ def test_half_of_the_known_images_fall_below_a_half(towers, score):
     learner.partial_fit(*some(data.train, 30))
     known = learner.known_score(some(data.test, 20)[0])
     assert 0.3 < (known < 0.5).mean() < 0.7
+
+
+def test_references_are_as_far_from_their_class_as_new_images_are():
+    """Of five images a class mean has a fifth of each: one that is not left out of its mean lies a third nearer, squared."""
+    k, per_class, new, d = 100, 5, 10, 24
+    rng = torch.Generator().manual_seed(0)
+    means, mixing = torch.randn(k, d, generator=rng), 0.1 * torch.randn(d, d, generator=rng)
+
+    def drawn(number):
+        y = torch.arange(k).repeat_interleave(number)
+        z = means[y] + torch.randn(len(y), d, generator=rng) @ mixing.T
+        return list((z / z.norm(dim=1, keepdim=True)).numpy()), [f"class {c}" for c in y.tolist()]
+
+    texts = (means / means.norm(dim=1, keepdim=True)).numpy()
+    names = tuple(f"class {c}" for c in range(k))
+    towers = FeatureTowers(name="drawn", dim=d, logit_scale=20.0, fingerprint="drawn", names=names, text=texts)
+    known = IncrementalClassifier("lda", towers, seed=1).partial_fit(*drawn(per_class)).known_score(drawn(new)[0])
+    assert 0.44 < known.mean() < 0.56  # p-values: even between 0 and 1
+    assert 0.03 < (known < 0.1).mean() < 0.17
 
 
 def test_references_weigh_by_the_classes_that_were_known():

@@ -214,8 +214,8 @@ def test_dropout_changes_what_is_learned_and_follows_the_seeds_alone(towers, sma
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_prompts_of_finished_tasks_move_only_where_they_are_not_frozen(freeze, towers, small_stream):
-    prompts = "{kind: prompts, shared: 1, task: 2, per_class: 1, freeze_old: %s}" % str(freeze).lower()
-    method = build("dmc", towers, f"stage2.text={prompts}", "stage1.schedule.epochs=0")
+    prompts = f"kind: prompts, shared: 1, task: 2, per_class: 1, freeze_old: {freeze}"
+    method = build("dmc", towers, f"stage2.text={{{prompts}}}", "stage1.schedule.epochs=0")
     method.learn(small_stream.tasks[0])
     own = method.texts
     texts, task, per_class = (t.detach().clone() for t in (own(), own.task[0], own.per_class[0]))
@@ -224,4 +224,5 @@ def test_prompts_of_finished_tasks_move_only_where_they_are_not_frozen(freeze, t
         assert torch.equal(after, before) == freeze
         assert freeze or (after - before).abs().max() > 1e-4
     assert not torch.equal(own()[2:], method.anchors[2:])  # the new task's are trained either way
-    assert own.task[1].grad is not None and own.per_class[1].grad is not None
+    assert own.task[1].grad is not None
+    assert own.per_class[1].grad is not None

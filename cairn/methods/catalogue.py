@@ -234,17 +234,17 @@ METHODS = {
             "arXiv 2503.08510.",
         ),
         Entry(
-            "finetune", "Fine-tuning without memory (lower bound)", finetune.FineTune, finetune.Config,
-            "the field's lower bound", ("stage 1: vision against class texts",), "vision", "nothing", text=True, moves=True,
+            "finetune", "Fine-tuning without memory", finetune.FineTune, finetune.Config,
+            "the field's baseline", ("stage 1: vision against class texts",), "vision", "nothing", text=True, moves=True,
             capabilities=(CosineScoring,),
             citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
         ),
         Entry(
-            "joint", "Joint training (upper bound)", joint.Joint, joint.Config,
-            "the field's upper bound", ("stage 1 on all images so far", "stage 2 on all images so far"),
+            "joint", "Joint training on all images so far", joint.Joint, joint.Config,
+            "the field's baseline", ("stage 1 on all images so far", "stage 2 on all images so far"),
             "vision, then text", "images", lambda k, d, n, i, w: n * i, text=True, moves=True,
             capabilities=(CosineScoring, KeepsImages),
-            citation="The joint-training bound of the class-incremental literature.",
+            citation="The joint-training baseline of the class-incremental literature.",
         ),
         Entry(
             "dmc", "DMC: decoupled stages, Gaussian replay", dmc.DMC, dmc.Config,

@@ -1,4 +1,4 @@
-"""Fine-tuning without memory: stage 1 alone, task after task. The lower bound of every table.
+"""Fine-tuning without memory: stage 1 alone, task after task. What comes of keeping nothing.
 
 Source: the field's `finetune` baseline, in the form of DMC's stage 1.
 """

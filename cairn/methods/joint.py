@@ -1,6 +1,7 @@
 """Joint training: after each task, both stages on the images of *all* tasks so far.
 
-It keeps every image, so it is no class-incremental method: it is the upper bound of every table.
+It keeps every image, so it is no class-incremental method: it stands in the tables to measure the others by. How far it is an
+upper bound depends on its settings and the data: see docs/measured.md.
 """
 
 from __future__ import annotations

@@ -84,10 +84,12 @@ class APER:
         self.means = self.means.without(c)
 
     def embed(self, pixels: Pixels) -> Features:
-        return torch.cat([self.towers.image(pixels), self.image(pixels)], 1)
+        """[f*(x) ; f(x)]: first comes the image side as it stands."""
+        return torch.cat([self.image(pixels), self.towers.image(pixels)], 1)
 
     def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ unit(self.means.means.to(features.device)).T
+        x = features.roll(self.towers.dim, 1)  # as the means have it
+        return self.towers.logit_scale * unit(x) @ unit(self.means.means.to(x.device)).T
 
     def state_dict(self) -> State:
         return flattened({"image": self.image.state_dict(), "means": self.means.state_dict()})

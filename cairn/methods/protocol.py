@@ -52,7 +52,8 @@ class Method(Protocol):
         ...
 
     def embed(self, pixels: Pixels) -> Features:
-        """What scoring needs of each image, one row: its embedding, and behind it whatever else the method takes."""
+        """What scoring needs of each image, one row: its embedding by the image side as it stands, which is compared with
+        class texts where no class was learned, and behind it whatever else the method takes."""
         ...
 
     def scores(self, features: Features) -> Scores:

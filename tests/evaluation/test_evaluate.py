@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
 from cairn.evaluation.evaluate import Evaluator
@@ -85,6 +86,22 @@ def test_classes_to_come_are_asked_among_themselves_and_seen_ones_among_the_seen
         assert found.zero_shot == share_of_texts(stream.tests[: task + 1], texts, range(seen))
         if task == 1:  # it makes a difference here
             assert found.future != share_of_texts(coming, texts, range(6))
+
+
+def test_classes_to_come_are_asked_of_the_adapted_encoder(flat, blurred_dataset):
+    """APER's rows hold the frozen embedding too, which says nothing of what was learned."""
+    stream, texts = task_stream(blurred_dataset, step=2), torch.as_tensor(blurred_dataset.embeddings.text)
+    entry = METHODS["aper"]
+    config = entry.default_config(flat)
+    config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"lr": 1.0})})
+    method = entry.build(flat, config, seed=1, log=Log())
+    method.learn(stream.tasks[0])
+    found = Evaluator(stream, flat).after(0, method)
+    with torch.no_grad():
+        adapted = [Rows(method.image(rows_of([test])[0]).numpy(), test.labels, "adapted") for test in stream.tests]
+    assert found.future == share_of_texts(adapted[1:], texts, range(2, 6))
+    assert found.future != share_of_texts(stream.tests[1:], texts, range(2, 6))  # it makes a difference here
+    assert found.zero_shot == share_of_texts(stream.tests[:1], texts, range(2))
 
 
 def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):

@@ -17,7 +17,7 @@ What is kept are sums over all images that were left out, a few hundred numbers 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,13 +28,13 @@ from torch import Tensor
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, loss_curves
-from cairn.methods.protocol import Method
+from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, loss_curve
+from cairn.methods.protocol import GaussianScoring, Method
 from cairn.schema import Count, Record
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encoded
 from cairn.training.seeds import Seeds
-from cairn.types import Labels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 SHARE = 0.2
 """Of each class's images in a task, the share that is left out; of two or more always one."""
@@ -61,69 +61,71 @@ class Calibration(Record):
 
     rows: Count = Field(0, description="images that were left out")
     classes: Count = Field(0, description="K, classes that the last of them were scored among")
-    weight: float = Field(0.0, ge=0, description="weights of the images, summed")
     loss: list[float] = Field([], description="L: weighted losses of their labels, summed")
-    runner_up: list[float] = Field([], description="R: those of the second likeliest classes")
 
     @model_validator(mode="after")
     def _one_loss_for_each_temperature(self) -> Calibration:
         length = len(INVERSE_TEMPERATURES) if self.rows else 0
-        for name, losses in (("loss", self.loss), ("runner_up", self.runner_up)):
-            if len(losses) != length:
-                raise ValueError(f"{name}: {len(losses)} values of {self.rows} images, where there must be {length}")
-        if (self.weight > 0) != (self.rows > 0):
-            raise ValueError(f"weight: {self.weight} of {self.rows} images")
+        if len(self.loss) != length:
+            raise ValueError(f"loss: {len(self.loss)} values of {self.rows} images, where there must be {length}")
         return self
 
     @property
     def temperature(self) -> float:
         """What scores are divided by; 1 before any image was left out."""
-        if not self.rows:
-            return 1.0
-        L, R = (torch.tensor(losses, dtype=torch.float64) for losses in (self.loss, self.runner_up))
-        return best_temperature(L, R, self.weight)
+        return best_temperature(torch.tensor(self.loss, dtype=torch.float64)) if self.rows else 1.0
 
-    def with_rows(self, scores: Scores, labels: Labels) -> Calibration:
-        """With these images, which were not learned from, scored among all classes seen."""
-        if not len(labels):
+    def with_images(self, left_out: LeftOut | None) -> Calibration:
+        """With these, scored among all classes seen."""
+        if left_out is None or not len(left_out.labels):
             return self
-        k, curves = scores.shape[1], loss_curves(scores.cpu(), labels.cpu())
-        share = min(1.0, self.classes / k)
-        held = (self.loss, self.runner_up) if self.rows else (0.0, 0.0)
-        loss, runner_up = (
-            (new + share * torch.as_tensor(old, dtype=torch.float64)).tolist()
-            for new, old in zip(curves, held, strict=True)
-        )
-        return Calibration(
-            rows=self.rows + len(labels), classes=k, weight=share * self.weight + len(labels), loss=loss,
-            runner_up=runner_up,
-        )  # fmt: skip
+        k = left_out.scores.shape[1]
+        loss = loss_curve(left_out.scores.cpu(), left_out.labels.cpu())
+        if self.rows:
+            loss += min(1.0, self.classes / k) * torch.tensor(self.loss, dtype=torch.float64)
+        return Calibration(rows=self.rows + len(left_out.labels), classes=k, loss=loss.tolist())
 
 
-def recalibrated(
-    calibration: Calibration,
-    method: Method,
-    before: Callable[[], Method],
-    task: Task,
-    seed: int,
-    checkpoint: Checkpoint,
-) -> Calibration:
-    """With images of `task`, which `method` just learned. `before()` makes a method as it was before that."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Images of a task, scored by a method that learned the task without them."""
+
+    scores: Scores
+    labels: Labels
+    method: Method | None = None
+    rows: Features | None = None
+    """What `method` remembers of them, where it keeps statistics (`GaussianScoring`)."""
+
+
+def rehearsed(
+    method: Method, before: Callable[[], Method], task: Task, seed: int, checkpoint: Checkpoint
+) -> LeftOut | None:
+    """Images left out of `task`, which `method` just learned. `before()` makes a method as it was before that.
+
+    None where there are too few images to leave one out.
+    """
     if isinstance(method, HoldsOut):
-        return calibration if method.held_out is None else calibration.with_rows(*method.held_out)
+        return None if method.held_out is None else LeftOut(*method.held_out)
     out = left_out(task.train.labels, Seeds(seed).at(task=task.index).generator("calibration"))
     if not len(out):
-        return calibration
+        return None
     kept = np.setdiff1d(np.arange(len(task.train)), out)
     labels = np.asarray(task.train.labels)
-    rehearsal = before()
+    other = before()
     # Without a tower nothing is costly, and all of it is done anew
-    with_tower = rehearsal.towers.has_images
+    with_tower = other.towers.has_images
     handed_on = checkpoint.handed_on(torch.from_numpy(kept), len(task.train)) if with_tower else None
-    rehearsal.learn(replace(task, train=Subset(task.train, kept, labels[kept])), handed_on)
-    towers, images = rehearsal.towers, Subset(task.train, out, labels[out])
+    other.learn(replace(task, train=Subset(task.train, kept, labels[kept])), handed_on)
+    towers, images = other.towers, Subset(task.train, out, labels[out])
     loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
-    return calibration.with_rows(*encoded(loader, lambda pixels, _: rehearsal.scores(rehearsal.embed(pixels))))
+
+    def seen(pixels: Pixels, _: Labels) -> tuple[Tensor, ...]:
+        features = other.embed(pixels)
+        rows = (other.remembered(features),) if isinstance(other, GaussianScoring) else ()
+        return other.scores(features), *rows
+
+    scores, *rows, y = encoded(loader, seen)
+    return LeftOut(scores, y, other, *rows)
 
 
 def left_out(labels: np.ndarray, rng: torch.Generator) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from cairn.archive import Archive
-from cairn.calibration import Calibration, recalibrated
+from cairn.calibration import Calibration, LeftOut, rehearsed
 from cairn.card import card
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
@@ -53,7 +53,6 @@ from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
 from cairn.training.log import Log
 from cairn.types import Scores
 from cairn.versions import versions
@@ -198,8 +197,8 @@ class IncrementalClassifier:
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
         method.learn(task, checkpoint)
-        calibration = recalibrated(self.calibration_, method, lambda: self._copy(Log()), task, self.seed, checkpoint)
-        references = self._references(method, given)
+        left_out = rehearsed(method, lambda: self._copy(Log()), task, self.seed, checkpoint)
+        calibration, references = self.calibration_.with_images(left_out), self._references(left_out)
         self.references_ = [*self.references_, *references]
         self.referenced_among_ = [*self.referenced_among_, *[k + len(new)] * len(references)]
         self.method_, self._novelty, self.calibration_ = method, None, calibration
@@ -218,13 +217,11 @@ class IncrementalClassifier:
             }
         )
 
-    def _references(self, method: Method, given: Given) -> list[float]:
+    def _references(self, left_out: LeftOut | None) -> list[float]:
         """What the known score is read against (see `cairn.novelty`): of the images of a task, at most REFERENCES values."""
-        if gaussians_of(method) is None:
+        if left_out is None or left_out.rows is None or gaussians_of(left_out.method) is None:
             return []
-        loader = Loader(given, method.towers.prepare, method.towers.pixels, batch=BATCH)
-        z, y = encoded(loader, lambda pixels, _: method.remembered(method.embed(pixels)))
-        a = Novelty(method, self.seed).left_out(z, y)
+        a = Novelty(left_out.method, self.seed).fit(left_out.rows)
         if len(a) > REFERENCES:
             a = torch.quantile(a, torch.linspace(0, 1, REFERENCES, dtype=a.dtype))
         return a.tolist()

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cairn.archive import Archive
-from cairn.calibration import Calibration, recalibrated
+from cairn.calibration import Calibration, rehearsed
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
@@ -292,7 +292,8 @@ def run_stream(
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
         with course.passing("calibrating"):
-            calibration = recalibrated(course.calibration, method, before, task, config.seed, checkpoint)
+            left_out = rehearsed(method, before, task, config.seed, checkpoint)
+            calibration = course.calibration.with_images(left_out)
         with course.passing("evaluating"):
             found = evaluator.after(task.index, method, calibration.temperature)
         course.evaluations.append(found)

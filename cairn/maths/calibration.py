@@ -2,14 +2,13 @@
 
 Letters: s scores (n x k), y labels, p = softmax(b s) probabilities, b = 1 / T the inverse temperature; B a grid of b.
 
-    L(b) = sum_i -log p_{i, y_i}          R(b) = sum_i -log p_{i, r_i},  r_i the class with the second largest score
+    L(b) = sum_i -log p_{i, y_i}
 
 L is convex in b, and no b > 0 changes which class has the largest score. L on the grid is all that is needed of rows to
-choose b, so rows that come in several lots are added up without being kept.
+choose b, so rows that come in several lots are added up without being kept. Where every row is classified correctly L falls
+for ever, and b is the largest of the grid.
 
-Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2. The grid is ours, and so is R: R / n is the
-loss of an average row that belongs to the runner-up. Half of one is counted, as in the Krichevsky-Trofimov estimate of a
-rate, for rows that are all classified correctly would ask for b without end.
+Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2. The grid is ours.
 """
 
 from __future__ import annotations
@@ -25,21 +24,19 @@ INVERSE_TEMPERATURES: Float[Tensor, "g"] = torch.logspace(
 """B: from 1e-4 to 1e4, each 12 % above the one before."""
 
 
-def loss_curves(s: Float[Tensor, "n k"], y: Int[Tensor, "n"]) -> tuple[Float[Tensor, "g"], Float[Tensor, "g"]]:
-    """L and R on the grid, in float64. With a single class both are zero."""
+def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, "n"]) -> Float[Tensor, "g"]:
+    """L on the grid, in float64. With a single class it is zero."""
     s = s.double()
     s = s - s.amax(1, keepdim=True)
-    truth, second = s.gather(1, y[:, None])[:, 0].sum(), s.topk(min(2, s.shape[1]), 1).values[:, -1].sum()
     whole = torch.stack([torch.logsumexp(b * s, 1).sum() for b in INVERSE_TEMPERATURES])
-    return whole - INVERSE_TEMPERATURES * truth, whole - INVERSE_TEMPERATURES * second
+    return whole - INVERSE_TEMPERATURES * s.gather(1, y[:, None]).sum()
 
 
-def best_temperature(L: Float[Tensor, "g"], R: Float[Tensor, "g"], n: int | float) -> float:
-    """T of the smallest L + R / (2 n), where L and R are of n rows. 1 where no T is better than another.
+def best_temperature(values: Float[Tensor, "g"]) -> float:
+    """T of the smallest of these values on the grid, such as L. 1 where no T is better than another.
 
-    The smallest value of the grid, and between it and its neighbours that of the parabola through the three in log b.
+    Between the smallest value and its neighbours it is that of the parabola through the three in log b.
     """
-    values = L + R / (2 * n)
     if values.max() - values.min() <= 1e-12 * max(1.0, values.abs().max().item()):
         return 1.0
     i = int(values.argmin())

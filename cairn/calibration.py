@@ -28,7 +28,7 @@ from torch import Tensor
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, loss_curve
+from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, loss_curve
 from cairn.methods.protocol import GaussianScoring, Method
 from cairn.schema import Count, Record
 from cairn.training.checkpoint import Checkpoint
@@ -73,7 +73,9 @@ class Calibration(Record):
     @property
     def temperature(self) -> float:
         """What scores are divided by; 1 before any image was left out."""
-        return best_temperature(torch.tensor(self.loss, dtype=torch.float64)) if self.rows else 1.0
+        if not self.rows:
+            return 1.0
+        return best_temperature(torch.tensor(self.loss, dtype=torch.float64), least_loss(self.rows))
 
     def with_images(self, left_out: LeftOut | None) -> Calibration:
         """With these, scored among all classes seen."""

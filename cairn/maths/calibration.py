@@ -6,12 +6,16 @@ Letters: s scores (n x k), y labels, p = softmax(b s) probabilities, b = 1 / T t
 
 L is convex in b, and no b > 0 changes which class has the largest score. L on the grid is all that is needed of rows to
 choose b, so rows that come in several lots are added up without being kept. Where every row is classified correctly L falls
-for ever, and b is the largest of the grid.
+for ever, which n rows do not justify: b goes no further than where L is that of n rows of probability (n + 1) / (n + 2),
+the share to expect after n successes in n trials.
 
-Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2. The grid is ours.
+Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2; the bound is Laplace's rule of succession.
+The grid and the bound are ours.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -32,18 +36,29 @@ def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, "n"]) -> Float[Tensor, "g
     return whole - INVERSE_TEMPERATURES * s.gather(1, y[:, None]).sum()
 
 
-def best_temperature(values: Float[Tensor, "g"]) -> float:
-    """T of the smallest of these values on the grid, such as L. 1 where no T is better than another.
+def least_loss(n: int) -> float:
+    """n log((n + 2) / (n + 1)), below which L says more than n rows can."""
+    return n * math.log((n + 2) / (n + 1))
 
-    Between the smallest value and its neighbours it is that of the parabola through the three in log b.
+
+def best_temperature(values: Float[Tensor, "g"], least: float = 0.0) -> float:
+    """T of the smallest of these values on the grid, such as L, but for those below `least`. 1 where no T is better than
+    another.
+
+    Between the smallest value and its neighbours it is that of the parabola through the three in log b; where values fall
+    below `least`, that at which they first do, linearly in log b.
     """
     if values.max() - values.min() <= 1e-12 * max(1.0, values.abs().max().item()):
         return 1.0
     i = int(values.argmin())
     b = INVERSE_TEMPERATURES[i].log()
-    if 0 < i < len(values) - 1:
+    step = INVERSE_TEMPERATURES[1].log() - INVERSE_TEMPERATURES[0].log()
+    if values[i] < least:
+        i = int((values < least).nonzero()[0])
+        before, here = values[max(i - 1, 0)].item(), values[i].item()
+        b = INVERSE_TEMPERATURES[i].log() - (step * (least - here) / (before - here) if before > here else 0.0)
+    elif 0 < i < len(values) - 1:
         before, here, after = values[i - 1 : i + 2].tolist()
-        step = INVERSE_TEMPERATURES[1].log() - INVERSE_TEMPERATURES[0].log()
         b = b + 0.5 * step * (before - after) / (before - 2 * here + after)
     return 1 / b.exp().item()
 

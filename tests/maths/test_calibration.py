@@ -8,7 +8,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, log_probabilities, loss_curve
+from cairn.maths.calibration import (
+    INVERSE_TEMPERATURES,
+    best_temperature,
+    least_loss,
+    log_probabilities,
+    loss_curve,
+)
 
 
 def scored(n=400, k=7, sharpness=1.0, seed=0):
@@ -53,6 +59,22 @@ def test_rows_that_are_all_right_ask_for_the_end_of_the_grid():
     s, y = torch.zeros(20, 3), torch.arange(20) % 3
     s[torch.arange(20), y] = 1e-4
     assert best_temperature(loss_curve(s, y)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5, 200])
+def test_rows_that_are_all_right_are_as_sure_as_so_many_successes(n):
+    """Two classes at a margin of 3: the bound is met where sigmoid(3 / T) = (n + 1) / (n + 2)."""
+    s, y = torch.zeros(n, 2), torch.arange(n) % 2
+    s[torch.arange(n), y] = 3.0
+    T = best_temperature(loss_curve(s, y), least_loss(n))
+    assert torch.sigmoid(torch.tensor(3 / T)).item() == pytest.approx((n + 1) / (n + 2), rel=0.002)
+
+
+def test_the_bound_is_of_no_account_where_some_are_wrong():
+    s, y = torch.zeros(10, 2), torch.arange(10) % 2
+    s[torch.arange(10), y] = 3.0
+    y[0] = 1 - y[0]
+    assert best_temperature(loss_curve(s, y), least_loss(10)) == best_temperature(loss_curve(s, y))
 
 
 def test_a_single_class_says_nothing_of_temperatures():

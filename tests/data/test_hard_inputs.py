@@ -223,6 +223,20 @@ def test_damaged_images_left_out(root, monkeypatch, capsys):
     assert skipped.fingerprint == task_stream(folder_dataset(root), step=1).fingerprint != everything.fingerprint
 
 
+def test_damaged_images_in_drift(root, monkeypatch, capsys):
+    (root / "train" / "cat" / "bad.png").write_bytes(b"damaged")
+    monkeypatch.chdir(root.parent)
+    quick = [word for stage in (1, 2) for word in ("--set", f"stage{stage}.schedule.epochs=1")]
+    call = ["drift", "--data", "pictures", "--step", "1", "--estimators", "mean", "--out", "here", *quick]
+    refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png", "--on-bad-image skip")
+    assert not Path("here").exists()
+    cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
+    assert "note: left out: 1 image(s) that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
+    split = json.loads(Path("here/drift.json").read_text())["split"]
+    (root / "train" / "cat" / "bad.png").unlink()
+    assert split == task_stream(folder_dataset(root), step=1).fingerprint
+
+
 def test_class_of_damaged_images(root):
     for file in (root / "test" / "dog").iterdir():
         file.write_bytes(b"")

@@ -179,13 +179,14 @@ def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
     batches = _WithPairs(batches, old, pairs, 40, 50, lambda v: v)
     ((x, labels),) = next(batches.epochs([Seeds(1).at(task=1).at(epoch=0).generator("batches")]))
     y, rival = labels.T
-    assert len(y) == 60 + 100 + 4 * 40
+    own = len(task.train) + 100  # half of a batch of 200 is drawn of old classes
+    assert len(y) == own + 4 * 40
     W = before.clone().requires_grad_()
     z, T = unit(x @ W.T), flat._text[:4]
-    short = [(z[i] @ T[rival[i]] - z[i] @ T[y[i]] + 1).clamp(min=0) for i in range(160, 320)]
-    assert set(y[:160].tolist()) == {0, 1, 2, 3}
+    short = [(z[i] @ T[rival[i]] - z[i] @ T[y[i]] + 1).clamp(min=0) for i in range(own, own + 160)]
+    assert set(y[:own].tolist()) == {0, 1, 2, 3}
     assert sum(value.item() > 0 for value in short) > 10
-    (cross_entropy(flat.logit_scale * z[:160] @ T.T, y[:160]) + 50 * torch.stack(short).mean()).backward()
+    (cross_entropy(flat.logit_scale * z[:own] @ T.T, y[:own]) + 50 * torch.stack(short).mean()).backward()
     torch.testing.assert_close(method.W - before, -1e-3 * W.grad, rtol=1e-3, atol=1e-6)
 
 

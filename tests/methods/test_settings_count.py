@@ -35,13 +35,14 @@ OTHERS: dict[str, Any] = {
     r"stage1\.slow": 50.0, r"threshold": 0.0, r"margin": 0.9, r"probes": 2, r"(.*\.)?covariance\.rank": 2,
     r"drift\.rank": 2, r"stage2\.text\.(shared|task)": 2,
     r"local\.eps": 1.0, r"local\.iterations": 1, r"local\.patches": 3, r"local\.best": 1,
-    r"candidates": 4,
+    r"candidates": 4, r"(.*\.)?schedule\.milestones": "[1]",
 }  # fmt: skip
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""
 
 UNDER: dict[str, tuple[str, ...]] = {
     r"ranpac:schedule\..*": ("tuning=adapter",),
     r"rapf:(threshold|separation)": ("margin=0.9",),
+    r"rapf:schedule\.cosine": ("schedule.milestones=[]",),
     r".*:stage2\.text\.(shared|task)": ("stage2.text.shared=1", "stage2.text.task=1", "stage2.text.init=null"),
     r".*:stage2\.text\.init": ("stage2.text.shared=4",),
     r".*:local\.(eps|iterations)": ("local.transport=true",),

@@ -128,7 +128,7 @@ def test_a_choice_is_named_before_what_is_set_of_it(tmp_path):
     [
         ("stepp = 3", "unknown key of run file"),
         ("notices = ['a']", "unknown key of run file"),
-        ("step = 'x'", "step = 'x': must be a valid integer"),
+        ("step = 'x'", "step = 'x': must be a whole number"),
         ("seeds = []", "seeds = []"),
         ("seeds = [1, 1]", "seeds = [1, 1]: must differ"),
         ("settings = 3", "settings = 3"),

@@ -375,7 +375,7 @@ def test_what_is_not_ours_in_the_folder_stays(tmp_path):
         (("--out", "x.safetensors", "--dtype", "float8"), "--dtype float8"),
         (("--out", "x.safetensors", "--shard-rows", "0"), "--shard-rows 0"),
         (("--out", "x.safetensors", "--limit-train", "0"), "limit-train 0"),
-        (("--out", "x.safetensors", "--template", "none"), "template 'none'"),
+        (("--out", "x.safetensors", "--template", "none"), "template: 'none'"),
         (("--out", "x.safetensors", "--workers", "0"), "--workers 0: must be at least 1"),
     ],
 )  # fmt: skip

@@ -110,7 +110,7 @@ def call(features, tmp_path):
 
 
 def part_of(learner):
-    (path,) = (learner / LEARNER).glob("*.safetensors")
+    (path,) = (learner / LEARNER).glob("*method*.safetensors")
     return path
 
 

@@ -209,9 +209,9 @@ def test_what_is_learned_on_is_read_under_the_lock(learner, pictures, monkeypatc
     """Read before, it could be what another process has changed since."""
     plain, held = IncrementalClassifier.load, []
 
-    def load(folder, **how):
+    def load(folder, *rest, **how):
         held.append((folder / LOCK).read_text())
-        return plain(folder, **how)
+        return plain(folder, *rest, **how)
 
     monkeypatch.setattr(IncrementalClassifier, "load", load)
     called(monkeypatch, "learn", learner, pictures / "second", "--device", "cpu")

@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(features, tmp
     target.write_bytes(content)
     events, states = [], []
     result = run_stream(
-        config, Log(keep=events.append), lambda method: states.append(method.state_dict()), checkpoint=Checkpoint(),
+        config, Log(keep=events.append), lambda learned: states.append(learned.method.state_dict()), checkpoint=Checkpoint(),
         archive=Archive(tmp_path, "run"),
     )  # fmt: skip
     assert [target.name in e["text"] for e in events if e["event"] == "warning"] == [True]

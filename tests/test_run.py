@@ -40,7 +40,7 @@ def test_a_result_is_consistent_with_itself(features_file, blurred_dataset):
     assert result.seen_accuracy == pytest.approx(seen_accuracy(result.accuracy, result.test_sizes))
     assert result.average == pytest.approx(average_incremental(result.seen_accuracy))
     assert result.last == result.seen_accuracy[-1]
-    right = told_right(learned[-1], features)
+    right = told_right(learned[-1].method, features)
     assert result.seen_accuracy[-1] == pytest.approx(sum(map(sum, right)) / sum(map(len, right)))
     assert result.seen_accuracy_by_class[-1] == pytest.approx(sum(sum(own) / len(own) for own in right) / len(right))
     assert abs(result.seen_accuracy_by_class[-1] - result.seen_accuracy[-1]) > 1e-3  # classes are of unequal size

@@ -115,6 +115,20 @@ def blurred_dataset(embedded_dataset) -> Dataset:
 
 
 @pytest.fixture
+def flat(embedded_dataset):
+    """The towers of those embeddings: no image tower, class texts by name."""
+    from cairn.feature_file import features_towers
+
+    return features_towers(embedded_dataset, "made.safetensors")
+
+
+@pytest.fixture
+def stream(embedded_dataset) -> TaskStream:
+    """The embedded data set in three tasks."""
+    return task_stream(embedded_dataset, step=2)
+
+
+@pytest.fixture
 def features_file(tmp_path, embedded_dataset):
     """Writes the embedded data set to a file, with changes, and tells where."""
     from cairn.data.embeddings import save_features

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from cairn.maths.similarity import unit
 from cairn.types import Features, Scores
 
 
-class UnitRows:
+class UnitRows(ABC):
     """Rows are unit embeddings; `row_scores` is the method's own."""
 
     def scores(self, features: Features) -> Scores:
@@ -20,6 +22,6 @@ class UnitRows:
         """Draws from the memory, where rows of images lie."""
         return unit(drawn)
 
+    @abstractmethod
     def row_scores(self, z: Features) -> Scores:
         """One column per class seen."""
-        raise NotImplementedError

@@ -33,7 +33,7 @@ def write(path, metadata=None, **changes):
     return path
 
 
-def refused(path, *parts):
+def assert_refused(path, *parts):
     with pytest.raises(DataError) as error:
         features_dataset(path)
     text = str(error.value)
@@ -131,44 +131,44 @@ def test_a_stream_is_cut_from_rows(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    refused(tmp_path / "nowhere.safetensors", "no such file", "give the path of a .safetensors file")
+    assert_refused(tmp_path / "nowhere.safetensors", "no such file", "give the path of a .safetensors file")
 
 
 def test_not_a_safetensors_file(tmp_path):
     file = tmp_path / "toy.safetensors"
     file.write_bytes(b"PK\x03\x04 something else entirely")
-    refused(file, "not a safetensors file, or truncated", "write it again")
+    assert_refused(file, "not a safetensors file, or truncated", "write it again")
 
 
 def test_truncated_file(tmp_path):
     file = write(tmp_path / "toy.safetensors")
     file.write_bytes(file.read_bytes()[:-20])
-    refused(file, "not a safetensors file, or truncated", "write it again")
+    assert_refused(file, "not a safetensors file, or truncated", "write it again")
 
 
 def test_empty_file(tmp_path):
     (tmp_path / "toy.safetensors").touch()
-    refused(tmp_path / "toy.safetensors", "not a safetensors file, or truncated")
+    assert_refused(tmp_path / "toy.safetensors", "not a safetensors file, or truncated")
 
 
 def test_missing_tensors_are_named(tmp_path):
     file = write(tmp_path / "toy.safetensors", test_features=None, test_labels=None)
-    refused(file, "lacks test_features, test_labels", "it holds train_features, train_labels")
+    assert_refused(file, "lacks test_features, test_labels", "it holds train_features, train_labels")
 
 
 def test_no_class_names(tmp_path):
-    refused(write(tmp_path / "toy.safetensors", {}), "no class names in the metadata", "'class_names'")
+    assert_refused(write(tmp_path / "toy.safetensors", {}), "no class names in the metadata", "'class_names'")
 
 
 @pytest.mark.parametrize("written", ["[1, 2, 3]", '["a", ""]', "[]", "3", '{"a": 0, "b": 5}', '{"a": "x", "b": "y"}'])
 def test_class_names_that_are_none(tmp_path, written):
     file = write(tmp_path / "toy.safetensors", {"class_names": written})
-    refused(file, "metadata 'class_names' is not a list of names", "store a JSON list of strings")
+    assert_refused(file, "metadata 'class_names' is not a list of names", "store a JSON list of strings")
 
 
 def test_class_name_twice(tmp_path):
     file = write(tmp_path / "toy.safetensors", {"class_names": '["cat", "dog", "cat"]'})
-    refused(file, "class name 'cat' appears twice", "names must differ")
+    assert_refused(file, "class name 'cat' appears twice", "names must differ")
 
 
 @pytest.mark.parametrize(
@@ -180,35 +180,35 @@ def test_class_name_twice(tmp_path):
     ],
 )
 def test_shapes_that_do_not_fit(tmp_path, changes, shapes):
-    refused(write(tmp_path / "toy.safetensors", **changes), *shapes, "they must be (n, d) and (n)")
+    assert_refused(write(tmp_path / "toy.safetensors", **changes), *shapes, "they must be (n, d) and (n)")
 
 
 def test_rows_without_columns(tmp_path):
     file = write(tmp_path / "toy.safetensors", train_features=torch.zeros(15, 0))
-    refused(file, "train_features (15, 0)", "store rows of floating point numbers")
+    assert_refused(file, "train_features (15, 0)", "store rows of floating point numbers")
 
 
 def test_features_of_whole_numbers(tmp_path):
     file = write(tmp_path / "toy.safetensors", test_features=torch.zeros(6, 4, dtype=torch.int32))
-    refused(file, "test_features (6, 4) of int32", "store rows of floating point numbers")
+    assert_refused(file, "test_features (6, 4) of int32", "store rows of floating point numbers")
 
 
 def test_widths_that_differ(tmp_path):
     file = write(tmp_path / "toy.safetensors", test_features=torch.zeros(6, 5))
-    refused(file, "train_features (15, 4)", "test_features (6, 5)", "differ in width", "the same model")
+    assert_refused(file, "train_features (15, 4)", "test_features (6, 5)", "differ in width", "the same model")
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 5), (12,)])
 def test_texts_that_do_not_fit(tmp_path, shape):
     file = write(tmp_path / "toy.safetensors", text_features=torch.zeros(*shape))
     shown = "(" + ", ".join(map(str, shape)) + ")"
-    refused(file, f"text_features {shown}", "3 class names and 4 columns", "store floating point (3, 4)")
+    assert_refused(file, f"text_features {shown}", "3 class names and 4 columns", "store floating point (3, 4)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_labels_that_are_no_whole_numbers(tmp_path, dtype):
     file = write(tmp_path / "toy.safetensors", train_labels=torch.zeros(15, dtype=dtype))
-    refused(file, f"train_labels are {str(dtype)[6:]}", "store whole numbers from 0")
+    assert_refused(file, f"train_labels are {str(dtype)[6:]}", "store whole numbers from 0")
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
@@ -216,14 +216,16 @@ def test_labels_out_of_range(tmp_path, wrong):
     labels = tensors()["test_labels"].clone()
     labels[4:] = wrong
     file = write(tmp_path / "toy.safetensors", test_labels=labels)
-    refused(file, f"test_labels has {wrong} in row 4 (2 such row(s))", "3 class names", "labels must be 0 to 2")
+    assert_refused(file, f"test_labels has {wrong} in row 4 (2 such row(s))", "3 class names", "labels must be 0 to 2")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_more_names_than_classes(tmp_path, part):
     labels = tensors()[f"{part}_labels"].clamp(max=1)
     file = write(tmp_path / "toy.safetensors", **{f"{part}_labels": labels})
-    refused(file, "3 class names, but class 'grey owl' (number 2) has no row", f"{part}_features", "remove the name")
+    assert_refused(
+        file, "3 class names, but class 'grey owl' (number 2) has no row", f"{part}_features", "remove the name"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -232,19 +234,19 @@ def test_rows_that_are_not_finite(tmp_path, name, value):
     values = torch.zeros({"train_features": 15, "test_features": 6, "text_features": 3}[name], 4)
     values[1, 2] = values[2, 0] = values[2, 1] = value
     file = write(tmp_path / "toy.safetensors", **{name: values})
-    refused(file, f"{name} is not finite in row 1 (2 such row(s))", "embed them again or leave them out")
+    assert_refused(file, f"{name} is not finite in row 1 (2 such row(s))", "embed them again or leave them out")
 
 
 @pytest.mark.parametrize("written", ["no slot", '["a {}", "none"]', "{} and {}"])
 def test_template_without_a_slot(tmp_path, written):
     file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "templates": written})
-    refused(file, "must hold {} once")
+    assert_refused(file, "must hold {} once")
 
 
 @pytest.mark.parametrize("written", ["warm", "0", "-3", "nan", "inf"])
 def test_logit_scale_that_is_none(tmp_path, written):
     file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "logit_scale": written})
-    refused(file, f"logit_scale '{written}' must be a positive number")
+    assert_refused(file, f"logit_scale '{written}' must be a positive number")
 
 
 # --- writing ---

@@ -12,7 +12,6 @@ from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
 from cairn.evaluation.evaluate import Evaluator
 from cairn.methods.catalogue import METHODS
-from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 
@@ -45,15 +44,6 @@ def test_scores_that_are_not_finite_are_no_accuracy(towers, small_stream, monkey
     method.means.means[0, 0] = float("nan")
     with pytest.raises(NotFinite, match="task 0: the scores of the method: those of test image 0 are not finite"):
         Evaluator(small_stream, towers).after(0, method)
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
 
 
 def rows_of(tests):

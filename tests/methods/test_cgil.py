@@ -10,7 +10,6 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from cairn.data.images import Concatenation, Subset
-from cairn.data.stream import task_stream
 from cairn.errors import ConfigError
 from cairn.maths.gaussian import moments
 from cairn.maths.similarity import unit
@@ -21,27 +20,12 @@ from cairn.methods import stages
 from cairn.methods.autoencoders import Vae, negative_elbo, trained
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
 CPU = torch.device("cpu")
 FAST = ("generator.steps=20", "stage2.schedule.epochs=2", "stage2.schedule.batch=16")
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments):

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 
-from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.towers.tuning import Full
 from cairn.training.log import Log
 
@@ -20,20 +18,6 @@ STEP = (
     "stage1.schedule.weight_decay=0", "stage1.schedule.clip=1e9", "stage1.average=null",
 )  # fmt: skip
 """One plain step down the gradient over the whole task."""
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments, name="clipood", log=None):

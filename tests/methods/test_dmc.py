@@ -8,31 +8,15 @@ import pytest
 import torch
 
 from cairn.data.loading import Loader
-from cairn.data.stream import task_stream
 from cairn.errors import ConfigError
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 
 FAST = ("stage1.schedule.epochs=3", "stage1.schedule.lr=1e-2", "stage1.schedule.batch=8", "stage2.schedule.epochs=1")
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(name, towers, *assignments, log=None):

@@ -12,7 +12,6 @@ from torch.nn.functional import cosine_similarity
 
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
-from cairn.data.stream import task_stream
 from cairn.data.views import LIGHT, SMALLEST, view
 from cairn.errors import ConfigError, DataError, ResultError
 from cairn.maths.discriminant import linear_discriminant
@@ -21,24 +20,9 @@ from cairn.methods import engine
 from cairn.methods.catalogue import METHODS
 from cairn.methods.described import sentences_of
 from cairn.methods.settings import with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 FAST = ("schedule.epochs=1", "schedule.batch=16")
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments):

@@ -18,19 +18,9 @@ from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods import acil, aper, lda, ranpac
 from cairn.methods.random_features import RandomFeatures
-from cairn.towers.features import FeatureTowers
 from cairn.towers.tuning import Bottleneck, Full, Lora
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
 
 
 @pytest.fixture

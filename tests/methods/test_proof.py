@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from cairn.data.images import Subset
-from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
 from cairn.memory.exemplars import Exemplars, herded
 from cairn.methods import proof
@@ -20,20 +19,6 @@ from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 FAST = ("schedule.epochs=2", "schedule.batch=16")
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments):

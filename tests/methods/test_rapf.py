@@ -10,31 +10,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cairn.data.images import Concatenation, Subset
-from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.catalogue import METHODS
 from cairn.methods.rapf import _WithPairs, fused, hinge, neighbours
 from cairn.methods.settings import with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import with_settings
 from cairn.methods.slca import _Draws
-from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
@@ -22,20 +20,6 @@ def step(stage, lr=0.01):
         f"{schedule}.epochs=1", f"{schedule}.batch=10000", f"{schedule}.optimizer=sgd", f"{schedule}.lr={lr}",
         f"{schedule}.weight_decay=0", f"{schedule}.clip=1e9",
     )  # fmt: skip
-
-
-@pytest.fixture
-def flat(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
 
 
 def build(towers, *assignments, log=None):

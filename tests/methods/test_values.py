@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from cairn.data.images import Subset
-from cairn.data.stream import task_stream
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot, stages
 from cairn.methods.catalogue import METHODS
 from cairn.methods.settings import settings, with_settings
-from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
 QUICK = {
@@ -27,17 +25,8 @@ QUICK = {
 
 
 @pytest.fixture
-def towers(embedded_dataset):
-    held = embedded_dataset.embeddings
-    return FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def stream(embedded_dataset):
-    return task_stream(embedded_dataset, step=2)
+def towers(flat):
+    return flat
 
 
 def build(name, towers, *assignments):

@@ -76,6 +76,7 @@ class Novelty:
         among: Sequence[int] = (),
         text_share: float = TEXT_SHARE,
         temperature: float = 1.0,
+        ageing: float = AGEING,
     ):
         self._method, self._share, self._temperature = method, text_share, temperature
         self._memory = gaussians_of(method)
@@ -90,7 +91,7 @@ class Novelty:
         g, t = self._gaussian(drawn.double().cpu()), self._text(drawn)
         self._scales = [(x.mean(), x.std().clamp_min(1e-12)) for x in (g, t)]
         a = torch.tensor(references, dtype=torch.float64) if len(references) else self._standard(g, t)
-        weights = (torch.tensor(among, dtype=torch.float64) / k) ** AGEING if len(among) else torch.ones_like(a)
+        weights = (torch.tensor(among, dtype=torch.float64) / k) ** ageing if len(among) else torch.ones_like(a)
         self._references, order = a.sort()
         self._shares = torch.cat([torch.zeros(1, dtype=torch.float64), weights[order].cumsum(0) / weights.sum()])
 

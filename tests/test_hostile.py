@@ -374,21 +374,28 @@ def test_manifests_of_other_types_are_refused_or_right(data, learner):
     path.write_text(sound)
 
 
-@EXAMPLES
-@given(data=st.data())
-def test_checkpoints_of_other_types_are_refused_or_right(data, features, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cut")
-    config, archive = RunConfig(method="simplecil", data=features, step=2), Archive(folder, "run")
+@pytest.fixture
+def cut(features, tmp_path):
+    """A finished run and the checkpoint of its end."""
+    config, archive = RunConfig(method="simplecil", data=features, step=2), Archive(tmp_path / "cut", "run")
     checkpoint = Checkpoint(steps=10**9)
     result = run_stream(config, checkpoint=checkpoint, archive=archive)
     checkpoint.save()
-    path = folder / "run-000001.json"
-    document = changes(read_json(path), data)
+    return result, tmp_path / "cut" / "run-000001.json"
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_checkpoints_of_other_types_are_refused_or_right(data, cut):
+    result, path = cut
+    sound = path.read_text()
+    document = changes(json.loads(sound), data)
     document.pop("sha256", None)
     path.write_text(json.dumps(document | {"sha256": digest(document)}))
-    read = Archive(folder, "run")
-    found = read_or_refused(lambda: run_stream(config, checkpoint=Checkpoint(), archive=read))
+    read = Archive(path.parent, "run")
+    found = read_or_refused(lambda: run_stream(result.run, checkpoint=Checkpoint(), archive=read))
     assert found is None or len(found.accuracy) == len(result.accuracy)
+    path.write_text(sound)
 
 
 @EXAMPLES

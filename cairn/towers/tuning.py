@@ -112,11 +112,13 @@ class Bottleneck(_Choice):
     def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
         blocks = [module for module in vision.modules() if hasattr(module, "mlp")]
         for block in blocks:
-            block.mlp = _Beside(block.mlp, self.width, self.scale, rng)
+            block.mlp = Beside(block.mlp, self.width, self.scale, rng)
         return vision
 
 
-class _Beside(nn.Module):
+class Beside(nn.Module):
+    """An MLP with a bottleneck beside it, x -> mlp(x) + added(x); at first it adds nothing."""
+
     def __init__(self, mlp: nn.Module, width: int, scale: float, rng: torch.Generator):
         super().__init__()
         d = mlp.fc1.in_features
@@ -128,7 +130,10 @@ class _Beside(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x) + self.scale * self.up(torch.relu(self.down(x)))
+        return self.mlp(x) + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(torch.relu(self.down(x)))
 
 
 Tuning = Annotated[Frozen | Lora | Full | Projection | Adapter | Bottleneck, Field(discriminator="kind")]

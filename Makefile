@@ -25,11 +25,11 @@ slow: install
 
 # Two hundred kills at random moments, each run gone on with and compared bit for bit.
 torture: install
-	$(BIN)/python scripts/torture.py --kills 200
+	$(BIN)/python tests/stress/torture.py --kills 200
 
 # Ten thousand damaged and hostile files, none of which may be let in or cause more than one line.
 fuzz: install
-	$(BIN)/python scripts/fuzz.py --cases 10000
+	$(BIN)/python tests/stress/fuzz.py --cases 10000
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ lint: install
 
 # Every stored result that is missing, then the documents' tables.
 results: install
-	$(BIN)/python scripts/results.py
+	$(BIN)/python experiments/results.py
 
 # What is done in fewer steps, against its plain form: reports and tables. For figures to quote, leave the machine alone.
 bench: install

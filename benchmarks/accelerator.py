@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cairn.data.images import Dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
-from cairn.evaluation.evaluate import Evaluator
+from cairn.experiment.evaluator import Evaluator
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot

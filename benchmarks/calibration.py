@@ -19,9 +19,9 @@ import torch
 from measure import Row, handed_out, in_turns
 from standins import Noise, old_classes, vit_b
 
+from cairn.config import with_settings
 from cairn.data.stream import Task
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.training.log import Log
 
 NEW = 20

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
-from cairn.run import RunConfig, RunResult, run_stream
+from cairn.experiment.run import RunConfig, RunResult, run_stream
 from cairn.towers.clip import ClipTowers, VisionTower
 from cairn.training.log import Log
 

@@ -55,7 +55,15 @@ def measured(runs: int, parallel: int, epochs: int) -> dict[str, Any]:
         folder = Path(name)
         seeds = list(range(1, runs + 1))
         (folder / "sweep.toml").write_text(FILE.format(seeds=seeds, parallel=parallel, epochs=epochs))
-        command = [sys.executable, "-c", "from cairn.cli import main; main()", "sweep", "sweep.toml", "--out", "out"]
+        command = [
+            sys.executable,
+            "-c",
+            "from cairn.cli.app import main; main()",
+            "sweep",
+            "sweep.toml",
+            "--out",
+            "out",
+        ]
         load, began = os.getloadavg()[0], time.time()
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         ended = time.time()

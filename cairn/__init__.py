@@ -6,30 +6,30 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.config import with_settings
     from cairn.data.catalogue import open_dataset
     from cairn.data.embeddings import save_features
     from cairn.data.images import Dataset, Images
     from cairn.data.stream import Task, TaskStream, task_stream
     from cairn.errors import CairnError
-    from cairn.evaluation.evaluate import Evaluator
-    from cairn.learner import IncrementalClassifier
+    from cairn.experiment.evaluator import Evaluator
+    from cairn.experiment.run import RunConfig, RunResult, run_stream
     from cairn.memory.gaussians import GaussianMemory
     from cairn.methods.catalogue import METHODS, method_named
     from cairn.methods.protocol import Method
-    from cairn.methods.settings import with_settings
-    from cairn.run import RunConfig, RunResult, run_stream
     from cairn.towers.catalogue import load_towers
     from cairn.towers.protocol import Towers
     from cairn.training.log import Log
 
 _HOMES = {
-    "CairnError": "errors", "Dataset": "data.images", "Evaluator": "evaluation.evaluate",
+    "CairnError": "errors", "Dataset": "data.images", "Evaluator": "experiment.evaluator",
     "GaussianMemory": "memory.gaussians", "Images": "data.images",
-    "IncrementalClassifier": "learner", "Log": "training.log",
-    "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "run", "RunResult": "run",
+    "IncrementalClassifier": "classifier.classifier", "Log": "training.log",
+    "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "experiment.run", "RunResult": "experiment.run",
     "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
-    "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "run",
-    "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "methods.settings",
+    "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "experiment.run",
+    "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "config",
 }  # fmt: skip
 
 __all__ = [

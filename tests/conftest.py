@@ -117,7 +117,7 @@ def blurred_dataset(embedded_dataset) -> Dataset:
 @pytest.fixture
 def flat(embedded_dataset):
     """The towers of those embeddings: no image tower, class texts by name."""
-    from cairn.feature_file import features_towers
+    from cairn.towers.feature_file import features_towers
 
     return features_towers(embedded_dataset, "made.safetensors")
 
@@ -156,7 +156,7 @@ def features(features_file) -> str:
 @pytest.fixture
 def cairn(monkeypatch, tmp_path, capsys):
     """Call the command in an empty folder; returns (exit status, standard output, standard error)."""
-    from cairn import cli
+    from cairn.cli import app as cli
 
     monkeypatch.chdir(tmp_path)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cairn.config import settings, with_settings
+from cairn.contrib.pycil import LAION, OPENAI, curve_lines, read_config
 from cairn.data.catalogue import CATALOGUE, SETTING_A_TEMPLATE
 from cairn.errors import CairnError, ConfigError
+from cairn.experiment.config_file import read_run_file, run_file_text
+from cairn.experiment.run import RunConfig, run_stream
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import settings, with_settings
-from cairn.pycil import LAION, OPENAI, curve_lines, read_config
-from cairn.run import RunConfig, run_stream
-from cairn.runfile import read_run_file, run_file_text
 from cairn.towers.catalogue import KNOWN
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,11 +17,11 @@ import yaml
 from PIL import Image
 
 import cairn
-from cairn.cli import app
+from cairn.cli.app import app
+from cairn.experiment.run import RunResult
 from cairn.methods.catalogue import METHODS
 from cairn.reports.drift import drift_reports_below, drift_table
 from cairn.reports.tables import difference_table, markdown_table, results_below
-from cairn.run import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

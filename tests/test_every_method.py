@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cairn import IncrementalClassifier, cli
+from cairn import IncrementalClassifier
+from cairn.classifier.onnx import image_scores
+from cairn.cli import app as cli
+from cairn.config import settings
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, one_line
-from cairn.export import image_scores
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import CAPABILITIES, CosineScoring, DescribedClasses, KeepsImages, PatchReasons
-from cairn.methods.settings import settings
 from cairn.serve.app import application
 from cairn.serve.guard import Rules
 from cairn.serve.service import Service

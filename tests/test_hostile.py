@@ -20,18 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import cairn
-import cairn.files
-from cairn.archive import Archive, digest
-from cairn.cli import main
+import cairn.storage.files
+from cairn.cli.app import main
+from cairn.config import with_settings
 from cairn.data.descriptions import read_descriptions, written_by
 from cairn.data.embeddings import features_dataset
 from cairn.data.stream import class_order
 from cairn.errors import CairnError, DataError, ResultError, one_line
-from cairn.files import read_json, write_json
-from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
-from cairn.run import RunConfig, prepared, run_stream
-from cairn.store import (
+from cairn.experiment.folder import (
     CALL,
     CHECKPOINT,
     EVENTS,
@@ -45,11 +41,15 @@ from cairn.store import (
     read_result,
     write_learner,
 )
-from cairn.tensors import read_tensors
+from cairn.experiment.run import RunConfig, prepared, run_stream
+from cairn.methods.catalogue import METHODS
+from cairn.storage.archive import Archive, digest
+from cairn.storage.files import read_json, write_json
+from cairn.storage.tensors import read_tensors
 from cairn.training.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [path for part in ("cairn", "scripts", "benchmarks") for path in sorted((ROOT / part).rglob("*.py"))]
+SOURCES = [path for part in ("cairn", "experiments", "benchmarks") for path in sorted((ROOT / part).rglob("*.py"))]
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,7 @@ def test_a_learner_whose_hash_does_not_fit_is_refused(learner):
 )  # fmt: skip
 def test_a_learner_of_two_stages_is_tried_before_it_is_trusted(key, change, features, tmp_path):
     """Refused, or its scores are finite and one per class."""
-    from cairn.tensors import serialized
+    from cairn.storage.tensors import serialized
 
     folder, states = tmp_path / "run", []
     quick = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
@@ -599,7 +599,7 @@ def opened_doors(tree):
             yield f"{node.lineno}: {name} with pickle"
         if name == "yaml.load":
             loader = ast.unparse(given.get("Loader") or (node.args[1] if len(node.args) > 1 else ast.Constant(None)))
-            if not issubclass(getattr(cairn.files, loader, type(None)), yaml.SafeLoader):
+            if not issubclass(getattr(cairn.storage.files, loader, type(None)), yaml.SafeLoader):
                 yield f"{node.lineno}: yaml.load without a safe loader"
         for word in ("trust_remote_code", "weights_only"):
             if word in given and ast.unparse(given[word]) != str(word == "weights_only"):
@@ -663,12 +663,12 @@ def test_pickled_weights_are_not_opened(tmp_path, monkeypatch):
 
 
 def test_three_hundred_damaged_inputs_are_refused_or_right():
-    """`scripts/fuzz.py` does ten thousand."""
+    """`tests/stress/fuzz.py` does ten thousand."""
     import signal
 
     signal.alarm(0)  # it has one of its own for each
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "fuzz.py", "--cases", "300", "--seed", "7"], capture_output=True, text=True,
+        [sys.executable, ROOT / "tests" / "stress" / "fuzz.py", "--cases", "300", "--seed", "7"], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]

@@ -23,7 +23,7 @@ def test_every_public_name_is_there_and_nothing_is_forgotten():
 def test_importing_has_no_effect():
     code = (
         "import sys, os; before = (os.getcwd(), len(sys.path))\n"
-        "import cairn, cairn.cli, cairn.reports.tables\n"
+        "import cairn, cairn.cli.app, cairn.reports.tables\n"
         "assert (os.getcwd(), len(sys.path)) == before\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'heavy import'\n"
     )

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cairn.data.names import class_name
 from cairn.errors import DataError, ResultError
-from cairn.files import read_json
-from cairn.schema import validated
+from cairn.storage.files import read_json
+from cairn.storage.schema import validated
 
 SCHEMA_VERSION = 1
 FILE_NAME = "descriptions.json"

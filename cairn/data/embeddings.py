@@ -20,10 +20,10 @@ from safetensors import safe_open
 
 from cairn.data.images import Dataset
 from cairn.data.names import class_name
+from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import DataError, one_line
-from cairn.files import sha256_of, write_chunks
-from cairn.templates import DEFAULT, prompt_templates
-from cairn.tensors import CODES, serialized
+from cairn.storage.files import sha256_of, write_chunks
+from cairn.storage.tensors import CODES, serialized
 
 NAME_KEYS = ("class_names", "classnames", "classes", "names")
 """Metadata keys under which class names are looked for. A JSON list, a JSON object (number to name or name to

@@ -23,7 +23,7 @@ import numpy as np
 
 from cairn.data.images import Images
 from cairn.errors import CairnError, ConfigError
-from cairn.files import make_folder, safetensors_header, whole
+from cairn.storage.files import make_folder, safetensors_header, whole
 
 LIMIT_BYTES = 20 * 10**9
 

@@ -33,8 +33,8 @@ from cairn.data.picture_files import (
     readable_formats,
 )
 from cairn.data.stream import held_out
+from cairn.data.templates import DEFAULT
 from cairn.errors import ConfigError, DataError, one_line
-from cairn.templates import DEFAULT
 
 TEST_FOLDERS = ("test", "val", "validation")
 """Where test images may lie beside `train/`; the first that exists is taken."""

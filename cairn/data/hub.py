@@ -22,8 +22,8 @@ from cairn.data.folders import check, decoded, folder_dataset, reason
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.names import class_name
 from cairn.data.stream import held_out
-from cairn.distribution import extra_remedy
 from cairn.errors import DataError, UnknownName
+from cairn.storage.distribution import extra_remedy
 
 TEST_SHARE = 0.2
 """Of each class's images, where a copy has a single split."""

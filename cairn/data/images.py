@@ -10,8 +10,8 @@ import numpy as np
 
 from cairn.data.descriptions import Descriptions
 from cairn.data.names import class_name
+from cairn.data.templates import prompt_templates
 from cairn.errors import DataError
-from cairn.templates import prompt_templates
 
 
 class Images(Protocol):

@@ -18,9 +18,9 @@ import numpy as np
 from cairn.data.descriptions import Descriptions
 from cairn.data.images import Dataset, Images, Subset
 from cairn.data.names import alike, normal_form
+from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, ResultError, suggestion
-from cairn.files import JSON_BYTES, read_bytes, read_json, read_yaml
-from cairn.templates import prompt_templates
+from cairn.storage.files import JSON_BYTES, read_bytes, read_json, read_yaml
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from cairn.cluster import ray_module
 from cairn.embed.maker import Maker, Stale, planned
 from cairn.embed.on_ray import INSTEAD, over_ray
 from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, EmbedConfig, Plan, Shard, stored_plan
 from cairn.embed.work import MADE_AS, Work
 from cairn.errors import CairnError, ConfigError, ResultError, Stopped
-from cairn.files import make_folder
-from cairn.run import comparable_call
-from cairn.store import Lock
+from cairn.experiment.folder import Lock
+from cairn.experiment.run import comparable_call
+from cairn.storage.files import make_folder
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
+from cairn.training.ray_cluster import ray_module
 
 PATIENCE = 60.0
 """Seconds without a new shard after which rank 0 makes itself what is missing; three of its own shards, if that is longer."""

@@ -16,11 +16,11 @@ from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, ROWS, SPLITS, Chosen, EmbedConfig, Plan, Shard, shards_of
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
-from cairn.run import TowersUsed, prompted, readable, towers_for
-from cairn.tensors import read_tensors
+from cairn.experiment.run import TowersUsed, prompted, readable, towers_for
+from cairn.storage.tensors import read_tensors
+from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
-from cairn.versions import versions
 
 
 def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker, tuple[str, ...]]:

@@ -11,9 +11,9 @@ from math import ceil
 from types import ModuleType
 from typing import Any
 
-from cairn.cluster import Cluster
 from cairn.errors import CairnError, ResultError
 from cairn.training.log import Log
+from cairn.training.ray_cluster import Cluster
 
 INSTEAD = "torchrun"
 """What makes a file with several processes where there is no Ray."""

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from cairn.errors import ResultError
-from cairn.files import safetensors_header, whole, write_chunks
+from cairn.storage.files import safetensors_header, whole, write_chunks
 
 CODES = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f2"): "F16"}
 
@@ -89,7 +89,7 @@ class Column(NamedTuple):
 
 def write_columns(path: Path, columns: Mapping[str, Column], about: Mapping[str, str]) -> int:
     """One safetensors file, whole or not at all, with a piece at most in memory; its bytes. It is laid out as
-    `cairn.tensors.serialized` does it. Raises ResultError where it cannot be written, or does not read back."""
+    `cairn.storage.tensors.serialized` does it. Raises ResultError where it cannot be written, or does not read back."""
     ordered = sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header = safetensors_header(
         ((name, CODES[column.dtype], column.shape, column.bytes) for name, column in ordered), about

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cairn.archive import digest
 from cairn.data.feature_store import image_ids
 from cairn.data.images import Subset
 from cairn.errors import ResultError
-from cairn.files import read_json
-from cairn.run import OnBadImage, RunConfig, TowersUsed, comparable_call
-from cairn.schema import Amount, Count, validated
-from cairn.tensors import serialized
+from cairn.experiment.run import OnBadImage, RunConfig, TowersUsed, comparable_call
+from cairn.storage.archive import digest
+from cairn.storage.files import read_json
+from cairn.storage.schema import Amount, Count, validated
+from cairn.storage.tensors import serialized
 
 PLAN, ROWS, TEXT = "plan.json", "rows", "text"
 SPLITS = ("train", "test")

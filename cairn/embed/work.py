@@ -14,7 +14,7 @@ from cairn.embed.maker import Maker
 from cairn.embed.parts import Column, Parts, write_columns
 from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, Plan, Shard, stored_plan
 from cairn.errors import ResultError
-from cairn.files import write_chunks, write_json
+from cairn.storage.files import write_chunks, write_json
 from cairn.training.log import Log
 
 MADE_AS = "embedded"

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods.first_session import adapted
-from cairn.methods.settings import kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning

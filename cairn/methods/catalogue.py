@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from cairn.config import EmbeddingForm
 from cairn.errors import UnknownName
 from cairn.methods import (
     acil,
@@ -35,7 +36,6 @@ from cairn.methods.protocol import (
     KeepsImages,
     PatchReasons,
 )
-from cairn.methods.settings import EmbeddingForm
 from cairn.towers.protocol import Towers
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.shrinkage import Oas, Shrinkage
@@ -24,7 +25,6 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.autoencoders import Vae
 from cairn.methods.protocol import FROZEN, CosineForm
-from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, align_text, class_anchors
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.prompts import Prompts

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.probes import Probes
 from cairn.data.stream import Task
@@ -25,7 +26,6 @@ from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.decoupled import Decoupled
-from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers

@@ -34,10 +34,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from cairn.data.augment import CHANCES, view
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.data.views import CHANCES, view
 from cairn.errors import ConfigError, ResultError
 from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.losses import batch_contrast

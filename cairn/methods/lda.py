@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.gaussian import cholesky_repaired
@@ -21,7 +22,6 @@ from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.protocol import FROZEN
-from cairn.methods.settings import kind_by_name
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State

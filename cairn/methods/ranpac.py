@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import NotFinite
@@ -26,7 +27,6 @@ from cairn.memory.second_order import SecondOrder
 from cairn.methods.first_session import adapted
 from cairn.methods.protocol import FROZEN
 from cairn.methods.random_features import RandomFeatures
-from cairn.methods.settings import kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy
@@ -37,7 +38,6 @@ from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.protocol import FROZEN
-from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import class_anchors
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers

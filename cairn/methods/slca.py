@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import normalised_cross_entropy
@@ -39,7 +40,6 @@ from cairn.memory.covariances import Covariance
 from cairn.memory.covariances import Full as FullCovariance
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.protocol import ClassMemory
-from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import competing
 from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers

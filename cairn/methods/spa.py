@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import ConfigError
@@ -38,7 +39,6 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.described import sentences_of
 from cairn.methods.projector import Projector, UnitLength
 from cairn.methods.protocol import FROZEN, CosineForm
-from cairn.methods.settings import kind_by_name
 from cairn.methods.stages import class_anchors
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy, margin_metric_softmax, mean_squared_cosine, text_anchor_contrast
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
-from cairn.methods.settings import kind_by_name
 from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning

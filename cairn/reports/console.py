@@ -116,7 +116,7 @@ class Console:
         )
 
     def summary(self, results: Sequence[Any], path: Path) -> None:
-        from cairn.evaluation.metrics import mean_and_deviation
+        from cairn.experiment.metrics import mean_and_deviation
 
         parts = []
         for key in ("average", "last"):

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
 from cairn.reports.formats import Column, Table, estimate
 from cairn.reports.tables import stored_below
+from cairn.storage.distribution import extra_remedy
 
 COLUMNS = (
     ("mean_error", "mean error", 1, 3), ("covariance_error", "covariance error", 1, 3), ("bures_error", "Bures error", 1, 3),

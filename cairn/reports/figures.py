@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
-from cairn.files import write_chunks
 from cairn.reports.formats import Cell, Column, Estimate, Table
 from cairn.reports.patches import COLOURS
+from cairn.storage.distribution import extra_remedy
+from cairn.storage.files import write_chunks
 
 PALETTE = tuple(COLOURS[i] for i in (4, 5, 2, 6, 1, 0))
 """Those that stand out on white and on black."""

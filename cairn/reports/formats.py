@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cairn.evaluation.metrics import mean_and_deviation
+from cairn.experiment.metrics import mean_and_deviation
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, UnknownName
-from cairn.files import make_folder, write_chunks
 from cairn.reports.cautions import Caution, remarks, warnings
 from cairn.reports.drift import errors_by_task, estimator_table
 from cairn.reports.figures import BOUND, UNTOUCHED, Chart, Series, Style, curves, matrix, styles
 from cairn.reports.formats import FORMS, Cell, Column, Estimate, Table, estimate
 from cairn.reports.runs import Line, Stream, differing, flat, read_drifts, read_results, streams_of
 from cairn.reports.tables import Result, gains_table, none_below, paired_seeds, seed_list, summary_table, used_precision
+from cairn.storage.distribution import extra_remedy
+from cairn.storage.files import make_folder, write_chunks
 
 MATRICES = 8
 """More of them are folded away."""

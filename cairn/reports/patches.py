@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError
+from cairn.storage.distribution import extra_remedy
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
 """Told apart by colour-blind readers; one per sentence, the rest share the last."""

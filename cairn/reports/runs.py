@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
-from cairn.files import read_bytes, read_json
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, stream_keys
-from cairn.schema import Amount, Difference, Share, validated
+from cairn.storage.files import read_bytes, read_json
+from cairn.storage.schema import Amount, Difference, Share, validated
 
 SCHEMA_VERSION = 1
 """The newest that is read, of results and of drift reports."""

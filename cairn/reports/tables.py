@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, ResultError
-from cairn.evaluation.metrics import mean_and_deviation
-from cairn.files import read_json
+from cairn.experiment.metrics import mean_and_deviation
 from cairn.reports.formats import Column, Estimate, Interval, Table, estimate
+from cairn.storage.distribution import extra_remedy
+from cairn.storage.files import read_json
 from cairn.towers.fingerprint import completed
 
 Result = dict[str, Any]

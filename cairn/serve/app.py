@@ -21,11 +21,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from cairn.errors import CairnError, ConfigError, ResultError, one_line
-from cairn.schema import reason_of
 from cairn.serve.connection import Connection
 from cairn.serve.guard import Guard, Rules
 from cairn.serve.service import Service
-from cairn.versions import versions
+from cairn.storage.schema import reason_of
+from cairn.storage.versions import versions
 
 IMAGES = 100
 """Pictures in one request, at most."""

@@ -16,12 +16,12 @@ import numpy as np
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.folders import decoded_small, reason
 from cairn.data.names import class_name, require_text
 from cairn.errors import ConfigError, DataError, Stopped, one_line
-from cairn.learner import IncrementalClassifier
+from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses
-from cairn.store import Lock
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 

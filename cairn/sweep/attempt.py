@@ -15,9 +15,9 @@ from filelock import Timeout
 
 from cairn.data.feature_store import FeatureStore
 from cairn.errors import CairnError, ResultError, Stopped, one_line
-from cairn.files import make_folder
-from cairn.run import RunResult, run_stream
-from cairn.store import Call, Lock, RunFolder
+from cairn.experiment.folder import Call, Lock, RunFolder
+from cairn.experiment.run import RunResult, run_stream
+from cairn.storage.files import make_folder
 from cairn.sweep.order import Ended, Order
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log

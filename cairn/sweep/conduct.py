@@ -10,10 +10,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from cairn.errors import CairnError, ConfigError, Stopped
-from cairn.files import make_folder, write_chunks
+from cairn.experiment.config_file import RunFile, run_file_text
+from cairn.experiment.folder import Call, Lock
 from cairn.reports.formats import Table
-from cairn.runfile import RunFile, run_file_text
-from cairn.store import Call, Lock
+from cairn.storage.files import make_folder, write_chunks
 from cairn.sweep.attempt import figures
 from cairn.sweep.file import SweepFile
 from cairn.sweep.ledger import Job, Ledger, earlier, point_table

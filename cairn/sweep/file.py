@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
-from cairn.files import read_bytes
+from cairn.experiment.config_file import BYTES, KEYS, LINE, RunFile, checked
+from cairn.experiment.run import RunConfig
 from cairn.methods.catalogue import method_named
-from cairn.methods.settings import settings as every_setting
-from cairn.run import RunConfig
-from cairn.runfile import BYTES, KEYS, LINE, RunFile, checked
-from cairn.schema import reason_of
+from cairn.storage.files import read_bytes
+from cairn.storage.schema import reason_of
 
 OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "settings"))
 """Options that may vary besides settings and seeds."""

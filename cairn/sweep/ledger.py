@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from cairn.errors import ResultError
-from cairn.evaluation.metrics import mean_and_deviation
-from cairn.files import read_json, write_chunks, write_json
+from cairn.experiment.metrics import mean_and_deviation
 from cairn.reports.formats import Cell, Column, Estimate, Table, estimate
-from cairn.schema import Count, validated
+from cairn.storage.files import read_json, write_chunks, write_json
+from cairn.storage.schema import Count, validated
 from cairn.sweep.plan import Point, Run
 
 SCHEMA_VERSION = 1

@@ -13,10 +13,10 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from cairn.cluster import Cluster
 from cairn.errors import ConfigError, one_line
-from cairn.files import growing
+from cairn.storage.files import growing
 from cairn.sweep.order import Ended, Order
+from cairn.training.ray_cluster import Cluster
 
 THREADS = (
     "OMP_NUM_THREADS",

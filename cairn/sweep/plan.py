@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
+from cairn.config import with_settings
 from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.experiment.folder import CALL, RESULT, read_call, read_result
+from cairn.experiment.run import Prepared, RunConfig, RunResult, comparable_call, prepared
 from cairn.methods.catalogue import method_named
-from cairn.methods.settings import with_settings
-from cairn.run import Prepared, RunConfig, RunResult, comparable_call, prepared
-from cairn.schema import reason_of
-from cairn.store import CALL, RESULT, read_call, read_result
+from cairn.storage.schema import reason_of
 from cairn.sweep.file import Choice, Range, SweepFile, methods_of
 from cairn.training.log import Log
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cairn.distribution import extra_remedy
 from cairn.errors import ConfigError, ResultError
+from cairn.storage.distribution import extra_remedy
 from cairn.sweep.file import SEARCHED, Choice, Range, Search, SweepFile, text_of
 from cairn.sweep.plan import Point, folder_name, point_with
 

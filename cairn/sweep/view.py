@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cairn.errors import printable
+from cairn.experiment.folder import EVENTS
 from cairn.reports.console import percent, word_table
 from cairn.reports.formats import Table as Points
-from cairn.store import EVENTS
 from cairn.sweep.ledger import Job, Ledger
 
 EVERY = 30.0

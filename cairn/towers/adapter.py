@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import CLIPModel
 
 from cairn.errors import TowersError, first_line
-from cairn.files import read_json
+from cairn.storage.files import read_json
 from cairn.towers.weights import no_weights, read_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, TowersError
-from cairn.templates import prompt_templates
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import Attention, embedded_tokens

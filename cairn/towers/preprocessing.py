@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from cairn.errors import TowersError
-from cairn.schema import Record, first_problem
+from cairn.storage.schema import Record, first_problem
 from cairn.types import Pixels
 
 FILES = ("processor_config.json", "preprocessor_config.json")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from cairn.errors import TowersError, first_line
-from cairn.files import read_json
+from cairn.storage.files import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")

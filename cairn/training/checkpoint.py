@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from cairn.errors import Stopped
-from cairn.ranks import ALONE, Meetings, Ranks
+from cairn.training.distributed import ALONE, Meetings, Ranks
 
 State = dict[str, Tensor]
 

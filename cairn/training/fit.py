@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cairn.errors import NotFinite
-from cairn.ranks import Ranks
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint, State
+from cairn.training.distributed import Ranks
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds

@@ -22,13 +22,13 @@ import torch
 from PIL import Image, ImageFile, features
 from safetensors.torch import load_file, save_file
 
-from cairn import cli
+from cairn.classifier.classifier import IncrementalClassifier
+from cairn.cli import app as cli
 from cairn.data.folders import class_folders, decoded_small, folder_dataset, unreadable
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages
-from cairn.learner import IncrementalClassifier
-from cairn.run import RunConfig, prepared, run_stream
+from cairn.experiment.run import RunConfig, prepared, run_stream
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled
 from cairn.towers.features import FeatureTowers

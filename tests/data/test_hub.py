@@ -22,8 +22,8 @@ from cairn.data.catalogue import (
 from cairn.data.hub import HubImages, hub_dataset
 from cairn.data.images import Dataset
 from cairn.data.stream import task_sizes, task_stream
-from cairn.distribution import extra_remedy
 from cairn.errors import CairnError, DataError, UnknownName
+from cairn.storage.distribution import extra_remedy
 
 datasets = pytest.importorskip("datasets", reason="the hub extra is not installed")
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from cairn import IncrementalClassifier
-from cairn.archive import Archive
-from cairn.card import card
-from cairn.data.given import Given
+from cairn.classifier.card import card
+from cairn.classifier.classifier import NAME
 from cairn.data.identity import LearnedPictures, content_hash, content_hashes
+from cairn.data.in_memory import Given
 from cairn.errors import ResultError
-from cairn.learner import NAME
+from cairn.storage.archive import Archive
 from cairn.towers.features import FeatureTowers
 
 

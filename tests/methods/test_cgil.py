@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from cairn.config import with_settings
 from cairn.data.images import Concatenation, Subset
 from cairn.errors import ConfigError
 from cairn.maths.gaussian import moments
@@ -19,7 +20,6 @@ from cairn.memory.replay import ReplayBatches
 from cairn.methods import stages
 from cairn.methods.autoencoders import Vae, negative_elbo, trained
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.towers.tuning import Full
 from cairn.training.log import Log
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.config import settings, with_settings
 from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.errors import ExemplarsKept
-from cairn.evaluation.evaluate import Evaluator
-from cairn.evaluation.exemplars import looked_for, refuse_exemplars
+from cairn.experiment.evaluator import Evaluator
+from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import settings, with_settings
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.data.loading import Loader
 from cairn.errors import ConfigError
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 

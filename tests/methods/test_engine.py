@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from cairn.config import with_settings
+from cairn.data.augment import LIGHT, SMALLEST, view
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
-from cairn.data.views import LIGHT, SMALLEST, view
 from cairn.errors import ConfigError, DataError, ResultError
 from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.similarity import unit
 from cairn.methods import engine
 from cairn.methods.catalogue import METHODS
 from cairn.methods.described import sentences_of
-from cairn.methods.settings import with_settings
 from cairn.training.log import Log
 
 FAST = ("schedule.epochs=1", "schedule.batch=16")

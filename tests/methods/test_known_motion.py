@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.data.catalogue import open_dataset
 from cairn.data.stream import task_stream
+from cairn.experiment.run import RunConfig, towers_for
 from cairn.maths.drift import BuresMap, MeanShift, NoDrift, PairedMap
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
-from cairn.run import RunConfig, towers_for
 from cairn.training.log import Log
 
 

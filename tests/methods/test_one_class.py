@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cairn.config import settings, with_settings
 from cairn.data.stream import task_stream
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import settings, with_settings
 from cairn.training.log import Log
 
 QUICK = {

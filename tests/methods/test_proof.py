@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from cairn.config import with_settings
 from cairn.data.images import Subset
 from cairn.maths.similarity import unit
 from cairn.memory.exemplars import Exemplars, herded
 from cairn.methods import proof
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from cairn.config import choices, settings, with_settings
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import choices, settings, with_settings
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 

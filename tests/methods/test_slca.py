@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.methods.slca import _Draws
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.data.loading import Loader
 from cairn.errors import ConfigError, DataError
 from cairn.maths.alignment import aligned, local_scores
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.methods.spa import Projector
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log

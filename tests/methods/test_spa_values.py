@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cairn.config import with_settings
 from cairn.data.loading import Loader
 from cairn.maths.alignment import aligned
 from cairn.maths.similarity import unit
 from cairn.methods import spa
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import with_settings
 from cairn.training.log import Log
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.config import settings, with_settings
 from cairn.data.images import Subset
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot, stages
 from cairn.methods.catalogue import METHODS
-from cairn.methods.settings import settings, with_settings
 from cairn.training.log import Log
 
 QUICK = {

@@ -50,7 +50,7 @@ def test_columns_break_between_words_while_there_is_room():
 
 
 def test_no_word_of_the_list_is_broken_at_80_columns(monkeypatch, capsys):
-    from cairn.cli import list_
+    from cairn.cli.app import list_
     from cairn.methods.catalogue import METHODS
     from cairn.towers.catalogue import KNOWN
 

@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import pytest
 from scipy.stats import ttest_1samp
 
-from cairn import run as runs_of_today
 from cairn.errors import ConfigError, ResultError, UnknownName
-from cairn.evaluation.metrics import forgetting, seen_accuracy
+from cairn.experiment import run as runs_of_today
+from cairn.experiment.metrics import forgetting, seen_accuracy
 from cairn.reports.page import MATRICES, page_of
 from cairn.reports.runs import SCHEMA_VERSION, read_results, streams_of
 
@@ -424,7 +424,7 @@ def test_the_command_needs_no_torch(stored, tmp_path):
         "import sys\n"
         f"sys.argv = ['cairn', 'report', {str(folder)!r}, '-o', {str(tmp_path / 'sub' / 'r.html')!r}, "
         f"'--figures', {str(tmp_path / 'figures')!r}]\n"
-        "from cairn.cli import main\n"
+        "from cairn.cli.app import main\n"
         "main()\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )

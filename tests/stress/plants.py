@@ -26,7 +26,7 @@ MEMORY, REPLAY, SECOND, GENERATORS = (
     (f"memory/test_{name}.py",) for name in ("gaussians", "replay", "second_order", "generators")
 )
 FIT, TUNING, HEADS = ("training/test_fit.py",), ("towers/test_tuning.py",), ("methods/test_heads.py",)
-METRICS, EVALUATE = ("evaluation/test_metrics.py",), ("evaluation/test_evaluate.py",)
+METRICS, EVALUATE = ("experiment/test_metrics.py",), ("experiment/test_evaluator.py",)
 
 PLANTS = (
     # maths
@@ -98,12 +98,12 @@ PLANTS = (
     Plant("a resumed stage begins its epoch again", "training/fit.py", "done, skip = divmod(course.step, len(batches))", "done, skip = course.step // len(batches), 0", FIT),
     Plant("moments not restored", "training/fit.py", "self.optimiser.load_state_dict({\"state\": moments,", "self.optimiser.load_state_dict({\"state\": {},", FIT),
     Plant("gradients not clipped", "training/fit.py", "clip_grad_norm_(parameters, schedule.clip)", "clip_grad_norm_(parameters, 1e9)", FIT),
-    Plant("writer beside readers", "gate.py", "self._condition.wait_for(lambda: self._readers == 0)", "pass", ("test_gate.py",)),
+    Plant("writer beside readers", "storage/locks.py", "self._condition.wait_for(lambda: self._readers == 0)", "pass", ("storage/test_locks.py",)),
     # evaluation
-    Plant("forgetting from the first accuracy", "evaluation/metrics.py", "max(A[i][j] for i in range(j, B - 1))", "A[j][j]", METRICS),
-    Plant("tasks weighed the same", "evaluation/metrics.py", "sum(n * a for n, a in zip(sizes, row[: i + 1], strict=False)) / sum(sizes[: i + 1])", "sum(a for n, a in zip(sizes, row[: i + 1], strict=False)) / (i + 1)", METRICS),
-    Plant("class mean by images", "evaluation/metrics.py", "sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)", "sum(correct) / sum(total)", METRICS),
-    Plant("class mean given images", "run.py", "class_mean(e.correct, e.total)", "class_mean([sum(e.correct)], [sum(e.total)])", ("test_run.py",)),
-    Plant("classes to come asked among all", "evaluation/evaluate.py", "self._by_texts(coming, range(seen, len(self._texts))", "self._by_texts(coming, range(len(self._texts))", EVALUATE),
-    Plant("deviation of a population", "evaluation/metrics.py", "/ (len(values) - 1)) ** 0.5", "/ len(values)) ** 0.5", METRICS),
+    Plant("forgetting from the first accuracy", "experiment/metrics.py", "max(A[i][j] for i in range(j, B - 1))", "A[j][j]", METRICS),
+    Plant("tasks weighed the same", "experiment/metrics.py", "sum(n * a for n, a in zip(sizes, row[: i + 1], strict=False)) / sum(sizes[: i + 1])", "sum(a for n, a in zip(sizes, row[: i + 1], strict=False)) / (i + 1)", METRICS),
+    Plant("class mean by images", "experiment/metrics.py", "sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)", "sum(correct) / sum(total)", METRICS),
+    Plant("class mean given images", "experiment/run.py", "class_mean(e.correct, e.total)", "class_mean([sum(e.correct)], [sum(e.total)])", ("experiment/test_run.py",)),
+    Plant("classes to come asked among all", "experiment/evaluator.py", "self._by_texts(coming, range(seen, len(self._texts))", "self._by_texts(coming, range(len(self._texts))", EVALUATE),
+    Plant("deviation of a population", "experiment/metrics.py", "/ (len(values) - 1)) ** 0.5", "/ len(values)) ** 0.5", METRICS),
 )  # fmt: skip

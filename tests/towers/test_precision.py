@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from cairn.run import RunConfig, run_stream
+from cairn.experiment.run import RunConfig, run_stream
 from cairn.towers import precision
 from cairn.towers.catalogue import load_towers
 from cairn.training.log import Log

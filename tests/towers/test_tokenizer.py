@@ -15,9 +15,9 @@ import pytest
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
 from cairn import IncrementalClassifier
-from cairn.archive import Archive
 from cairn.errors import ResultError, TowersError
-from cairn.kept import KeptTowers
+from cairn.storage.archive import Archive
+from cairn.towers.cached import KeptTowers
 from cairn.towers.catalogue import load_towers
 from cairn.towers.tokenizer import load_tokenizer, tokenizer_fingerprint
 

@@ -1,0 +1,143 @@
+"""How sure a method may be of its classes: a temperature fitted on images that were left out of learning.
+
+Scores of different methods are cosines times CLIP's scale, log densities or outputs of a regression; a softmax over them is
+larger or smaller than the share of images that are classified correctly. After each task a second learner, the *rehearsal*,
+learns the same task without a fifth of its images, and scores them among all classes seen. Their loss as a function of the
+temperature (see `cairn.maths.calibration`) is added to that of the tasks before, and the temperature of the smallest sum
+divides the scores wherever probabilities are made. Which class is the likeliest never changes, nor does anything learned.
+
+The rehearsal takes over what the method already did with those images, as a learner that was cut off would: passes of a
+tower, and what a tower was trained to (see `Checkpoint.handed_on`). Only what is fitted on embeddings is fitted anew. So an
+encoder that is trained has seen the images that are left out, and a method that overfits there is surer than it should be.
+A method that holds images out itself (`HoldsOut`) needs no rehearsal.
+
+What is kept are sums over all images that were left out, a few hundred numbers however many tasks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from cairn.data.images import Subset
+from cairn.data.loading import Loader
+from cairn.data.stream import Task
+from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, loss_curve
+from cairn.methods.protocol import GaussianScoring, Method
+from cairn.storage.schema import Count, Record
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.encode import encoded
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Labels, Pixels, Scores
+
+SHARE = 0.2
+"""Of each class's images in a task, the share that is left out; of two or more always one."""
+
+MOST = 512
+"""Images of a task that are left out, at most."""
+
+BATCH = 64
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A method that scores images of each task before it learns from them."""
+
+    held_out: tuple[Scores, Labels] | None
+    """Scores and labels of those of the task that was learned last."""
+
+
+class Calibration(Record):
+    """Losses of all images left out so far, on the grid of inverse temperatures. Immutable: `with_rows` returns another.
+
+    Images scored among k classes weigh k / K where now there are K: how sure one may be among few classes tells less of many.
+    """
+
+    rows: Count = Field(0, description="images that were left out")
+    classes: Count = Field(0, description="K, classes that the last of them were scored among")
+    loss: list[float] = Field([], description="L: weighted losses of their labels, summed")
+
+    @model_validator(mode="after")
+    def _one_loss_for_each_temperature(self) -> Calibration:
+        length = len(INVERSE_TEMPERATURES) if self.rows else 0
+        if len(self.loss) != length:
+            raise ValueError(f"loss: {len(self.loss)} values of {self.rows} images, where there must be {length}")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by; 1 before any image was left out."""
+        if not self.rows:
+            return 1.0
+        return best_temperature(torch.tensor(self.loss, dtype=torch.float64), least_loss(self.rows))
+
+    def with_images(self, left_out: LeftOut | None) -> Calibration:
+        """With these, scored among all classes seen."""
+        if left_out is None or not len(left_out.labels):
+            return self
+        k = left_out.scores.shape[1]
+        loss = loss_curve(left_out.scores.cpu(), left_out.labels.cpu())
+        if self.rows:
+            loss += min(1.0, self.classes / k) * torch.tensor(self.loss, dtype=torch.float64)
+        return Calibration(rows=self.rows + len(left_out.labels), classes=k, loss=loss.tolist())
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Images of a task, scored by a method that learned the task without them."""
+
+    scores: Scores
+    labels: Labels
+    method: Method | None = None
+    rows: Features | None = None
+    """What `method` remembers of them, where it keeps statistics (`GaussianScoring`)."""
+
+
+def rehearsed(
+    method: Method, before: Callable[[], Method], task: Task, seed: int, checkpoint: Checkpoint
+) -> LeftOut | None:
+    """Images left out of `task`, which `method` just learned. `before()` makes a method as it was before that.
+
+    None where there are too few images to leave one out.
+    """
+    if isinstance(method, HoldsOut):
+        return None if method.held_out is None else LeftOut(*method.held_out)
+    out = left_out(task.train.labels, Seeds(seed).at(task=task.index).generator("calibration"))
+    if not len(out):
+        return None
+    kept = np.setdiff1d(np.arange(len(task.train)), out)
+    labels = np.asarray(task.train.labels)
+    other = before()
+    # Without a tower nothing is costly, and all of it is done anew
+    with_tower = other.towers.has_images
+    handed_on = checkpoint.handed_on(torch.from_numpy(kept), len(task.train)) if with_tower else None
+    other.learn(replace(task, train=Subset(task.train, kept, labels[kept])), handed_on)
+    towers, images = other.towers, Subset(task.train, out, labels[out])
+    loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
+
+    def seen(pixels: Pixels, _: Labels) -> tuple[Tensor, ...]:
+        features = other.embed(pixels)
+        rows = (other.remembered(features),) if isinstance(other, GaussianScoring) else ()
+        return other.scores(features), *rows
+
+    scores, *rows, y = encoded(loader, seen)
+    return LeftOut(scores, y, other, *rows)
+
+
+def left_out(labels: np.ndarray, rng: torch.Generator) -> np.ndarray:
+    """Rows of a SHARE of each class, MOST in all; classes of one image are passed over. In order."""
+    chosen: list[Tensor] = []
+    for c in np.unique(labels):
+        rows = torch.from_numpy(np.flatnonzero(labels == c))
+        number = max(1, round(SHARE * len(rows))) if len(rows) > 1 else 0
+        chosen.append(rows[torch.randperm(len(rows), generator=rng)[:number]])
+    rows = torch.cat(chosen)
+    if len(rows) > MOST:
+        rows = rows[torch.randperm(len(rows), generator=rng)[:MOST]]
+    return rows.sort().values.numpy()

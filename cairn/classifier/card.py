@@ -1,0 +1,39 @@
+"""What a learner is, for people."""
+
+from __future__ import annotations
+
+from cairn.classifier.record import LearnerRecord
+from cairn.errors import one_line
+from cairn.methods.catalogue import method_named
+
+
+def card(record: LearnerRecord) -> str:
+    """A page of Markdown from the record that a learner is saved with."""
+    entry, towers, made_by = method_named(record.method), record.towers, record.versions
+    lines = [
+        "# A classifier that learns on", "",
+        f"- method: {record.method}, {entry.title} ({entry.source})",
+        f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
+        f"revision {one_line(towers.revision or 'none')}",
+        f"- {len(record.classes)} classes from {sum(record.counts)} images, none of which is kept",
+        f"- {record.bytes:,} bytes, of which {record.memory_bytes:,} are statistics of classes",
+        f"- {record.picture_hashes} hashes (SHA-256 of the pixels) by which images that were learned are known again; no image "
+        "can be made from one, but who has an image can tell whether it was learned",
+        f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}", "",
+        "| class | images |", "|---|---|",
+        *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)), "",
+        "| date | what |", "|---|---|",
+    ]  # fmt: skip
+    for learned in record.history:
+        if learned.forgotten:
+            lines.append(f"| {learned.date} | a class was forgotten |")
+        else:
+            again = f", more of {len(learned.again)} known ones" if learned.again else ""
+            known = "" if learned.hashed else ", not known one by one"
+            lines.append(f"| {learned.date} | {len(learned.new)} new classes{again}, {learned.images} images{known} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str) -> str:
+    """A name in a Markdown table: text, never markup."""
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+-.!|" else sign for sign in one_line(name))

@@ -1,0 +1,149 @@
+"""Does an image belong to any class that was learned? Told from what is kept, without an image.
+
+Letters: z rows as the memory holds them (unit features), d wide; N(mu_c, S_c) Gaussian of class c learned from n_c images;
+T = sum_c n_c S_c, N = sum_c (n_c - 1), V = T / N after shrinkage; m = sum_c n_c mu_c / sum_c n_c;
+
+    W = (1 - r) V + r tr(V) / d I,  r = 1 / (1 + (N / d)^2): how classes scatter;  B = W + cov(mu): all of it together
+    g(z) = max_c log N(z; mu_c, W) - log N(z; m, B)
+    a(z) = (g(z) - mean g) / sd g + w (max_c score_c(z) - mean) / sd
+
+with means and deviations over draws from N(mu_c, W), and score_c(z) what the method makes of the row alone, for references
+and for new images alike. The known score is the share of reference values that are at most a(z): a p-value. References are
+the a of images left out of a task, under a method that learned the task without them (see `cairn.classifier.calibration`), for new
+images lie further from a class than those it was learned from; without any, they are the draws' own.
+
+As classes come, N, W and the scores are others, and a values of earlier tasks are no longer those that such images have now.
+A reference that was taken among k of today's K classes weighs (k / K)^p: after ten equal tasks those of the last three are
+most of it, while classes that come one by one still leave references enough.
+
+r is for few images: where N is not many times d, V is known in some directions only, and new images look further away than
+left-out ones do, which share a day or a video with those that were kept.
+
+Source: g is the relative Mahalanobis distance (Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
+Detection"); r, w, the references and p are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cairn.errors import ConfigError
+from cairn.maths.calibration import log_probabilities
+from cairn.maths.gaussian import cholesky_repaired
+from cairn.maths.shrinkage import Oas, Ridge
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import GaussianScoring
+from cairn.training.seeds import Seeds
+from cairn.types import Features, Scores
+
+TEXT_SHARE = 0.25
+"""w. On `shapes:dev` none does as well; a little guards where texts know more than images."""
+
+AGEING = 4
+"""p, chosen on training images kept apart; see docs/unknown.md."""
+
+DRAWS = 4096
+
+
+def gaussians_of(method: Any) -> GaussianMemory | None:
+    """The Gaussians that a method keeps of its classes, if it does."""
+    held = isinstance(method, GaussianScoring) and isinstance(method.memory, GaussianMemory)
+    return method.memory if held else None
+
+
+def require_threshold(value: float, name: str) -> None:
+    """Raises ConfigError, naming `name`, for what is no known score: those are numbers from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} {value}: must be a number from 0 to 1, such as 0.05")
+
+
+class Novelty:
+    """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead, that of
+    softmax(scores / temperature). `among` says of each of the `references` how many classes were known when it was taken; all
+    weigh alike without it."""
+
+    def __init__(
+        self,
+        method: Any,
+        seed: int,
+        references: Sequence[float] = (),
+        among: Sequence[int] = (),
+        text_share: float = TEXT_SHARE,
+        temperature: float = 1.0,
+        ageing: float = AGEING,
+    ):
+        self._method, self._share, self._temperature = method, text_share, temperature
+        self._memory = gaussians_of(method)
+        if self._memory is None or not self._memory.classes:
+            self._memory = None
+            return
+        k, d, mu = self._memory.classes, self._memory.dim, self._memory.means
+        self._gaussian = _Relative(*_scatter(self._memory), mu, self._memory.counts)
+        rng, per_class = Seeds(seed).generator("novelty"), max(2, -(-DRAWS // k))
+        noise = torch.randn(k, per_class, d, generator=rng, dtype=torch.float64)
+        drawn = method.on_sphere((mu[:, None] + noise @ self._gaussian.factor.T).flatten(0, 1).float())
+        g, t = self._gaussian(drawn.double().cpu()), self._text(drawn)
+        self._scales = [(x.mean(), x.std().clamp_min(1e-12)) for x in (g, t)]
+        a = torch.tensor(references, dtype=torch.float64) if len(references) else self._standard(g, t)
+        weights = (torch.tensor(among, dtype=torch.float64) / k) ** ageing if len(among) else torch.ones_like(a)
+        self._references, order = a.sort()
+        self._shares = torch.cat([torch.zeros(1, dtype=torch.float64), weights[order].cumsum(0) / weights.sum()])
+
+    def known(self, features: Features, scores: Scores) -> np.ndarray:
+        """(n,) in [0, 1], from what the method made of the images; `scores` count where it keeps no Gaussians."""
+        if self._memory is None:
+            return log_probabilities(scores, self._temperature).amax(1).exp().numpy()
+        a = self.fit(self._method.remembered(features))
+        among = self._shares[torch.searchsorted(self._references, a, right=True)]
+        # Below all of them order still counts
+        below = torch.exp((a - self._references[0]).clamp_max(0)) / (len(self._references) + 1)
+        return torch.where(among > 0, among, below).numpy()
+
+    def fit(self, z: Features) -> Float[Tensor, "n"]:
+        """a(z) of rows as the memory holds them; only for methods that keep Gaussians."""
+        return self._standard(self._gaussian(z.detach().double().cpu()), self._text(z))
+
+    def _text(self, z: Features) -> Float[Tensor, "n"]:
+        return self._method.row_scores(z).detach().amax(1).double().cpu()
+
+    def _standard(self, g: Tensor, t: Tensor) -> Tensor:
+        (g_mean, g_scale), (t_mean, t_scale) = self._scales
+        return (g - g_mean) / g_scale + self._share * (t - t_mean) / t_scale
+
+
+class _Relative:
+    """g(z), up to a constant."""
+
+    def __init__(self, T: Tensor, N: int, mu: Tensor, n: Tensor):
+        share, d = n / n.sum(), len(T)
+        V, m = Oas()(T / max(1, N), torch.tensor(max(1, N))), share.double() @ mu
+        r = 1 / (1 + (N / d) ** 2)
+        W = (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
+        self.factor = cholesky_repaired(W)[0]
+        self._means = _solved(self.factor, mu)
+        self._whole = cholesky_repaired(W + (mu - m).T @ (share[:, None] * (mu - m)))[0]
+        # Of a single class, all there is and what the class scatters are the same
+        self._mean = _solved(self._whole, m[None]) if len(mu) > 1 else None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        near = torch.cdist(_solved(self.factor, z), self._means).amin(1) ** 2
+        if self._mean is None:
+            return -0.5 * near
+        return 0.5 * ((_solved(self._whole, z) - self._mean) ** 2).sum(1) - 0.5 * near
+
+
+def _solved(L: Tensor, x: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(L, x.T, upper=False).T
+
+
+def _scatter(memory: GaussianMemory) -> tuple[Tensor, int]:
+    """T and N."""
+    plain = GaussianMemory.from_state(memory.state_dict(), memory.kind, Ridge(eps=0.0))
+    T = sum(n * plain.covariance(c) for c, n in enumerate(memory.counts.tolist()))
+    return T, int((memory.counts - 1).clamp_min(0).sum())

@@ -1,0 +1,105 @@
+"""What the folder of a learner says of it, beside its tensors: the schema of the record in the manifest."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cairn.classifier.calibration import Calibration
+from cairn.data.names import require_text
+from cairn.data.templates import template_problem
+from cairn.errors import DataError
+from cairn.storage.schema import Count, Record
+
+
+def _class_name(name: str) -> str:
+    try:
+        require_text([name])
+    except DataError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _template(template: str) -> str:
+    if problem := template_problem(template):
+        raise ValueError(problem)
+    return template
+
+
+def _sentence(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+ClassName = Annotated[str, AfterValidator(_class_name)]
+Template = Annotated[str, AfterValidator(_template)]
+Sentence = Annotated[str, AfterValidator(_sentence)]
+
+
+class TowersRecord(Record):
+    """The towers that it was learned on, and how they are opened."""
+
+    name: str = Field(min_length=1)
+    fingerprint: str = Field(min_length=1)
+    precision: Literal["float32", "bfloat16"]
+    preprocess: Literal["crop", "squash"] | None = None
+    revision: str | None = None
+
+
+class HistoryEntry(Record):
+    """What was learned, or forgotten, at once."""
+
+    date: datetime.date
+    new: list[ClassName] = Field([], description="classes learned for the first time")
+    again: list[ClassName] = Field([], description="classes of which more was learned")
+    images: Count
+    hashed: bool = Field(False, description="whether its images are known one by one, by their hashes")
+    given: str | None = Field(
+        None, description="in place of that in earlier versions: a hash of files and their classes"
+    )
+    forgotten: Count = 0
+
+
+class LearnerRecord(Record):
+    """The record of a learner."""
+
+    method: str
+    config: dict[str, Any] = Field(description="every setting of the method; its own schema checks them")
+    seed: Count
+    templates: list[Template] = Field(min_length=1)
+    descriptions: dict[ClassName, Annotated[list[Sentence], Field(min_length=1)]] | None
+    towers: TowersRecord
+    classes: list[ClassName] = Field(description="in order of arrival")
+    counts: list[Annotated[int, Field(ge=1)]] = Field(description="images that each class was learned from")
+    history: list[HistoryEntry]
+    references: list[float] = Field([], description="see `cairn.classifier.novelty`")
+    referenced_among: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="of each reference, classes that were known when it was taken; empty: all weigh alike"
+    )
+    calibration: Calibration = Field(Calibration(), description="what the temperature is fitted from")
+    picture_hashes: Count = Field(
+        0, description="images that are known one by one, per class; see `cairn.data.identity`"
+    )
+    memory_bytes: Count
+    bytes: Count
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LearnerRecord:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: a name is there twice")
+        if len(self.counts) != len(self.classes):
+            raise ValueError(f"counts: {len(self.counts)} of them for {len(self.classes)} classes")
+        if self.referenced_among and len(self.referenced_among) != len(self.references):
+            raise ValueError(f"referenced_among: {len(self.referenced_among)} for {len(self.references)} references")
+        learned = [name for entry in self.history for name in entry.new]
+        if sorted(learned) != sorted(self.classes):
+            raise ValueError("history: the classes that were learned are not those in 'classes'")
+        if not {name for entry in self.history for name in entry.again} <= set(self.classes):
+            raise ValueError("history: a class that was learned again is not in 'classes'")
+        if sum(self.counts) > sum(entry.images for entry in self.history):
+            raise ValueError("counts: more images than the history tells of")
+        return self

@@ -1,0 +1,410 @@
+"""The command: parse, call, print. Bad input is one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.cli import classifier, embed, run, sweep
+from cairn.cli.run import BadImages, Data, checked, checked_bad_image
+from cairn.errors import CairnError, ConfigError, DataError, Stopped, one_line, printable
+from cairn.reports.console import Console
+from cairn.storage.distribution import extra_remedy
+from cairn.training.distributed import ALONE, Ranks
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="A CLIP model learns new classes, task after task, without keeping old images.",
+)  # fmt: skip
+for commands in (run, classifier, embed, sweep):
+    commands.register(app)
+
+Into = Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn COMMAND NAME' is replaced")]
+Block = Annotated[str, typer.Option(help="name of the block")]
+
+
+def main() -> None:
+    """Entry point of the `cairn` command. Of several processes one tells what went wrong."""
+    ranks = ALONE
+    try:
+        ranks = Ranks.launched()
+        status = app(standalone_mode=False, obj=ranks)
+        if isinstance(status, int):  # what an interrupt is turned into
+            sys.exit(status)
+    except Stopped as error:
+        if ranks.speaks(error):
+            print(f"cairn: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except CairnError as error:
+        if ranks.speaks(error):
+            print(f"cairn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        told = ranks.speaks(error)
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            if told:
+                print(f"cairn: {_usage(error)}", file=sys.stderr)
+            sys.exit(2)
+        if told:
+            raise
+        sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line: the value that does not fit, why, and where the help is."""
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    given = _given(getattr(parameter, "opts", ()))
+    if message.startswith("Invalid value for ") and given is not None:
+        reason = message.partition(": ")[2]
+        for long, plain in PARSING.items():
+            reason = reason.replace(long, plain)
+        message = f"{given}: {reason.replace('Input should be', 'must be')}"
+    words = context.command_path.split()[1:] if context is not None else []
+    if context is not None and context.command_path.startswith("python -m"):
+        words = words[2:]
+    return one_line(f"{message}; see `{' '.join(['cairn', *words, '--help'])}`")
+
+
+PARSING = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+}
+"""What the parser of the command line says of a value, and what that means."""
+
+
+def _given(options: Sequence[str]) -> str | None:
+    """One of these options with its value, as it was given."""
+    words = sys.argv[1:]
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in options:
+            return f"{option} {value if equals else words[place + 1]}"
+    return None
+
+
+@app.callback()
+def _started(context: typer.Context) -> None:
+    if context.obj is not None and context.obj.number > 1 and context.invoked_subcommand not in ("run", "embed"):
+        raise ConfigError(
+            f"cairn {context.invoked_subcommand}: for one process, not for {context.obj.number}; start it without torchrun"
+        )
+
+
+SOME = (100, 512, 5000, 3 * 224**2, 768)
+"""Classes, numbers per embedding, images and bytes of an image, for which a method's memory is shown."""
+
+
+def _yes(claim: bool) -> str:
+    return "yes" if claim else "no"
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List methods, data sets and towers."""
+    from cairn.data.catalogue import CATALOGUE
+    from cairn.methods.catalogue import METHODS
+    from cairn.towers.catalogue import KNOWN
+
+    console = Console()
+    columns = ("name", "trains", "keeps", "MB", "exemplars", "uses", "source")
+    rows = [
+        (m.name, m.trains, m.keeps, f"{m.bytes(*SOME) / 1e6:.1f}", _yes(not m.exemplar_free),
+         ", ".join(m.uses), m.source)
+        for m in METHODS.values()
+    ]  # fmt: skip
+    console.table("Methods (MB kept of 100 classes with 50 images each, 512 numbers per embedding)", columns, rows)
+    own = [
+        ("shapes", "the drawn world: 40 compositions (embedded)"),
+        ("FOLDER", "train/<class>/* and test/<class>/*, or <class>/*"),
+        ("FILE.safetensors", "precomputed embeddings"),
+    ]
+    console.table("Data", ("name", "what"), own + [(row.key, row.title) for row in CATALOGUE.values()])
+    console.table("Towers", ("name", "what"), list(KNOWN.items()))
+
+
+@app.command()
+def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`")]) -> None:
+    """Show a method's source, stages and settings."""
+    from cairn.config import settings
+    from cairn.methods.catalogue import method_named
+
+    entry = method_named(method)
+    console = Console()
+    console.note(f"{entry.title}\n\n{entry.citation}\n")
+    for number, stage in enumerate(entry.stages, 1):
+        console.note(f"  {number}. {stage}")
+    console.note(
+        f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}"
+    )
+    console.note(f"uses: {', '.join(entry.uses) or 'images alone'}")
+    console.note(
+        f"bytes kept: {entry.bytes(*SOME) / 1e6:.1f} MB of 100 classes, 50 images each, 512 numbers per embedding"
+    )
+    console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
+    forms = [("Settings (--set key=value)", entry.config())]
+    if entry.has_embedding_form:
+        forms.append(("Settings on a features file (embedding form)", entry.embedding_config()))
+    for title, config in forms:
+        rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
+        if rows:
+            console.table(title, ("setting", "default", "meaning"), rows)
+    console.note("[P] stated by the paper, [K] nearest published practice, [I] ours: see docs/deviations.md")
+
+
+@app.command()
+def describe(
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="towers that choose the guide images")] = "tiny",
+    out: Annotated[Path, typer.Option(help="the file; classes that it holds are not asked about again")] = Path(
+        "descriptions.json"
+    ),
+    model: Annotated[str, typer.Option(help="a vision language model")] = "gpt-5",
+    sentences: Annotated[int, typer.Option(help="phrases per class")] = 6,
+    words: Annotated[int, typer.Option(help="words per phrase at most")] = 15,
+    guides: Annotated[str, typer.Option(help="guide images: representative+diverse")] = "4+4",
+    allow_name: Annotated[bool, typer.Option("--allow-name", help="phrases may contain the class name")] = False,
+    base_url: Annotated[str | None, typer.Option(help="server; default: OPENAI_BASE_URL, or OpenAI's")] = None,
+    on_bad_image: BadImages = "stop",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, send nothing")] = False,
+) -> None:
+    """Have a vision language model describe the classes. The key is taken from OPENAI_API_KEY."""
+    from cairn.data.catalogue import open_dataset
+    from cairn.data.descriptions import Descriptions, read_descriptions
+    from cairn.experiment.describe import DescribeConfig, described, guide_images, request, with_readable
+    from cairn.storage.files import make_folder, write_json
+    from cairn.towers.catalogue import load_towers
+    from cairn.training.log import Log
+
+    near, plus, far = guides.partition("+")
+    if not (plus and near.isdigit() and far.isdigit()):
+        raise ConfigError(f"guides '{guides}': two whole numbers, such as 4+4")
+    config = checked(
+        DescribeConfig, model=model, sentences=sentences, words=words, name_free=not allow_name,
+        representative=int(near), diverse=int(far),
+    )  # fmt: skip
+    checked_bad_image(on_bad_image)
+    console = Console()
+    dataset = open_dataset(data)
+    if dataset.embeddings is not None:
+        raise ConfigError(f"data '{data}': holds embeddings, but describe needs images; give a folder of images")
+    held = read_descriptions(out) if out.is_file() else Descriptions()
+    missing = [name for name in dataset.classes if name not in held.classes]
+    console.note(f"{len(dataset.classes) - len(missing)} of {len(dataset.classes)} classes are described in {out}")
+    if not missing:
+        return
+    dataset = with_readable(dataset, missing, skip=on_bad_image == "skip")
+    for notice in dataset.notices:
+        console.note(f"note: {notice}")
+    chosen = guide_images(dataset, load_towers(towers), missing, config)
+    if dry_run:
+        for name in missing:
+            shown = ", ".join(dataset.train.describe(row) for row in chosen[name])
+            size = len(json.dumps(request(dataset, name, chosen[name], config)))
+            text = request(dataset, name, [], config)["messages"][0]["content"][0]["text"]
+            console.note(f"{name}: {len(chosen[name])} images ({shown}), {size / 1000:.0f} kB\n  {text}")
+        return
+    make_folder(out.parent)
+    tokens = [0, 0]
+    log = Log(keep=console.event)
+    for done, found in enumerate(described(dataset, chosen, missing, config, log, base_url=base_url), start=1):
+        held = held.model_copy(update={"classes": {**held.classes, found.name: found.description}})
+        write_json(out, held.model_dump(mode="json"))
+        tokens = [tokens[0] + found.tokens_in, tokens[1] + found.tokens_out]
+        console.note(f"  {done}/{len(missing)} {found.name}: {found.description.sentences[0]}  [{sum(tokens)} tokens]")
+    left = [name for name in missing if name not in held.classes]
+    console.note(f"{len(held.classes)} classes in {out}; {tokens[0]} tokens in, {tokens[1]} out")
+    if left:
+        raise CairnError(f"describe: {len(left)} classes have no description: {', '.join(left[:5])}; run it again")
+
+
+@app.command()
+def explain_image(
+    run: Annotated[Path, typer.Argument(help="output folder of `cairn run spa --keep-learner`")],
+    image: Annotated[Path, typer.Argument(help="an image file")],
+    best: Annotated[int, typer.Option(help="classes to explain, the likeliest first")] = 3,
+    out: Annotated[Path | None, typer.Option(help="PNG to write, JSON beside it  [default: IMAGE-reasons.png]")] = None,
+) -> None:
+    """Show which patches of an image speak for its classes. Writes a picture and JSON, with the words they speak for."""
+    import numpy as np
+
+    from cairn.data.folders import decoded
+    from cairn.experiment.folder import read_learner
+    from cairn.methods.protocol import PatchReasons
+    from cairn.reports.patches import patch_figure
+    from cairn.storage.files import write_json
+
+    try:
+        picture = decoded(image)
+    except Exception as error:  # a decoder fed with damaged bytes may raise anything
+        raise DataError(f"image '{image}': cannot be read: {(str(error) or 'empty').splitlines()[0]}") from None
+    result, method = read_learner(run)
+    if not isinstance(method, PatchReasons):
+        raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
+    prepared = method.towers.prepare(picture)
+    reasons = method.reasons(method.towers.pixels(prepared[None]), best)
+    for reason in reasons:
+        reason["name"] = result.class_order[reason["class"]]
+    target = out or Path(f"{image.stem}-reasons.png")
+    grid = round(method.towers.patches(method.towers.pixels(prepared[None])).shape[1] ** 0.5)
+    patch_figure(np.asarray(prepared.permute(1, 2, 0)), grid, reasons, target)
+    write_json(target.with_suffix(".json"), {"image": image.name, "grid": grid, "classes": reasons})
+    console = Console()
+    for reason in reasons:
+        console.note(
+            f"{reason['name']}: score {reason['score']:.2f}, class token {reason['global']:.3f}, local {reason['local']:.3f}"
+        )
+    console.note(f"-> {target}, {target.with_suffix('.json')}")
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="folders that hold results, at any depth")],
+    into: Into = None,
+    name: Block = "results",
+) -> None:
+    """Print results as a Markdown table. Of runs or of the drift laboratory: mean and standard deviation over seeds."""
+    from cairn.reports.drift import drift_reports_below, drift_table
+    from cairn.reports.tables import markdown_table, results_below
+
+    drifts = drift_reports_below(folders)
+    _put(drift_table(drifts) if drifts else markdown_table(results_below(folders)), into, f"table {name}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder that holds the results of one method, several seeds")],
+    second: Annotated[Path, typer.Argument(help="the same of another, on the same stream")],
+    into: Into = None,
+    name: Block = "results",
+) -> None:
+    """Compare two methods, paired by seed. Prints what one gains over the other, with a 95 % confidence interval."""
+    from cairn.reports.tables import difference_table, results_below
+
+    _put(difference_table(results_below([first]), results_below([second])), into, f"compare {name}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders that hold results or drift reports, at any depth")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the page, one HTML file")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="a folder for figures (PNG, SVG) and tables (Markdown, LaTeX, CSV)")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="the method that differences are to  [default: the first found]")
+    ] = None,
+) -> None:
+    """Show runs side by side on one page. Tables, curves, matrices, costs, settings, and what keeps them from being
+    compared."""
+    from cairn.reports.page import page_of
+    from cairn.storage.files import make_folder, write_chunks
+
+    page = page_of(runs, reference)
+    make_folder(out.parent)
+    write_chunks(out, [page.html().encode()])
+    written = [] if figures is None else page.write_files(figures)
+    Console().note(f"-> {out}" + (f", {len(written)} files in {figures}" if written else ""))
+
+
+def _put(text: str, into: Path | None, block: str) -> None:
+    """The text on standard output, or in place of a Markdown file's block."""
+    from cairn.reports.tables import replaced_block
+
+    if into is None:
+        typer.echo(printable(text))
+    else:
+        into.write_text(replaced_block(into.read_text(encoding="utf-8"), block, text), encoding="utf-8")
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="Embeddings of frozen towers, kept by `cairn run --cache`.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command()
+def info() -> None:
+    """Where the cache is, what it holds and when that was last used."""
+    from datetime import datetime
+
+    from cairn.data.feature_store import FeatureStore
+
+    console, store = Console(), FeatureStore.configured()
+    listed = store.listed()
+    total, limit = sum(held.bytes for held in listed) / 1e6, store.limit / 1e6
+    console.note(f"{store.folder}: {total:.1f} of {limit:.1f} MB")
+    if listed:
+        rows = [
+            (held.data, held.towers, held.kind, str(held.rows), f"{held.bytes / 1e6:.1f}",
+             f"{datetime.fromtimestamp(held.used):%Y-%m-%d %H:%M}")
+            for held in listed
+        ]  # fmt: skip
+        console.table("Sets", ("data", "towers", "kind", "rows", "MB", "last used"), rows)
+
+
+@cache_app.command()
+def clear(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Remove everything that the cache holds."""
+    from cairn.data.feature_store import FeatureStore
+
+    store = FeatureStore.configured()
+    if not yes:
+        typer.confirm(f"remove every set below {store.folder}?", abort=True)
+    Console().note(f"{store.folder}: {store.clear() / 1e6:.1f} MB freed")
+
+
+@app.command()
+def serve(
+    learner: Annotated[Path, typer.Argument(help="the folder of a learner; what is taught goes there")],
+    host: Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs --token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="CAIRN_TOKEN", help="what clients have to know to teach  [default: made and printed]"),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1000, help="largest picture")] = 10_000_000,
+    max_pixels: Annotated[
+        int, typer.Option(min=10_000, help="largest picture of a kind that cannot be decoded at a smaller size")
+    ] = 2**24,
+    public_url: Annotated[
+        str | None, typer.Option(help="where a proxy in front of it is reached, https://...; needs --token")
+    ] = None,
+    towers: Annotated[str | None, typer.Option(help="where the learner's weights are now, if they moved")] = None,
+) -> None:
+    """Serve a learner as a page and over HTTP. Look at pictures, teach new classes, forget old ones."""
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serve: {error.name} is missing; {extra_remedy('serve')}") from None
+    from cairn.serve.app import serve
+
+    console = Console()
+
+    def ready(where: str) -> None:
+        console.note(f"open {where}  (to stop: Ctrl-C)")
+
+    serve(
+        learner, host, port, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url, ready=ready,
+        towers=towers,
+    )  # fmt: skip
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of cairn and its libraries."""
+    from cairn.experiment.run import versions
+
+    for package, number in versions().items():
+        typer.echo(f"{package} {number}")

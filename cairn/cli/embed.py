@@ -1,0 +1,95 @@
+"""The command that embeds a data set: embed. Parse, call, print."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.cli.run import BadImages, Data, checked
+from cairn.reports.console import Console
+from cairn.training.distributed import ALONE
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(embed)
+
+
+class _Console(Console):
+    def progress(self, state: dict[str, Any]) -> None:
+        self.line(
+            f"{state['done']:,}/{state['images']:,} images  {state['rate']:.0f} images/s  {state['remaining']:.0f} s left"
+        )
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "begin":
+            there = f", {event['there']} there already" if event["there"] else ""
+            self.note(
+                f"{event['data']} by {event['towers']}: {event['train']:,} training and {event['test']:,} test images, "
+                f"{event['dim']} numbers each, in {event['shards']} shards{there}"
+            )
+        else:
+            super().event(event)
+
+
+def embed(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the features file to write (.safetensors)")],
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
+    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
+    preprocess: Annotated[
+        str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
+    on_bad_image: BadImages = "stop",
+    dtype: Annotated[str, typer.Option(help="float32 or float16, in the file")] = "float32",
+    batch: Annotated[int, typer.Option(help="images in a pass through the tower")] = 128,
+    shard_rows: Annotated[
+        int, typer.Option(help="images per shard: what is lost at most if a process is killed")
+    ] = 2048,
+    workers: Annotated[int, typer.Option(help="processes that share the shards, by Ray; or use torchrun")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster, HOST:PORT or auto  [default: this machine]")
+    ] = None,
+    keep_parts: Annotated[bool, typer.Option("--keep-parts", help="leave the shards beside the file")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin again, whatever file or shards are there")
+    ] = False,
+) -> None:
+    """Embed every image of a data set into one file. `cairn run --data FILE` takes it. The same call again goes on where it
+    was cut off."""
+    from cairn.embed import EmbedConfig, Rank, embed_dataset
+    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
+    from cairn.training.log import Log
+
+    config = checked(
+        EmbedConfig, data=data, towers=towers, limit_train=limit_train, limit_test=limit_test, device=device,
+        precision=precision, preprocess=preprocess, template=template, revision=revision, on_bad_image=on_bad_image,
+        dtype=dtype, batch=batch, shard_rows=shard_rows,
+    )  # fmt: skip
+    ranks = context.obj or ALONE
+    rank = Rank(ranks.rank, ranks.number, int(os.environ["LOCAL_RANK"]) if ranks.number > 1 else 0)
+    console, checkpoint = _Console(), Checkpoint()
+    with stopped_by_signals(checkpoint), console.live():
+        made = embed_dataset(
+            config, out, workers=workers, address=address, rank=rank, keep_parts=keep_parts, overwrite=overwrite,
+            log=Log(keep=console.event, show=console.progress), checkpoint=checkpoint,
+        )  # fmt: skip
+    if rank.number:
+        return
+    if made.finished:
+        console.note(f"already there: {made.images:,} images in {out} (--overwrite to embed again)")
+        return
+    console.note(
+        f"{made.images:,} images, {made.made:,} of them now ({made.made / made.seconds:.0f} rows/s), "
+        f"{made.bytes:,} bytes -> {out}"
+    )

@@ -1,0 +1,347 @@
+"""The commands that learn class streams: run, import, demo, drift. Parse, call, print."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cairn.errors import ConfigError, Stopped, printable
+from cairn.reports.console import Console
+from cairn.training.distributed import ALONE, Ranks
+
+Settings = TypeVar("Settings")
+Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
+BadImages = Annotated[
+    str,
+    typer.Option("--on-bad-image", help="image files that cannot be read: stop before anything is done, or skip them"),
+]
+
+FILE = "cairn.run_file"
+"""Where a context holds what --config read."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+    app.command(name="import")(import_)
+    app.command()(demo)
+    app.command()(drift)
+
+
+def _read_file(context: typer.Context, path: Path | None) -> Path | None:
+    """What the file says stands in for the options' defaults, so that the command line goes before it."""
+    if path is not None:
+        context.meta[FILE] = _run_file(path)
+        context.default_map = context.meta[FILE].options
+    return path
+
+
+def _run_file(path: Path):
+    """What a file asks for, one of ours or another toolbox's."""
+    from cairn.contrib.pycil import read_config
+    from cairn.experiment.config_file import read_run_file
+
+    return read_config(path) if path.suffix.lower() == ".json" else read_run_file(path)
+
+
+def run(
+    context: typer.Context,
+    method: Annotated[str | None, typer.Argument(help="a method of `cairn list`; none with --resume")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            callback=_read_file,
+            is_eager=True,
+            help="a run file (TOML), or a config of PyCIL, PILOT or C3Box (JSON); options given here override it",
+        ),
+    ] = None,
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
+    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
+    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
+    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    seed: Annotated[int, typer.Option(help="moves every random choice but the class order")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="several seeds, 1,2,3: one folder each and a summary")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/METHOD-DATA]")] = None,
+    set_: Set = None,
+    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
+    preprocess: Annotated[
+        str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
+    on_bad_image: BadImages = "stop",
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run that was begun in this folder; no other option")
+    ] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if the run is killed")] = 60.0,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="the same in steps of training")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin again, whatever result or unfinished run is there")
+    ] = False,
+    keep_learner: Annotated[
+        bool, typer.Option("--keep-learner", help="keep what was learned in DIR/learner, a learner as of `cairn learn`")
+    ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="embeddings of a frozen tower come from `cairn cache`, and are kept there")
+    ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tell tensorboard, wandb, trackio or mlflow as well; may be repeated")
+    ] = None,
+    log_lines: Annotated[
+        bool, typer.Option("--log-lines", help="after each task also print the accuracy lines of PyCIL and C3Box")
+    ] = False,
+) -> None:
+    """Learn a class stream with one method. The result is DIR/result.json. The same call again goes on where it was cut
+    off. Several processes that torchrun starts share the images out."""
+    from cairn.experiment.config_file import RunFile
+    from cairn.experiment.folder import Call, read_call
+    from cairn.experiment.run import RunConfig
+    from cairn.methods.catalogue import method_named
+
+    ranks = context.obj or ALONE
+    if resume is not None:
+        if method is not None:
+            raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
+        _run_all(read_call(resume), resume, ranks=ranks)
+        return
+    asked = context.meta.get(FILE) or RunFile()
+    if method is None:
+        raise ConfigError(asked.problem or "no method given; see `cairn list`")
+    entry = method_named(method)
+    if keep_learner and entry.keeps == "images":
+        raise ConfigError(f"--keep-learner: method '{entry.name}' keeps images, so it cannot be saved; leave it out")
+    step = _step(step, data)
+    folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
+    several = _seeds(seeds) if seeds is not None else None
+    if several is None and context.get_parameter_source("seed").name != "COMMANDLINE":
+        several = asked.seeds
+    config = checked(
+        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order,
+        seed=several[0] if several else seed, settings=(*asked.settings, *(set_ or ())), limit_train=limit_train,
+        limit_test=limit_test, validation=validation, device=device, precision=precision, preprocess=preprocess,
+        template=template, revision=revision, on_bad_image=on_bad_image,
+    )  # fmt: skip
+    call = checked(
+        Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
+    )  # fmt: skip
+    _run_all(call, folder, overwrite, ranks)
+
+
+def checked(kind: type[Settings], **values: Any) -> Settings:
+    """Settings from options; one that does not fit is named as the option it came from."""
+    from pydantic import ValidationError
+
+    from cairn.storage.schema import reason_of
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option} {problem['input']}: {reason_of(problem)}") from None
+
+
+def checked_bad_image(choice: str) -> None:
+    """Raises ConfigError for another value of --on-bad-image than stop and skip."""
+    if choice not in ("stop", "skip"):
+        raise ConfigError(f"--on-bad-image {choice}: must be stop or skip")
+
+
+def _step(step: int | None, data: str) -> int:
+    """The stream's usual step where none is given."""
+    return step if step is not None else 5 if data.partition(":")[0] == "shapes" else 10
+
+
+def _data_name(data: str) -> str:
+    """What a default output folder is called after."""
+    return Path(data).stem if os.path.exists(data) else data.partition("=")[0].replace(":", "-")
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds {text}: must be different whole numbers, e.g. 1,2,3")
+    return [int(part) for part in parts]
+
+
+def _run_all(call, folder: Path, overwrite: bool = False, ranks: Ranks = ALONE) -> list:
+    """One run into `folder`, or one per seed into `folder/seed-N` and a summary. Of several processes the first writes."""
+    with ranks.connected(call.run.device):
+        return _runs(call, folder, overwrite, ranks)
+
+
+def _runs(call, folder: Path, overwrite: bool, ranks: Ranks) -> list:
+    from cairn.experiment.folder import CALL, SUMMARY, summary
+    from cairn.storage.files import write_json
+
+    console = Console() if ranks.first else Console(io.StringIO())
+    if call.seeds is None:
+        return [_run_one(call, folder, overwrite, console, ranks)]
+    results = []
+
+    def opened() -> None:
+        write_json(folder / CALL, call.model_dump(mode="json"))
+
+    for number in call.seeds:
+        own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
+        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, ranks, opened))
+    if ranks.first:
+        write_json(folder / SUMMARY, summary(results))
+        (folder / CALL).unlink(missing_ok=True)
+    console.summary(results, folder / SUMMARY)
+    return results
+
+
+def _run_one(
+    call, folder: Path, overwrite: bool, console: Console, ranks: Ranks, opened: Callable[[], Any] = lambda: None
+):  # fmt: skip
+    """`opened` is called when the folder is there: when all input was found good."""
+    from cairn.contrib.pycil import curve_lines
+    from cairn.data.feature_store import FeatureStore
+    from cairn.experiment.folder import RESULT, RunFolder, write_learner
+    from cairn.experiment.run import run_stream
+    from cairn.experiment.trackers import Tracking
+    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
+    from cairn.training.log import Log
+
+    output = RunFolder(folder, call)
+    trackers = call.track if ranks.first else []
+    tracking = Tracking(trackers, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
+    if not overwrite and (done := ranks.told(output.finished)) is not None:
+        console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
+        console.result(done, folder / RESULT)
+        return done
+
+    # The folder is opened with the first event, after all input was found good: a bad call leaves nothing behind.
+    def keep(event: dict) -> None:
+        if output.closed:
+            held = output.open(overwrite)
+            if held is not None:
+                console.note(f"{folder}: {held} did not finish; taking over")
+            opened()
+            tracking.begin(output.happened())
+            for text in call.notices:
+                tell({"event": "notice", "text": text})
+        tell(event)
+
+    def tell(event: dict) -> None:
+        output.keep(event)
+        console.event(event)
+        tracking(event)
+        if call.log_lines and event["event"] == "task":
+            seen = {past["task"]: past["seen"] for past in output.happened() if past["event"] == "task"}
+            for line in curve_lines(list(seen.values())):
+                console.note(line)
+
+    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps, ranks)
+    store = FeatureStore.configured() if call.cache else None
+    try:
+        with stopped_by_signals(checkpoint), console.live():
+            learned = partial(write_learner, folder) if call.keep_learner else None
+            log = Log(keep=keep, show=console.progress) if ranks.first else Log()
+            result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
+        if ranks.first:
+            output.write(result)
+            tracking.result(result)
+    except Stopped as stopped:
+        raise Stopped(stopped.signal, f"to go on: cairn run --resume {folder}") from None
+    finally:
+        tracking.close()
+        output.close()
+    console.result(result, folder / RESULT)
+    return result
+
+
+def import_(
+    config: Annotated[Path, typer.Argument(help="a config of PyCIL, PILOT or C3Box (JSON)")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the run file to write  [default: print it]")] = None,
+) -> None:
+    """Turn another toolbox's config into a run file. What has no counterpart here is told in comments."""
+    from cairn.contrib.pycil import read_config
+    from cairn.experiment.config_file import run_file_text
+    from cairn.storage.files import write_chunks
+
+    file = read_config(config)
+    if file.problem:
+        raise ConfigError(file.problem)
+    text = run_file_text(file, f"from {config.name}")
+    if out is None:
+        typer.echo(printable(text), nl=False)
+    else:
+        write_chunks(out, [text.encode()])
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="moves every random choice")] = 1,
+) -> None:
+    """Compare three methods on drawn pictures, in a minute. Forty classes in eight tasks: zero-shot, class means and DMC."""
+    from cairn.experiment.folder import Call
+    from cairn.experiment.run import RunConfig
+
+    console = Console()
+    console.note(
+        "A small CLIP meets 8 tasks of 5 classes it has never seen, in a style it has never seen.\n"
+        "After each task it is tested on every class so far; no old image is kept.\n"
+    )
+    results = []
+    for method in ("zero-shot", "simplecil", "dmc"):
+        config = RunConfig(method=method, data="shapes", step=5, seed=seed, limit_train=60)
+        results += _run_all(Call(run=config, checkpoint_seconds=60.0), out / method, overwrite=True)
+    console.curves(results)
+
+
+def drift(
+    data: Data = "shapes",
+    towers: Annotated[str, typer.Option(help="as in `cairn run`")] = "auto",
+    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
+    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
+    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    seeds: Annotated[str, typer.Option(help="seeds, 1,2,3")] = "1",
+    estimators: Annotated[
+        str, typer.Option(help="which of the family, by name")
+    ] = "mean,sdc,bures,sinkhorn,paired,local",
+    out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/drift-DATA]")] = None,
+    set_: Set = None,
+    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    on_bad_image: BadImages = "stop",
+) -> None:
+    """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
+    the images of old tasks."""
+    from cairn.experiment.run import RunConfig, drift_report
+    from cairn.reports.drift import drift_figure, drift_table
+    from cairn.storage.files import make_folder, write_json
+    from cairn.training.log import Log
+
+    console = Console()
+    folder = out or Path("runs") / f"drift-{_data_name(data)}"
+    config = checked(
+        RunConfig, method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
+        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+        on_bad_image=on_bad_image,
+    )  # fmt: skip
+    with console.live():
+        log = Log(keep=console.event, show=console.progress)
+        report = drift_report(config, [name.strip() for name in estimators.split(",")], _seeds(seeds), log)
+    make_folder(folder)
+    write_json(folder / "drift.json", report)
+    drift_figure(report, folder / "drift.png")
+    console.note(drift_table([report]))
+    console.note(f"-> {folder / 'drift.json'}, {folder / 'drift.png'}")

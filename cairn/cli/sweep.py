@@ -1,0 +1,141 @@
+"""The command for many runs: sweep. Parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.errors import ConfigError, Stopped
+
+
+class Where(StrEnum):
+    ray = "ray"
+    serial = "serial"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(sweep)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="a run file with lists of values in [grid], or a [search], or both")],
+    out: Annotated[
+        Path | None, typer.Option(help="the sweep's folder  [default: the file's out, else runs/FILE]")
+    ] = None,
+    engine: Annotated[Where, typer.Option(help="ray, or serial: one run after the other in this process")] = Where.ray,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster, HOST:PORT or auto  [default: the cores of this machine]")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="cores and threads of a run  [default: 1]")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a run, or a share  [default: 1 where there are any]")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="memory set aside for a run, such as '4 GB'")] = None,
+    parallel: Annotated[int | None, typer.Option(help="runs at once  [default: as many as there is room for]")] = None,
+    attempts: Annotated[
+        int | None, typer.Option(help="how often a run is begun if its worker is lost  [default: 3]")
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float | None, typer.Option(help="work of a run that is lost at most  [default: 60]")
+    ] = None,
+    cache: Annotated[bool | None, typer.Option("--cache", help="as `cairn run --cache`")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="find every run good, list them, and run none")] = False,
+) -> None:
+    """Make every run that a file asks for, and one table. The same call again goes on where it was cut off, and does what is
+    new."""
+    if engine is Where.serial and address is not None:
+        raise ConfigError(f"--address {address}: --engine serial runs here; leave one out")
+    given = {
+        "cpus": cpus, "gpus": gpus, "memory": memory, "parallel": parallel, "attempts": attempts,
+        "checkpoint_seconds": checkpoint_seconds, "cache": cache,
+    }  # fmt: skip
+    if dry_run or engine is Where.serial:
+        _sweep(file, out, given, None, dry_run)
+        return
+    from cairn.training.ray_cluster import Cluster
+
+    # Before anything heavy is imported: both take seconds, and can take the same ones
+    with closing(Cluster(address, instead="--engine serial")) as cluster:
+        _sweep(file, out, given, cluster)
+
+
+def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dry_run: bool = False) -> None:
+    """On the cluster, or without one here."""
+    from cairn.errors import one_line
+    from cairn.sweep.conduct import Sweep, problem
+    from cairn.sweep.file import read_sweep_file
+    from cairn.sweep.ledger import SWEEP, TABLE
+    from cairn.sweep.serial import Serial
+    from cairn.sweep.view import View, counts
+
+    read = read_sweep_file(file)
+    read = read.model_copy(update={"resources": _resources(read.resources, given)})
+    folder, view = out or read.base.out or Path("runs") / file.stem, View()
+    held = Sweep(read, folder, view)
+    if dry_run:
+        points = held.planned()
+        for job in held.ledger.jobs:
+            view.note(f"{job.state:<9} {job.name}")
+        if read.search is None:
+            view.note(f"{len(held.ledger.jobs)} runs: {counts(held.ledger)}{_same(held.same)}")
+        for point in points if read.search is not None else ():
+            view.note(f"{read.search.trials} trials below {point.name}, runs of each: {len(point.seeds)}")
+        return
+    try:
+        ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))
+    except Stopped:
+        view.note(counts(held.ledger))
+        raise
+    view.note("")
+    view.table(held.table())
+    for best in ledger.best:
+        view.note(
+            f"\nbest {best['metric']} on held-out training images: {100 * best['value']:.2f} % of {best['trial']}\n"
+            f"to test it: cairn run --config {one_line(folder / best['file'])}"
+        )
+    view.note(f"\n{counts(ledger)}{_same(held.same)} -> {folder / SWEEP}, {TABLE}.md, {TABLE}.csv, runs.csv")
+    if (bad := problem(ledger)) is not None:
+        raise bad
+
+
+def _same(number: int) -> str:
+    return f" ({number} more are the same as one of these)" if number else ""
+
+
+def _resources(of_file: Any, given: dict[str, Any]) -> Any:
+    """The file's, and what the command line says in their place."""
+    from pydantic import ValidationError
+
+    from cairn.storage.schema import reason_of
+    from cairn.sweep.file import Resources
+
+    try:
+        return Resources.model_validate(
+            of_file.model_dump() | {key: value for key, value in given.items() if value is not None}
+        )
+    except ValidationError as error:
+        found = error.errors()[0]
+        option = str(found["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option} {found['input']}: {reason_of(found)}") from None
+
+
+def _on(cluster: Any, file: Any, folder: Path) -> Callable[[], Any]:
+    """How the engine is made, once every run was found good. Raises ConfigError for a device that Ray is to hand out."""
+    from cairn.sweep.on_ray import OnRay
+    from cairn.sweep.plan import points_of
+
+    resources, devices = file.resources, {point.config.device for point in points_of(file)}
+    for name in devices:
+        if ":" in name:
+            kind = name.partition(":")[0]
+            raise ConfigError(f"device '{name}': Ray says which one a run gets; give device = \"{kind}\"")
+    gpus = 0 if resources.gpus is None and devices == {"cpu"} else resources.gpus
+    return lambda: OnRay(
+        cluster, cpus=resources.cpus, gpus=gpus, memory=resources.memory, parallel=resources.parallel,
+        log=folder / "ray.log",
+    )  # fmt: skip

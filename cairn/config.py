@@ -1,0 +1,140 @@
+"""Settings of a method: a frozen pydantic model, changed by `a.b=value`, printed with defaults and origins."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, Union, get_args, get_origin, runtime_checkable
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cairn.errors import ConfigError, UnknownName
+from cairn.storage.files import read_yaml
+from cairn.storage.schema import reason_of
+
+
+@runtime_checkable
+class EmbeddingForm(Protocol):
+    """Settings that have a form of their own for precomputed embeddings."""
+
+    @classmethod
+    def embedding(cls) -> BaseModel:
+        """The defaults of that form."""
+        ...
+
+
+@runtime_checkable
+class AltersImages(Protocol):
+    """Settings under which other images than the given ones may pass the tower."""
+
+    @property
+    def alters_images(self) -> bool:
+        """Whether they do."""
+        ...
+
+
+def kind_by_name(value: Any) -> Any:
+    """A choice may be given by its kind alone: 'lora' for {'kind': 'lora'}."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def choices(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The classes a setting chooses among, by kind; empty if it is a plain value."""
+    annotation = field.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    found = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel) and "kind" in m.model_fields]
+    return {m.model_fields["kind"].default: m for m in found}
+
+
+def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting as (path, value, description), choices by their kind, depth first."""
+    for name, field in type(config).model_fields.items():
+        value, path = getattr(config, name), f"{prefix}{name}"
+        if name == "kind":
+            continue
+        if isinstance(value, BaseModel):
+            if kinds := choices(field):
+                yield path, value.kind, field.description or " | ".join(kinds)
+            yield from settings(value, f"{path}.")
+        else:
+            yield path, value, field.description or ""
+
+
+def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
+    """`with_values` of texts `path=value`; values are YAML scalars."""
+    return with_values(config, parsed(assignments))
+
+
+def parsed(assignments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Path and value of each `path=value`. Raises ConfigError for what is not of that form."""
+    found = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"--set {assignment}: must be key=value, e.g. stage1.schedule.epochs=4")
+        try:
+            value = read_yaml(text) if text else ""
+        except ValueError:
+            value = text
+        if isinstance(value, str) and _is_number(value):
+            value = float(value)
+        found.append((path.strip(), value))
+    return found
+
+
+def with_values(config: BaseModel, values: Iterable[tuple[str, Any]]) -> BaseModel:
+    """The config with each value, of the setting's own type, at its path, in order.
+
+    Raises UnknownName for an unknown path (with the nearest ones) and ConfigError for a value that does not fit.
+    """
+    for path, value in values:
+        value = value.item() if isinstance(value, np.generic) else value
+        config = _assigned(config, path.split("."), value, path, config)
+    for path, value, _ in settings(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"setting {path}={value}: must be a finite number")
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise ConfigError(f"setting {path}={value}: must be UTF-8")
+    return config
+
+
+def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: BaseModel) -> BaseModel:
+    name, *rest = keys
+    if name not in type(node).model_fields:
+        raise UnknownName("setting", path, _paths(root))
+    field, current = type(node).model_fields[name], getattr(node, name)
+    kinds = choices(field)
+    if rest:
+        if not isinstance(current, BaseModel):
+            raise UnknownName("setting", path, _paths(root))
+        if rest == ["kind"] and kinds:
+            return _assigned(node, [name], value, path, root)
+        value = _assigned(current, rest, value, path, root)
+    elif kinds:
+        if value is None and type(None) not in get_args(field.annotation):
+            value = "none"  # YAML reads none as null
+        if isinstance(value, str):
+            if value not in kinds:
+                raise UnknownName(f"{path}", value, kinds)
+            value = current if current is not None and current.kind == value else kinds[value]()
+    try:
+        given = {key: getattr(node, key) for key in node.model_fields_set}
+        return type(node).model_validate(given | {name: value})
+    except ValidationError as error:
+        raise ConfigError(f"setting {path}={value}: {reason_of(error.errors()[0])}") from None
+
+
+def _paths(root: BaseModel) -> list[str]:
+    return [path for path, _, _ in settings(root)]
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 takes 1e-3 for a word."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Run files: a call of `cairn run` as TOML. Read, and written by `cairn import`."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from cairn.errors import ConfigError, UnknownName, one_line
+from cairn.experiment.run import RunConfig
+from cairn.storage.files import read_bytes
+from cairn.storage.schema import reason_of
+
+BYTES, LINE = 2**16, 2**11
+"""Longest run file, and line of one, that is read: the parser's memory grows with the square of a key's dots."""
+
+
+class RunFile(RunConfig):
+    """Any of RunConfig's fields, the seeds of several runs, and where they go. What is not in `model_fields_set` is left to
+    the command line and its defaults."""
+
+    method: str | None = None
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    out: Path | None = None
+    # Of the reading, not of the file
+    notices: tuple[str, ...] = Field((), description="what whoever runs it should know")
+    problem: str | None = Field(None, description="why it names no method")
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            raise ValueError("must differ")
+        return seeds
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values by the names of the command's options: without the settings, to which the command line adds, and the
+        seeds, for which it may give a single one."""
+        return {key: getattr(self, key) for key in self.model_fields_set & set(KEYS) - {"settings", "seeds"}}
+
+
+KEYS = tuple(key for key in RunFile.model_fields if key not in ("notices", "problem"))
+
+
+def checked(path: Path, values: dict[str, Any]) -> RunFile:
+    """Raises ConfigError for a value that does not fit."""
+    try:
+        return RunFile.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"run file '{path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML or whose values do not fit,
+    UnknownName for a key that is none."""
+    content = read_bytes(path, BYTES, links=True)
+    try:
+        text = content.decode("utf-8-sig")
+        if (longest := max(map(len, text.split("\n")))) > LINE:
+            raise ValueError(f"a line of {longest} letters where at most {LINE} are expected")
+        stored = tomllib.loads(text)
+        if isinstance(stored.get("settings"), dict):
+            stored["settings"] = tuple(_assignments(stored["settings"]))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"run file '{path}': not TOML: {error}") from None
+    for key in stored:
+        if key not in KEYS:
+            raise UnknownName(f"key of run file '{path}':", key, KEYS)
+    return checked(path, stored)
+
+
+def run_file_text(file: RunFile, title: str) -> str:
+    """The run file as TOML, headed by `title` and what whoever runs it should know."""
+    lines = [f"# {one_line(text)}" for text in (title, *file.notices)]
+    lines += [f"{key} = {_toml(getattr(file, key))}" for key in KEYS if key in file.model_fields_set - {"settings"}]
+    if file.settings:
+        lines += ["", "[settings]"]
+        lines += [
+            f"{path} = {_toml(_scalar(text))}" for path, _, text in (item.partition("=") for item in file.settings)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _assignments(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """`path=value`, as after --set. A choice comes before what it has to set."""
+    for key, value in sorted(table.items(), key=lambda item: item[0] != "kind"):
+        if isinstance(value, dict):
+            yield from _assignments(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+
+
+def _scalar(text: str) -> Any:
+    """The number or truth value that a text after --set stands for; else the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def _toml(value: Any) -> str:
+    """JSON's form of a string, number, truth value or list is TOML's, but for one character."""
+    return json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")

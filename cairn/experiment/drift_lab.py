@@ -1,0 +1,118 @@
+"""The drift laboratory: does a calibration put old Gaussians where the old classes really are?
+
+For research only. It opens the images of old tasks, which no method may do, to measure what accuracy cannot show: the
+distance between each old class's stored Gaussian and its true statistics under the new encoder. All estimators share one
+training of the encoder: stage 1 does not depend on what is kept of old classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cairn.data.loading import Loader
+from cairn.data.stream import TaskStream
+from cairn.experiment.evaluator import Evaluator
+from cairn.experiment.metrics import average_incremental, seen_accuracy
+from cairn.maths.bures import bures_parts
+from cairn.maths.drift import Drift
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.dmc_ot import DMCOT, Config, Motion
+from cairn.towers.protocol import Towers
+from cairn.training.log import Log
+
+Row = dict[str, Any]
+
+TRUTH = "truth"
+"""The row of the ceiling: old Gaussians replaced by the true ones. What it lacks, no calibration can give."""
+
+
+class _Truthful(DMCOT):
+    """DMC-OT told the true statistics of its old classes, which no method may know."""
+
+    truth: GaussianMemory
+
+    def calibrated(self, motion: Motion, log: Log) -> GaussianMemory:
+        return self.truth
+
+
+def drift_rows(
+    stream: TaskStream, towers: Towers, config: Config, estimators: Mapping[str, Drift], *, seed: int, log: Log
+) -> tuple[list[Row], list[Row]]:
+    """Errors and accuracies of every estimator on one stream.
+
+    The first list has a row per estimator, task and old class: squared distances between the stored and the true
+    Gaussian, `mean_error` |mu - mu'|^2, `covariance_error` |S - S'|^2 (Frobenius), and the Bures-Wasserstein distance
+    split into its mean part, equal to `mean_error`, and its covariance part `bures_error`. The second has a row per
+    estimator, and one for the truth itself: `average` and `last` accuracy of DMC-OT with it.
+    """
+    learners: dict[str, DMCOT] = {
+        name: DMCOT(towers, config.model_copy(update={"drift": drift}), seed=seed, log=log)
+        for name, drift in estimators.items()
+    }
+    learners[TRUTH] = oracle = _Truthful(towers, config, seed=seed, log=log)
+    leader = next(iter(learners.values()))
+    for learner in learners.values():  # one encoder, trained once
+        learner.image = leader.image
+    evaluator = Evaluator(stream, towers)
+    rows: list[Row] = []
+    accuracies: dict[str, list[list[float]]] = {name: [] for name in learners}
+    for task in stream.tasks:
+        moved = leader.move(task)
+        oracle.truth = truth = _truth(stream, leader, task.index)
+        for name, learner in learners.items():
+            learner.anchors = leader.anchors
+            learner.settle(task, *moved)
+            rows += [
+                row | {"estimator": name, "task": task.index, "seed": seed} for row in _errors(learner.memory, truth)
+            ]
+            accuracies[name].append(evaluator.after(task.index, learner).accuracy)
+        log("laboratory", task=task.index, tasks=len(stream.tasks))
+    sizes = [len(test) for test in stream.tests]
+    figures = []
+    for name, table in accuracies.items():
+        seen = seen_accuracy(table, sizes)
+        figures.append({"estimator": name, "seed": seed, "average": average_incremental(seen), "last": seen[-1]})
+    return rows, figures
+
+
+def _truth(stream: TaskStream, learner: DMCOT, task: int) -> GaussianMemory:
+    """The statistics of all classes of earlier tasks, from their images under the encoder as it stands."""
+    memory = GaussianMemory(learner.towers.dim, learner.config.covariance, learner.config.shrinkage)
+    for old in stream.tasks[:task]:
+        memory = memory.add(
+            *learner.features(Loader(old.train, learner.towers.prepare, learner.towers.pixels, batch=256))
+        )
+    return memory
+
+
+def _errors(memory: GaussianMemory, truth: GaussianMemory) -> list[Row]:
+    rows = []
+    for c in range(truth.classes):
+        S0, S1 = memory.covariance(c), truth.covariance(c)
+        mean, bures = bures_parts(memory.mean(c), S0, truth.mean(c), S1)
+        covariance = ((S0 - S1) ** 2).sum()
+        rows.append(
+            {"class": c, "mean_error": mean.item(), "covariance_error": covariance.item(), "bures_error": bures.item()}
+        )
+    return rows
+
+
+def relative(rows: Sequence[Row], figures: Sequence[Row]) -> list[Row]:
+    """Per estimator and seed: errors summed over tasks and old classes, relative to those of `none`; accuracies.
+
+    Where `none` has no error, because nothing moved, the ratio is 1 for an estimator that has none either, and None for
+    one that has.
+    """
+    table = []
+    for figure in figures:
+        name, seed = figure["estimator"], figure["seed"]
+        entry = dict(figure)
+        for key in ("mean_error", "covariance_error", "bures_error"):
+            own = sum(row[key] for row in rows if row["estimator"] == name and row["seed"] == seed)
+            base = sum(row[key] for row in rows if row["estimator"] == "none" and row["seed"] == seed)
+            entry[key] = own / base if base > torch.finfo(torch.float64).tiny else (1.0 if own <= 0 else None)
+        table.append(entry)
+    return table

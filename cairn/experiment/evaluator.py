@@ -1,0 +1,228 @@
+"""A method against the test images of the classes it has seen. Nothing here reaches back into learning."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cairn.data.loading import Loader, room_for_images
+from cairn.data.stream import TaskStream
+from cairn.errors import NotFinite
+from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
+from cairn.experiment.metrics import calibration_error, negative_log_likelihood
+from cairn.maths.calibration import log_probabilities
+from cairn.maths.similarity import unit
+from cairn.methods.protocol import FROZEN, Method
+from cairn.storage.tensors import first_not_finite
+from cairn.towers.protocol import Towers
+from cairn.training.distributed import ALONE, Ranks
+
+KEEP_BYTES = 2 << 30
+"""Test embeddings held in memory; what does not fit lies in a file."""
+
+BATCH = 256
+"""Images embedded, and scored, at once: the same ones in any number of processes, since the rounding of a product of matrices
+depends on how many rows it has."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After one task: `accuracy[j]` on task j <= i, correct and total per class seen; `future`: zero-shot accuracy of the
+    current image side on the classes still to come, among those classes (None if there are none); `zero_shot`: that of
+    the towers as they came, on the classes seen. Both are None without class texts. `ece` and `nll`: calibration error and
+    negative log-likelihood of the probabilities softmax(scores / `temperature`), over all test images of classes seen; None
+    in what was kept before there were any."""
+
+    accuracy: list[float]
+    correct: list[int]
+    total: list[int]
+    future: float | None
+    zero_shot: float | None
+    ece: float | None = None
+    nll: float | None = None
+    temperature: float | None = None
+
+
+class Evaluator:
+    """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
+    `keep_bytes`, beyond that in a temporary file, which patches of many images need. `between` is called after every
+    batch. With `exemplar_free` a method that keeps images of the task is refused. `ranks` share the batches out: each embeds
+    and scores its own, and all know which images were told right."""
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        towers: Towers,
+        keep_bytes: int = KEEP_BYTES,
+        between: Callable[[], Any] = lambda: None,
+        exemplar_free: bool = False,
+        ranks: Ranks = ALONE,
+    ):
+        self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
+        self.exemplar_free, self.ranks = exemplar_free, ranks
+        # Test images count as memory that does not grow: all sets together have what one loader would
+        room = room_for_images() // len(stream.tests)
+        self.loaders = [
+            Loader(test, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=room) for test in stream.tests
+        ]
+        self._encoder: str | None = None
+        self._kept: dict[int, Tensor | None] = {}
+        self._frozen: dict[int, Tensor | None] = {}
+
+    def after(self, task: int, method: Method, temperature: float = 1.0) -> Evaluation:
+        """The row of the table that follows learning task number `task`, probabilities being softmax(scores / temperature).
+        Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is not."""
+        if self.exemplar_free:
+            learned = self.stream.tasks[task]
+            refuse_exemplars(method, learned, looked_for(learned, self.towers))
+        if self._encoder != method.encoder:
+            self._encoder, self._kept = method.encoder, {}
+        seen = self.stream.tasks[task].classes.stop
+        correct, total = torch.zeros(seen, dtype=torch.long), torch.zeros(seen, dtype=torch.long)
+        accuracy, figures = [], []
+        for j in range(task + 1):
+            labels = self.loaders[j].labels
+            found = self._figures(j, task, method, temperature)
+            right = found[:, 0] > 0
+            accuracy.append(_share(right))
+            correct += torch.bincount(labels[right], minlength=seen)
+            total += torch.bincount(labels, minlength=seen)
+            figures.append(found)
+        right, confidence, log_probability = torch.cat(figures).T.tolist()
+        coming = range(task + 1, len(self.stream.tasks))
+        return Evaluation(
+            accuracy, correct.tolist(), total.tolist(),
+            future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
+            zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
+            ece=calibration_error(confidence, right), nll=negative_log_likelihood(log_probability),
+            temperature=temperature,
+        )  # fmt: skip
+
+    def _figures(self, j: int, task: int, method: Method, temperature: float) -> Tensor:
+        """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken
+        for, and the log-probability of its own."""
+
+        def figures(rows: Tensor, y: Tensor) -> Tensor:
+            scores = self._scores(task, method, rows)
+            best = _likeliest(scores, f"task {task}: the scores of the method")
+            log_p = log_probabilities(scores.cpu(), temperature)
+            columns = (
+                (best == y).to(log_p),
+                log_p.gather(1, best[:, None])[:, 0].exp(),
+                log_p.gather(1, y[:, None])[:, 0],
+            )
+            return torch.stack(columns, 1)
+
+        return self._of_all(j, figures, self._embedded(j, method), torch.empty(0, 3, dtype=torch.float64))
+
+    def _scores(self, task: int, method: Method, rows: Tensor) -> Tensor:
+        seen = self.stream.tasks[task].classes.stop
+        scores = _scored(method.scores, rows)
+        if scores.shape[1] != seen:
+            raise NotFinite(
+                f"task {task}: scores of shape {tuple(scores.shape)} must have one column per {seen} classes"
+            )
+        return scores
+
+    def _of_all(
+        self, j: int, figures: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, nothing: Tensor
+    ) -> Tensor:
+        """figures(rows, labels) of all test images of task j, in their order; `rows` are those of this process, if it has any."""
+        labels, places = self.loaders[j].labels, self._places(j)
+        own = places[self.ranks.rank]
+        found = self.ranks.gathered(nothing if rows is None else figures(rows, labels[own]))
+        whole = nothing.new_empty(len(labels), *nothing.shape[1:])
+        for place, some in zip(places, found, strict=True):
+            whole[place] = some
+        return whole
+
+    def _places(self, j: int) -> list[Tensor]:
+        """Of each process, the test images of task j that are for it."""
+        rows, number = torch.arange(len(self.loaders[j].labels)), self.ranks.number
+        batches = rows.split(self.loaders[j].batch)
+        return [torch.cat([rows[:0], *batches[rank::number]]) for rank in range(number)]
+
+    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Tensor | None]) -> float | None:
+        """Accuracy of class texts alone on the test images of `tasks`, among `classes`."""
+        if not tasks or not self.towers.has_text:
+            return None
+        T = self._texts[classes.start : classes.stop]
+
+        def scores(z: Tensor) -> Tensor:  # to the bit those of method `zero-shot`
+            return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
+
+        def right(z: Tensor, y: Tensor) -> Tensor:
+            return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start == y
+
+        nothing = torch.empty(0, dtype=torch.bool)
+        return _share(torch.cat([self._of_all(j, right, rows(j), nothing) for j in tasks]))
+
+    @cached_property
+    def _texts(self) -> Tensor:
+        """Of all classes, those to come included."""
+        if not self.towers.has_text:
+            return torch.zeros(len(self.stream.class_names), self.towers.dim)
+        return self.towers.class_texts(self.stream.class_names, self.stream.tasks[0].templates).cpu()
+
+    @torch.no_grad()
+    def _embedded(self, j: int, method: Method) -> Tensor | None:
+        if j not in self._kept:
+            self._kept[j] = self._all(j, method.embed)
+        return self._kept[j]
+
+    @torch.no_grad()
+    def _untouched(self, j: int, method: Method) -> Tensor | None:
+        """Embeddings of the towers as they came."""
+        if method.encoder == FROZEN:
+            return self._embedded(j, method)
+        if j not in self._frozen:
+            self._frozen[j] = self._all(j, self.towers.image)
+        return self._frozen[j]
+
+    def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Rows of the images that are for this process, None if none are."""
+        start, kept, loader, number = 0, None, self.loaders[j], self.ranks.number
+        batches = loader.ordered(self.ranks.rank, number)
+        for _ in range(-(-len(loader) // number)):  # as often in every process
+            for pixels, _ in islice(batches, 1):
+                rows = embed(pixels)
+                if kept is None:
+                    kept = self._room(len(self._places(j)[self.ranks.rank]), rows)
+                kept[start : start + len(rows)] = rows
+                start += len(rows)
+            self.between()
+        return kept
+
+    def _room(self, n: int, like: Tensor) -> Tensor:
+        """An empty matrix for n rows like these, in memory while there is room."""
+        size = n * like[0].numel()
+        held = sum(kept.nbytes for kept in self._kept.values() if kept is not None)
+        if held + size * like.element_size() <= self.keep_bytes:
+            return like.new_empty(n, *like.shape[1:])
+        # The name goes at once, the file when the last tensor on it does
+        with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
+            kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
+        return kept.view(n, *like.shape[1:])
+
+
+def _scored(scores: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    return torch.cat([scores(some) for some in rows.split(BATCH)])
+
+
+def _likeliest(scores: Tensor, what: str) -> Tensor:
+    """Column of the largest score. Raises NotFinite where one is not a number: `argmax` would take NaN for the largest."""
+    if (row := first_not_finite(scores)) is not None:
+        raise NotFinite(f"{what}: those of test image {row} are not finite; look for NaN in the weights and the images")
+    return scores.argmax(1).cpu()
+
+
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / len(right)

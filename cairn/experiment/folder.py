@@ -1,0 +1,256 @@
+"""Runs on disk: the call, the result, what happened, and the state of one that is not finished. Whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+
+from cairn.classifier.classifier import IncrementalClassifier
+from cairn.data.catalogue import open_dataset
+from cairn.errors import CairnError, ResultError
+from cairn.experiment.metrics import mean_and_deviation
+from cairn.experiment.run import SCHEMA_VERSION, Learned, RunConfig, RunResult, comparable_call, towers_for
+from cairn.methods.catalogue import method_named
+from cairn.methods.protocol import Method
+from cairn.methods.stored import fit_into
+from cairn.storage.archive import Archive
+from cairn.storage.files import growing, make_folder, read_bytes, read_json, unwritable, write_json
+from cairn.storage.schema import validated
+from cairn.towers.catalogue import load_towers
+from cairn.towers.fingerprint import same_towers
+from cairn.training.log import Log
+
+RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
+    "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
+)  # fmt: skip
+SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
+
+
+def read_result(path: Path) -> RunResult:
+    """A result from its file or its folder. Raises ResultError for what is missing, damaged or of a newer version."""
+    file = path / RESULT if path.is_dir() else path
+    stored = read_json(file)
+    version = stored.get("schema_version") if isinstance(stored, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ResultError(
+            f"'{file}': schema_version {version}, this cairn reads {SCHEMA_VERSION}; use the version that wrote it"
+        )
+    return validated(RunResult, stored, f"'{file}'")
+
+
+class Call(BaseModel):
+    """What a folder was asked for, as `call.json`: enough to go on with it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    run: RunConfig
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="one run each, in folders of their own")
+    keep_learner: bool = False
+    cache: bool = False
+    checkpoint_seconds: float = Field(ge=0, allow_inf_nan=False)
+    checkpoint_steps: int | None = None
+    track: list[str] = Field([], description="trackers that are told as well")
+    log_lines: bool = False
+    notices: tuple[str, ...] = Field((), description="of the file that the call came from")
+
+
+def read_call(folder: Path) -> Call:
+    """Raises ResultError for a folder in which no run is under way."""
+    if not (folder / CALL).is_file():
+        finished = next((name for name in (RESULT, SUMMARY) if (folder / name).is_file()), None)
+        raise ResultError(
+            f"'{folder}': the run is finished, see {finished}"
+            if finished
+            else f"'{folder}': no {CALL}, so no run was begun there; give the folder of one"
+        )
+    return validated(
+        Call, read_json(folder / CALL), f"'{folder / CALL}'", remedy="use the version that wrote it, or begin again"
+    )
+
+
+class Lock:
+    """One writer per folder. The system lets go of the lock when its holder dies, however that happens; who it was stays
+    in the file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = FileLock(folder / LOCK)
+        self.stale: str | None = None
+        """Who held it and did not let go."""
+
+    def take(self) -> Lock:
+        """Raises ResultError naming the holder, if that is another process that lives."""
+        path = self.folder / LOCK
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResultError(
+                f"'{self.folder}' is being written by {self._holder() or 'another process'}; wait for it or give another folder"
+            ) from None
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+        self.stale = self._holder()
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        return self
+
+    def release(self) -> None:
+        with suppress(OSError):
+            (self.folder / LOCK).unlink()
+        self._lock.release()
+
+    def _holder(self) -> str | None:
+        with suppress(ResultError):
+            return read_bytes(self.folder / LOCK, 1000).decode(errors="replace")[:200].strip() or None
+        return None
+
+
+class RunFolder:
+    """Where one run writes: `call.json` and `checkpoint/` until it is done, `events.jsonl` as it goes, then `result.json`."""
+
+    def __init__(self, path: Path, call: Call):
+        self.path, self.call = path, call
+        self.archive = Archive(path / CHECKPOINT, "run")
+        self._events: TextIO | None = None
+        self._lock = Lock(path)
+
+    def finished(self) -> RunResult | None:
+        """The result that is already there. Raises ResultError if another call made it, or is under way here."""
+        done = (self.path / RESULT).exists()
+        if not done and not self.archive:
+            return None
+        stored = read_result(self.path) if done else read_call(self.path)
+        ours, theirs = (comparable_call(call.model_dump()) for call in (self.call.run, stored.run))
+        if ours != theirs:
+            key = next(key for key in ours if ours[key] != theirs[key])
+            raise ResultError(
+                f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); give another --out or --overwrite"
+            )
+        return stored if done else None
+
+    @property
+    def closed(self) -> bool:
+        return self._events is None
+
+    def open(self, overwrite: bool = False) -> str | None:
+        """Make the folder and take its lock; who held it and did not let go, if anybody. An unfinished run is gone on with,
+        unless `overwrite`. Raises ResultError if it cannot be written, or another process writes there."""
+        make_folder(self.path)
+        for inner in (CHECKPOINT, LEARNER):  # a folder that somebody else made may lead anywhere
+            if (self.path / inner).is_symlink():
+                raise ResultError(f"'{self.path / inner}': a link, which is not followed; put a folder in its place")
+        self._lock.take()
+        for litter in self.path.glob(".*.part"):  # of a writer that was killed
+            with suppress(OSError):
+                litter.unlink()
+        if overwrite:
+            self.archive.clear()
+        try:
+            (self.path / RESULT).unlink(missing_ok=True)
+            self._events = growing(self.path / EVENTS, append=bool(self.archive))
+        except OSError as error:
+            self._lock.release()
+            raise unwritable(self.path, error, "give another --out") from None
+        write_json(self.path / CALL, self.call.model_dump(mode="json"))
+        return self._lock.stale
+
+    def keep(self, event: dict[str, Any]) -> None:
+        try:
+            self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._events.flush()
+        except OSError as error:
+            raise unwritable(self.path / EVENTS, error, "give another --out") from None
+
+    def happened(self) -> list[dict[str, Any]]:
+        """The events so far, those before the run was cut off too; a line that was cut short is left out."""
+        found = []
+        with suppress(OSError):
+            for line in (self.path / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+        return [event for event in found if isinstance(event, dict) and "event" in event]
+
+    def write(self, result: RunResult) -> None:
+        """The result, in place of what was kept to come to it."""
+        write_json(self.path / RESULT, result.model_dump(mode="json"))
+        self.archive.clear()
+        (self.path / CALL).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._events is not None:
+            with suppress(OSError):  # what could not be written was told when it was
+                self._events.close()
+            self._events = None
+            self._lock.release()
+
+
+def write_learner(folder: Path, learned: Learned) -> None:
+    """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
+    run = learned.config
+    IncrementalClassifier.of_run(
+        learned.method, run.method, learned.stream.tasks, learned.towers, learned.calibration, seed=run.seed,
+        preprocess=run.preprocess,
+    ).save(folder / LEARNER)  # fmt: skip
+
+
+def read_learner(folder: Path) -> tuple[RunResult, Method]:
+    """A run's result and its method as it was after the last task, ready to score images.
+
+    Raises ResultError where the run kept no learner, the file is damaged, or today's towers are not those of the run.
+    """
+    result, archive = read_result(folder), Archive(folder / LEARNER, "learner")
+    if not archive:
+        raise ResultError(f"'{folder}': the run kept no learner; run it again with --keep-learner")
+    run = result.run
+    if run.data.endswith(".safetensors"):
+        towers = towers_for(run, open_dataset(run.data))
+    else:
+        spec = "tiny" if run.towers == "auto" else run.towers
+        towers = load_towers(
+            spec, device="auto", precision=run.precision, preprocess=run.preprocess, revision=run.revision
+        )
+    if not same_towers(towers.fingerprint, result.towers.fingerprint):
+        raise ResultError(
+            f"'{folder}': learned on towers {result.towers.fingerprint}, '{towers.name}' is {towers.fingerprint} today"
+        )
+    entry = method_named(result.method)
+    try:
+        method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
+    except CairnError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ResultError(f"'{folder / RESULT}': its config does not make a {result.method}: {reason}") from None
+    parts = archive.read().parts
+    if "method" not in parts:
+        raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
+    fit_into(method, parts["method"], archive.folder, len(result.class_order))
+    return result, method
+
+
+def summary(results: Sequence[RunResult]) -> dict[str, Any]:
+    """Mean and sample standard deviation over runs that differ in their seed alone."""
+    first = results[0]
+    figures = {}
+    for key in SUMMARISED:
+        values = [getattr(result, key) for result in results]
+        if None not in values:
+            mean, deviation = mean_and_deviation(values)
+            figures[key] = {"mean": mean, "deviation": deviation, "values": values}
+    rows = list(zip(*(result.seen_accuracy for result in results), strict=True))
+    return {
+        "schema_version": SCHEMA_VERSION, "method": first.method, "data": first.data, "split": first.split,
+        "towers": first.towers.model_dump(), "run": first.run.model_dump(mode="json"),
+        "seeds": [result.seed for result in results], **figures,
+        "seen_accuracy": [mean_and_deviation(values)[0] for values in rows],
+    }  # fmt: skip

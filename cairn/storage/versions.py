@@ -1,0 +1,16 @@
+"""What a result depends on besides its settings."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from cairn.storage.distribution import installed_version
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Of cairn, of what it stands on, of Python and of the system."""
+    found = {"cairn": installed_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

@@ -1,0 +1,277 @@
+"""Every stored result and the call that makes it; what is there already is left as it is.
+
+    python experiments/results.py [--only STREAM[/FOLDER]] [--jobs 2] [--list]
+    python experiments/results.py --tables      # only write the documents' tables anew from what is stored
+
+Sets other than the drawn world are looked for under `data/` (a link will do): `cifar100` (photographs in folders),
+`mini-clip` (a small CLIP in the transformers layout), `clip-vit-b32-features/*.safetensors`. Those that are missing are
+skipped, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOGRAPHS = ["--data", "data/cifar100", "--towers", "data/mini-clip", "--step", "10"]
+EMBEDDINGS = ["--step", "10", "--order", "seed:1993", "--data"]
+STREAMS = {
+    "shapes": ["--data", "shapes"],
+    "caltech51": [*EMBEDDINGS, "data/clip-vit-b32-features/caltech51.safetensors"],
+    "ucf101": [*EMBEDDINGS, "data/clip-vit-b32-features/ucf101.safetensors"],
+    "imagenet150": [*EMBEDDINGS, "data/clip-vit-b32-features/imagenet150.safetensors"],
+    "ucf101-at-once": [
+        "--step",
+        "101",
+        "--order",
+        "seed:1993",
+        "--data",
+        "data/clip-vit-b32-features/ucf101.safetensors",
+    ],
+    "cifar100-50": [*PHOTOGRAPHS, "--limit-train", "50"],
+    "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
+    "spa-shapes": ["--data", "shapes"],
+    "spa-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
+}
+THREE, FIVE = "1,2,3", "1,2,3,4,5"
+
+SPA_SWITCHES = {
+    "spa": [],
+    "no-patches": ["local.weight=0"],
+    "no-selection": ["local.patches=null"],
+    "no-transport": ["local.transport=false"],
+    "no-projectors": ["schedule.epochs=0"],
+    "no-replay": ["replay=0"],
+    "native": ["local.attention=native"],
+    "words": ["local.tokens=words"],
+    "templates": ["descriptions=template"],
+    "patches-8": ["local.patches=8"],
+    "best-1": ["local.best=1"],
+    "plan": ["local.score=plan"],
+    "label-guide": ["local.training_guide=label"],
+}
+DESCRIBED = ["descriptions=examples/cifar100-descriptions.json"]
+"""The photographs bring no descriptions of their own."""
+
+VALIDATED = [*PHOTOGRAPHS, "--order", "seed:1993", "--validation", "0.2"]
+RESIDUAL, MOVING = "stage2.text=residual", "stage1.schedule.lr=1e-3"
+FEW_IMAGES = "build/few-images.safetensors"
+"""A features file of CUB's size, made by `experiments/few_images.py` when it is needed."""
+
+FEWER = ["--estimators", "bures,paired,local"]
+DRIFT = {
+    "shapes-dev": (["--data", "shapes:dev"], [RESIDUAL]),
+    "shapes-dev-probes": (["--data", "shapes:dev", *FEWER], [RESIDUAL, "probes=1"]),
+    "cifar100": (VALIDATED, [RESIDUAL]),
+    "cifar100-moving": (VALIDATED, [RESIDUAL, MOVING]),
+    "caltech51": (STREAMS["caltech51"], []),
+    "ucf101": (STREAMS["ucf101"], []),
+    "few-images": (["--data", FEW_IMAGES, "--step", "20"], []),
+}
+"""Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
+
+TABLES = {
+    "README.md": ["shapes"],
+    "docs/measured.md": ["caltech51", "ucf101", "ucf101-at-once", "imagenet150", "cifar100", "cifar100-50"],
+    "docs/choose-a-method.md": ["caltech51"],
+    "docs/spa.md": ["spa-shapes", "spa-cifar100"],
+    "docs/drift.md": [f"drift/{name}" for name in DRIFT],
+}
+COMPARISONS = {
+    "docs/measured.md": [
+        "shapes/dmc-ot:shapes/dmc", "cifar100/dmc-ot-moving:cifar100/dmc-moving",
+        "cifar100/dmc-ot-residual:cifar100/dmc-frozen",
+    ],
+    "docs/spa.md": ["spa-shapes/spa:spa-shapes/no-patches", "spa-cifar100/spa:spa-cifar100/no-patches"],
+}  # fmt: skip
+
+Job = tuple[str, str, str, list[str], str]
+"""Stream, folder, method (or `drift`, the laboratory), settings, seeds."""
+
+
+BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
+EXTRA = ("slca-2", "rapf-identity")
+BOUNDS = ("zero-shot", "finetune", "joint")
+VARIANTS = {
+    "aper-lora": ("aper", ["tuning=lora"]),
+    "aper-5": ("aper", ["schedule.epochs=5"]),
+    "rapf-identity": ("rapf", ["start=identity"]),
+    "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
+    "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
+}
+"""Folders with other settings than their method's defaults; all others are named after it."""
+
+METHOD_ROWS = {
+    "shapes": [
+        *BOUNDS,
+        *(name for name in BASELINES if name != "slca"),
+        "aper-lora",
+        *EXTRA,
+        "dmc",
+        "dmc-ot",
+        "spa",
+    ],
+    "cifar100": [
+        *BOUNDS,
+        *(name for name in BASELINES if name not in ("aper", "slca")),
+        "aper-5",
+        *EXTRA,
+        "dmc",
+        "dmc-ot-residual",
+        "spa",
+    ],
+    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa"],
+    "imagenet150": ["zero-shot", "simplecil", "lda", "ranpac", "rapf", "rapf-identity", "engine", "dmc", "joint"],
+    "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
+}
+"""What is compared on a stream, by folder."""
+
+
+def jobs() -> list[Job]:
+    found: list[Job] = []
+    for stream, rows in METHOD_ROWS.items():
+        for folder in rows:
+            method, settings = VARIANTS.get(folder, (folder, []))
+            if method in ("spa", "engine") and stream.startswith("cifar100"):
+                settings = DESCRIBED
+            found.append((stream, folder, method, settings, FIVE if stream == "shapes" and "dmc" in method else THREE))
+    for method in (
+        "simplecil",
+        "lda",
+        "acil",
+        "ranpac",
+        "aper",
+        "slca",
+        "rapf",
+        "engine",
+        "dmc",
+        "dmc-ot",
+        "spa",
+        "joint",
+    ):
+        found.append(("ucf101", method, method, [], "1" if method == "simplecil" else THREE))
+    found += [
+        ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
+        ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
+        ("ucf101-at-once", "acil", "acil", [], THREE),
+        ("ucf101-at-once", "ranpac", "ranpac", [], THREE),
+    ]
+    found += [
+        ("cifar100", "dmc-moving", "dmc", [MOVING], THREE),
+        ("cifar100", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
+        ("cifar100", "dmc-ot-moving", "dmc-ot", [RESIDUAL, MOVING], THREE),
+    ]
+    for name, switches in SPA_SWITCHES.items():
+        found.append(("spa-shapes", name, "spa", switches, THREE))
+        said = [] if name == "templates" else DESCRIBED
+        found.append(("spa-cifar100", name, "spa", [*said, *switches], THREE))
+    for name, (_, settings) in DRIFT.items():
+        found.append(("drift", name, "drift", settings, "1" if name == "few-images" else THREE))
+    return found
+
+
+def where(job: Job) -> list[str]:
+    return DRIFT[job[1]][0] if job[2] == "drift" else STREAMS[job[0]]
+
+
+def command(job: Job) -> list[str]:
+    stream, folder, method, settings, seeds = job
+    flags = [part for setting in settings for part in ("--set", setting)]
+    out = ["--out", f"results/{stream}/{folder}", "--seeds", seeds]
+    return ["cairn", *(["drift"] if method == "drift" else ["run", method]), *where(job), *flags, *out]
+
+
+def missing(job: Job) -> bool:
+    return any(part.startswith("data/") and not (ROOT / part).exists() for part in where(job))
+
+
+def done(job: Job) -> bool:
+    """Runs skip what is finished by themselves; the laboratory does not."""
+    return job[2] == "drift" and (ROOT / "results" / "drift" / job[1] / "drift.json").exists()
+
+
+def write_tables() -> None:
+    """Every block whose results are there, and the laboratory's figures."""
+    from cairn.reports.drift import drift_figure
+
+    def stored(name: str) -> bool:
+        return all((ROOT / "results" / half).is_dir() for half in name.split(":"))
+
+    for page, names in TABLES.items():
+        for name in filter(stored, names):
+            cairn("table", f"results/{name}", "--into", page, "--name", name)
+    for page, names in COMPARISONS.items():
+        for name in filter(stored, names):
+            cairn("compare", *(f"results/{half}" for half in name.split(":")), "--into", page, "--name", name)
+    for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
+        drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
+    cairn_script("costs.py")
+    cairn_script("heads.py", "--tables")
+    cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
+
+
+def cairn(*words: str) -> None:
+    subprocess.run([Path(sys.executable).with_name("cairn"), *words], cwd=ROOT, check=True)
+
+
+def cairn_script(name: str, *words: str) -> None:
+    subprocess.run(
+        [sys.executable, ROOT / "experiments" / name, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def run(job: Job, cache: bool) -> int:
+    words = [*command(job), *(["--cache"] if cache and job[2] != "drift" else [])]
+    if done(job):
+        return 0
+    if FEW_IMAGES in words and not (ROOT / FEW_IMAGES).exists():
+        (ROOT / "build").mkdir(exist_ok=True)
+        cairn_script("few_images.py", FEW_IMAGES)
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("cairn"), *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    last = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
+    print(
+        f"{'ok' if ended.returncode == 0 else 'FAILED'}  {' '.join(words)}\n    {last[-1] if last else ''}", flush=True
+    )
+    return ended.returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="stream, or stream/folder")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--cache", action="store_true", help="frozen towers keep their embeddings between runs")
+    parser.add_argument("--list", action="store_true", help="print the calls alone")
+    parser.add_argument("--tables", action="store_true", help="write the documents' tables from what is stored")
+    args = parser.parse_args()
+    if args.tables:
+        return write_tables()
+    wanted = [job for job in jobs() if args.only in (None, job[0], f"{job[0]}/{job[1]}")]
+    if not wanted:
+        parser.error(f"--only {args.only}: no such stream or folder")
+    for job in wanted:
+        if args.list:
+            print(" ".join(command(job)))
+        elif missing(job):
+            print(f"skipped, no data: {' '.join(command(job))}")
+    if not args.list:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failed = max(
+                pool.map(lambda job: run(job, args.cache), [job for job in wanted if not missing(job)]), default=0
+            )
+        if failed:
+            sys.exit(failed)
+        if args.only is None:
+            write_tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The known score: that images and references are scored alike, and how references are weighed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cairn import IncrementalClassifier
+from cairn.classifier.calibration import left_out
+from cairn.classifier.novelty import Novelty, _Relative
+from cairn.data.catalogue import open_dataset
+from cairn.data.images import Subset
+from cairn.data.shapes import shapes_dataset
+from cairn.data.stream import task_stream
+from cairn.experiment.run import RunConfig, towers_for
+from cairn.maths.shrinkage import Oas
+from cairn.memory.covariances import Shared
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.catalogue import METHODS
+from cairn.methods.unit_rows import UnitRows
+from cairn.towers.features import FeatureTowers
+from cairn.training.log import Log
+from cairn.training.seeds import Seeds
+
+
+class Means(UnitRows):
+    """Class means on the sphere."""
+
+    def __init__(self, z, y):
+        self.memory = GaussianMemory(z.shape[1], covariance=Shared()).add(z, y)
+
+    def row_scores(self, z):
+        return 20 * z @ self.memory.means.to(z).T
+
+
+def clusters(per_class=(40, 9, 25), d=6):
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(len(per_class)).repeat_interleave(torch.tensor(per_class))
+    mixing = torch.randn(d, d, generator=rng) * 0.2
+    z = torch.randn(len(per_class), d, generator=rng)[y] + torch.randn(len(y), d, generator=rng) @ mixing.T
+    return z / z.norm(dim=1, keepdim=True), y
+
+
+def test_the_score_of_an_image_counts_as_that_of_a_reference_does():
+    """What a method makes of an image beyond its row (SPA's own plan) is not known of references, so it must not count."""
+    z, y = clusters()
+    method = Means(z, y)
+    novelty = Novelty(method, 1, Novelty(method, 1).fit(z).tolist())
+    plain = novelty.known(z, method.scores(z))
+    np.testing.assert_array_equal(novelty.known(z, method.scores(z) + 30), plain)
+
+
+@pytest.mark.parametrize("score", ["plan", "feature"])
+def test_half_of_the_known_images_fall_below_a_half(towers, score):
+    data = shapes_dataset()
+    settings = {"schedule.epochs": 1, "local.score": score}
+    learner = IncrementalClassifier("spa", towers, settings=settings)
+
+    def some(images, per_class):
+        rows = [i for c in range(4) for i in np.flatnonzero(images.labels == c)[:per_class]]
+        return [images[i] for i in rows], [data.classes[images.labels[i]] for i in rows]
+
+    learner.partial_fit(*some(data.train, 30))
+    known = learner.known_score(some(data.test, 20)[0])
+    assert 0.3 < (known < 0.5).mean() < 0.7
+
+
+def test_references_are_as_far_from_their_class_as_new_images_are():
+    """Of five images a class mean has a fifth of each: one that is not left out of its mean lies a third nearer, squared."""
+    k, per_class, new, d = 100, 5, 10, 24
+    rng = torch.Generator().manual_seed(0)
+    means, mixing = torch.randn(k, d, generator=rng), 0.1 * torch.randn(d, d, generator=rng)
+
+    def drawn(number):
+        y = torch.arange(k).repeat_interleave(number)
+        z = means[y] + torch.randn(len(y), d, generator=rng) @ mixing.T
+        return list((z / z.norm(dim=1, keepdim=True)).numpy()), [f"class {c}" for c in y.tolist()]
+
+    texts = (means / means.norm(dim=1, keepdim=True)).numpy()
+    names = tuple(f"class {c}" for c in range(k))
+    towers = FeatureTowers(name="drawn", dim=d, logit_scale=20.0, fingerprint="drawn", names=names, text=texts)
+    known = IncrementalClassifier("lda", towers, seed=1).partial_fit(*drawn(per_class)).known_score(drawn(new)[0])
+    assert 0.44 < known.mean() < 0.56  # p-values: even between 0 and 1
+    assert 0.03 < (known < 0.1).mean() < 0.17
+
+
+def test_references_are_of_a_method_that_did_not_learn_the_images(features):
+    """Whatever of the score depends on what was learned: statistics, class scores and their scales."""
+    dataset = open_dataset(features)
+    towers = towers_for(RunConfig(method="lda", data=features), dataset)
+    learner, expected, among, entry = IncrementalClassifier("lda", towers, seed=5), [], [], METHODS["lda"]
+    alone = entry.build(towers, entry.default_config(towers), seed=5, log=Log())
+    for task in task_stream(dataset, step=3).tasks:
+        out = left_out(task.train.labels, Seeds(5).at(task=task.index).generator("calibration"))
+        kept = np.setdiff1d(np.arange(len(task.train)), out)
+        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])))
+        rows = torch.stack([torch.as_tensor(task.train[int(i)]) for i in out])
+        expected += Novelty(alone, 5).fit(alone.remembered(rows)).tolist()
+        among += [task.classes.stop] * len(out)
+        images = [task.train[i] for i in range(len(task.train))]
+        learner.partial_fit(images, [task.names[c - task.classes.start] for c in task.train.labels])
+        alone.load_state_dict(learner.method_.state_dict())
+    np.testing.assert_allclose(learner.references_, expected, rtol=1e-6)
+    assert learner.referenced_among_ == among
+
+
+def test_a_threshold_loses_what_it_says_when_many_classes_were_added():
+    """Ten tasks of five classes with few images for the width: after the first, covariances are made almost round, after
+    the last they are not. New images are drawn as the learned ones were."""
+    k, per_class, new, d = 50, 12, 40, 48
+    rng = torch.Generator().manual_seed(0)
+    means = torch.randn(k, d, generator=rng)
+    mixing = torch.randn(d, d, generator=rng) * 0.1
+
+    def drawn(number):
+        y = torch.arange(k).repeat_interleave(number)
+        z = means[y] + torch.randn(len(y), d, generator=rng) @ mixing.T
+        return (z / z.norm(dim=1, keepdim=True)).numpy(), y.numpy()
+
+    (z, y), (test, _) = drawn(per_class), drawn(new)
+    names = [f"c{c}" for c in range(k)]
+    texts = (means / means.norm(dim=1, keepdim=True)).numpy()
+    towers = FeatureTowers(name="drawn", dim=d, logit_scale=20.0, fingerprint="drawn", names=names, text=texts)
+    learner = IncrementalClassifier("lda", towers)
+    for first in range(0, k, 5):
+        rows = np.flatnonzero((y >= first) & (y < first + 5))
+        learner.partial_fit(list(z[rows]), [names[c] for c in y[rows]])
+    assert 0.03 <= (learner.known_score(list(test)) < 0.05).mean() <= 0.07
+
+
+def test_references_weigh_by_the_classes_that_were_known():
+    z, y = clusters()
+    method = Means(z, y)
+    row, scores = z[:1], method.scores(z[:1])
+    a = Novelty(method, 1).fit(row).item()
+    references, among = [a - 1, a - 0.5, a + 1, a + 2], [1, 2, 2, 3]
+    assert Novelty(method, 1, references, among).known(row, scores)[0] == pytest.approx(17 / 114)
+    assert Novelty(method, 1, references).known(row, scores)[0] == pytest.approx(2 / 4)
+
+
+def test_scatter_of_few_images_is_rounder():
+    z, y = clusters()
+    memory = GaussianMemory(6).add(z.double().float(), y)
+    T = sum(n * np.cov(z[y == c].double().numpy(), rowvar=False, bias=True) for c, n in enumerate((40, 9, 25)))
+    for N in (3, 71, 700):
+        V = Oas()(torch.from_numpy(T) / N, torch.tensor(N)).numpy()
+        r = 1 / (1 + (N / 6) ** 2)
+        W = (1 - r) * V + r * np.trace(V) / 6 * np.eye(6)
+        factor = _Relative(torch.from_numpy(T), N, memory.means, memory.counts).factor
+        np.testing.assert_allclose((factor @ factor.T).numpy(), W, rtol=1e-8)

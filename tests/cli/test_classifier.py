@@ -1,0 +1,314 @@
+"""The commands for people with folders of pictures, and the file for places without Python."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import signal
+from importlib import resources
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from cairn.classifier.classifier import IncrementalClassifier
+from cairn.classifier.onnx import export_onnx
+from cairn.cli.app import main
+from cairn.data.shapes import shapes_dataset
+from cairn.errors import ConfigError, ResultError
+from cairn.experiment.folder import LOCK, Lock
+from cairn.training.checkpoint import Checkpoint
+
+QUICK = [
+    "--towers",
+    "tiny",
+    "--device",
+    "cpu",
+    "--set",
+    "stage1.schedule.epochs=1",
+    "--set",
+    "stage2.schedule.epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two folders with two classes each, and one of test images."""
+    root, data = tmp_path_factory.mktemp("pictures"), shapes_dataset()
+    for c in range(4):
+        for i, row in enumerate(np.flatnonzero(data.train.labels == c)[:8]):
+            place = root / ("second" if c > 1 else "first") / data.classes[c]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.train[row]).save(place / f"{i}.png")
+        (root / "test").mkdir(exist_ok=True)
+        Image.fromarray(data.test[np.flatnonzero(data.test.labels == c)[0]]).save(root / "test" / f"{c}.png")
+    return root
+
+
+def called(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["cairn", *map(str, words)])
+    main()
+
+
+def refused(monkeypatch, capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        called(monkeypatch, *words)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.fixture
+def learner(pictures, tmp_path, monkeypatch, capsys):
+    called(monkeypatch, "learn", tmp_path / "shop", pictures / "first", *QUICK)
+    called(monkeypatch, "learn", tmp_path / "shop", pictures / "second", "--device", "cpu")
+    assert "2 new classes, 4 in all" in capsys.readouterr().out
+    return tmp_path / "shop"
+
+
+def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_path, monkeypatch, capsys):
+    assert sorted(path.suffix for path in learner.iterdir() if path.name != LOCK)[0] == ".json"
+    shutil.copytree(pictures / "second", tmp_path / "copy")
+    monkeypatch.chdir(pictures)
+    for folder in (pictures / "second", "second", tmp_path / "copy"):
+        called(monkeypatch, "learn", learner, folder, "--device", "cpu")
+        assert "nothing new, all 16 pictures were learned already" in capsys.readouterr().out
+    held = IncrementalClassifier.load(learner, device="cpu")
+    assert held.counts_.tolist() == [8] * 4
+
+    called(monkeypatch, "predict", learner, pictures / "test", "--topk", "2", "--json", "--device", "cpu")
+    rows = json.loads(capsys.readouterr().out)
+    held = IncrementalClassifier.load(learner, device="cpu")
+    files = sorted((pictures / "test").iterdir())
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    assert [row["classes"][0]["name"] for row in rows] == list(held.predict(files))
+    assert [len(row["classes"]) for row in rows] == [2] * 4
+
+    called(monkeypatch, "predict", learner, *files, "--csv", "--unknown-below", "1", "--device", "cpu")
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["class"] for line in lines] == list(held.predict(files))
+    assert {line["unknown"] for line in lines} == {"True"}
+
+    called(
+        monkeypatch,
+        "predict",
+        learner,
+        files[0],
+        "--unknown-below",
+        "1",
+        "--explain",
+        tmp_path / "why",
+        "--device",
+        "cpu",
+    )
+    assert re.search(r", below 1\); nearest: [\w ]+ \d+\.\d %\n$", capsys.readouterr().out)
+    assert json.loads((tmp_path / "why" / "0.json").read_text())["classes"][0]["name"] in held.classes_
+    with Image.open(tmp_path / "why" / "0.png") as drawn:
+        assert drawn.width > 300
+
+    called(monkeypatch, "inspect", learner)
+    card = capsys.readouterr().out
+    assert "4 classes from 32 images" in card
+
+    gone = str(held.classes_[0])
+    called(monkeypatch, "forget", learner, gone)
+    assert "3 classes are left" in capsys.readouterr().out
+    assert gone not in IncrementalClassifier.load(learner, device="cpu").classes_
+
+
+def test_reasons_of_spa_are_pictures_with_patches(pictures, tmp_path, monkeypatch, capsys):
+    words = [
+        "--method",
+        "spa",
+        "--towers",
+        "tiny",
+        "--device",
+        "cpu",
+        "--set",
+        "schedule.epochs=1",
+        "--set",
+        "local.patches=8",
+    ]
+    called(monkeypatch, "learn", tmp_path / "spa", pictures / "first", *words)
+    called(
+        monkeypatch,
+        "predict",
+        tmp_path / "spa",
+        pictures / "test" / "0.png",
+        "--explain",
+        tmp_path / "why",
+        "--device",
+        "cpu",
+    )
+    told = json.loads((tmp_path / "why" / "0.json").read_text())
+    assert len(told["classes"][0]["patches"]) == 8
+    assert "a photo of a" in told["classes"][0]["patches"][0]["sentence"]
+    assert (tmp_path / "why" / "0.png").stat().st_size > 5000
+
+
+def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkeypatch, capsys):
+    words = ["learn", tmp_path / "learner", pictures / "first", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "step", lambda self, name, state: (self.stop(signal.SIGINT), self.poll()))
+        with pytest.raises(SystemExit) as stop:
+            called(patch, *words)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "cairn: interrupted (Ctrl-C); the same call goes on where it was\n"
+    called(monkeypatch, *words)
+    assert re.search(
+        r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored$",
+        capsys.readouterr().out.replace("\n", " ").strip(),
+    )
+
+
+def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys):
+    for words, part in (
+        (["learn", learner, pictures / "first", "--method", "spa"], "--method: spa is asked for, but"),
+        (["learn", learner, pictures / "first", "--seed", "7"], "was made with 1; leave it out"),
+        (["learn", learner, pictures / "first", "--template", "a {}"], "--template: 'a {}' is asked for"),
+        (["learn", learner, pictures / "first", "--towers", "other/clip"], "'other/clip' is no folder"),
+        (
+            ["learn", learner, pictures / "first", "--set", "stage2.schedule.epochs=3"],
+            "--set stage2.schedule.epochs: 3 is asked for, but the learner that is there was made with 1",
+        ),
+        (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--method", "joint"], "cannot be saved"),
+        (["learn", tmp_path / "new", tmp_path / "nowhere"], "no such folder"),
+        (["learn", tmp_path / "new", pictures / "test", *QUICK], "no class found"),
+        (["learn", tmp_path / "new", pictures / "first", "--towers", "tiny", "--set", "epochs"], "must be key=value"),
+        (["predict", learner, tmp_path / "nowhere.png"], "cannot be read"),
+        (["predict", learner, pictures / "test", "--json", "--csv"], "--json and --csv: give only one of them"),
+        (["predict", learner, pictures / "test", "--topk", "0"], "at least 1"),
+        (
+            ["predict", learner, pictures / "test", "--unknown-below", "5"],
+            "--unknown-below 5.0: must be a number from 0",
+        ),
+        (["predict", learner, pictures / "test", "--unknown-below", "nan"], "must be a number from 0 to 1"),
+        (["predict", learner, pictures / "test", "--unknown-below=-1"], "must be a number from 0 to 1"),
+        (["predict", tmp_path / "new", pictures / "test"], "no learner there"),
+        (["inspect", tmp_path / "new"], "no learner there"),
+        (["forget", learner, "a unicorn"], "is not known"),
+    ):
+        assert part in refused(monkeypatch, capsys, *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_that_say_what_the_learner_has_are_taken(learner, pictures, monkeypatch, capsys):
+    """The creating call may be repeated, with options that equal the defaults as well."""
+    same = ["--method", "dmc-ot", "--seed", "1", "--template", "a photo of a {}.", "--set", "stage2.real_share=null"]
+    called(monkeypatch, "learn", learner, pictures / "first", *QUICK, *same)
+    assert "already" in capsys.readouterr().out
+
+
+def test_what_is_learned_on_is_read_under_the_lock(learner, pictures, monkeypatch, capsys):
+    """Read before, it could be what another process has changed since."""
+    plain, held = IncrementalClassifier.load, []
+
+    def load(folder, *rest, **how):
+        held.append((folder / LOCK).read_text())
+        return plain(folder, *rest, **how)
+
+    monkeypatch.setattr(IncrementalClassifier, "load", load)
+    called(monkeypatch, "learn", learner, pictures / "second", "--device", "cpu")
+    called(monkeypatch, "forget", learner, plain(learner, device="cpu").classes_[0])
+    assert all(text.startswith("process ") for text in held)
+    assert len(held) == 2
+
+
+def test_one_process_learns_at_a_time(learner, pictures, monkeypatch, capsys):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path; from cairn.experiment.folder import Lock; "
+        "held = Lock(Path(sys.argv[1])).take(); print(1, flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(learner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "1\n"
+        assert "is being written by" in refused(
+            monkeypatch, capsys, "learn", learner, pictures / "first", "--again", "--device", "cpu"
+        )
+    finally:
+        other.communicate("\n")
+    Lock(learner).take().release()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dmc-ot", {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1}),
+        ("dmc", {"stage1.tuning": "adapter", "stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1}),
+        ("finetune", {"stage1.schedule.epochs": 1}),
+        ("simplecil", {}),
+        ("zero-shot", {}),
+        ("spa", {"local.weight": 0, "schedule.epochs": 2}),
+    ],
+)
+def test_onnx_scores_are_the_learners(method, settings, pictures, tmp_path, towers):
+    """On a hundred images, within 1e-4 of the largest score; class names and preprocessing travel with the file."""
+    data = shapes_dataset()
+    rows = [row for c in range(4) for row in np.flatnonzero(data.train.labels == c)[:6]]
+    learner = IncrementalClassifier(method, towers, settings=settings)
+    learner.partial_fit([data.train[i] for i in rows], [data.classes[data.train.labels[i]] for i in rows])
+    assert export_onnx(learner, tmp_path / "m.onnx") < 1e-4
+    images = [data.test[i] for i in range(100)]
+    pixels = towers.pixels(torch.stack([towers.prepare(image) for image in images]))
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"pixels": pixels.numpy()})[0]
+    expected = learner._scores_of(pixels).numpy()
+    assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["cairn.classes"]) == list(learner.classes_)
+    assert json.loads(about["cairn.preprocessing"])["size"] == pixels.shape[-1]
+
+
+def test_what_is_not_exported_is_said(towers, tmp_path, monkeypatch):
+    data = shapes_dataset()
+    learner = IncrementalClassifier("spa", towers, settings={"schedule.epochs": 1})
+    with pytest.raises(ConfigError, match="nothing was learned yet"):
+        export_onnx(learner, tmp_path / "m.onnx")
+    learner.partial_fit([data.train[0], data.train[200]], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"local\.weight: the scores of patches .*set local\.weight=0"):
+        export_onnx(learner, tmp_path / "m.onnx")
+    plain = IncrementalClassifier("simplecil", towers).partial_fit([data.train[0], data.train[200]], ["a", "b"])
+    monkeypatch.setattr("cairn.classifier.onnx.TOLERANCE", -1.0)
+    with pytest.raises(ResultError, match="nothing was kept"):
+        export_onnx(plain, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_moved_can_be_given_to_every_command(pictures, tmp_path, monkeypatch, capsys):
+    """As whatever was learned on a relative path and is asked from another folder."""
+    tiny = resources.files("cairn.towers").joinpath("tiny")
+    shutil.copytree(str(tiny), tmp_path / "here")
+    learner, first = tmp_path / "learner", pictures / "first"
+    called(
+        monkeypatch, "learn", learner, first, "--method", "simplecil", "--towers", tmp_path / "here", "--device", "cpu"
+    )
+    (tmp_path / "here").rename(tmp_path / "there")
+    name = next(first.iterdir()).name
+    calls = [
+        ("predict", learner, pictures / "test"), ("learn", learner, first), ("export", learner, "--onnx", tmp_path / "x.onnx"),
+        ("serve", learner), ("forget", learner, name),
+    ]  # fmt: skip
+    for words in calls:
+        assert "say where they are now with --towers" in refused(monkeypatch, capsys, *words)
+    asked = []
+    monkeypatch.setattr(IncrementalClassifier, "load", lambda *given: asked.append(given[1]) or pytest.fail("enough"))
+    for words in calls:
+        with pytest.raises(pytest.fail.Exception, match="enough"):
+            called(monkeypatch, *words, "--towers", tmp_path / "there")
+    assert asked == [str(tmp_path / "there")] * len(calls)
+    monkeypatch.undo()
+    called(monkeypatch, "forget", learner, name, "--towers", tmp_path / "there")
+    capsys.readouterr()
+    called(monkeypatch, "predict", learner, pictures / "test", "--device", "cpu")  # from now on it is known
+    assert name not in capsys.readouterr().out

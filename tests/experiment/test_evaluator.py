@@ -1,0 +1,113 @@
+"""What the evaluator keeps of the test images, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cairn.data.embeddings import Rows
+from cairn.data.stream import task_stream
+from cairn.errors import NotFinite
+from cairn.experiment.evaluator import Evaluator
+from cairn.methods.catalogue import METHODS
+from cairn.training.log import Log
+
+
+@pytest.mark.parametrize("name", ["simplecil", "spa"])
+def test_what_does_not_fit_in_memory_lies_in_a_file_and_changes_nothing(towers, small_stream, name, monkeypatch):
+    mapped, from_file = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda file, **how: mapped.append(file) or from_file(file, **how))
+    entry = METHODS[name]
+    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    plain, tight = Evaluator(small_stream, towers), Evaluator(small_stream, towers, keep_bytes=5000)
+    for task in small_stream.tasks:
+        method.learn(task)
+        assert plain.after(task.index, method) == tight.after(task.index, method)
+    assert len(mapped) >= 1
+    assert not any(Path(name).exists() for name in mapped)
+    before = dict(towers.passes)
+    tight.after(2, method)
+    assert towers.passes["images"] == before["images"]  # kept, not computed again
+
+
+def test_scores_that_are_not_finite_are_no_accuracy(towers, small_stream, monkeypatch):
+    """Of the method, and of the class texts that it is compared with."""
+    entry = METHODS["simplecil"]
+    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    method.learn(small_stream.tasks[0])
+    evaluator = Evaluator(small_stream, towers)
+    evaluator._texts[1, 0] = float("nan")
+    with pytest.raises(NotFinite, match="zero-shot scores: those of test image 0 are not finite"):
+        evaluator.after(0, method)
+    method.means.means[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match="task 0: the scores of the method: those of test image 0 are not finite"):
+        Evaluator(small_stream, towers).after(0, method)
+
+
+def rows_of(tests):
+    x = torch.cat([torch.stack([torch.as_tensor(test[i]) for i in range(len(test))]) for test in tests])
+    return x, torch.cat([torch.as_tensor(test.labels) for test in tests])
+
+
+def share_of_texts(tests, texts, classes):
+    """Share of the images whose nearest text among those of `classes` is that of their own class, one by one."""
+    x, y = rows_of(tests)
+    right = 0
+    for image, label in zip(x, y.tolist(), strict=True):
+        cosines = {c: float(image @ texts[c] / image.norm() / texts[c].norm()) for c in classes}
+        right += max(cosines, key=cosines.get) == label
+    return right / len(x)
+
+
+def test_classes_to_come_are_asked_among_themselves_and_seen_ones_among_the_seen(flat, blurred_dataset):
+    stream = task_stream(blurred_dataset, step=2)
+    method, texts = (
+        METHODS["simplecil"].build(flat, None, seed=1, log=Log()),
+        torch.as_tensor(blurred_dataset.embeddings.text),
+    )
+    evaluator = Evaluator(stream, flat)
+    for task, seen in enumerate((2, 4, 6)):
+        method.learn(stream.tasks[task])
+        found = evaluator.after(task, method)
+        coming = stream.tests[task + 1 :]
+        assert found.future == (share_of_texts(coming, texts, range(seen, 6)) if coming else None)
+        assert found.zero_shot == share_of_texts(stream.tests[: task + 1], texts, range(seen))
+        if task == 1:  # it makes a difference here
+            assert found.future != share_of_texts(coming, texts, range(6))
+
+
+def test_classes_to_come_are_asked_of_the_adapted_encoder(flat, blurred_dataset):
+    """APER's rows hold the frozen embedding too, which says nothing of what was learned."""
+    stream, texts = task_stream(blurred_dataset, step=2), torch.as_tensor(blurred_dataset.embeddings.text)
+    entry = METHODS["aper"]
+    config = entry.default_config(flat)
+    config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"lr": 1.0})})
+    method = entry.build(flat, config, seed=1, log=Log())
+    method.learn(stream.tasks[0])
+    found = Evaluator(stream, flat).after(0, method)
+    with torch.no_grad():
+        adapted = [Rows(method.image(rows_of([test])[0]).numpy(), test.labels, "adapted") for test in stream.tests]
+    assert found.future == share_of_texts(adapted[1:], texts, range(2, 6))
+    assert found.future != share_of_texts(stream.tests[1:], texts, range(2, 6))  # it makes a difference here
+    assert found.zero_shot == share_of_texts(stream.tests[:1], texts, range(2))
+
+
+def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):
+    """Of tasks and of classes with unequal numbers of test images."""
+    stream = task_stream(blurred_dataset, step=2)
+    method, evaluator = METHODS["simplecil"].build(flat, None, seed=1, log=Log()), Evaluator(stream, flat)
+    for task in range(2):
+        method.learn(stream.tasks[task])
+        found = evaluator.after(task, method)
+    correct, total = [0] * 4, [0] * 4
+    for j, test in enumerate(stream.tests[:2]):
+        x, y = rows_of([test])
+        right = method.scores(x).argmax(1) == y
+        assert found.accuracy[j] == right.sum() / len(y)
+        for c, hit in zip(y.tolist(), right.tolist(), strict=True):
+            total[c] += 1
+            correct[c] += hit
+    assert (found.correct, found.total) == (correct, total)
+    assert len(set(total)) == 4

@@ -1,0 +1,704 @@
+"""The service and its page."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from base64 import b64encode
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from cairn import IncrementalClassifier
+from cairn.data.shapes import shapes_dataset
+from cairn.errors import ConfigError
+from cairn.experiment.folder import Lock
+from cairn.serve.app import Server, application, server_config
+from cairn.serve.connection import CONNECTIONS
+from cairn.serve.guard import FAILURES, HEADERS, ROOM, Buckets, Rules
+from cairn.serve.service import Service
+
+TOKEN = "a-token-for-the-tests"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+QUICK = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2}
+
+
+def png(pixels: np.ndarray, **how) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(out, "PNG", **how)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """PNG files by class name: eight for training, then one for testing, of five classes."""
+    data = shapes_dataset()
+    found = {}
+    for c in range(5):
+        rows = np.flatnonzero(data.train.labels == c)[:8]
+        found[data.classes[c]] = [png(data.train[i]) for i in rows]
+        found[data.classes[c]].append(png(data.test[np.flatnonzero(data.test.labels == c)[0]]))
+    return found
+
+
+def learner_of(drawn, towers, method="dmc-ot", classes=3, **changes):
+    settings = QUICK if method == "dmc-ot" else {"schedule.epochs": 2}
+    learner = IncrementalClassifier(method, towers, settings=settings, device="cpu", **changes)
+    rows = [
+        (np.asarray(Image.open(io.BytesIO(file))), name) for name in list(drawn)[:classes] for file in drawn[name][:8]
+    ]
+    return learner.partial_fit(*zip(*rows, strict=True))
+
+
+@pytest.fixture(scope="module")
+def saved(drawn, towers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    learner_of(drawn, towers).save(folder)
+    return folder
+
+
+@pytest.fixture
+def service(saved, towers, tmp_path):
+    folder = tmp_path / "learner"
+    shutil.copytree(saved, folder)
+    service = Service(folder, IncrementalClassifier.load(folder, towers))
+    yield service
+    service.close()
+
+
+def client(service, rules=None, **changes):
+    """Asks as a browser on this machine does, with the token unless told otherwise."""
+
+    async def ask(method, path, **how):
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=BEARER) as http:
+            return await http.request(method, path, **how)
+
+    app = application(service, rules or Rules(token=TOKEN, **changes))
+    asked = lambda method, path, **how: asyncio.run(ask(method, path, **how))  # noqa: E731
+    asked.app = app
+    return asked
+
+
+def pictures(*files):
+    return [("images", (f"../../{i}.png", file, "image/png")) for i, file in enumerate(files)]
+
+
+def error(response, status):
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert "\n" not in response.json()["error"]
+    return response.json()["error"]
+
+
+def test_predicts_as_the_learner_does(service, drawn):
+    ask, (name, files) = client(service), next(iter(drawn.items()))
+    found = ask("POST", "/api/predict", files={"image": files[8]}, data={"topk": 2}).json()
+    image = np.asarray(Image.open(io.BytesIO(files[8])))
+    best = service.learner.predict_topk([image], 2)[0]
+    assert [(row["name"], row["probability"]) for row in found["classes"]] == best
+    assert found["known"] == service.learner.known_score([image])[0]
+    assert (found["grid"], found["reasons"]) == (None, [])
+    assert ask("GET", "/api/classes").json()["classes"][0] == {"name": name, "images": 8}
+    health = ask("GET", "/api/health").json()
+    assert (health["status"], health["may_change"], health["learning"]) == ("ok", True, None)
+    paths = ask("GET", "/openapi.json").json()["paths"]
+    assert {"/api/classes", "/api/predict", "/api/learn", "/api/health", "/api/classes/{name}"} == set(paths)
+
+
+def test_learns_saves_and_forgets(service, drawn, towers):
+    ask, names = client(service), list(drawn)
+    before = service.learner
+    learned = ask("POST", "/api/learn", data={"name": f" {names[3]} "}, files=pictures(*drawn[names[3]][:8]))
+    assert learned.json()["classes"][-1] == {"name": names[3], "images": 8}
+    assert list(before.classes_) == names[:3]
+    again = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]][7:9]))
+    assert again.json()["classes"][0] == {"name": names[0], "images": 9}  # one of the two was learned before
+    repeated = ask("POST", "/api/learn", data={"name": names[0]}, files=pictures(*drawn[names[0]]))
+    assert "has learned these pictures already" in error(repeated, 409)
+    found = ask("POST", "/api/predict", files={"image": drawn[names[3]][0]}).json()
+    assert found["classes"][0]["name"] == names[3]
+    odd = 'a/../b?#"<i>'
+    assert ask("POST", "/api/learn", data={"name": odd}, files=pictures(drawn[names[4]][0])).status_code == 200
+    assert ask("DELETE", "/api/classes/a%2F..%2Fb%3F%23%22%3Ci%3E").status_code == 200
+    gone = ask("DELETE", f"/api/classes/{names[1]}").json()["classes"]
+    assert [row["name"] for row in gone] == [names[0], *names[2:4]]
+    stored = IncrementalClassifier.load(service.folder, towers)
+    assert list(stored.classes_) == [names[0], *names[2:4]]
+    assert "is not known" in error(ask("DELETE", f"/api/classes/{names[1]}"), 404)
+    for name in (names[0], names[2]):
+        ask("DELETE", f"/api/classes/{name}")
+    assert "only class" in error(ask("DELETE", f"/api/classes/{names[3]}"), 409)
+    assert not (service.folder / ".lock").exists()
+
+
+def test_one_learns_while_the_old_state_predicts(service, drawn, monkeypatch):
+    ask, names = client(service), list(drawn)
+    begun, on = threading.Event(), threading.Event()
+    learn = IncrementalClassifier.partial_fit
+
+    def slow(self, *given, **how):
+        begun.set()
+        on.wait(30)
+        return learn(self, *given, **how)
+
+    monkeypatch.setattr(IncrementalClassifier, "partial_fit", slow)
+    answers = []
+
+    def teach():
+        answers.append(ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:8])))
+
+    thread = threading.Thread(target=teach)
+    thread.start()
+    assert begun.wait(30)
+    try:
+        found = ask("POST", "/api/predict", files={"image": drawn[names[0]][8]}).json()
+        assert {row["name"] for row in found["classes"]} == set(names[:3])
+        assert ask("GET", "/api/health").json()["learning"] == 0
+        said = error(ask("POST", "/api/learn", data={"name": "x"}, files=pictures(drawn[names[4]][0])), 409)
+        assert said == f"'{names[3]}' is being learned; try again when that is done"
+        assert "is being learned" in error(ask("DELETE", f"/api/classes/{names[0]}"), 409)
+    finally:
+        on.set()
+        thread.join()
+    assert answers[0].status_code == 200
+    assert ask("GET", "/api/health").json()["learning"] is None
+
+
+def test_what_fails_changes_nothing(service, drawn, monkeypatch, tmp_path):
+    ask, names, before = client(service), list(drawn), service.learner
+    files = sorted((path.name, path.read_bytes()) for path in service.folder.iterdir())
+    teach = lambda name=names[3], *more: ask(  # noqa: E731
+        "POST", "/api/learn", data={"name": name}, files=pictures(drawn[names[3]][0], *more)
+    )
+    for name in ("", "  ", "a\nb", "x" * 101, ".."):
+        error(teach(name), 422)
+    assert "picture 2 cannot be read as a picture (not an image)" in error(teach(names[3], b"no image"), 415)
+    assert "images" in error(ask("POST", "/api/learn", data={"name": "x"}), 422)
+    with monkeypatch.context() as patch:
+        patch.setattr("cairn.methods.stages.class_cross_entropy", lambda z, *_: z.sum() * float("nan"))
+        assert "loss is nan" in error(teach(), 422)
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalClassifier, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("secret")))
+        assert "secret" not in error(teach(), 500)
+    other = Lock(service.folder).take()
+    try:
+        assert str(tmp_path) not in error(teach(), 503)
+    finally:
+        other.release()
+    assert service.learner is before
+    assert sorted((path.name, path.read_bytes()) for path in service.folder.iterdir()) == files
+    service.stop(signal.SIGTERM)
+    assert "being stopped" in error(teach(), 503)
+
+
+def test_stopping_gives_up_learning_but_finishes_a_save(service, drawn, monkeypatch):
+    ask, names = client(service), list(drawn)
+    learn, save = IncrementalClassifier.partial_fit, IncrementalClassifier.save
+    teach = lambda: ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:8]))  # noqa: E731
+
+    def stopped(self, *given, **how):
+        service.stop(signal.SIGTERM)
+        return learn(self, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalClassifier, "partial_fit", stopped)
+        assert "nothing was changed" in error(teach(), 503)
+    assert names[3] not in service.learner.classes_
+
+    def saving(self, folder):
+        service.stop(signal.SIGTERM)
+        save(self, folder)
+
+    service.stopping = None
+    monkeypatch.setattr(IncrementalClassifier, "save", saving)
+    assert teach().status_code == 200
+    assert names[3] in service.learner.classes_
+
+
+def test_only_pictures_are_looked_at(service, monkeypatch):
+    ask = client(service)
+    square = np.zeros((8, 8, 3), np.uint8)
+    for bad in (b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(square)[:45]):
+        assert "cannot be read as a picture" in error(ask("POST", "/api/predict", files={"image": bad}), 415)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert "exceed" in error(ask("POST", "/api/predict", files={"image": png(square)}), 415)
+    uploaded = "must be an uploaded picture, sent as multipart/form-data"
+    assert error(ask("POST", "/api/predict", data={"image": "/etc/passwd"}), 422) == f"image: {uploaded}"
+    told = error(ask("POST", "/api/learn", data={"name": "x", "images": ["a.png", "b.png"]}), 422)
+    assert told == f"images 0: {uploaded}"
+    told = error(ask("POST", "/api/predict", files={"image": png(square)}, data={"topk": 0}), 422)
+    assert told == "topk: must be greater than or equal to 1"
+    error(ask("GET", "/../../etc/passwd"), 404)
+
+
+def test_sizes_are_limited_while_they_come_in(service):
+    ask = client(service, max_bytes=1000)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert "0.001 MB" in error(ask("POST", "/api/predict", files={"image": png(image)}), 413)
+    assert "too large" in error(ask("POST", "/api/learn", data={"name": "x"}, files=pictures(png(image))), 413)
+    assert "too large" in error(ask("POST", "/api/predict", content=b"x" * (ROOM + 1001)), 413)
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        while sent < 50 * ROOM:
+            sent += 10_000
+            yield b"x" * 10_000
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert "too large" in error(ask("POST", "/api/predict", content=endless(), headers=form), 413)
+    assert sent < 2 * ROOM
+    many = pictures(*[b"x"] * 101)
+    assert "100" in error(ask("POST", "/api/learn", data={"name": "x"}, files=many), 422)
+
+
+def test_who_may_ask_for_what(service, drawn):
+    image = {"image": next(iter(drawn.values()))[8]}
+    name = next(iter(drawn))
+    wrong = [
+        {"Authorization": value} for value in ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer é".encode())
+    ]
+    for headers in wrong:
+        here = client(service)
+        assert here("POST", "/api/predict", files=image, headers=headers).status_code == 200
+        for method, path in (("POST", "/api/learn"), ("DELETE", f"/api/classes/{name}")):
+            refused = here(method, path, headers=headers)
+            assert "access code" in error(refused, 401)
+            assert refused.headers["www-authenticate"] == "Bearer"
+    assert here("GET", "/api/health", headers=wrong[0]).json()["may_change"] is False
+    there = client(service, loopback=False, host="0.0.0.0")
+    for method, path in (("POST", "/api/predict"), ("GET", "/api/classes"), ("POST", "/api/learn")):
+        error(there(method, path, headers=wrong[2]), 401)
+    assert there("POST", "/api/predict", files=image, headers={"Host": "any.example"}).status_code == 200
+    assert there("GET", "/api/health", headers=wrong[0]).json()["may_ask"] is False
+
+
+def test_other_sites_are_kept_out(service, drawn):
+    ask, image = client(service), {"image": next(iter(drawn.values()))[8]}
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1"):
+        error(ask("GET", "/api/classes", headers={"Host": host}), 403)
+        error(ask("GET", "/", headers={"Host": host}), 403)
+    for host in ("localhost:8000", "[::1]:9"):
+        assert ask("GET", "/api/classes", headers={"Host": host}).status_code == 200
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:9000"):
+        error(ask("POST", "/api/predict", files=image, headers={"Origin": origin}), 403)
+    own = ask("POST", "/api/predict", files=image, headers={"Origin": "http://127.0.0.1:8000"})
+    assert own.status_code == 200
+    for response in (
+        own,
+        ask("GET", "/"),
+        ask("GET", "/page.js"),
+        ask("GET", "/nowhere"),
+        ask("OPTIONS", "/api/learn"),
+    ):
+        assert all(response.headers[key] == value for key, value in HEADERS.items())
+        assert not [key for key in response.headers if key.startswith("access-control")]
+
+
+def test_wrong_tokens_are_counted_apart_and_lock_nobody_out(service):
+    now = [0.0]
+    buckets = Buckets(60, clock=lambda: now[0])
+    assert [buckets.wait("a") for _ in range(60)] == [0] * 60
+    assert buckets.wait("a") == pytest.approx(1)
+    assert buckets.wait("b") == 0
+    now[0] = 1.0
+    assert (buckets.wait("a"), buckets.wait("a") > 0) == (0, True)
+    ask, wrong = client(service, loopback=False, host="0.0.0.0"), {"Authorization": "Bearer wrong"}
+    answers = [ask("GET", "/api/classes", headers=wrong) for _ in range(FAILURES + 2)]
+    assert [answer.status_code for answer in answers] == [401] * FAILURES + [429] * 2
+    assert "too many wrong access codes" in error(answers[-1], 429)
+    assert int(answers[-1].headers["retry-after"]) > 0
+    assert ask("GET", "/api/health", headers=wrong).status_code == 429  # it would tell a right one
+    for _ in range(3 * FAILURES):
+        assert ask("GET", "/api/classes").status_code == 200
+    assert ask("GET", "/api/health", headers={"Authorization": ""}).status_code == 200
+    assert ask("GET", "/").status_code == 200
+
+
+def test_requests_of_other_sites_count_for_nothing(service):
+    """A picture or a form in somebody else's page is asked for by the owner's own browser."""
+    ask = client(service)
+    for site in ("cross-site", "same-site"):
+        for _ in range(70):
+            headers = {"Authorization": "Bearer wrong", "Sec-Fetch-Site": site}
+            assert "other sites" in error(ask("GET", "/api/classes", headers=headers), 403)
+    assert ask("GET", "/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link leads there
+    for site in ("same-origin", "none"):
+        assert ask("GET", "/api/classes", headers={"Sec-Fetch-Site": site}).status_code == 200
+    assert ask("GET", "/api/classes", headers={"Authorization": "Bearer wrong"}).status_code == 200  # not 429
+
+
+def test_behind_a_proxy(service, drawn):
+    """Without --public-url what a proxy forwards is refused; with it, the page works and everything needs the token."""
+    image, proxied = {"image": next(iter(drawn.values()))[8]}, {"X-Forwarded-For": "192.0.2.7"}
+    here = client(service)
+    for header in ("X-Forwarded-For", "X-Forwarded-Proto", "X-Real-IP", "Forwarded", "Via"):
+        said = error(here("POST", "/api/predict", files=image, headers={header: "192.0.2.7"}), 403)
+        assert header.lower() in said
+        assert "--public-url" in said
+    for url in ("https://cairn.example.org", "https://CAIRN.example.org:443/learners/"):
+        public = client(service, public_url=url)
+        site = {"Origin": "https://cairn.example.org", "Sec-Fetch-Site": "same-origin"}
+        for host in ("cairn.example.org", "127.0.0.1:8000"):  # as the proxy has it, or as the browser does
+            headers = proxied | site | {"Host": host}
+            assert public("POST", "/api/predict", files=image, headers=headers).status_code == 200
+            health = public("GET", "/api/health", headers=headers).json()
+            assert (health["may_ask"], health["may_change"]) == (True, True)
+            without = headers | {"Authorization": ""}
+            error(public("POST", "/api/predict", files=image, headers=without), 401)
+            assert public("GET", "/api/health", headers=without).json()["may_ask"] is False
+        for origin in ("http://cairn.example.org", "https://cairn.example.org:444", "https://evil.example", "null"):
+            error(public("POST", "/api/predict", files=image, headers=site | proxied | {"Origin": origin}), 403)
+    for url in (
+        "cairn.example.org",
+        "ftp://a.example",
+        "https://",
+        "https://a.example?b",
+        "https://a:b@c.example",
+        "https://a:x",
+    ):
+        with pytest.raises(ConfigError, match="must be an address such as"):
+            Rules(token=TOKEN, public_url=url)
+    with pytest.raises(ConfigError, match="give --token"):
+        Rules(public_url="https://cairn.example.org")
+
+
+def test_pictures_are_decoded_no_larger_than_the_tower_needs(service, monkeypatch):
+    ask = client(service)
+    large = png(np.zeros((9000, 9000), np.uint8))
+    assert len(large) < 200_000
+    tracemalloc.start()
+    said = error(ask("POST", "/api/predict", files={"image": large}), 415)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "9000 x 9000 pixels, where 16,777,216 are the most" in said
+    assert peak < 30_000_000
+    out, sizes = io.BytesIO(), []
+    Image.new("RGB", (4000, 3000), (200, 30, 30)).save(out, "JPEG")
+    prepare = service.towers.prepare
+    monkeypatch.setattr(service.towers, "prepare", lambda image: (sizes.append(np.shape(image)[:2]), prepare(image))[1])
+    assert ask("POST", "/api/predict", files={"image": out.getvalue()}).status_code == 200
+    assert (375, 500) in sizes
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(service, monkeypatch):
+    with served(service) as address:
+        place = ("127.0.0.1", port_of(address))
+        held = [socket.create_connection(place) for _ in range(CONNECTIONS + 30)]
+        try:
+            for half in held[::2]:
+                with suppress(OSError):
+                    half.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+            began = time.monotonic()
+            for _ in range(3):
+                assert httpx.get(f"{address}api/health", timeout=10).status_code == 200
+            assert time.monotonic() - began < 8
+        finally:
+            for half in held:
+                half.close()
+        monkeypatch.setattr("cairn.serve.connection.HEADER_SECONDS", 0.5)
+        for begun in (
+            b"",
+            b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ",
+            b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET",
+        ):
+            with socket.create_connection(place, timeout=10) as slow:
+                slow.sendall(begun)
+                assert closed_in_time(slow)
+
+
+def test_a_body_that_trickles_is_ended(service, monkeypatch):
+    monkeypatch.setattr("cairn.serve.guard.GRACE", 1.0)
+    head = (
+        f"POST /api/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9000\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    )
+    with served(service) as address:
+        place = ("127.0.0.1", port_of(address))
+        with socket.create_connection(place, timeout=10) as slow:
+            slow.sendall(head.encode())
+            answer = []
+            assert closed_in_time(slow, answer)
+        assert b"408" in answer[0].splitlines()[0]
+        assert b"too slowly" in b"".join(answer)
+        assert httpx.get(f"{address}api/health", timeout=10).status_code == 200
+
+
+def closed_in_time(slow, answer=None, seconds=8.0):
+    """Whether the other side closes the connection, although a byte is sent every tenth of a second."""
+    began = time.monotonic()
+    slow.settimeout(0.1)
+    while time.monotonic() - began < seconds:
+        try:
+            slow.sendall(b"x")
+            some = slow.recv(65536)
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+        if not some:
+            return True
+        if answer is not None:
+            answer.append(some)
+    return False
+
+
+def test_patches_and_sentences_of_spa(drawn, towers, tmp_path):
+    said = {name: [f"something {name.split()[1]}", f"a {name.split()[2]}"] for name in drawn}
+    names = list(drawn)
+    learner_of(drawn, towers, "spa", 2, descriptions={name: said[name] for name in names[:2]}).save(tmp_path)
+    service = Service(tmp_path, IncrementalClassifier.load(tmp_path, towers))
+    ask = client(service)
+    found = ask("POST", "/api/predict", files={"image": drawn[names[0]][8]}).json()
+    assert found["view"] == "crop"
+    reason = found["reasons"][0]
+    assert {patch["sentence"] for patch in reason["patches"]} <= set(said[reason["name"]])
+    assert all(0 <= patch["patch"] < found["grid"] ** 2 for patch in reason["patches"])
+    assert sum(patch["share"] for patch in reason["patches"]) == pytest.approx(1, abs=1e-4)
+    assert ask("GET", "/api/health").json()["describes"] is True
+    teach = {"data": {"name": names[2]}, "files": pictures(*drawn[names[2]][:4])}
+    assert "looks like" in error(ask("POST", "/api/learn", **teach), 422)
+    teach["data"]["sentences"] = "\n".join(said[names[2]])
+    assert ask("POST", "/api/learn", **teach).status_code == 200
+    assert IncrementalClassifier.load(tmp_path, towers).descriptions[names[2]] == said[names[2]]
+    assert ask("DELETE", f"/api/classes/{names[0]}").status_code == 200
+    assert names[0] not in IncrementalClassifier.load(tmp_path, towers).descriptions
+    service.close()
+
+
+def test_the_command_refuses_what_is_not_safe(cairn, tmp_path):
+    for arguments, said in (
+        (("--host", "0.0.0.0"), "give --token"),
+        (("--token", "short"), "16 to 200"),
+        (("--host", "no such host"), "give 127.0.0.1"),
+        ((), "no learner there"),
+        (("--port", "70000"), "--port"),
+        (("--public-url", "https://cairn.example.org"), "give --token"),
+        (("--public-url", "cairn.example.org", "--token", TOKEN), "must be an address"),
+    ):
+        status, _, err = cairn("serve", tmp_path, *arguments)
+        assert (status, err.count("\n")) == (2, 1)
+        assert said in err
+    with pytest.raises(ConfigError, match="give --token"):
+        Rules(loopback=False, host="::")
+    assert len(Rules().token) >= 32
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_a_signal_comes(saved, number, tmp_path):
+    shutil.copytree(saved, tmp_path / "learner")
+    call = [Path(sys.executable).with_name("cairn"), "serve", tmp_path / "learner", "--port", "0"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        address, token = line.split()[1].split("#token=")
+        headers = {"Authorization": f"Bearer {token}"}
+        for _ in range(100):
+            try:
+                health = httpx.get(f"{address}api/health", headers=headers).json()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert health["may_change"] is True
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def served(service, **changes):
+    """The address of a service in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    rules = Rules(token=TOKEN, **changes)
+    server = Server(server_config(application(service, rules)), service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def port_of(address: str) -> int:
+    return httpx.URL(address).port
+
+
+DROP = """([area, name, files]) => {
+  const moved = new DataTransfer();
+  files.forEach((base64, i) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    moved.items.add(new File([bytes], name || `${i}.png`, {type: "image/png"}));
+  });
+  document.querySelector(area).dispatchEvent(new DragEvent("drop", {dataTransfer: moved, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_in_a_browser(service, drawn):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names, new = list(drawn), "<b>ring & co</b>"
+    coded = lambda *files: [b64encode(file).decode() for file in files]  # noqa: E731
+    with served(service, max_bytes=100_000) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        problems, asked = [], []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}#token={TOKEN}")
+        page.wait_for_selector("#teach:not([hidden])")
+        assert page.url == address
+        page.locator("#known li").nth(2).wait_for()
+
+        page.evaluate(DROP, ["#drop", "", coded(drawn[names[0]][8])])
+        page.wait_for_selector("#bars li")
+        assert page.locator("#bars li").count() == 3
+
+        page.fill("#name", new)
+        page.evaluate(DROP, ["#teach-drop", "", coded(*drawn[names[3]][:8])])
+        assert page.locator("#chosen img").count() == 8
+        page.click("#learn")
+        page.get_by_text(f"Learned “{new}”.").wait_for()
+        assert page.locator("#known .name").all_inner_texts() == [*names[:3], new]
+        page.evaluate(DROP, ["#drop", "", coded(drawn[names[3]][0])])
+        page.wait_for_function("() => document.querySelectorAll('#bars li').length === 4")
+        assert page.locator("#bars .name").first.inner_text() == new
+        page.evaluate("document.querySelector('details').open = true")
+        slide = "value => { const at = $('threshold'); at.value = value; at.dispatchEvent(new Event('input')); }"
+        page.evaluate(slide, "0")
+        assert page.locator("#verdict").inner_text().startswith(new)
+        fit = page.evaluate("answer.known")
+        page.evaluate(slide, "1")
+        assert ("may be none of the known classes" in page.locator("#verdict").inner_text()) == (fit < 1)
+
+        page.evaluate(DROP, ["#drop", "large.png", coded(b"x" * 100_001)])
+        page.get_by_text("“large.png” is too large").wait_for()
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+        page.get_by_role("button", name=f"Forget {names[0]}").click()
+        page.get_by_role("button", name="Keep it").click()
+        page.get_by_role("button", name=f"Forget {names[0]}").click()
+        page.get_by_role("button", name="Forget it").click()
+        page.get_by_text(f"Forgot “{names[0]}”.").wait_for()
+        assert page.locator("#known .name").all_inner_texts() == [*names[1:3], new]
+        browser.close()
+    assert not problems
+    assert not [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))]
+
+
+def nginx_block() -> str:
+    """The block of docs/serve.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text()
+    return re.search(r"```nginx\n(.*?)```", page, re.DOTALL)[1]
+
+
+@contextmanager
+def proxied(folder, service_port, name="cairn.example.org"):
+    """nginx with the documented block and a certificate of its own in front of a port; where it listens, and the certificate."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}", "-addext",
+         f"subjectAltName=DNS:{name}", "-keyout", key, "-out", certificate], check=True, capture_output=True,
+    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    block = nginx_block()
+    for written, here in (
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("/etc/ssl/cairn/fullchain.pem", str(certificate)),
+        ("/etc/ssl/cairn/privkey.pem", str(key)),
+        ("127.0.0.1:8000", f"127.0.0.1:{service_port}"),
+    ):
+        assert block.count(written) == 1
+        block = block.replace(written, here)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {folder / kind};\n" for kind in kinds)
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {folder / 'pid'}; error_log {folder / 'error.log'};\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{paths}{block}\n}}\n"
+    )
+    command = [shutil.which("nginx", path=NGINX_PATH), "-c", config, "-p", folder, "-e", folder / "error.log"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(200):
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        yield port, certificate
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+NGINX_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+@pytest.mark.skipif(
+    shutil.which("nginx", path=NGINX_PATH) is None or shutil.which("openssl") is None, reason="needs nginx and openssl"
+)
+def test_the_documented_nginx_block_works(service, drawn, tmp_path):
+    """Everything through TLS: the page, looking, teaching and forgetting with the token; nothing without it."""
+    names, file = list(drawn), next(iter(drawn.values()))[8]
+    with (
+        served(service, public_url="https://cairn.example.org/") as address,
+        proxied(tmp_path, port_of(address)) as (port, certificate),
+        httpx.Client(verify=ssl.create_default_context(cafile=certificate), timeout=60) as through,
+    ):
+
+        def ask(method, path, token=TOKEN, **how):
+            headers = {"Origin": "https://cairn.example.org", "Sec-Fetch-Site": "same-origin"}
+            headers |= {"Authorization": f"Bearer {token}"} if token else {}
+            headers |= {"Host": "cairn.example.org"} | how.pop("headers", {})
+            named = {"sni_hostname": "cairn.example.org"}
+            return through.request(method, f"https://127.0.0.1:{port}{path}", headers=headers, extensions=named, **how)
+
+        for path in ("/", "/page.js", "/page.css"):
+            assert ask("GET", path, token=None).status_code == 200
+        assert ask("GET", "/api/health", token=None).json()["may_ask"] is False
+        assert ask("GET", "/api/health").json()["may_change"] is True
+        found = ask("POST", "/api/predict", files={"image": file})
+        assert found.json()["classes"][0]["name"] in names
+        for token in (None, "wrong"):
+            error(ask("POST", "/api/predict", token=token, files={"image": file}), 401)
+            error(ask("DELETE", f"/api/classes/{names[0]}", token=token), 401)
+        evil = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+        assert "other sites" in error(ask("GET", "/api/classes", headers=evil), 403)
+        taught = ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:4]))
+        assert taught.json()["classes"][-1] == {"name": names[3], "images": 4}
+        assert ask("DELETE", f"/api/classes/{names[3]}").status_code == 200
+        large = bytes(Rules(token=TOKEN).max_bytes + 2 * ROOM)
+        for _ in range(3):  # answered before all of it is there, and the answer gets through
+            assert "too large" in error(ask("POST", "/api/predict", files={"image": large}), 413)
+            error(ask("POST", "/api/predict", token=None, files={"image": large}), 401)
+    with served(service) as address, proxied(tmp_path, port_of(address)) as (port, certificate):
+        refused = httpx.get(f"https://127.0.0.1:{port}/api/classes", verify=False, headers={"Host": "127.0.0.1"})
+        assert "--public-url" in error(refused, 403)

@@ -11,7 +11,7 @@ Pixels: TypeAlias = Float[Tensor, "n ..."]
 """What an image tower takes: (n, 3, h, w), or (n, d) where the embeddings were computed beforehand."""
 
 Features: TypeAlias = Float[Tensor, "n d"]
-Labels: TypeAlias = Int[Tensor, "n"]
+Labels: TypeAlias = Int[Tensor, " n"]
 """Class ids in order of arrival, 0..k-1."""
 
 Scores: TypeAlias = Float[Tensor, "n k"]

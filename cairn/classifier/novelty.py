@@ -105,11 +105,11 @@ class Novelty:
         below = torch.exp((a - self._references[0]).clamp_max(0)) / (len(self._references) + 1)
         return torch.where(among > 0, among, below).numpy()
 
-    def fit(self, z: Features) -> Float[Tensor, "n"]:
+    def fit(self, z: Features) -> Float[Tensor, " n"]:
         """a(z) of rows as the memory holds them; only for methods that keep Gaussians."""
         return self._standard(self._gaussian(z.detach().double().cpu()), self._text(z))
 
-    def _text(self, z: Features) -> Float[Tensor, "n"]:
+    def _text(self, z: Features) -> Float[Tensor, " n"]:
         return self._method.row_scores(z).detach().amax(1).double().cpu()
 
     def _standard(self, g: Tensor, t: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ REG = 1e-6
 class Barycentre(NamedTuple):
     """A Gaussian between Gaussians; `error` is the last relative change of its covariance, below tolerance or not."""
 
-    mean: Float[Tensor, "d"]
+    mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
     iterations: int
     error: float
@@ -109,7 +109,7 @@ def gaussian_map(
 def barycentre(
     means: Float[Tensor, "k d"],
     covariances: Float[Tensor, "k d d"],
-    weights: Float[Tensor, "k"] | None = None,
+    weights: Float[Tensor, " k"] | None = None,
     iterations: int = 100,
     tolerance: float = 1e-10,
     reg: float = 0.0,

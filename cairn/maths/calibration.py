@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DECADES, PER_DECADE = 4, 20
-INVERSE_TEMPERATURES: Float[Tensor, "g"] = torch.logspace(
+INVERSE_TEMPERATURES: Float[Tensor, " g"] = torch.logspace(
     -DECADES, DECADES, 2 * DECADES * PER_DECADE + 1, dtype=torch.float64
 )
 """B: from 1e-4 to 1e4, each 12 % above the one before."""
 
 
-def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, "n"]) -> Float[Tensor, "g"]:
+def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Float[Tensor, " g"]:
     """L on the grid, in float64. With a single class it is zero."""
     s = s.double()
     s = s - s.amax(1, keepdim=True)
@@ -41,7 +41,7 @@ def least_loss(n: int) -> float:
     return n * math.log((n + 2) / (n + 1))
 
 
-def best_temperature(values: Float[Tensor, "g"], least: float = 0.0) -> float:
+def best_temperature(values: Float[Tensor, " g"], least: float = 0.0) -> float:
     """T of the smallest of these values on the grid, such as L, but for those below `least`. 1 where no T is better than
     another.
 

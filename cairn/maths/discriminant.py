@@ -11,7 +11,7 @@ from torch import Tensor
 
 def linear_discriminant(
     means: Float[Tensor, "k d"], S: Float[Tensor, "d d"], n: float | int
-) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k"]]:
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """Weights and biases of D_c(x) = x . P mu_c - mu_c . P mu_c / 2 - log k, with P = d (n S + tr(S) I)^-1, in float64.
 
     P is an estimate of the precision that exists for n < d too. As d / n is left in it, D is the logarithm of a posterior

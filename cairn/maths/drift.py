@@ -260,7 +260,7 @@ class LocalPairedMap(BaseModel, frozen=True, extra="forbid"):
         shared = _regression(Z0, Z1, lam)
         E = Z1 - shared(Z0)
 
-        def corrected(w: Float[Tensor, "n"]) -> AffineMap:
+        def corrected(w: Float[Tensor, " n"]) -> AffineMap:
             m = w @ Z0
             D = _ridge(Z0 - m, E, w, self.stiffness * lam)
             return AffineMap(shared.A + D.T, shared.b + w @ E - m @ D)
@@ -375,7 +375,7 @@ def _nearness(mu: Float[Tensor, "k d"], Z0: Features, sigma: float) -> Float[Ten
     return torch.softmax(torch.cdist(mu, Z0).square() / (-2 * sigma**2), 1)
 
 
-def _ridge(centred: Features, moved: Features, weights: Float[Tensor, "n"], lam: float) -> Float[Tensor, "d d"]:
+def _ridge(centred: Features, moved: Features, weights: Float[Tensor, " n"], lam: float) -> Float[Tensor, "d d"]:
     """argmin_D sum_i w_i |moved_i - centred_i D|^2 + lam tr(G)/d |D|^2 for rows centred under w; 0 where they are one point.
 
     Centring of `moved` is not needed: its mean is orthogonal to centred rows.
@@ -428,7 +428,7 @@ def _held_out(Z0: Features, Z1: Features, labels: Labels) -> float:
     return LAMS[int(errors.argmin())] if errors.any() else LAMS[-1]
 
 
-def _moments(Z: Features) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+def _moments(Z: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """`moments`, with exactly no covariance where the rows are one point: rounding is no shape to be mapped."""
     m, S = moments(Z)
     return m, S if float(S.trace()) > FLAT else torch.zeros_like(S)

@@ -34,7 +34,7 @@ class AffineMap(NamedTuple):
         return x @ self.A.mT + self.b[..., None, :]
 
 
-def moments(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+def moments(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Mean and biased covariance of the rows, in float64: m = sum(x)/n, S = (x - m)^T (x - m) / n. Needs n >= 1."""
     x = x.double()
     m = x.mean(0)
@@ -44,12 +44,12 @@ def moments(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, 
 
 def merged(
     n1: int,
-    m1: Float[Tensor, "d"],
+    m1: Float[Tensor, " d"],
     S1: Float[Tensor, "d d"],
     n2: int,
-    m2: Float[Tensor, "d"],
+    m2: Float[Tensor, " d"],
     S2: Float[Tensor, "d d"],
-) -> tuple[int, Float[Tensor, "d"], Float[Tensor, "d d"]]:
+) -> tuple[int, Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Count, mean and biased covariance of two samples together, from those of each. Exact. Needs n1 + n2 >= 1.
 
     n = n1 + n2,  m = (n1 m1 + n2 m2) / n
@@ -97,8 +97,8 @@ def low_rank_draw(
 
 
 def low_rank(
-    B: Float[Tensor, "d m"], diag: Float[Tensor, "d"], r: int
-) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"], Float[Tensor, "d"]]:
+    B: Float[Tensor, "d m"], diag: Float[Tensor, " d"], r: int
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"], Float[Tensor, " d"]]:
     """B B^T + diag(diag) as U diag(lam) U^T + diag(rest): the r largest eigenpairs of B B^T, lam falling.
 
     rest = diag + the diagonal of what the other eigenpairs hold. So every variance is kept exactly, and the covariances

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 
 def class_cross_entropy(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, " n"], s: float
 ) -> Float[Tensor, ""]:
     """CE(s z T^T, y), the loss of both stages: an image against the class texts.
 
@@ -19,7 +19,7 @@ def class_cross_entropy(
 
 
 def margin_metric_softmax(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float, margin: float
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, " n"], s: float, margin: float
 ) -> Float[Tensor, ""]:
     """Cross entropy in which a wrong class must be further behind, the less its text is like the right one.
 
@@ -31,7 +31,7 @@ def margin_metric_softmax(
 
 
 def text_anchor_contrast(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, "n"], s: float
+    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, " n"], s: float
 ) -> Float[Tensor, ""]:
     """A class text against the *images* of the batch: mean over rows i of -log softmax_j(s t_{y_i} . z_j)_i.
 
@@ -53,7 +53,7 @@ def batch_contrast(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Te
 
 
 def normalised_cross_entropy(
-    H: Float[Tensor, "n k"], y: Int[Tensor, "n"], temperature: float, groups: Int[Tensor, "k"] | None = None
+    H: Float[Tensor, "n k"], y: Int[Tensor, " n"], temperature: float, groups: Int[Tensor, " k"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean over rows i of -log softmax(H_i / (temperature N_i))_{y_i}, so that logits cannot win by growing.
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def one_hot(labels: Int[Tensor, "n"], k: int) -> Float[Tensor, "n k"]:
+def one_hot(labels: Int[Tensor, " n"], k: int) -> Float[Tensor, "n k"]:
     """Row i is 1 in column labels_i, float64."""
     return torch.nn.functional.one_hot(labels, k).double()
 

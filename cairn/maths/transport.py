@@ -147,7 +147,7 @@ def sinkhorn_kernel(
 
 
 def exact_plan(
-    C: Float[Tensor, "n m"], a: Float[Tensor, "n"] | None = None, b: Float[Tensor, "m"] | None = None
+    C: Float[Tensor, "n m"], a: Float[Tensor, " n"] | None = None, b: Float[Tensor, " m"] | None = None
 ) -> Plan:
     """The plan without entropy, argmin <P, C>, for up to some dozens of points: what `sinkhorn_log` tends to as eps -> 0.
 

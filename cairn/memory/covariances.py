@@ -32,17 +32,17 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
     def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         return {"lower": (d * (d + 1) // 2,)}
 
-    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+    def isotropic(self, v: Float[Tensor, " k"], d: int) -> Held:
         return {"lower": torch.outer(v, _packed(torch.eye(d, dtype=v.dtype)))}
 
-    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+    def trace(self, held: Held, d: int) -> Float[Tensor, " k"]:
         i = torch.arange(d)
         return held["lower"][:, i * (i + 3) // 2].sum(-1)
 
     def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
         return {"lower": w * held["lower"] + _packed(B @ B.T)}
 
-    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, " k"]) -> Held:
         return {"lower": held["lower"] + shares @ others["lower"]}
 
     def moved(self, held: Held, A: Float[Tensor, "d d"]) -> Held:
@@ -54,7 +54,7 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
     def factor_values(self, d: int) -> int:
         return d * d
 
-    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+    def factors(self, held: Held, n: Int[Tensor, " k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
         factors, jitters = torch.empty(len(n), d, d), torch.zeros(len(n))
         for i, count in enumerate(n.tolist()):
             factors[i], jitters[i] = cholesky_repaired(
@@ -62,7 +62,7 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
             )
         return factors, jitters
 
-    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return factors[1]
 
     def drawn(
@@ -103,16 +103,16 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
     def shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         return {"variances": (d,)}
 
-    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+    def isotropic(self, v: Float[Tensor, " k"], d: int) -> Held:
         return {"variances": v[:, None].repeat(1, d)}
 
-    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+    def trace(self, held: Held, d: int) -> Float[Tensor, " k"]:
         return held["variances"].sum(-1)
 
     def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
         return {"variances": w * held["variances"] + (B * B).sum(1)}
 
-    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, " k"]) -> Held:
         return {"variances": held["variances"] + shares @ others["variances"]}
 
     def moved(self, held: Held, A: Float[Tensor, "d d"]) -> Held:
@@ -124,10 +124,10 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
     def factor_values(self, d: int) -> int:
         return d
 
-    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+    def factors(self, held: Held, n: Int[Tensor, " k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
         return (shrinkage.diagonal(held["variances"], n).sqrt().float(),)
 
-    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return torch.zeros(len(factors[0]))
 
     def drawn(
@@ -154,17 +154,17 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
         r = min(self.rank, d)
         return {"U": (d, r), "lam": (r,), "rest": (d,)}
 
-    def isotropic(self, v: Float[Tensor, "k"], d: int) -> Held:
+    def isotropic(self, v: Float[Tensor, " k"], d: int) -> Held:
         blank = {name: v.new_zeros(len(v), *shape) for name, shape in self.shapes(d).items()}
         return blank | {"rest": v[:, None].repeat(1, d)}
 
-    def trace(self, held: Held, d: int) -> Float[Tensor, "k"]:
+    def trace(self, held: Held, d: int) -> Float[Tensor, " k"]:
         return held["lam"].sum(-1) + held["rest"].sum(-1)
 
     def absorbed(self, held: Held, w: float, B: Float[Tensor, "d m"]) -> Held:
         return self._decomposed(torch.cat([w**0.5 * self._root(held), B], 1), w * held["rest"])
 
-    def plus(self, held: Held, others: Held, shares: Float[Tensor, "k"]) -> Held:
+    def plus(self, held: Held, others: Held, shares: Float[Tensor, " k"]) -> Held:
         roots = others["U"] * (shares[:, None] * others["lam"]).sqrt()[:, None, :]
         B = torch.cat([self._root(held), roots.movedim(0, 1).flatten(1)], 1)
         return self._decomposed(B, held["rest"] + shares @ others["rest"])
@@ -181,12 +181,12 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
     def factor_values(self, d: int) -> int:
         return d * min(self.rank, d)
 
-    def factors(self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
+    def factors(self, held: Held, n: Int[Tensor, " k"], d: int, shrinkage: Shrinkage) -> tuple[Tensor, ...]:
         a, b = self._scales(held, n, d, shrinkage)
         lam, rest = a[:, None] * held["lam"], a[:, None] * held["rest"] + b[:, None]
         return held["U"].float(), lam.float(), rest.float()
 
-    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, "k"]:
+    def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return torch.zeros(len(factors[0]))
 
     def drawn(
@@ -197,13 +197,13 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
     def _root(self, held: Held) -> Float[Tensor, "d r"]:
         return held["U"] * held["lam"].sqrt()
 
-    def _decomposed(self, B: Float[Tensor, "d m"], diag: Float[Tensor, "d"]) -> Held:
+    def _decomposed(self, B: Float[Tensor, "d m"], diag: Float[Tensor, " d"]) -> Held:
         U, lam, rest = low_rank(B, diag, min(self.rank, len(diag)))
         return {"U": U, "lam": lam, "rest": rest}
 
     def _scales(
-        self, held: Held, n: Int[Tensor, "k"], d: int, shrinkage: Shrinkage
-    ) -> tuple[Float[Tensor, "k"], Float[Tensor, "k"]]:
+        self, held: Held, n: Int[Tensor, " k"], d: int, shrinkage: Shrinkage
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
         # tr(S S) for orthonormal U: |lam|^2 + 2 sum_ri lam_r U_ir^2 rest_i + |rest|^2
         mixed = torch.einsum("kdr,kdr,kd,kr->k", held["U"], held["U"], held["rest"], held["lam"])
         square = (held["lam"] ** 2).sum(-1) + 2 * mixed + (held["rest"] ** 2).sum(-1)
@@ -219,11 +219,11 @@ def _triangle(d: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _packed(S: Float[Tensor, "d d"]) -> Float[Tensor, "t"]:
+def _packed(S: Float[Tensor, "d d"]) -> Float[Tensor, " t"]:
     return S[_triangle(S.shape[-1])]
 
 
-def _unpacked(lower: Float[Tensor, "t"], d: int) -> Float[Tensor, "d d"]:
+def _unpacked(lower: Float[Tensor, " t"], d: int) -> Float[Tensor, "d d"]:
     rows, columns = _triangle(d)
     S = lower.new_empty(d, d)
     S[rows, columns] = lower

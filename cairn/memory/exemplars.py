@@ -12,7 +12,7 @@ from cairn.types import Features, Labels
 class Exemplars:
     """Rows of single images, class by class. Immutable: `add` and `without` return others."""
 
-    def __init__(self, rows: Float[Tensor, "m d"], sizes: Int[Tensor, "k"]):
+    def __init__(self, rows: Float[Tensor, "m d"], sizes: Int[Tensor, " k"]):
         self.rows, self.sizes = rows, sizes
 
     @classmethod
@@ -48,7 +48,7 @@ class Exemplars:
         return cls(state["rows"], state["sizes"])
 
 
-def herded(rows: Float[Tensor, "n d"], mean: Float[Tensor, "d"], number: int) -> list[int]:
+def herded(rows: Float[Tensor, "n d"], mean: Float[Tensor, " d"], number: int) -> list[int]:
     """Numbers of the rows chosen one after the other, each so that the mean of those chosen is nearest to `mean`.
 
     i_m = argmin_i |mean - (sum_{j<m} rows_{i_j} + rows_i) / m|, without repetition; all rows where there are no more.

@@ -37,7 +37,7 @@ FLAT = 1e-12
 
 
 class _Stored(NamedTuple):
-    counts: Int[Tensor, "k"]
+    counts: Int[Tensor, " k"]
     means: Float[Tensor, "k d"]
     held: Held
     """As the kind of covariance has it, one row per class; a pooled kind has one row in all."""
@@ -101,7 +101,7 @@ class GaussianMemory:
         return len(self._stored.counts)
 
     @property
-    def counts(self) -> Int[Tensor, "k"]:
+    def counts(self) -> Int[Tensor, " k"]:
         """Features each class was learned from."""
         return self._stored.counts.clone()
 
@@ -110,7 +110,7 @@ class GaussianMemory:
         """Class means in float64."""
         return self._stored.means.double()
 
-    def mean(self, c: int) -> Float[Tensor, "d"]:
+    def mean(self, c: int) -> Float[Tensor, " d"]:
         """Mean of class c in float64. Raises IndexError for a class not held."""
         return self._stored.means[self._known(c)].double()
 
@@ -317,7 +317,7 @@ class GaussianMemory:
     def _row(self, c: int) -> int:
         return 0 if self._kind.pooled else c
 
-    def _weights(self, counts: Int[Tensor, "k"]) -> Int[Tensor, "rows"]:
+    def _weights(self, counts: Int[Tensor, " k"]) -> Int[Tensor, " rows"]:
         """Features behind each stored covariance."""
         return counts.sum()[None] if self._kind.pooled else counts
 
@@ -358,7 +358,7 @@ class GaussianMemory:
             self._factors[key] = stacked
         return self._factors[key]
 
-    def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, "rows"]]:
+    def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, " rows"]]:
         """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""
         held = {name: tensor[rows].double() for name, tensor in self._stored.held.items()}
         n = self._weights(self._stored.counts)[rows]
@@ -373,11 +373,11 @@ class GaussianMemory:
         return held, n
 
     @cached_property
-    def _scattered(self) -> Bool[Tensor, "rows"]:
+    def _scattered(self) -> Bool[Tensor, " rows"]:
         return self._kind.trace(self._stored.held, self._dim).double() > FLAT * self._energies
 
     @cached_property
-    def _energies(self) -> Float[Tensor, "rows"]:
+    def _energies(self) -> Float[Tensor, " rows"]:
         """|mean|^2 of the class behind each row, or the average over all classes; 1 where that is zero."""
         energies = (self.means**2).sum(1)
         energies = energies.mean()[None] if self._kind.pooled else energies

@@ -52,7 +52,7 @@ class GeneratorMemory:
     embeddings. The noise s e of its likelihood, which draws include, and what becomes of a class that returns are ours.
     """
 
-    def __init__(self, counts: Int[Tensor, "k"], decoders: Decoders):
+    def __init__(self, counts: Int[Tensor, " k"], decoders: Decoders):
         self._counts, self._decoders = counts, decoders
 
     @classmethod
@@ -68,7 +68,7 @@ class GeneratorMemory:
         return len(self._counts)
 
     @property
-    def counts(self) -> Int[Tensor, "k"]:
+    def counts(self) -> Int[Tensor, " k"]:
         """Features each class was learned from."""
         return self._counts.clone()
 

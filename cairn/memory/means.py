@@ -12,7 +12,7 @@ from cairn.types import Features, Labels
 class ClassMeans:
     """p_c, the mean of all rows of class c seen so far. Immutable: `add` and `without` return others."""
 
-    def __init__(self, means: Float[Tensor, "k d"], counts: Int[Tensor, "k"]):
+    def __init__(self, means: Float[Tensor, "k d"], counts: Int[Tensor, " k"]):
         self.means, self.counts = means, counts
 
     @classmethod

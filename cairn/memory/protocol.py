@@ -28,7 +28,7 @@ class ClassMemory(Protocol):
         ...
 
     @property
-    def counts(self) -> Int[Tensor, "k"]:
+    def counts(self) -> Int[Tensor, " k"]:
         """Images each class was learned from."""
         ...
 

@@ -230,11 +230,11 @@ class _Draws:
 
     def epochs(
         self, rngs: Sequence[torch.Generator], skip: int = 0
-    ) -> Iterator[Iterator[tuple[Features, Int[Tensor, "n"]]]]:
+    ) -> Iterator[Iterator[tuple[Features, Int[Tensor, " n"]]]]:
         """One epoch for each generator; of the first one, `skip` batches are passed over."""
         return (islice(self._epoch(rng), 0 if i else skip, None) for i, rng in enumerate(rngs))
 
-    def _epoch(self, rng: torch.Generator) -> Iterator[tuple[Features, Int[Tensor, "n"]]]:
+    def _epoch(self, rng: torch.Generator) -> Iterator[tuple[Features, Int[Tensor, " n"]]]:
         z, y = self.memory.draw(self.per_class, rng)
         z = z - self.shrunk[y]
         for rows in torch.randperm(len(y), generator=rng).split(self.batch):

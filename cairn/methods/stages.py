@@ -96,7 +96,7 @@ def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
 
 
-def competing(present: Int[Tensor, "j"], seen: int, log: Log) -> Int[Tensor, "i"]:
+def competing(present: Int[Tensor, " j"], seen: int, log: Log) -> Int[Tensor, " i"]:
     """Numbers of the classes in a softmax over the `present` ones of a task, `seen` being known in all.
 
     A softmax over one class is 1 and has no gradient. Where a task has a single class, all classes seen stand in it [I]; where

@@ -178,7 +178,7 @@ class ClipTowers:
         """Rows of the token table, without positions."""
         return self._model.text_model.embeddings.token_embedding(ids.to(self.device))
 
-    def encoded(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, "m"]) -> Float[Tensor, "m d"]:
+    def encoded(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
         """Sequences of token embeddings through the text tower; the row at position `end` is projected.
 
         What stands after `end` does not matter: the tower is causal. Differentiable in `tokens`.
@@ -221,7 +221,7 @@ class ClipTowers:
             rows += [row[1 : length - 1] for row, length in zip(projected, lengths.tolist(), strict=True)]
         return rows
 
-    def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[Float[Tensor, "m l w"], Int[Tensor, "m"]]]:
+    def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[Float[Tensor, "m l w"], Int[Tensor, " m"]]]:
         """Token embeddings, cut at the longest prompt of the batch, and lengths with start and end."""
         rows = [[self.bos, *self.tokens(prompt), self.eos] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):

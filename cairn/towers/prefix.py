@@ -35,8 +35,8 @@ class Level:
     rows: slice
     n: int
     length: int
-    slots: Int[Tensor, "r"] | None
-    above: tuple[Int[Tensor, "n"] | None, ...]
+    slots: Int[Tensor, " r"] | None
+    above: tuple[Int[Tensor, " n"] | None, ...]
     visible: Bool[Tensor, "length s"]
 
     def padded(self, x: Float[Tensor, "N a h"]) -> Float[Tensor, "n a length h"]:
@@ -66,8 +66,8 @@ class PromptTree:
     """How N tokens make k prompts: start, shared block, task blocks, class blocks, then every name with its end."""
 
     levels: tuple[Level, ...]
-    positions: Int[Tensor, "N"]
-    ends: Int[Tensor, "k"]
+    positions: Int[Tensor, " N"]
+    ends: Int[Tensor, " k"]
 
 
 def prompt_tree(
@@ -95,7 +95,7 @@ def prompt_tree(
         return PromptTree(tuple(levels), torch.cat(positions), ends)
 
 
-def _level(row: int, begin: int, n: int, length: int, slots: Int[Tensor, "r"], above: tuple) -> Level:
+def _level(row: int, begin: int, n: int, length: int, slots: Int[Tensor, " r"], above: tuple) -> Level:
     in_order = torch.equal(slots, torch.arange(n * length, device=slots.device))
     visible = torch.ones(length, begin + length, dtype=torch.bool).tril(begin)
     return Level(slice(row, row + len(slots)), n, length, None if in_order else slots, above, visible)

@@ -193,7 +193,7 @@ class SoftPrompts(nn.Module):
         self.names: list[str] = []
         self.sizes: list[int] = []  # classes per task
         self._since: int  # the first task whose prompts are computed
-        self._ids: Int[Tensor, "m"]  # start, then every name with its end
+        self._ids: Int[Tensor, " m"]  # start, then every name with its end
         self._tree: PromptTree
         self.shared = nn.Parameter(torch.zeros(choice.shared, towers.width))
         self.task = nn.ParameterList()  # M x w each

@@ -37,8 +37,8 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot
 from cairn.methods.catalogue import METHODS
-from cairn.methods.decoupled import Decoupled
 from cairn.methods.stages import VisionStage, align_vision
+from cairn.methods.two_stage import TwoStageState
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.tuning import ImageEncoder
@@ -189,7 +189,7 @@ def parts(device: torch.device) -> Iterator[Counter]:
 
     plain_next = Loader._next
     replaced = [
-        (dmc_ot, "align_vision", "stage 1"), (Decoupled, "features", "passes before and after"),
+        (dmc_ot, "align_vision", "stage 1"), (TwoStageState, "features", "passes before and after"),
         (dmc_ot.DMCOT, "calibrated", "calibration"), (GaussianMemory, "add", "statistics"),
         (dmc_ot, "align_text", "stage 2"), (Evaluator, "after", "evaluation"),
     ]  # fmt: skip

@@ -103,7 +103,7 @@ class NotFinite(CairnError):
     """A loss, statistic or map that is no longer a number."""
 
 
-class Stopped(CairnError):
+class Interrupted(CairnError):
     """Asked to stop by a signal, after the state was kept; the command exits with 128 and the signal's number."""
 
     def __init__(self, signal: int, to_go_on: str = "the same call goes on where it was"):

@@ -32,7 +32,7 @@ from cairn.storage.files import write_json
 from cairn.storage.versions import versions
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 
 STREAMS: dict[str, dict[str, Any]] = {
@@ -96,7 +96,7 @@ def forms_measured(stream: str, method: str) -> dict[str, Any]:
         second = found.scores.topk(2, 1).indices[:, 1]
         lots.append((task.classes.stop, len(second), *(loss_curve(found.scores, y) for y in (found.labels, second))))
         apart = Loader(tasks.tests[task.index], towers.prepare, towers.pixels)
-        kept.append(encoded(apart, lambda pixels, _: learned.embed(pixels)))  # these encoders are frozen
+        kept.append(encode(apart, lambda pixels, _: learned.embed(pixels)))  # these encoders are frozen
         features, y = (torch.cat(column) for column in zip(*kept, strict=True))
         scores = learned.scores(features)
         right = (scores.argmax(1) == y).tolist()

@@ -55,7 +55,7 @@ def measured(stream: str, run: str, seed: int) -> dict[str, Any]:
         for test in world.stream.tests:
             for pixels, y in Loader(test, world.towers.prepare, world.towers.pixels, batch=256).ordered():
                 with torch.no_grad():
-                    z = learner.remembered(learner.embed(pixels))
+                    z = learner.memory_rows(learner.embed(pixels))
                 right.append(pooled_scores(z, learner.memory).argmax(1) == y)
         row["pooled"] = torch.cat(right).double().mean().item()
     return row

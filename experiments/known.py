@@ -26,7 +26,7 @@ from cairn.experiment.run import RunConfig, towers_for
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 
 THRESHOLD, AFTER = 0.05, (1, 2, 10)
 STREAMS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def aged(stream: str, seed: int) -> list[dict[str, Any]]:
             continue
         method = learner.method_
         parts = [Loader(test, towers.prepare, towers.pixels) for test in tasks.tests[: task.index + 1]]
-        x = torch.cat([encoded(part, lambda pixels, _, method=method: method.embed(pixels))[0] for part in parts])
+        x = torch.cat([encode(part, lambda pixels, _, method=method: method.embed(pixels))[0] for part in parts])
         scores = method.scores(x)
         lost = {
             str(p): float(np.mean(novelty.known(x, scores) < THRESHOLD))

@@ -32,7 +32,7 @@ from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, leas
 from cairn.methods.protocol import GaussianScoring, Method
 from cairn.storage.schema import Count, Record
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
@@ -123,10 +123,10 @@ def rehearsed(
 
     def seen(pixels: Pixels, _: Labels) -> tuple[Tensor, ...]:
         features = other.embed(pixels)
-        rows = (other.remembered(features),) if isinstance(other, GaussianScoring) else ()
+        rows = (other.memory_rows(features),) if isinstance(other, GaussianScoring) else ()
         return other.scores(features), *rows
 
-    scores, *rows, y = encoded(loader, seen)
+    scores, *rows, y = encode(loader, seen)
     return LeftOut(scores, y, other, *rows)
 
 

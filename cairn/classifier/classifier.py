@@ -20,7 +20,7 @@ from cairn.config import with_values
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.identity import LearnedPictures, content_hashes
-from cairn.data.in_memory import Given, Item, items_of
+from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, normal_form
 from cairn.data.stream import Task
@@ -39,10 +39,10 @@ from cairn.errors import (
 from cairn.maths.calibration import log_probabilities
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import KeepsImages, Method, PatchReasons
-from cairn.methods.stored import fit_into
+from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
-from cairn.storage.files import whole
-from cairn.storage.locks import Gate
+from cairn.storage.files import atomic_write
+from cairn.storage.locks import ReadWriteLock
 from cairn.storage.schema import validated
 from cairn.storage.tensors import first_not_finite
 from cairn.storage.versions import versions
@@ -95,7 +95,7 @@ class IncrementalClassifier:
         self.method, self.towers, self.settings = method, towers, settings
         self.templates, self.descriptions, self.seed = prompt_templates(templates), descriptions, seed
         self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
-        self._gate = Gate()
+        self._lock = ReadWriteLock()
         self._towers: Towers | None = None
         self._novelty: Novelty | None = None
         self.method_: Method | None = None
@@ -140,11 +140,11 @@ class IncrementalClassifier:
         kept = {name: class_name(name) for name in dict.fromkeys(names)}
         names = [kept[name] for name in names]
         log = self._noting(log or Log())
-        with self._gate.writing():
+        with self._lock.writing():
             known = self._numbers()
             new = [name for name in dict.fromkeys(names) if name not in known]
             known |= {name: len(self.classes_) + i for i, name in enumerate(new)}
-            given = Given(items, np.array([known[name] for name in names], dtype=np.int64), self._width)
+            given = InMemoryImages(items, np.array([known[name] for name in names], dtype=np.int64), self._width)
             if bad := unreadable(given):
                 named = named_unreadable(given, bad)
                 if on_bad_image == "stop":
@@ -184,7 +184,7 @@ class IncrementalClassifier:
 
     def _learn(
         self,
-        given: Given,
+        given: InMemoryImages,
         hashes: list[bytes],
         new: list[str],
         log: Log,
@@ -236,7 +236,7 @@ class IncrementalClassifier:
     def forget(self, name: str) -> IncrementalClassifier:
         """Without that class: its name, texts and statistics go. What shared weights learned of it stays. Raises DataError for
         a class that is not known."""
-        with self._gate.writing():
+        with self._lock.writing():
             c = self._number(name)
             name = str(self.classes_[c])
             method = self._copy(self._noting(Log()))
@@ -260,7 +260,7 @@ class IncrementalClassifier:
         `known_score` is below it."""
         if unknown_below is not None:
             require_threshold(unknown_below, "unknown_below")
-        with self._gate.reading():
+        with self._lock.reading():
             scores, known = self._scored(images, known=unknown_below is not None)
             found = self.classes_[scores.argmax(1).numpy()] if len(scores) else np.array([], dtype=object)
             if unknown_below is not None:
@@ -271,14 +271,14 @@ class IncrementalClassifier:
         """Softmax of the scores over a temperature, (n, k), columns in the order of `classes_`. The temperature is fitted on
         images that were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many
         are classified correctly as the largest probabilities say."""
-        with self._gate.reading():
+        with self._lock.reading():
             return self._probabilities(self._scored(images)[0]).numpy()
 
     def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image its k likeliest classes with their probabilities, the likeliest first."""
         if k < 1:
             raise ConfigError(f"k {k}: must be at least 1")
-        with self._gate.reading():
+        with self._lock.reading():
             p = self._probabilities(self._scored(images)[0])
             best = p.topk(min(k, p.shape[1]), 1)
             return [
@@ -293,7 +293,7 @@ class IncrementalClassifier:
         about `t` of the images of known classes fall below `t`, if they are like those that were learned. Of other methods:
         the largest probability, which promises nothing of the kind.
         """
-        with self._gate.reading():
+        with self._lock.reading():
             return self._scored(images, known=True)[1]
 
     def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
@@ -308,7 +308,7 @@ class IncrementalClassifier:
         items = items_of(image, self._width)
         if len(items) != 1:
             raise DataError(f"{len(items)} images: explain takes one at a time")
-        with self._gate.reading():
+        with self._lock.reading():
             pixels = self._pixels(items[0])
             scores = self._scores_of(pixels)[0]
             p = self._probabilities(scores[None])[0]
@@ -323,7 +323,7 @@ class IncrementalClassifier:
 
     def _pixels(self, image: Item) -> torch.Tensor:
         towers = self._fitted().towers
-        return towers.pixels(towers.prepare(Given([image], np.zeros(1, dtype=np.int64), self._width)[0])[None])
+        return towers.pixels(towers.prepare(InMemoryImages([image], np.zeros(1, dtype=np.int64), self._width)[0])[None])
 
     @torch.no_grad()
     def _scores_of(self, pixels: torch.Tensor) -> Scores:
@@ -341,7 +341,7 @@ class IncrementalClassifier:
             self._novelty = Novelty(
                 method, self.seed, self.references_, self.referenced_among_, temperature=self.calibration_.temperature
             )
-        given = Given(items, np.zeros(len(items), dtype=np.int64), self._width)
+        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
         try:
             for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
@@ -372,7 +372,7 @@ class IncrementalClassifier:
     def save(self, folder: str | Path) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
         Whole or not at all: a learner that was there stays until this one is written and checked."""
-        with self._gate.reading():
+        with self._lock.reading():
             method = self._fitted()
             self.require_savable()
             # After forgetting, the state before must not stay beside this one
@@ -383,7 +383,7 @@ class IncrementalClassifier:
                 stored, {"method": method.state_dict(), "pictures": self._pictures.state_dict()}, keep
             )
             self._forgot = False
-            with whole(Path(folder) / CARD) as temporary:
+            with atomic_write(Path(folder) / CARD) as temporary:
                 temporary.write_text(card(record), encoding="utf-8")
 
     @classmethod
@@ -421,7 +421,7 @@ class IncrementalClassifier:
         method = learner._fresh(learner._noting(Log()))
         if "method" not in found.parts:
             raise ResultError(f"'{folder}': holds no state of a method; learn again")
-        fit_into(method, found.parts["method"], folder, len(learner.classes_))
+        restore_checked(method, found.parts["method"], folder, len(learner.classes_))
         learner.method_ = method
         learner._take_pictures(found.parts.get("pictures"), folder)
         return learner
@@ -545,12 +545,12 @@ class IncrementalClassifier:
         method = self._fresh(log)
         method.load_state_dict(state)
         if isinstance(method, KeepsImages):
-            method.remember(tasks)
+            method.attach_images(tasks)
         return method
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method, which has a log."""
-        with self._gate.reading():
+        with self._lock.reading():
             learned = None if self.method_ is None else self._learned()
             return self.__dict__ | {"method_": None, "_novelty": None, "learned": learned}
 

@@ -99,7 +99,7 @@ class Novelty:
         """(n,) in [0, 1], from what the method made of the images; `scores` count where it keeps no Gaussians."""
         if self._memory is None:
             return log_probabilities(scores, self._temperature).amax(1).exp().numpy()
-        a = self.fit(self._method.remembered(features))
+        a = self.fit(self._method.memory_rows(features))
         among = self._shares[torch.searchsorted(self._references, a, right=True)]
         # Below all of them order still counts
         below = torch.exp((a - self._references[0]).clamp_max(0)) / (len(self._references) + 1)

@@ -17,7 +17,7 @@ from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import CosineScoring
 from cairn.storage.distribution import extra_remedy
-from cairn.storage.files import whole
+from cairn.storage.files import atomic_write
 
 TOLERANCE = 1e-4
 """Largest difference of a score that is let pass, relative to the largest score."""
@@ -75,7 +75,7 @@ def export_onnx(learner: IncrementalClassifier, path: Path) -> float:
     size = towers.prepare(np.zeros((8, 8, 3), np.uint8)).shape[-1]
     images = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(CHECKED)]
     pixels = towers.pixels(torch.stack([towers.prepare(image) for image in images])).cpu().float()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it says of torchvision, which nothing here uses
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's own deprecations

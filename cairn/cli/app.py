@@ -12,10 +12,10 @@ import typer
 
 from cairn.cli import classifier, embed, run, sweep
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
-from cairn.errors import CairnError, ConfigError, DataError, Stopped, one_line, printable
+from cairn.errors import CairnError, ConfigError, DataError, Interrupted, one_line, printable
 from cairn.reports.console import Console
 from cairn.storage.distribution import extra_remedy
-from cairn.training.distributed import ALONE, Ranks
+from cairn.training.distributed import ALONE, World
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -30,18 +30,18 @@ Block = Annotated[str, typer.Option(help="name of the block")]
 
 def main() -> None:
     """Entry point of the `cairn` command. Of several processes one tells what went wrong."""
-    ranks = ALONE
+    world = ALONE
     try:
-        ranks = Ranks.launched()
-        status = app(standalone_mode=False, obj=ranks)
+        world = World.launched()
+        status = app(standalone_mode=False, obj=world)
         if isinstance(status, int):  # what an interrupt is turned into
             sys.exit(status)
-    except Stopped as error:
-        if ranks.speaks(error):
+    except Interrupted as error:
+        if world.should_report(error):
             print(f"cairn: {error}", file=sys.stderr)
         sys.exit(128 + error.signal)
     except CairnError as error:
-        if ranks.speaks(error):
+        if world.should_report(error):
             print(f"cairn: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.Exit as stop:
@@ -49,7 +49,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
-        told = ranks.speaks(error)
+        told = world.should_report(error)
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             if told:
                 print(f"cairn: {_usage(error)}", file=sys.stderr)
@@ -94,9 +94,9 @@ def _given(options: Sequence[str]) -> str | None:
 
 @app.callback()
 def _started(context: typer.Context) -> None:
-    if context.obj is not None and context.obj.number > 1 and context.invoked_subcommand not in ("run", "embed"):
+    if context.obj is not None and context.obj.world_size > 1 and context.invoked_subcommand not in ("run", "embed"):
         raise ConfigError(
-            f"cairn {context.invoked_subcommand}: for one process, not for {context.obj.number}; start it without torchrun"
+            f"cairn {context.invoked_subcommand}: for one process, not for {context.obj.world_size}; start it without torchrun"
         )
 
 

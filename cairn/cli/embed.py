@@ -76,8 +76,8 @@ def embed(
         precision=precision, preprocess=preprocess, template=template, revision=revision, on_bad_image=on_bad_image,
         dtype=dtype, batch=batch, shard_rows=shard_rows,
     )  # fmt: skip
-    ranks = context.obj or ALONE
-    rank = Rank(ranks.rank, ranks.number, int(os.environ["LOCAL_RANK"]) if ranks.number > 1 else 0)
+    world = context.obj or ALONE
+    rank = Rank(world.rank, world.world_size, int(os.environ["LOCAL_RANK"]) if world.world_size > 1 else 0)
     console, checkpoint = _Console(), Checkpoint()
     with stopped_by_signals(checkpoint), console.live():
         made = embed_dataset(

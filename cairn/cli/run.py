@@ -11,9 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cairn.errors import ConfigError, Stopped, printable
+from cairn.errors import ConfigError, Interrupted, printable
 from cairn.reports.console import Console
-from cairn.training.distributed import ALONE, Ranks
+from cairn.training.distributed import ALONE, World
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
@@ -112,11 +112,11 @@ def run(
     from cairn.experiment.run import RunConfig
     from cairn.methods.catalogue import method_named
 
-    ranks = context.obj or ALONE
+    world = context.obj or ALONE
     if resume is not None:
         if method is not None:
             raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
-        _run_all(read_call(resume), resume, ranks=ranks)
+        _run_all(read_call(resume), resume, world=world)
         return
     asked = context.meta.get(FILE) or RunFile()
     if method is None:
@@ -139,7 +139,7 @@ def run(
         Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
         checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
     )  # fmt: skip
-    _run_all(call, folder, overwrite, ranks)
+    _run_all(call, folder, overwrite, world)
 
 
 def checked(kind: type[Settings], **values: Any) -> Settings:
@@ -179,19 +179,19 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_all(call, folder: Path, overwrite: bool = False, ranks: Ranks = ALONE) -> list:
+def _run_all(call, folder: Path, overwrite: bool = False, world: World = ALONE) -> list:
     """One run into `folder`, or one per seed into `folder/seed-N` and a summary. Of several processes the first writes."""
-    with ranks.connected(call.run.device):
-        return _runs(call, folder, overwrite, ranks)
+    with world.connected(call.run.device):
+        return _runs(call, folder, overwrite, world)
 
 
-def _runs(call, folder: Path, overwrite: bool, ranks: Ranks) -> list:
+def _runs(call, folder: Path, overwrite: bool, world: World) -> list:
     from cairn.experiment.folder import CALL, SUMMARY, summary
     from cairn.storage.files import write_json
 
-    console = Console() if ranks.first else Console(io.StringIO())
+    console = Console() if world.is_main else Console(io.StringIO())
     if call.seeds is None:
-        return [_run_one(call, folder, overwrite, console, ranks)]
+        return [_run_one(call, folder, overwrite, console, world)]
     results = []
 
     def opened() -> None:
@@ -199,8 +199,8 @@ def _runs(call, folder: Path, overwrite: bool, ranks: Ranks) -> list:
 
     for number in call.seeds:
         own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
-        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, ranks, opened))
-    if ranks.first:
+        results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, world, opened))
+    if world.is_main:
         write_json(folder / SUMMARY, summary(results))
         (folder / CALL).unlink(missing_ok=True)
     console.summary(results, folder / SUMMARY)
@@ -208,7 +208,7 @@ def _runs(call, folder: Path, overwrite: bool, ranks: Ranks) -> list:
 
 
 def _run_one(
-    call, folder: Path, overwrite: bool, console: Console, ranks: Ranks, opened: Callable[[], Any] = lambda: None
+    call, folder: Path, overwrite: bool, console: Console, world: World, opened: Callable[[], Any] = lambda: None
 ):  # fmt: skip
     """`opened` is called when the folder is there: when all input was found good."""
     from cairn.contrib.pycil import curve_lines
@@ -220,9 +220,9 @@ def _run_one(
     from cairn.training.log import Log
 
     output = RunFolder(folder, call)
-    trackers = call.track if ranks.first else []
+    trackers = call.track if world.is_main else []
     tracking = Tracking(trackers, folder, call.run, warn=lambda text: tell({"event": "warning", "text": text}))
-    if not overwrite and (done := ranks.told(output.finished)) is not None:
+    if not overwrite and (done := world.broadcast_from_main(output.finished)) is not None:
         console.note(f"already finished: {folder / RESULT} (--overwrite to run again)")
         console.result(done, folder / RESULT)
         return done
@@ -248,18 +248,18 @@ def _run_one(
             for line in curve_lines(list(seen.values())):
                 console.note(line)
 
-    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps, ranks)
+    checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps, world)
     store = FeatureStore.configured() if call.cache else None
     try:
         with stopped_by_signals(checkpoint), console.live():
             learned = partial(write_learner, folder) if call.keep_learner else None
-            log = Log(keep=keep, show=console.progress) if ranks.first else Log()
+            log = Log(keep=keep, show=console.progress) if world.is_main else Log()
             result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
-        if ranks.first:
+        if world.is_main:
             output.write(result)
             tracking.result(result)
-    except Stopped as stopped:
-        raise Stopped(stopped.signal, f"to go on: cairn run --resume {folder}") from None
+    except Interrupted as stopped:
+        raise Interrupted(stopped.signal, f"to go on: cairn run --resume {folder}") from None
     finally:
         tracking.close()
         output.close()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.errors import ConfigError, Stopped
+from cairn.errors import ConfigError, Interrupted
 
 
 class Where(StrEnum):
@@ -88,7 +88,7 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
         return
     try:
         ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))
-    except Stopped:
+    except Interrupted:
         view.note(counts(held.ledger))
         raise
     view.note("")

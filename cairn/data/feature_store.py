@@ -23,7 +23,7 @@ import numpy as np
 
 from cairn.data.images import Images
 from cairn.errors import CairnError, ConfigError
-from cairn.storage.files import make_folder, safetensors_header, whole
+from cairn.storage.files import atomic_write, make_folder, safetensors_header
 
 LIMIT_BYTES = 20 * 10**9
 
@@ -244,7 +244,7 @@ class FeatureStore:
         target = place / f"{_name(raw)}.safetensors"
         make_folder(place, ELSEWHERE)
         try:
-            with whole(target, ELSEWHERE) as temporary:
+            with atomic_write(target, ELSEWHERE) as temporary:
                 with temporary.open("wb") as file:
                     _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
                     size = file.tell()

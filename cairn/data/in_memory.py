@@ -49,7 +49,7 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     raise DataError(f"images: an array of shape {tuple(given.shape)}; {expected}")
 
 
-class Given:
+class InMemoryImages:
     """Images as they were handed over, labelled by class number. A file is opened when it is asked for.
 
     With `width` the items are rows of so many numbers, in place of pictures.
@@ -61,9 +61,11 @@ class Given:
     def __len__(self) -> int:
         return len(self.items)
 
-    def taken(self, rows: Sequence[int] | np.ndarray) -> Given:
+    def taken(self, rows: Sequence[int] | np.ndarray) -> InMemoryImages:
         """Those items, in that order."""
-        return Given([self.items[row] for row in rows], self.labels[np.asarray(rows, dtype=np.int64)], self.width)
+        return InMemoryImages(
+            [self.items[row] for row in rows], self.labels[np.asarray(rows, dtype=np.int64)], self.width
+        )
 
     def __getitem__(self, index: int) -> Any:
         """A PIL image in RGB or a float32 row (width,). Raises DataError naming the item that is neither."""

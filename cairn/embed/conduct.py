@@ -20,7 +20,7 @@ from cairn.embed.maker import Maker, Stale, planned
 from cairn.embed.on_ray import INSTEAD, over_ray
 from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, EmbedConfig, Plan, Shard, stored_plan
 from cairn.embed.work import MADE_AS, Work
-from cairn.errors import CairnError, ConfigError, ResultError, Stopped
+from cairn.errors import CairnError, ConfigError, Interrupted, ResultError
 from cairn.experiment.folder import Lock
 from cairn.experiment.run import comparable_call
 from cairn.storage.files import make_folder
@@ -97,7 +97,7 @@ def embed_dataset(
     if rank.number:
         try:
             return _followed(config, out, folder, rank, checkpoint)
-        except Stopped:
+        except Interrupted:
             raise
         except CairnError as error:  # rank 0 tells of what is wrong with the call, but of this it does not know
             log("warning", text=f"rank {rank.number}: {error}")
@@ -206,7 +206,7 @@ class _Progress:
         self._show()
 
     def _show(self) -> None:
-        """Raises Stopped if it was asked to stop."""
+        """Raises Interrupted if it was asked to stop."""
         missing = sum(self._missing.values()) - self._under_way
         rate = (self._missed - missing) / max(time.perf_counter() - self._began, 1e-9)
         remaining = missing / rate if rate > 0 else float("inf")

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from cairn.errors import ResultError
-from cairn.storage.files import safetensors_header, whole, write_chunks
+from cairn.storage.files import atomic_write, safetensors_header, write_chunks
 
 CODES = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f2"): "F16"}
 
@@ -94,7 +94,7 @@ def write_columns(path: Path, columns: Mapping[str, Column], about: Mapping[str,
     header = safetensors_header(
         ((name, CODES[column.dtype], column.shape, column.bytes) for name, column in ordered), about
     )
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         with temporary.open("wb") as file:
             file.write(header)
             for _, column in ordered:

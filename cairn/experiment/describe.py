@@ -28,7 +28,7 @@ from cairn.maths.similarity import representative_and_diverse
 from cairn.storage.distribution import extra_remedy
 from cairn.towers.clip import spoken
 from cairn.towers.protocol import Towers
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 
 KEPT_SIZE = 512
@@ -99,7 +99,7 @@ def guide_images(
     for name in names:
         rows = np.flatnonzero(dataset.train.labels == dataset.classes.index(name))
         images = Subset(dataset.train, rows, dataset.train.labels[rows])
-        z, _ = encoded(Loader(images, towers.prepare, towers.pixels), lambda pixels, _: towers.image(pixels))
+        z, _ = encode(Loader(images, towers.prepare, towers.pixels), lambda pixels, _: towers.image(pixels))
         chosen[name] = [int(rows[i]) for i in representative_and_diverse(z, config.representative, config.diverse)]
     return chosen
 

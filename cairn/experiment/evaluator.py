@@ -23,7 +23,7 @@ from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
-from cairn.training.distributed import ALONE, Ranks
+from cairn.training.distributed import ALONE, World
 
 KEEP_BYTES = 2 << 30
 """Test embeddings held in memory; what does not fit lies in a file."""
@@ -54,7 +54,7 @@ class Evaluation:
 class Evaluator:
     """Evaluates a method after each task. Embeddings are kept while the method's `encoder` stays the same: in memory up to
     `keep_bytes`, beyond that in a temporary file, which patches of many images need. `between` is called after every
-    batch. With `exemplar_free` a method that keeps images of the task is refused. `ranks` share the batches out: each embeds
+    batch. With `exemplar_free` a method that keeps images of the task is refused. `world` share the batches out: each embeds
     and scores its own, and all know which images were told right."""
 
     def __init__(
@@ -64,10 +64,10 @@ class Evaluator:
         keep_bytes: int = KEEP_BYTES,
         between: Callable[[], Any] = lambda: None,
         exemplar_free: bool = False,
-        ranks: Ranks = ALONE,
+        world: World = ALONE,
     ):
         self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
-        self.exemplar_free, self.ranks = exemplar_free, ranks
+        self.exemplar_free, self.world = exemplar_free, world
         # Test images count as memory that does not grow: all sets together have what one loader would
         room = room_for_images() // len(stream.tests)
         self.loaders = [
@@ -137,8 +137,8 @@ class Evaluator:
     ) -> Tensor:
         """figures(rows, labels) of all test images of task j, in their order; `rows` are those of this process, if it has any."""
         labels, places = self.loaders[j].labels, self._places(j)
-        own = places[self.ranks.rank]
-        found = self.ranks.gathered(nothing if rows is None else figures(rows, labels[own]))
+        own = places[self.world.rank]
+        found = self.world.all_gather(nothing if rows is None else figures(rows, labels[own]))
         whole = nothing.new_empty(len(labels), *nothing.shape[1:])
         for place, some in zip(places, found, strict=True):
             whole[place] = some
@@ -146,7 +146,7 @@ class Evaluator:
 
     def _places(self, j: int) -> list[Tensor]:
         """Of each process, the test images of task j that are for it."""
-        rows, number = torch.arange(len(self.loaders[j].labels)), self.ranks.number
+        rows, number = torch.arange(len(self.loaders[j].labels)), self.world.world_size
         batches = rows.split(self.loaders[j].batch)
         return [torch.cat([rows[:0], *batches[rank::number]]) for rank in range(number)]
 
@@ -189,13 +189,13 @@ class Evaluator:
 
     def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Rows of the images that are for this process, None if none are."""
-        start, kept, loader, number = 0, None, self.loaders[j], self.ranks.number
-        batches = loader.ordered(self.ranks.rank, number)
+        start, kept, loader, number = 0, None, self.loaders[j], self.world.world_size
+        batches = loader.ordered(self.world.rank, number)
         for _ in range(-(-len(loader) // number)):  # as often in every process
             for pixels, _ in islice(batches, 1):
                 rows = embed(pixels)
                 if kept is None:
-                    kept = self._room(len(self._places(j)[self.ranks.rank]), rows)
+                    kept = self._room(len(self._places(j)[self.world.rank]), rows)
                 kept[start : start + len(rows)] = rows
                 start += len(rows)
             self.between()

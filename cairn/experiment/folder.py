@@ -21,9 +21,9 @@ from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import SCHEMA_VERSION, Learned, RunConfig, RunResult, comparable_call, towers_for
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
-from cairn.methods.stored import fit_into
+from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
-from cairn.storage.files import growing, make_folder, read_bytes, read_json, unwritable, write_json
+from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
@@ -157,7 +157,7 @@ class RunFolder:
             self.archive.clear()
         try:
             (self.path / RESULT).unlink(missing_ok=True)
-            self._events = growing(self.path / EVENTS, append=bool(self.archive))
+            self._events = open_append(self.path / EVENTS, append=bool(self.archive))
         except OSError as error:
             self._lock.release()
             raise unwritable(self.path, error, "give another --out") from None
@@ -234,7 +234,7 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
     parts = archive.read().parts
     if "method" not in parts:
         raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
-    fit_into(method, parts["method"], archive.folder, len(result.class_order))
+    restore_checked(method, parts["method"], archive.folder, len(result.class_order))
     return result, method
 
 

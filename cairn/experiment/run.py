@@ -30,7 +30,7 @@ from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import KeepsImages, Method
-from cairn.methods.stored import fit_into
+from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
 from cairn.storage.schema import Amount, Count, Difference, Record, Share, validated
 from cairn.storage.versions import versions
@@ -42,7 +42,7 @@ from cairn.towers.features import FeatureTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint, State
-from cairn.training.distributed import Ranks
+from cairn.training.distributed import World
 from cairn.training.log import Log
 
 SCHEMA_VERSION = 1
@@ -248,16 +248,16 @@ def run_stream(
     `learned` is called when the last task is done, for who wants more than numbers. Where the method leaves the image tower
     as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the state is kept there
     whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is the same to the bit,
-    apart from times and passes. With the `ranks` of `checkpoint` it is one process of several, all of which call this alike;
+    apart from times and passes. With the `world` of `checkpoint` it is one process of several, all of which call this alike;
     the first alone writes.
     """
     log, checkpoint = log or Log(), checkpoint or Checkpoint()
-    ranks = checkpoint.ranks
+    world = checkpoint.world
     entry, stream, towers, settings = prepared(config)
     loaded = towers
-    if ranks.number > 1:
-        _shareable(settings, ranks)
-        _alike(stream, towers, ranks)
+    if world.world_size > 1:
+        _shareable(settings, world)
+        _alike(stream, towers, world)
     for notice in stream.notices:
         log("notice", text=notice)
     if store is not None:
@@ -278,11 +278,11 @@ def run_stream(
         seed=config.seed,
         config=settings.model_dump(mode="json"),
     )
-    course = _Course(config, entry, stream, towers, settings, log, ranks)
+    course = _Course(config, entry, stream, towers, settings, log, world)
     if archive is not None:
         course.keep(checkpoint, archive)
     method = course.method
-    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, ranks=ranks)
+    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, world=world)
     for task in stream.tasks[course.done :]:
         before = course.before()
         with course.learning():
@@ -307,7 +307,7 @@ def run_stream(
         course.snapshot()
         checkpoint.begin()
 
-    if learned is not None and ranks.first:
+    if learned is not None and world.is_main:
         learned(Learned(config, method, stream, loaded, course.calibration))
     B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
@@ -342,8 +342,8 @@ def run_stream(
         seconds=course.seconds,
         seconds_per_task=course.durations,
         resumed=course.resumed,
-        processes=ranks.number,
-        peak_rss_bytes=max(ranks.gathered(_peak_rss())),
+        processes=world.world_size,
+        peak_rss_bytes=max(world.all_gather(_peak_rss())),
         memory_bytes=method.memory_bytes,
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
@@ -376,10 +376,10 @@ class _Course:
     """How far a run is: the method, what was found of it, and what it took. Kept between tasks, or within one."""
 
     def __init__(
-        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log, ranks: Ranks
+        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log, world: World
     ):  # fmt: skip
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
-        self.settings, self.ranks = settings, ranks
+        self.settings, self.world = settings, world
         self.method: Method = entry.build(towers, settings, seed=config.seed, log=log)
         self.evaluations: list[Evaluation] = []
         self.calibration = Calibration()
@@ -435,7 +435,7 @@ class _Course:
             if done:
                 method.load_state_dict(state)
             if self.entry.keeps == "images":
-                method.remember(self.stream.tasks[:done])
+                method.attach_images(self.stream.tasks[:done])
             return method
 
         return same
@@ -452,7 +452,7 @@ class _Course:
 
     def _count(self, part: str, before: dict[str, int]) -> None:
         """Add the passes since then, those of all processes."""
-        for own in self.ranks.gathered({key: count - before[key] for key, count in self.towers.passes.items()}):
+        for own in self.world.all_gather({key: count - before[key] for key, count in self.towers.passes.items()}):
             for key, count in own.items():
                 self.passes[part][key] += count
 
@@ -461,7 +461,7 @@ class _Course:
     def keep(self, checkpoint: Checkpoint, archive: Archive) -> None:
         """Go on with what `archive` holds, and keep what is due there. Raises ResultError for what cannot be gone on with."""
         self._archive = archive
-        held = self.ranks.told(archive.read)
+        held = self.world.broadcast_from_main(archive.read)
         work: dict[str, State] = {}
         if held is not None:
             work = dict(held.parts)
@@ -507,7 +507,7 @@ class _Course:
     def _write(self, work: dict[str, State]) -> None:
         if self._marks is not None:
             self._take("learning")
-        if self.ranks.first:
+        if self.world.is_main:
             self._archive.write(self._record(), {"learner": self._learned, **work})
 
     def _record(self) -> dict[str, Any]:
@@ -539,31 +539,31 @@ class _Course:
         self._spent, self.resumed = record.seconds, record.resumed + 1
         if not self._plausible():
             raise ValueError("a record of other tasks")
-        fit_into(
+        restore_checked(
             self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
         )
         if isinstance(self.method, KeepsImages):
-            self.method.remember(self.stream.tasks[: self.done])
+            self.method.attach_images(self.stream.tasks[: self.done])
 
 
 WHOLE_BATCHES = ("text_anchor_contrast",)
 """Settings that weigh a loss in which the images of a batch depend on one another."""
 
 
-def _shareable(settings: BaseModel, ranks: Ranks) -> None:
+def _shareable(settings: BaseModel, world: World) -> None:
     """Raises ConfigError for a loss of which no process can compute its share."""
     for path, value, _ in every_setting(settings):
         if path.rpartition(".")[2] in WHOLE_BATCHES and value:
             raise ConfigError(
-                f"{path} {value}: looks at whole batches, of which each of {ranks.number} processes has a part; set it to 0, or "
+                f"{path} {value}: looks at whole batches, of which each of {world.world_size} processes has a part; set it to 0, or "
                 "run one process"
             )
 
 
-def _alike(stream: TaskStream, towers: Towers, ranks: Ranks) -> None:
+def _alike(stream: TaskStream, towers: Towers, world: World) -> None:
     """Raises ConfigError if the processes do not start from the same. All of them come to this, or none goes on."""
     here = {"data": stream.fingerprint, "towers": towers.fingerprint, "precision": towers.precision} | versions()
-    for rank, there in enumerate(everyone := ranks.gathered(here)):
+    for rank, there in enumerate(everyone := world.all_gather(here)):
         for key, value in there.items():
             if value != everyone[0][key]:
                 raise ConfigError(

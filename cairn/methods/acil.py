@@ -21,7 +21,7 @@ from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
@@ -53,7 +53,7 @@ class ACIL:
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encoded(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
         k = max(task.classes.stop, self.W.shape[1])
         for rows in torch.arange(len(z)).split(self.random.width):
             H = self.random(z[rows]).double()

@@ -22,7 +22,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -77,7 +77,7 @@ class APER:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=schedule.batch)
         z, y = adapted(self.image, self.towers, loader, schedule, seeds.at(stage=1), log.at(stage=1), checkpoint)
         with self.image.inference():
-            z1, _ = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+            z1, _ = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
         self.means = self.means.add(torch.cat([z, z1], 1), y)
 
     def forget(self, c: int) -> None:

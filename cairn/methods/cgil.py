@@ -31,7 +31,7 @@ from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -100,7 +100,7 @@ class CGIL(UnitRows):
         anchors = class_anchors(self.towers, task, loader, log)
         if task.names:
             self.texts.grow(task.names, anchors, seeds.generator("texts"))
-        x, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
 
         # Stage 1: a generator per class of the task [P].
         self.memory = config.generator.learned(

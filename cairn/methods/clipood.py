@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cairn.methods.fixed_text_head import FixedTextHead
 from cairn.methods.stages import VisionStage
-from cairn.methods.text_anchored import TextAnchored
 from cairn.towers.tuning import Full
 from cairn.training.schedule import Schedule
 
@@ -36,5 +36,5 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding().model_copy(update={"margin": 0.3, "average": 0.5}))
 
 
-class CLIPood(TextAnchored):
+class CLIPood(FixedTextHead):
     """argmax_c s cos(f_b(x), t_c), f_b the average over its tuning on task b."""

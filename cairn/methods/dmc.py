@@ -18,8 +18,8 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
-from cairn.methods.decoupled import Decoupled
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.methods.two_stage import TwoStageState
 from cairn.training.checkpoint import Checkpoint
 
 
@@ -46,7 +46,7 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
 
-class DMC(Decoupled):
+class DMC(TwoStageState):
     """argmax over the classes seen of s cos(f(x), t_c)."""
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
@@ -69,4 +69,4 @@ class DMC(Decoupled):
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
         align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
-        self.remember_texts()
+        self.cache_texts()

@@ -25,8 +25,8 @@ from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.decoupled import Decoupled
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.methods.two_stage import TwoStageState
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ class Motion(NamedTuple):
     y: Labels
 
 
-class DMCOT(Decoupled):
+class DMCOT(TwoStageState):
     """argmax over the classes seen of s cos(f(x), t_c)."""
 
     def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
@@ -155,7 +155,7 @@ class DMCOT(Decoupled):
             self.config.stage2, self.texts, Z1, y, old, self.towers.logit_scale, seeds.at(stage=2), log.at(stage=2),
             checkpoint, separability=self.config.separability,
         )  # fmt: skip
-        self.remember_texts()
+        self.cache_texts()
 
     def calibrated(self, motion: Motion, log: Log) -> GaussianMemory:
         """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""

@@ -53,7 +53,7 @@ from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -208,7 +208,7 @@ class ENGINE:
         rng = seeds.generator("views")
         y = torch.as_tensor(task.train.labels)
         if not self.towers.has_images:
-            x, _ = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+            x, _ = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
             return torch.cat([x, *(noisy(x, self.config.noise, rng) for _ in range(views)), x], 1), y
         chances = torch.rand(n, views, CHANCES, generator=rng)
 
@@ -217,7 +217,7 @@ class ENGINE:
             x, h = self.towers.image_and_hidden(pixels)
             return torch.cat([unit(part) for part in (x, *altered, h)], 1)
 
-        return encoded(loader, rows, checkpoint, "X")[0], y
+        return encode(loader, rows, checkpoint, "X")[0], y
 
     def _described(self) -> Float[Tensor, "k d"]:
         """d_c."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cairn.methods.fixed_text_head import FixedTextHead
 from cairn.methods.stages import BOUND, VisionStage
-from cairn.methods.text_anchored import TextAnchored
 
 
 class Config(BaseModel):
@@ -23,5 +23,5 @@ class Config(BaseModel):
         return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}))
 
 
-class FineTune(TextAnchored):
+class FineTune(FixedTextHead):
     """argmax_c s cos(f_b(x), t_c), f_b trained on one task after the other."""

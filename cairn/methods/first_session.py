@@ -17,7 +17,7 @@ from cairn.methods.stages import as_tuned, competing
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -33,7 +33,7 @@ def adapted(
 
     Nothing is tuned if the encoder has nothing to train, or has been trained before.
     """
-    z, y = encoded(loader, lambda pixels, _: towers.image(pixels), checkpoint, "Z")
+    z, y = encode(loader, lambda pixels, _: towers.image(pixels), checkpoint, "Z")
     if encoder.parameters() and not encoder.version and schedule.epochs:
         encoder.version = 1
         classes, which = y.unique(return_inverse=True)

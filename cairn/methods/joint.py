@@ -23,7 +23,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -91,11 +91,11 @@ class Joint:
         loader = Loader(everything, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
         align_vision(stage1, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
         with self.image.inference():
-            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
         nothing = GaussianMemory(self.towers.dim)
         align_text(stage2, self.texts, unit(z), y, nothing, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
 
-    def remember(self, tasks: Sequence[Task]) -> None:
+    def attach_images(self, tasks: Sequence[Task]) -> None:
         """The tasks learned so far, whose images a state does not hold."""
         self.tasks = list(tasks)
 
@@ -124,7 +124,7 @@ class Joint:
         return {"anchors": self.anchors} | flattened(parts)
 
     def load_state_dict(self, state: State) -> None:
-        """For scoring. To learn on it must be given its images again: see `remember`."""
+        """For scoring. To learn on it must be given its images again: see `attach_images`."""
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))

@@ -26,7 +26,7 @@ from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
@@ -63,7 +63,7 @@ class LDA(UnitRows):
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "Z")
         self._set(self.memory.add(z, y))
 
     def forget(self, c: int) -> None:

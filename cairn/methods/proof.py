@@ -34,7 +34,7 @@ from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -124,7 +124,7 @@ class PROOF:
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        x, y = encoded(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
         self.means = self.means.add(x, y)
 
         # This task's projections [P] and prompts [I] are new, those before stand still; T is trained on.

@@ -96,7 +96,7 @@ class GaussianScoring(Protocol):
 
     memory: ClassMemory
 
-    def remembered(self, features: Features) -> Features:
+    def memory_rows(self, features: Features) -> Features:
         """Rows as the memory holds them."""
         ...
 
@@ -139,7 +139,7 @@ class KeepsImages(Protocol):
 
     tasks: list[Task]
 
-    def remember(self, tasks: Sequence[Task]) -> None:
+    def attach_images(self, tasks: Sequence[Task]) -> None:
         """The tasks learned so far, whose images a state does not hold."""
         ...
 

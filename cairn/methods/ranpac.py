@@ -31,7 +31,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -99,7 +99,7 @@ class RanPAC:
 
         # Phase 2: the ridge is the one that fits held-out images of the task best; then all of them count.
         with self.image.inference():
-            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
         Y = one_hot(y, max(task.classes.stop, self.sums.D.shape[1])).float()
         self.lam = self._chosen(z, Y, seeds)
         self.sums = self._joined(z, Y, seeds.generator("rotation"))

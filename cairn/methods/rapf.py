@@ -43,7 +43,7 @@ from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -124,7 +124,7 @@ class RAPF(UnitRows):
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        x, y = encoded(loader, lambda pixels, _: self.remembered(self.towers.image(pixels)), checkpoint, "X")
+        x, y = encode(loader, lambda pixels, _: self.memory_rows(self.towers.image(pixels)), checkpoint, "X")
 
         # Cross entropy on new images and draws of old classes, and the hinge loss on what is drawn of neighbours [P].
         old, device = self.memory, torch.device(self.towers.device)
@@ -161,11 +161,11 @@ class RAPF(UnitRows):
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
-    def remembered(self, features: Features) -> Features:
+    def memory_rows(self, features: Features) -> Features:
         return unit(features) if self.config.unit_features else features
 
     def on_sphere(self, drawn: Features) -> Features:
-        return self.remembered(drawn)
+        return self.memory_rows(drawn)
 
     def row_scores(self, x: Features) -> Scores:
         return self.towers.logit_scale * unit(x @ self.W.to(x.device).T) @ self.anchors.to(x.device).T
@@ -208,10 +208,10 @@ class _WithPairs:
     """
 
     def __init__(
-        self, batches: ReplayBatches, old: GaussianMemory, pairs: Int[Tensor, "p 2"], draws: int, most: int, remembered
+        self, batches: ReplayBatches, old: GaussianMemory, pairs: Int[Tensor, "p 2"], draws: int, most: int, memory_rows
     ):
         self.batches, self.old, self.pairs, self.draws, self.most = batches, old, pairs, draws, most
-        self.remembered = remembered
+        self.memory_rows = memory_rows
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -237,7 +237,7 @@ class _WithPairs:
                 # Pair i takes the next rows of its class that no pair before it took
                 place = torch.stack([(which[:i] == c).sum() for i, c in enumerate(which)])
                 rows = drawn.view(len(classes), -1, self.draws, drawn.shape[1])[which, place].flatten(0, 1)
-                x = torch.cat([x, self.remembered(rows)])
+                x = torch.cat([x, self.memory_rows(rows)])
                 labels = torch.cat([labels, pairs.repeat_interleave(self.draws, 0)])
             yield x, labels
 

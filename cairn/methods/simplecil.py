@@ -15,7 +15,7 @@ from cairn.methods.protocol import FROZEN, CosineForm
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.types import Features, Labels, Pixels, Scores
 
@@ -46,7 +46,7 @@ class SimpleCIL:
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encoded(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
         self.means = self.means.add(z, y)
 
     def forget(self, c: int) -> None:

@@ -47,7 +47,7 @@ from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -169,7 +169,7 @@ class SLCA(UnitRows):
 
         # 2. Statistics of the task's classes under the encoder as it now is.
         with self.image.inference():
-            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
         self.memory = self.memory.add(unit(z), y)
 
         # 3. Classifier alignment: all classes seen, each drawn as often as any other.

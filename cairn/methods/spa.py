@@ -44,7 +44,7 @@ from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -143,7 +143,7 @@ class SPA:
             self._describe(sentences_of(config.descriptions, task, log))
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
-        x, S, y = encoded(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
+        x, S, y = encode(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
         x, S, y = (column.to(_device(self.towers)) for column in (x, S, y))
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
@@ -184,7 +184,7 @@ class SPA:
         x, S = self._seen(features.to(_device(self.towers)), None)
         return self.row_scores(x) + self.towers.logit_scale * self.config.local.weight * S
 
-    def remembered(self, features: Features) -> Float[Tensor, "n w"]:
+    def memory_rows(self, features: Features) -> Float[Tensor, "n w"]:
         """Rows as the memory holds them."""
         return self._seen(features.to(_device(self.towers)), None)[0]
 

@@ -21,7 +21,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -92,7 +92,7 @@ def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float
         return towers.class_texts(task.names, task.templates)
     if task.index == 0:
         log("notice", text="no text_features in the file: class means of the frozen embeddings stand in as anchors")
-    z, y = encoded(loader, lambda pixels, _: towers.image(pixels))
+    z, y = encode(loader, lambda pixels, _: towers.image(pixels))
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
 
 

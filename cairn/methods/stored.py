@@ -16,7 +16,7 @@ LARGE = 1e6
 """Where embeddings are given there is no item like another: one far beyond any, so that what is finite of it is of all."""
 
 
-def fit_into(method: Method, state: State, folder: Path, classes: int) -> None:
+def restore_checked(method: Method, state: State, folder: Path, classes: int) -> None:
     """A stored state into a fresh method. Raises ResultError if it does not fit, or an item does not get one finite score for
     each of `classes`."""
     try:

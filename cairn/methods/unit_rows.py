@@ -12,9 +12,9 @@ class UnitRows(ABC):
     """Rows are unit embeddings; `row_scores` is the method's own."""
 
     def scores(self, features: Features) -> Scores:
-        return self.row_scores(self.remembered(features))
+        return self.row_scores(self.memory_rows(features))
 
-    def remembered(self, features: Features) -> Features:
+    def memory_rows(self, features: Features) -> Features:
         """Rows as the memory holds them."""
         return unit(features)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.folders import decoded_small, reason
 from cairn.data.names import class_name, require_text
-from cairn.errors import ConfigError, DataError, Stopped, one_line
+from cairn.errors import ConfigError, DataError, Interrupted, one_line
 from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses
 from cairn.training.checkpoint import Checkpoint
@@ -167,7 +167,7 @@ class Service:
             finally:
                 lock.release()
             self.learner = copy
-        except Stopped:
+        except Interrupted:
             raise _stopped() from None
         finally:
             self.work = None

@@ -60,7 +60,7 @@ def make_folder(path: Path, elsewhere: str = ELSEWHERE) -> None:
 
 
 @contextmanager
-def whole(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
+def atomic_write(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """A path to write to, beside `path`; on leaving it is flushed to the disk and renamed, so that a reader sees the old
     file or the new one. If anything fails, the old file stays and nothing else does. Raises ResultError for OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -91,7 +91,7 @@ def _flush_folder(folder: Path) -> None:
 
 def write_chunks(path: Path, chunks: Iterable[Any]) -> None:
     """Bytes, one piece after the other, whole or not at all."""
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
 
@@ -105,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
     write_chunks(path, [content])
 
 
-def growing(path: Path, append: bool) -> TextIO:
+def open_append(path: Path, append: bool) -> TextIO:
     """A text file that is written line by line, no link and no pipe; what is not UTF-8 becomes JSON's escape. Raises
     OSError."""
     return open(

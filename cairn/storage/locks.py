@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Gate:
+class ReadWriteLock:
     """Many readers or one writer."""
 
     def __init__(self):
         self._condition, self._readers = threading.Condition(), 0
         self._writer = threading.RLock()
 
-    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
-        """A copy, also one by pickle, is a new gate: nobody holds it."""
-        return Gate, ()
+    def __reduce__(self) -> tuple[type[ReadWriteLock], tuple[()]]:
+        """A copy, also one by pickle, is a new lock: nobody holds it."""
+        return ReadWriteLock, ()
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import Timeout
 
 from cairn.data.feature_store import FeatureStore
-from cairn.errors import CairnError, ResultError, Stopped, one_line
+from cairn.errors import CairnError, Interrupted, ResultError, one_line
 from cairn.experiment.folder import Call, Lock, RunFolder
 from cairn.experiment.run import RunResult, run_stream
 from cairn.storage.files import make_folder
@@ -41,7 +41,7 @@ def attempted(order: Order, checkpoint: Checkpoint) -> Ended:
         with folder.taken(checkpoint):
             done = folder.finished()
             return Ended(order.name, "finished", figures=figures(done or _run(folder, order, checkpoint)))
-    except Stopped:
+    except Interrupted:
         return Ended(order.name, "stopped")
     except CairnError as error:
         return Ended(order.name, "failed", str(error))
@@ -60,7 +60,7 @@ def _run(folder: TakenFolder, order: Order, checkpoint: Checkpoint) -> RunResult
             folder.call.run, Log(keep=folder.keep), store=store, checkpoint=checkpoint, archive=folder.archive
         )
         folder.write(result)
-    except Stopped:
+    except Interrupted:
         raise
     except Exception as error:
         folder.keep({"event": "error", "text": str(error), "traceback": traceback.format_exc()})
@@ -78,7 +78,7 @@ class TakenFolder(RunFolder):
 
     @contextmanager
     def taken(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Raises ResultError if another process writes there for PATIENCE seconds, Stopped if asked to stop meanwhile."""
+        """Raises ResultError if another process writes there for PATIENCE seconds, Interrupted if asked to stop meanwhile."""
         make_folder(self.path)
         self._lock.wait(checkpoint)
         try:

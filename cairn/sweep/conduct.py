@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from cairn.errors import CairnError, ConfigError, Stopped
+from cairn.errors import CairnError, ConfigError, Interrupted
 from cairn.experiment.config_file import RunFile, run_file_text
 from cairn.experiment.folder import Call, Lock
 from cairn.reports.formats import Table
@@ -103,7 +103,7 @@ class Sweep:
         self._stopped = number
 
     def carry_out(self, make_engine: Callable[[], Engine]) -> Ledger:
-        """Raises a CairnError for any bad input before anything runs, Stopped if asked to stop. Runs that fail are told in
+        """Raises a CairnError for any bad input before anything runs, Interrupted if asked to stop. Runs that fail are told in
         the ledger."""
         if self.file.search is not None:
             optuna_module()
@@ -124,7 +124,7 @@ class Sweep:
             with suppress(OSError):  # nothing was begun, so nothing is left
                 self.folder.rmdir()
         if self._stopped is not None:
-            raise Stopped(self._stopped)
+            raise Interrupted(self._stopped)
         return self.ledger
 
     def _loop(self, engine: Engine, studies: list[Study]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.errors import ConfigError, one_line
-from cairn.storage.files import growing
+from cairn.storage.files import open_append
 from cairn.sweep.order import Ended, Order
 from cairn.training.ray_cluster import Cluster
 
@@ -58,7 +58,7 @@ class OnRay:
         self._running: dict[Any, Order] = {}
         self._looked, self._slots = -LOOK, 0
         self._log = log
-        self._said = growing(log, append=True)
+        self._said = open_append(log, append=True)
         # Ray prints what befalls nodes and workers, a page at a time, and cannot be told where to
         self._redirected = redirect_stdout(self._said)
         self._redirected.__enter__()

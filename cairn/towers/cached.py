@@ -56,7 +56,7 @@ class Placed:
         return image_ids(self.images)
 
 
-class KeptTowers:
+class CachedTowers:
     """`towers`, with the embeddings of placed images in `store`. For methods that leave the image tower as it is.
 
     `passes` has one more count, `stored`: images whose embeddings the store held, in place of a pass. `data` is what the
@@ -157,8 +157,8 @@ def _is_place(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype == torch.int64
 
 
-def kept(stream: TaskStream, towers: Towers, store: FeatureStore) -> tuple[TaskStream, KeptTowers]:
+def kept(stream: TaskStream, towers: Towers, store: FeatureStore) -> tuple[TaskStream, CachedTowers]:
     """The stream with places for images, and the towers that know them. For methods that leave the image tower as it is."""
-    knowing = KeptTowers(towers, store, stream.name)
+    knowing = CachedTowers(towers, store, stream.name)
     tasks = tuple(replace(task, train=knowing.placed(task.train)) for task in stream.tasks)
     return replace(stream, tasks=tasks, tests=tuple(map(knowing.placed, stream.tests))), knowing

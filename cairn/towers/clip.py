@@ -178,7 +178,7 @@ class ClipTowers:
         """Rows of the token table, without positions."""
         return self._model.text_model.embeddings.token_embedding(ids.to(self.device))
 
-    def encoded(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+    def encode(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
         """Sequences of token embeddings through the text tower; the row at position `end` is projected.
 
         What stands after `end` does not matter: the tower is causal. Differentiable in `tokens`.
@@ -210,7 +210,7 @@ class ClipTowers:
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
         """Raises TowersError for a prompt that does not fit the context."""
-        return torch.cat([self.encoded(tokens, lengths - 1) for tokens, lengths in self._batches(prompts)])
+        return torch.cat([self.encode(tokens, lengths - 1) for tokens, lengths in self._batches(prompts)])
 
     @torch.no_grad()
     def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:

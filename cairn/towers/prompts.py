@@ -54,7 +54,7 @@ def prompt_embeddings(
     ids = torch.tensor([row + [towers.eos] * (behind - len(row)) for row in rows])
     start = towers.token_embeddings(torch.tensor([[towers.bos]])).expand(k, 1, -1)
     tokens = torch.cat([start, contexts, towers.token_embeddings(ids)], dim=1)
-    return towers.encoded(tokens, torch.tensor([M + len(row) for row in rows]))
+    return towers.encode(tokens, torch.tensor([M + len(row) for row in rows]))
 
 
 class _Choice(BaseModel):

@@ -2,7 +2,7 @@
 
 A task is learned by a procedure: passes that encode, stages that train. Everything random in it is derived from the seed
 and the place, so a procedure that was cut off is simply run again from the state before the task, and what it had finished
-is handed back instead of done again: finished stages, rows already encoded, and the step at which a stage stood. None of that
+is handed back instead of done again: finished stages, rows already encode, and the step at which a stage stood. None of that
 depends on how many processes do it.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cairn.errors import Stopped
-from cairn.training.distributed import ALONE, Meetings, Ranks
+from cairn.errors import Interrupted
+from cairn.training.distributed import ALONE, SyncSchedule, World
 
 State = dict[str, Tensor]
 
@@ -32,18 +32,18 @@ class Checkpoint:
     """The work of the task in progress, by name, and when it is to be kept.
 
     It is due when `seconds` have passed, or `steps` units of work were done, since the last time. Whoever can keep it says
-    how with `kept_by`; without that nothing is ever due, and nothing is remembered. Of several processes, `ranks`, each has
+    how with `kept_by`; without that nothing is ever due, and nothing is remembered. Of several processes, `world`, each has
     one of these: they keep, and stop, after the same unit.
     """
 
-    def __init__(self, seconds: float = SECONDS, steps: int | None = None, ranks: Ranks = ALONE):
-        self.seconds, self.steps, self.ranks = seconds, steps, ranks
+    def __init__(self, seconds: float = SECONDS, steps: int | None = None, world: World = ALONE):
+        self.seconds, self.steps, self.world = seconds, steps, world
         self._write: Callable[[dict[str, State]], Any] | None = None
         self._work: dict[str, State] = {}
         self._finished: dict[str, State] = {}
         self._since, self._counted = time.monotonic(), 0
         self._signal = 0
-        self._meetings = Meetings(ranks)
+        self._sync = SyncSchedule(world)
 
     def kept_by(self, write: Callable[[dict[str, State]], Any]) -> None:
         """`write` is given all work of the task in progress, by name."""
@@ -52,7 +52,7 @@ class Checkpoint:
     def begin(self, work: dict[str, State] | None = None) -> None:
         """A task, with the work that was already done of it."""
         self._work, self._finished = dict(work or {}), {}
-        self._meetings.soon()
+        self._sync.soon()
         due, signal = self._asked()
         if due:
             self.save()
@@ -63,7 +63,7 @@ class Checkpoint:
         return self._work.get(name)
 
     def step(self, name: str, state: Callable[[], State]) -> None:
-        """After a unit of work, `state` telling how far it is. Kept if that is due. Raises Stopped if it was asked to stop."""
+        """After a unit of work, `state` telling how far it is. Kept if that is due. Raises Interrupted if it was asked to stop."""
         self._counted += 1
         due, signal = self._asked()
         if due or (signal and self._write is not None):
@@ -77,9 +77,9 @@ class Checkpoint:
         self.found_finished(name, done)
         if self._write is not None:
             self._work[name] = done
-        self._meetings.soon()
+        self._sync.soon()
         self.step(name, lambda: done)
-        self._meetings.soon()
+        self._sync.soon()
 
     def found_finished(self, name: str, state: State) -> None:
         """That what is known of a piece of work is all of it."""
@@ -95,7 +95,7 @@ class Checkpoint:
         return _HandedOn(self, rows, number)
 
     def poll(self) -> None:
-        """Between units of work that leave nothing to remember. Raises Stopped if it was asked to stop."""
+        """Between units of work that leave nothing to remember. Raises Interrupted if it was asked to stop."""
         self._obey(self._asked()[1])
 
     def stop(self, number: int) -> None:
@@ -111,19 +111,19 @@ class Checkpoint:
     def _asked(self) -> tuple[bool, int]:
         """Whether to keep what there is, and the signal to stop by, if any: the same in every process."""
         late, signal = time.monotonic() - self._since >= self.seconds, self._signal
-        if self.ranks.number > 1:
-            signal, late = self._meetings.ask(signal, late)
+        if self.world.world_size > 1:
+            signal, late = self._sync.ask(signal, late)
         return self._write is not None and (late or (self.steps is not None and self._counted >= self.steps)), signal
 
     def _obey(self, signal: int) -> None:
         if signal:
             self.save()
-            raise Stopped(signal)
+            raise Interrupted(signal)
 
 
 class _HandedOn(Checkpoint):
     def __init__(self, source: Checkpoint, rows: Tensor, number: int):
-        super().__init__(ranks=source.ranks)
+        super().__init__(world=source.world)
         self._source, self._rows, self._number = source, rows, number
 
     def work(self, name: str) -> State | None:

@@ -42,19 +42,19 @@ class ProcessLost(CairnError):
 
 
 @dataclass
-class Ranks:
+class World:
     """Process `rank` of `number`. One alone says nothing to anybody, and needs nothing for it."""
 
-    number: int = 1
+    world_size: int = 1
     rank: int = 0
-    local_number: int = 1
+    local_size: int = 1
     """Those on this machine."""
     device: torch.device | None = None
     """Where sums are made."""
     _store: Any = field(default=None, repr=False)
 
     @classmethod
-    def launched(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+    def launched(cls, environment: Mapping[str, str] = os.environ) -> World:
         """What the launcher says. Raises ConfigError where one was asked for several processes that do not know of one another."""
         if "WORLD_SIZE" not in environment:
             # Without a GPU `accelerate launch --num_processes 2` starts one process, and leaves this
@@ -66,19 +66,19 @@ class Ranks:
                         f"{key} {environment[key]}: set by a launcher whose processes would not work together; {REMEDY}"
                     )
             return cls()
-        number, rank, local_number = (
+        world_size, rank, local_size = (
             _whole(environment, key, default)
             for key, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1))
         )
         missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in environment]
-        if number > 1 and missing:
+        if world_size > 1 and missing:
             raise ConfigError(
-                f"WORLD_SIZE {number} without {' and '.join(missing)}: the launcher set not all; {REMEDY}"
+                f"WORLD_SIZE {world_size} without {' and '.join(missing)}: the launcher set not all; {REMEDY}"
             )
-        return cls(number, rank, local_number) if number > 1 else cls()
+        return cls(world_size, rank, local_size) if world_size > 1 else cls()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
@@ -88,7 +88,7 @@ class Ranks:
 
         Raises ConfigError for a device that several processes cannot share out, ProcessLost if not all of them come.
         """
-        if self.number == 1:
+        if self.world_size == 1:
             yield
             return
         import torch
@@ -104,15 +104,15 @@ class Ranks:
                 f"device '{device}': of several processes each takes the GPU of its own number; leave --device out"
             )
         gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-        if gpus and self.local_number > gpus:
+        if gpus and self.local_size > gpus:
             raise ConfigError(
-                f"{self.local_number} processes on a machine with {gpus} GPUs: start {gpus}, or add --device cpu"
+                f"{self.local_size} processes on a machine with {gpus} GPUs: start {gpus}, or add --device cpu"
             )
         with _in_touch():
             self._store, *_ = next(dist.rendezvous("env://"))
-            state = PartialState(cpu=not gpus, store=self._store, rank=self.rank, world_size=self.number)
-        if state.num_processes != self.number:
-            raise ConfigError(f"{self.number} processes were asked for, {state.num_processes} are there; {REMEDY}")
+            state = PartialState(cpu=not gpus, store=self._store, rank=self.rank, world_size=self.world_size)
+        if state.num_processes != self.world_size:
+            raise ConfigError(f"{self.world_size} processes were asked for, {state.num_processes} are there; {REMEDY}")
         self.device = state.device
         yield
         # Left undone after an error: that others lose this process is how they get to know
@@ -121,11 +121,11 @@ class Ranks:
         state.destroy_process_group()
         self.device = self._store = None
 
-    def speaks(self, error: BaseException) -> bool:
+    def should_report(self, error: BaseException) -> bool:
         """Whether it is this process that tells of an error. Of several it is the first that asks, and one that has lost
         another lets that one go first; before they are in touch it is the first of them."""
-        if self.number == 1 or self._store is None:
-            return self.first
+        if self.world_size == 1 or self._store is None:
+            return self.is_main
         try:
             end = time.monotonic() + (GRACE if isinstance(error, ProcessLost) else 0)
             while time.monotonic() < end and not self._store.check([_TOLD]):  # it may have been killed, and say nothing
@@ -136,48 +136,48 @@ class Ranks:
 
     # what they say to one another; every process must say it at the same place
 
-    def told(self, act: Callable[[], Value]) -> Value:
+    def broadcast_from_main(self, act: Callable[[], Value]) -> Value:
         """What `act` gives in the first process, where alone it is called. Raises ProcessLost in the others if it fails."""
-        if self.number == 1:
+        if self.world_size == 1:
             return act()
         import torch.distributed as dist
 
         said: list[Any] = [False, None]
         try:
-            if self.first:
+            if self.is_main:
                 said = [True, act()]
         finally:
             with _in_touch():
                 dist.broadcast_object_list(said)
         if not said[0]:
-            raise ProcessLost(f"process {self.rank} of {self.number}: the first one failed")
+            raise ProcessLost(f"process {self.rank} of {self.world_size}: the first one failed")
         return said[1]
 
-    def gathered(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The values of all processes, in their order. Tensors must be on the CPU."""
-        if self.number == 1:
+        if self.world_size == 1:
             return [value]
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.number
+        values: list[Any] = [None] * self.world_size
         with _in_touch():
             dist.all_gather_object(values, value)
         return values
 
-    def summed(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Their sum over all processes, the same bits in each."""
-        return self._reduced(values, "SUM")
+        return self._all_reduce(values, "SUM")
 
-    def largest(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """Of each the largest in any process."""
-        if self.number == 1:
+        if self.world_size == 1:
             return list(values)
         import torch
 
-        return self._reduced(torch.tensor(values, dtype=torch.int64), "MAX").tolist()
+        return self._all_reduce(torch.tensor(values, dtype=torch.int64), "MAX").tolist()
 
-    def _reduced(self, values: Tensor, how: str) -> Tensor:
-        if self.number == 1:
+    def _all_reduce(self, values: Tensor, how: str) -> Tensor:
+        if self.world_size == 1:
             return values
         import torch.distributed as dist
 
@@ -186,9 +186,9 @@ class Ranks:
             dist.all_reduce(whole, getattr(dist.ReduceOp, how))
         return whole.to(values.device)
 
-    def copied(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes what it is in the first process."""
-        if self.number == 1:
+        if self.world_size == 1:
             return
         import torch.distributed as dist
 
@@ -199,14 +199,14 @@ class Ranks:
             tensor.detach().copy_(whole)
 
 
-class Meetings:
+class SyncSchedule:
     """When processes side by side ask one another how things stand: about every APART seconds.
 
     When that is, is counted in calls, which are the same in all of them; how many, the clock of the first one says.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, world: World):
+        self.world = world
         self.soon()
 
     def soon(self) -> None:
@@ -220,7 +220,7 @@ class Meetings:
             return 0, False
         now = time.monotonic()
         calls = min(2 * self._calls, int(self._calls * APART / max(now - self._since, 1e-6)))
-        signal, late, self._next = self.ranks.largest(signal, *((late, calls) if self.ranks.first else (0, 0)))
+        signal, late, self._next = self.world.all_reduce_max(signal, *((late, calls) if self.world.is_main else (0, 0)))
         self._calls, self._since = 0, now
         return signal, bool(late)
 
@@ -243,5 +243,5 @@ def _in_touch() -> Iterator[None]:
         raise ProcessLost(f"another process of the run is gone ({reason}); start all of them again to go on") from None
 
 
-ALONE = Ranks()
+ALONE = World()
 """A run of one process."""

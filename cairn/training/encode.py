@@ -21,7 +21,7 @@ class Ordered(Protocol):
 
 
 @torch.no_grad()
-def encoded(
+def encode(
     batches: Ordered,
     rows: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     checkpoint: Checkpoint | None = None,
@@ -48,11 +48,11 @@ def encoded(
         return [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
 
     # Batch b is made by process b modulo their number: in every round, one by each.
-    ranks, turn = checkpoint.ranks, done % checkpoint.ranks.number
-    own = batches.ordered(done + (ranks.rank - turn) % ranks.number, ranks.number)
+    world, turn = checkpoint.world, done % checkpoint.world.world_size
+    own = batches.ordered(done + (world.rank - turn) % world.world_size, world.world_size)
     while True:
         batch = next(own, None)
-        made = ranks.gathered(None if batch is None else values(*batch))
+        made = world.all_gather(None if batch is None else values(*batch))
         found = [batch for batch in made[turn:] + made[:turn] if batch is not None]
         for batch in found:
             columns = columns or [[] for _ in batch]
@@ -61,7 +61,7 @@ def encoded(
         done += len(found)
         if found:
             checkpoint.step(name, state)
-        if len(found) < ranks.number:
+        if len(found) < world.world_size:
             break
     if held is None or done > int(held["batches"]):
         checkpoint.finish(name, state)

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from cairn.errors import NotFinite
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint, State
-from cairn.training.distributed import Ranks
+from cairn.training.distributed import World
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -91,9 +91,9 @@ def fit(
             raise ValueError(f"{name}: step {course.step} of {steps}")
         if course.step == steps:
             return checkpoint.found_finished(name, course.finished())
-    ranks = checkpoint.ranks
-    shared = ranks.number > 1 and opens_images
-    part = {"rank": ranks.rank} if shared else {}
+    world = checkpoint.world
+    shared = world.world_size > 1 and opens_images
+    part = {"rank": world.rank} if shared else {}
 
     def training(step: int) -> AbstractContextManager[None]:
         if model is None:
@@ -103,7 +103,7 @@ def fit(
     waited, start, begun = 0.0, time.perf_counter(), course.step
     done, skip = divmod(course.step, len(batches))
     rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
-    epochs = batches.epochs(rngs, skip, (ranks.rank, ranks.number)) if shared else batches.epochs(rngs, skip)
+    epochs = batches.epochs(rngs, skip, (world.rank, world.world_size)) if shared else batches.epochs(rngs, skip)
     for epoch, source in enumerate(epochs, start=done):
         mark = began = time.perf_counter()
         rows = course.rows
@@ -120,7 +120,7 @@ def fit(
                 if math.isfinite(value):
                     whole.backward()
             if shared:
-                value, number = _summed(parameters, value, number, ranks)
+                value, number = _summed(parameters, value, number, world)
             if not math.isfinite(value):
                 raise NotFinite(
                     f"{log.place}, epoch {epoch}, step {course.step}: the loss is {value}; lower the learning rate"
@@ -147,11 +147,11 @@ def fit(
             checkpoint.step(name, course.state)
     if average is not None:
         average.apply()
-    ranks.copied(parameters)
+    world.broadcast_(parameters)
     checkpoint.finish(name, course.finished)
 
 
-def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, ranks: Ranks) -> tuple[float, int]:
+def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, world: World) -> tuple[float, int]:
     """Loss and number of rows of a batch whose parts the processes have. Its gradient takes the place of the part's.
 
     g = sum_r n_r g_r / sum_r n_r, where process r has n_r rows; the loss alike. A parameter without a gradient keeps none.
@@ -161,7 +161,7 @@ def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, ranks: 
     parts = [
         p.new_zeros(p.numel()) if g is None else rows * g.flatten() for p, g in zip(parameters, grads, strict=True)
     ]
-    *sums, figures = ranks.summed(torch.cat([*parts, parts[0].new_tensor([*there, rows * value, rows])])).split(
+    *sums, figures = world.all_reduce_sum(torch.cat([*parts, parts[0].new_tensor([*there, rows * value, rows])])).split(
         [*map(len, parts), len(there) + 2]
     )
     *there, value, rows = figures.tolist()

@@ -98,7 +98,7 @@ def test_references_are_of_a_method_that_did_not_learn_the_images(features):
         kept = np.setdiff1d(np.arange(len(task.train)), out)
         alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])))
         rows = torch.stack([torch.as_tensor(task.train[int(i)]) for i in out])
-        expected += Novelty(alone, 5).fit(alone.remembered(rows)).tolist()
+        expected += Novelty(alone, 5).fit(alone.memory_rows(rows)).tolist()
         among += [task.classes.stop] * len(out)
         images = [task.train[i] for i in range(len(task.train))]
         learner.partial_fit(images, [task.names[c - task.classes.start] for c in task.train.labels])

@@ -15,7 +15,7 @@ from cairn import IncrementalClassifier
 from cairn.classifier.card import card
 from cairn.classifier.classifier import NAME
 from cairn.data.identity import LearnedPictures, content_hash, content_hashes
-from cairn.data.in_memory import Given
+from cairn.data.in_memory import InMemoryImages
 from cairn.errors import ResultError
 from cairn.storage.archive import Archive
 from cairn.towers.features import FeatureTowers
@@ -66,7 +66,7 @@ def test_the_hash_is_that_of_mode_size_and_pixels():
 
 def test_files_arrays_and_images_of_the_same_pixels_are_one_picture(files):
     opened = Image.open(files[0]).convert("RGB")
-    given = Given(
+    given = InMemoryImages(
         [files[0], str(files[0]), opened, np.asarray(opened), torch.tensor(np.asarray(opened))], np.zeros(5, int)
     )
     assert len(set(content_hashes(given))) == 1
@@ -119,7 +119,12 @@ def test_again_learns_them(learner, files):
     assert learner.counts_.tolist() == [7, 2]
     assert "3 of 3 images" in learner.notices_[-1]
     assert "once more" in learner.notices_[-1]
-    assert learner._pictures.compare(content_hashes(Given(files, np.zeros(6, int))), [0] * 6).repeated == [0, 1, 2, 3]
+    assert learner._pictures.compare(content_hashes(InMemoryImages(files, np.zeros(6, int))), [0] * 6).repeated == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_relabelled_picture_is_said_to_stay_under_the_old_label(learner, files):

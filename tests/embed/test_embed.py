@@ -26,7 +26,7 @@ from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
 from cairn.embed import EmbedConfig, Rank, conduct, embed_dataset, maker, work
 from cairn.embed.parts import Column, Parts, write_columns
-from cairn.errors import CairnError, DataError, NotFinite, ResultError, Stopped
+from cairn.errors import CairnError, DataError, Interrupted, NotFinite, ResultError
 from cairn.experiment.run import RunConfig, run_stream
 from cairn.storage.distribution import extra_remedy
 from cairn.training.checkpoint import Checkpoint
@@ -65,12 +65,12 @@ class After(Checkpoint):
     def poll(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise Stopped(signal.SIGTERM)
+            raise Interrupted(signal.SIGTERM)
 
 
 def begun(out: Path, passes: int = 5, config: EmbedConfig = FEW, **options) -> None:
     """A call that was cut off: by default two shards are there, and half of the next is not."""
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         embed_dataset(config, out, checkpoint=After(passes), **options)
 
 
@@ -396,9 +396,9 @@ def test_two_calls_do_not_write_one_file(tmp_path):
         def poll(self) -> None:
             with pytest.raises(ResultError, match="is being written by process"):
                 embed_dataset(FEW, out)
-            raise Stopped(signal.SIGTERM)
+            raise Interrupted(signal.SIGTERM)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         embed_dataset(FEW, out, checkpoint=Meanwhile())
 
 

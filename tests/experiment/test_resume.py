@@ -58,7 +58,7 @@ class Cutting(Checkpoint):
             raise Cut
 
 
-def whole(config):
+def atomic_write(config):
     """Result, learned state and units of work of an untouched run."""
     states, checkpoint = [], Cutting(None)
     result = run_stream(
@@ -94,7 +94,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("name", METHODS)
 def test_cut_off_anywhere_the_end_is_the_same(name, features, tmp_path):
     config = RunConfig(method=name, data=features, step=2, settings=QUICK.get(name, ()))
-    reference = whole(config)
+    reference = atomic_write(config)
     units = reference[2]
     for after in sorted({max(2, units // 7), units // 2 + 1}):
         found = cut_and_gone_on(config, Archive(tmp_path / str(after), "run"), after)
@@ -116,7 +116,7 @@ def test_on_images_too(name, settings, tmp_path):
     config = RunConfig(
         method=name, data="shapes", step=20, limit_train=1, limit_test=1, device="cpu", settings=settings
     )
-    reference = whole(config)
+    reference = atomic_write(config)
     assert_same(reference, cut_and_gone_on(config, Archive(tmp_path, "run"), reference[2] // 3 + 1))
 
 
@@ -137,7 +137,7 @@ def test_what_is_finished_is_not_done_again(features, tmp_path):
 @pytest.mark.parametrize("part", ["manifest", "tensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(features, tmp_path, part):
     config = RunConfig(method="dmc", data=features, step=2, settings=QUICK["dmc"])
-    reference, archive = whole(config), Archive(tmp_path, "run")
+    reference, archive = atomic_write(config), Archive(tmp_path, "run")
     with pytest.raises(Cut):
         run_stream(config, checkpoint=Cutting(6), archive=archive)
     newest = max(tmp_path.glob("run-*.json"))
@@ -188,7 +188,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(features, tmp_path):
         checkpoint=Checkpoint(),
         archive=Archive(tmp_path, "run"),
     )
-    assert_same(whole(config), (result, states[0]))
+    assert_same(atomic_write(config), (result, states[0]))
 
 
 def test_a_statistic_that_is_no_number_names_the_task(features, monkeypatch):

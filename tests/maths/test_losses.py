@@ -10,6 +10,7 @@ from cairn.maths.losses import (
     batch_contrast,
     class_cross_entropy,
     margin_metric_softmax,
+    mean_squared_cosine,
     normalised_cross_entropy,
     text_anchor_contrast,
 )
@@ -123,3 +124,11 @@ def test_batch_contrast_is_the_written_sum():
         total -= logits[i] - math.log(sum(math.exp(value) for value in logits))
     assert math.isclose(batch_contrast(a, b).item(), total / len(a), rel_tol=1e-12)
     assert not math.isclose(batch_contrast(b, a).item(), total / len(a), rel_tol=1e-3)
+
+
+def test_mean_squared_cosine_is_the_written_sum_and_an_opposite_text_is_no_further_than_an_equal_one():
+    _, T, _ = clustered(k=7)
+    new, old = T[:3], T[3:]
+    written = sum(sum(float(a @ b) ** 2 for b in old) for a in new) / 12
+    torch.testing.assert_close(mean_squared_cosine(new, old).item(), written)
+    torch.testing.assert_close(mean_squared_cosine(new, -old), mean_squared_cosine(new, old))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from cairn.errors import LETTERS, CairnError, ResultError
 from cairn.storage.files import (
     JSON_BYTES,
-    growing,
     make_folder,
+    open_append,
     read_bytes,
     read_json,
     read_yaml,
@@ -127,16 +127,16 @@ def test_what_json_cannot_hold_is_not_written(tmp_path, value):
 
 
 def test_a_growing_file_is_a_plain_one(tmp_path):
-    with growing(tmp_path / "lines", append=False) as file:
+    with open_append(tmp_path / "lines", append=False) as file:
         file.write(json.dumps("\udc80", ensure_ascii=False) + "\n")
-    with growing(tmp_path / "lines", append=True) as file:
+    with open_append(tmp_path / "lines", append=True) as file:
         file.write("2\n")
     assert [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()] == ["\udc80", 2]
     (tmp_path / "link").symlink_to(tmp_path / "lines")
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
         with pytest.raises(OSError, match=name):
-            growing(tmp_path / name, append=True)
+            open_append(tmp_path / name, append=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_no_handle_is_left_open(tmp_path):
         for name in (".", "pipe", "none"):
             refused(lambda name=name: read_bytes(tmp_path / name))
         with pytest.raises(OSError, match="pipe"):
-            growing(tmp_path / "pipe", append=False)
+            open_append(tmp_path / "pipe", append=False)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

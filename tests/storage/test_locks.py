@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cairn.storage.locks import Gate
+from cairn.storage.locks import ReadWriteLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,16 +21,16 @@ A_WHILE = 0.2
 
 
 class Other:
-    """A thread that takes one side of the gate, says so, and keeps it until it is told to leave."""
+    """A thread that takes one side of the lock, says so, and keeps it until it is told to leave."""
 
-    def __init__(self, gate: Gate, side: str):
+    def __init__(self, lock: ReadWriteLock, side: str):
         self.inside, self.leave = threading.Event(), threading.Event()
-        self._gate, self._side = gate, side
+        self._lock, self._side = lock, side
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        with getattr(self._gate, self._side)():
+        with getattr(self._lock, self._side)():
             self.inside.set()
             self.leave.wait()
 
@@ -42,11 +42,11 @@ class Other:
 
 @pytest.fixture
 def entered():
-    """Starts threads on a gate of the test's own; all of them are let go at the end."""
+    """Starts threads on a lock of the test's own; all of them are let go at the end."""
     others: list[Other] = []
 
-    def start(gate: Gate, side: str) -> Other:
-        others.append(Other(gate, side))
+    def start(lock: ReadWriteLock, side: str) -> Other:
+        others.append(Other(lock, side))
         return others[-1]
 
     yield start
@@ -56,18 +56,18 @@ def entered():
 
 @pytest.mark.timeout(60)
 def test_readers_are_inside_together(entered):
-    gate = Gate()
-    readers = [entered(gate, "reading") for _ in range(3)]
+    lock = ReadWriteLock()
+    readers = [entered(lock, "reading") for _ in range(3)]
     assert all(reader.inside.wait(SOON) for reader in readers)
 
 
 @pytest.mark.timeout(60)
 def test_a_writer_waits_for_every_reader(entered):
-    gate = Gate()
-    first, second = entered(gate, "reading"), entered(gate, "reading")
+    lock = ReadWriteLock()
+    first, second = entered(lock, "reading"), entered(lock, "reading")
     assert first.inside.wait(SOON)
     assert second.inside.wait(SOON)
-    writer = entered(gate, "writing")
+    writer = entered(lock, "writing")
     assert not writer.inside.wait(A_WHILE)
     first.end()
     assert not writer.inside.wait(A_WHILE)
@@ -78,10 +78,10 @@ def test_a_writer_waits_for_every_reader(entered):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("side", ["reading", "writing"])
 def test_nobody_enters_beside_a_writer(entered, side):
-    gate = Gate()
-    writer = entered(gate, "writing")
+    lock = ReadWriteLock()
+    writer = entered(lock, "writing")
     assert writer.inside.wait(SOON)
-    other = entered(gate, side)
+    other = entered(lock, side)
     assert not other.inside.wait(A_WHILE)
     writer.end()
     assert other.inside.wait(SOON)
@@ -90,22 +90,22 @@ def test_nobody_enters_beside_a_writer(entered, side):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("side", ["reading", "writing"])
 def test_an_error_inside_lets_the_next_writer_in(entered, side):
-    gate = Gate()
-    with pytest.raises(RuntimeError, match="inside"), getattr(gate, side)():
+    lock = ReadWriteLock()
+    with pytest.raises(RuntimeError, match="inside"), getattr(lock, side)():
         raise RuntimeError("inside")
-    assert entered(gate, "writing").inside.wait(SOON)
+    assert entered(lock, "writing").inside.wait(SOON)
 
 
 HANGS = """
 import pytest
-from cairn.storage.locks import Gate
+from cairn.storage.locks import ReadWriteLock
 
 @pytest.mark.timeout(1)
 def test_writes_beside_a_reader_that_never_leaves():
-    gate = Gate()
-    reader = gate.reading()
+    lock = ReadWriteLock()
+    reader = lock.reading()
     reader.__enter__()
-    with gate.writing():
+    with lock.writing():
         pass
 """
 
@@ -120,7 +120,7 @@ def test_a_deadlock_fails(tmp_path):
     )  # fmt: skip
     assert found.returncode == 1
     assert "+ Timeout +" in found.stdout
-    assert "with gate.writing()" in found.stdout
+    assert "with lock.writing()" in found.stdout
 
 
 def test_every_test_has_a_limit(pytestconfig):

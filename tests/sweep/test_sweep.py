@@ -16,7 +16,7 @@ import pytest
 import rich.console
 import torch
 
-from cairn.errors import CairnError, ConfigError, NotFinite, ResultError, Stopped
+from cairn.errors import CairnError, ConfigError, Interrupted, NotFinite, ResultError
 from cairn.experiment.config_file import read_run_file
 from cairn.experiment.folder import CALL, EVENTS, LOCK, RESULT, Call, Lock, read_result
 from cairn.experiment.run import RunConfig
@@ -436,7 +436,7 @@ def test_a_trial_that_was_cut_off_is_gone_on_with(sweep, tmp_path):
             else:
                 super().submit(order)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         sweep(QUICK + SEARCH, engine=Stopping, head=HELD_OUT)
     assert json.loads((tmp_path / "out" / SWEEP).read_text())["runs"][1]["state"] == "waiting"
     sweep(QUICK + SEARCH, head=HELD_OUT)

@@ -14,9 +14,9 @@ from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import NotFinite
 from cairn.experiment.run import RunConfig, run_stream
-from cairn.towers.cached import BATCH, KeptTowers, kept
+from cairn.towers.cached import BATCH, CachedTowers, kept
 from cairn.towers.protocol import Towers
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 
 
@@ -32,11 +32,11 @@ def images():
 
 
 def seen(towers, images, ask, batch=16):
-    return encoded(Loader(images, towers.prepare, towers.pixels, batch=batch), lambda pixels, _: ask(pixels))[0]
+    return encode(Loader(images, towers.prepare, towers.pixels, batch=batch), lambda pixels, _: ask(pixels))[0]
 
 
 def test_kept_towers_are_towers(towers, store):
-    knowing = KeptTowers(towers, store())
+    knowing = CachedTowers(towers, store())
     assert isinstance(knowing, Towers)
     assert knowing.device == towers.device
     assert knowing.preprocessing is towers.preprocessing  # beyond the protocol
@@ -46,7 +46,7 @@ def test_embeddings_and_patches_are_the_towers_own_and_come_without_a_pass(tower
     z = seen(towers, images, towers.image)
     p = {a: seen(towers, images, lambda x, a=a: towers.image_and_patches(x, a)[1]) for a in ("native", "value")}
     for time in ("first", "second"):
-        knowing = KeptTowers(towers, store())
+        knowing = CachedTowers(towers, store())
         own, before = knowing.placed(images), towers.passes["images"]
         for attention, patches in p.items():
             pairs = [knowing.image_and_patches(x, attention) for x, _ in Loader(own, knowing.prepare, knowing.pixels)]
@@ -61,7 +61,7 @@ def test_embeddings_and_patches_are_the_towers_own_and_come_without_a_pass(tower
 def test_who_asked_first_and_beside_what_does_not_matter(towers, tmp_path, images):
     def rows(folder, *orders):
         for order in orders:
-            knowing = KeptTowers(towers, FeatureStore(tmp_path / folder))
+            knowing = CachedTowers(towers, FeatureStore(tmp_path / folder))
             got = seen(knowing, knowing.placed(Subset(images, order, images.labels[order])), knowing.image)
         return got
 
@@ -74,10 +74,10 @@ def test_who_asked_first_and_beside_what_does_not_matter(towers, tmp_path, image
 
 
 def test_places_go_through_views_and_in_any_batch(towers, store, images):
-    knowing = KeptTowers(towers, store())
+    knowing = CachedTowers(towers, store())
     parts = [knowing.placed(Subset(images, rows, images.labels[rows])) for rows in np.split(np.arange(70), [30])]
     both = Concatenation([Subset(part, np.arange(0, 30, 3), part.labels[:30:3]) for part in parts])
-    z, _ = encoded(Loader(both, knowing.prepare, knowing.pixels, batch=7), lambda pixels, _: knowing.image(pixels))
+    z, _ = encode(Loader(both, knowing.prepare, knowing.pixels, batch=7), lambda pixels, _: knowing.image(pixels))
     expected = np.r_[0:30:3, 30:60:3]
     torch.testing.assert_close(z, seen(towers, images, towers.image)[expected], atol=1e-6, rtol=1e-6)
     assert both.identity(11) == images.identity(33)
@@ -85,13 +85,13 @@ def test_places_go_through_views_and_in_any_batch(towers, store, images):
 
 
 def test_what_is_no_place_goes_through_the_tower(towers, store, images):
-    knowing = KeptTowers(towers, store())
+    knowing = CachedTowers(towers, store())
     torch.testing.assert_close(seen(knowing, images, knowing.image), seen(towers, images, towers.image))
     assert not store().folder.exists()
 
 
 def test_half_precision_comes_out_as_float32_and_close(towers, store, images):
-    knowing = KeptTowers(towers, store(patches="float16"))
+    knowing = CachedTowers(towers, store(patches="float16"))
     own = knowing.placed(images)
     pixels = next(iter(Loader(own, knowing.prepare, knowing.pixels)))[0]
     z, p = knowing.image_and_patches(pixels, "value")
@@ -197,7 +197,7 @@ def test_embeddings_that_are_given_are_not_kept(store, features):
 
 def test_rows_that_are_not_finite_are_not_kept(towers, store, images, monkeypatch):
     """In bfloat16 what is large may overflow; a row in the store would be taken ever after."""
-    knowing = KeptTowers(towers, store())
+    knowing = CachedTowers(towers, store())
     monkeypatch.setattr(type(towers), "image", lambda self, pixels: torch.full((len(pixels), towers.dim), float("nan")))
     own = knowing.placed(images)
     with pytest.raises(NotFinite, match="is not finite"):

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 from cairn import IncrementalClassifier
 from cairn.errors import ResultError, TowersError
 from cairn.storage.archive import Archive
-from cairn.towers.cached import KeptTowers
+from cairn.towers.cached import CachedTowers
 from cairn.towers.catalogue import load_towers
 from cairn.towers.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -186,7 +186,7 @@ def test_the_weights_part_is_what_it_was_before(shared, towers):
 
 def test_embeddings_of_images_are_kept_whatever_the_tokenizer(towers):
     """A feature store that was filled before tokenizers were covered stays in use."""
-    assert KeptTowers(towers, None)._maker == f"{towers.fingerprint.split('-')[0]}-float32-cpu"
+    assert CachedTowers(towers, None)._maker == f"{towers.fingerprint.split('-')[0]}-float32-cpu"
 
 
 @pytest.fixture

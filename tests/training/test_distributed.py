@@ -11,16 +11,16 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from cairn.evaluation import evaluate
 from torch import nn
 
 from cairn.data.loading import Loader
-from cairn.errors import CairnError, ConfigError, Stopped
+from cairn.errors import CairnError, ConfigError, Interrupted
+from cairn.experiment import evaluator
 from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.distributed import ALONE, Meetings, ProcessLost, Ranks
-from cairn.training.encode import encoded
+from cairn.training.distributed import ALONE, ProcessLost, SyncSchedule, World
+from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -36,41 +36,41 @@ LAUNCH = {
 }
 
 
-class Thread(Ranks):
+class Thread(World):
     """A thread that is process `rank`; what the processes say to one another lies in a table that all have."""
 
     def __init__(self, rank: int, number: int, table: list, barrier: threading.Barrier):
         super().__init__(number, rank)
         self.table, self.barrier = table, barrier
 
-    def gathered(self, value):
+    def all_gather(self, value):
         self.table[self.rank] = copy.deepcopy(value)
         self.barrier.wait(120)
         values = list(self.table)
         self.barrier.wait(120)
         return values
 
-    def told(self, act):
+    def broadcast_from_main(self, act):
         try:
-            said = self.gathered((True, act()) if self.first else None)[0]
+            said = self.all_gather((True, act()) if self.is_main else None)[0]
         except CairnError:
-            self.gathered((False, None))
+            self.all_gather((False, None))
             raise
         if not said[0]:
             raise ProcessLost("the first one failed")
         return said[1]
 
-    def _reduced(self, values, how):
-        rows = torch.stack(self.gathered(values))
+    def _all_reduce(self, values, how):
+        rows = torch.stack(self.all_gather(values))
         return rows.sum(0) if how == "SUM" else rows.amax(0)
 
-    def copied(self, tensors):
-        for tensor, first in zip(tensors, self.gathered([t.detach() for t in tensors])[0], strict=True):
+    def broadcast_(self, tensors):
+        for tensor, first in zip(tensors, self.all_gather([t.detach() for t in tensors])[0], strict=True):
             tensor.data.copy_(first)
 
 
 def side_by_side(number, act):
-    """What `act(ranks)` gives in each of so many. Where one fails, the others wait for it no longer."""
+    """What `act(world)` gives in each of so many. Where one fails, the others wait for it no longer."""
     table, barrier = [None] * number, threading.Barrier(number)
 
     def one(rank):
@@ -112,12 +112,17 @@ def loader(items, batch=8, **options):
 
 
 def test_a_launch_is_read_and_one_process_is_alone():
-    assert Ranks.launched({}) == Ranks.launched({**LAUNCH, "WORLD_SIZE": "1", "RANK": "0"}) == ALONE
-    assert Ranks.launched(LAUNCH) == Ranks(4, 2, 2)
-    alone = Ranks()
-    assert (alone.gathered(3), alone.told(lambda: 4), alone.largest(1, 2), alone.first) == ([3], 4, [1, 2], True)
+    assert World.launched({}) == World.launched({**LAUNCH, "WORLD_SIZE": "1", "RANK": "0"}) == ALONE
+    assert World.launched(LAUNCH) == World(4, 2, 2)
+    alone = World()
+    assert (alone.all_gather(3), alone.broadcast_from_main(lambda: 4), alone.all_reduce_max(1, 2), alone.is_main) == (
+        [3],
+        4,
+        [1, 2],
+        True,
+    )
     with alone.connected("cuda:7"):
-        assert alone.speaks(ConfigError("anything"))
+        assert alone.should_report(ConfigError("anything"))
 
 
 @pytest.mark.parametrize(
@@ -132,16 +137,16 @@ def test_a_launch_is_read_and_one_process_is_alone():
 )
 def test_a_launch_that_is_none_is_refused_with_the_remedy(environment, says):
     with pytest.raises(ConfigError, match="use torchrun --nproc_per_node N") as caught:
-        Ranks.launched(environment)
+        World.launched(environment)
     assert says in str(caught.value)
 
 
 def test_accelerate_with_one_process_is_one_process():
-    assert Ranks.launched({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}) == ALONE
+    assert World.launched({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}) == ALONE
 
 
 def test_a_device_of_one_process_is_refused_to_several():
-    with pytest.raises(ConfigError, match="device 'cuda:1'"), Ranks.launched(LAUNCH).connected("cuda:1"):
+    with pytest.raises(ConfigError, match="device 'cuda:1'"), World.launched(LAUNCH).connected("cuda:1"):
         pass
 
 
@@ -180,10 +185,10 @@ def test_a_part_without_rows_opens_nothing():
 def learned(number, optimizer="adamw", work=None, steps=None, rows=43):
     """Parameters, logged epochs and kept work of a stage, from each process."""
 
-    def act(ranks):
+    def act(world):
         theta = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(2))]
         events, kept = [], []
-        checkpoint = Checkpoint(seconds=1e9, steps=1 if steps else None, ranks=ranks)
+        checkpoint = Checkpoint(seconds=1e9, steps=1 if steps else None, world=world)
         checkpoint.kept_by(lambda state: kept.append(copy.deepcopy(state)))
         checkpoint.begin(copy.deepcopy(work))
         schedule = Schedule(epochs=3, batch=8, lr=0.1, optimizer=optimizer, clip=0.5)
@@ -236,13 +241,13 @@ def test_batches_of_features_are_gone_through_by_each():
             return (islice(zip(self.x[p].split(8), self.y[p].split(8), strict=True), 0 if i else skip, None)
                     for i, p in enumerate(torch.randperm(20, generator=rng) for rng in rngs))  # fmt: skip
 
-    def act(ranks):
+    def act(world):
         theta = nn.Parameter(torch.zeros(3, 4))
 
         def loss(x, y):
             return nn.functional.cross_entropy(x @ theta, y)
 
-        fit(loss, [theta], Rows(), Schedule(epochs=2, lr=0.1), Seeds(1), Log(), Checkpoint(ranks=ranks))
+        fit(loss, [theta], Rows(), Schedule(epochs=2, lr=0.1), Seeds(1), Log(), Checkpoint(world=world))
         return theta.detach()
 
     alone = act(ALONE)
@@ -255,12 +260,12 @@ def test_batches_of_features_are_gone_through_by_each():
 def passed(number, work=None):
     """Rows, images seen by each process and kept work of a pass."""
 
-    def act(ranks):
+    def act(world):
         items, kept = Items(43), []
-        checkpoint = Checkpoint(seconds=1e9, steps=1, ranks=ranks)
+        checkpoint = Checkpoint(seconds=1e9, steps=1, world=world)
         checkpoint.kept_by(lambda state: kept.append(copy.deepcopy(state)))
         checkpoint.begin(copy.deepcopy(work))
-        x, y = encoded(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), checkpoint, "X")
+        x, y = encode(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), checkpoint, "X")
         return x, y, sorted(items.opened), kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]
@@ -294,7 +299,7 @@ def test_scoring_is_shared_out_and_tells_the_same(towers, small_stream, name, mo
     for task in small_stream.tasks:
         method.learn(task)
     embed, turn = method.embed, threading.Lock()  # a tower is for one thread at a time
-    monkeypatch.setattr(evaluate, "BATCH", 3)
+    monkeypatch.setattr(evaluator, "BATCH", 3)
     alone = Evaluator(small_stream, towers).after(2, method)
 
     def embed_in_turn(pixels):
@@ -303,9 +308,9 @@ def test_scoring_is_shared_out_and_tells_the_same(towers, small_stream, name, mo
 
     monkeypatch.setattr(method, "embed", embed_in_turn)
 
-    def act(ranks):
+    def act(world):
         polls = []
-        found = Evaluator(small_stream, towers, between=lambda: polls.append(1), ranks=ranks).after(2, method)
+        found = Evaluator(small_stream, towers, between=lambda: polls.append(1), world=world).after(2, method)
         return found, len(polls)
 
     for number in (2, 4):
@@ -318,16 +323,16 @@ def test_scoring_is_shared_out_and_tells_the_same(towers, small_stream, name, mo
 
 
 def test_all_stop_after_the_same_unit_whoever_was_asked():
-    def act(ranks):
-        checkpoint, kept = Checkpoint(seconds=1e9, ranks=ranks), []
+    def act(world):
+        checkpoint, kept = Checkpoint(seconds=1e9, world=world), []
         checkpoint.kept_by(lambda work: kept.append(int(work["x"]["done"])))
         checkpoint.begin()
         for done in range(100_000):
-            if ranks.rank == 1 and done == 20:
+            if world.rank == 1 and done == 20:
                 checkpoint.stop(signal.SIGTERM)
             try:
                 checkpoint.step("x", lambda done=done: {"done": torch.tensor(done)})
-            except Stopped as stopped:
+            except Interrupted as stopped:
                 return done, stopped.signal, kept[-1]
         return None
 
@@ -339,9 +344,9 @@ def test_all_stop_after_the_same_unit_whoever_was_asked():
 
 
 def test_the_clock_of_the_first_decides_when_all_keep():
-    def act(ranks):
-        seconds = 0.0 if ranks.first else 1e9
-        checkpoint, kept = Checkpoint(seconds, ranks=ranks), []
+    def act(world):
+        seconds = 0.0 if world.is_main else 1e9
+        checkpoint, kept = Checkpoint(seconds, world=world), []
         checkpoint.kept_by(lambda work: kept.append(work["x"]))
         for done in range(50):
             checkpoint.step("x", lambda done=done: done)
@@ -354,12 +359,12 @@ def test_the_clock_of_the_first_decides_when_all_keep():
 def test_meetings_are_seldom_where_units_are_short():
     asked = []
 
-    class Counting(Ranks):
-        def largest(self, *values):
+    class Counting(World):
+        def all_reduce_max(self, *values):
             asked.append(values)
             return list(values)
 
-    meetings = Meetings(Counting(2, 0))
+    meetings = SyncSchedule(Counting(2, 0))
     for _ in range(20_000):
         meetings.ask(0, False)
     assert 1 < len(asked) < 40
@@ -371,9 +376,9 @@ def test_what_the_first_cannot_read_stops_the_others():
     def refused():
         raise ConfigError("damaged")
 
-    def act(ranks):
+    def act(world):
         try:
-            ranks.told(refused)
+            world.broadcast_from_main(refused)
         except CairnError as error:
             return type(error)
         return None

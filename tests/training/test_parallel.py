@@ -48,16 +48,16 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from cairn.training.distributed import Ranks
+from cairn.training.distributed import World
 from cairn.experiment.run import RunConfig, run_stream
 from cairn.training.checkpoint import Checkpoint
 
-folder, ranks = Path(sys.argv[1]), Ranks.launched()
-with ranks.connected("cpu"):
+folder, world = Path(sys.argv[1]), World.launched()
+with world.connected("cpu"):
     for name, asked in json.loads((folder / "runs.json").read_text()).items():
         keep = lambda learned: save_file(learned.method.state_dict(), folder / f"{name}.safetensors")
-        result = run_stream(RunConfig(**asked), learned=keep, checkpoint=Checkpoint(ranks=ranks))
-        if ranks.first:
+        result = run_stream(RunConfig(**asked), learned=keep, checkpoint=Checkpoint(world=world))
+        if world.is_main:
             (folder / f"{name}.json").write_text(result.model_dump_json())
 """
 

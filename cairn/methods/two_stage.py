@@ -17,13 +17,13 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.encode import encoded
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class Decoupled(UnitRows):
+class TwoStageState(UnitRows):
     """State, scores and their storage; what `learn` does is the method's own.
 
     Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.
@@ -50,11 +50,11 @@ class Decoupled(UnitRows):
     ) -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
         with self.image.inference():
-            z, y = encoded(loader, lambda pixels, _: self.image(pixels), checkpoint, name)
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, name)
         return unit(z), y
 
     @torch.no_grad()
-    def remember_texts(self) -> None:
+    def cache_texts(self) -> None:
         """Keep the class texts as they stand; scoring uses these."""
         w = self.config.template_weight
         self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
@@ -89,4 +89,4 @@ class Decoupled(UnitRows):
         self.texts.restore(part(state, "texts"))
         self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
         if len(self.anchors):
-            self.remember_texts()
+            self.cache_texts()

@@ -21,7 +21,7 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
 
 
-class TextAnchored:
+class FixedTextHead:
     """argmax_c s cos(f_b(x), t_c), f_b trained by `config.stage1` on one task after the other, t_c never."""
 
     memory_bytes = 0

@@ -156,12 +156,22 @@ def tower_speed(
     for precision in PRECISIONS:
         seconds, whole = found[precision, "stage 1"].seconds / steps, found[precision, "product"].seconds
         peak = 2 * product**3 * PRODUCTS / whole
-        told.append({
-            "precision": precision, "step_seconds": seconds, "stage1_images_per_second": batch / seconds,
-            "operations_per_image": each, "peak": peak, "share_of_peak": each * batch / seconds / peak,
-            **{f"{what}_per_second": batch * steps / found[precision, what].seconds for what in ("images", "texts")},
-            "all_seconds": {what: found[precision, what].all_seconds for what in ("stage 1", "images", "texts", "product")},
-        })  # fmt: skip
+        told.append(
+            {
+                "precision": precision,
+                "step_seconds": seconds,
+                "stage1_images_per_second": batch / seconds,
+                "operations_per_image": each,
+                "peak": peak,
+                "share_of_peak": each * batch / seconds / peak,
+                **{
+                    f"{what}_per_second": batch * steps / found[precision, what].seconds for what in ("images", "texts")
+                },
+                "all_seconds": {
+                    what: found[precision, what].all_seconds for what in ("stage 1", "images", "texts", "product")
+                },
+            }
+        )
     return told
 
 
@@ -189,10 +199,13 @@ def parts(device: torch.device) -> Iterator[Counter]:
 
     plain_next = Loader._next
     replaced = [
-        (dmc_ot, "align_vision", "stage 1"), (TwoStageState, "features", "passes before and after"),
-        (dmc_ot.DMCOT, "calibrated", "calibration"), (GaussianMemory, "add", "statistics"),
-        (dmc_ot, "align_text", "stage 2"), (Evaluator, "after", "evaluation"),
-    ]  # fmt: skip
+        (dmc_ot, "align_vision", "stage 1"),
+        (TwoStageState, "features", "passes before and after"),
+        (dmc_ot.DMCOT, "calibrated", "calibration"),
+        (GaussianMemory, "add", "statistics"),
+        (dmc_ot, "align_text", "stage 2"),
+        (Evaluator, "after", "evaluation"),
+    ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         Loader._next = next_batch
@@ -222,11 +235,16 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
         seconds = time.perf_counter() - began
     waited = spent.pop("waiting for data")
     return {
-        "precision": towers.precision, "images": images, "test_images": len(test), "classes": classes,
-        "tasks": len(stream.tasks), "seconds": seconds, "waited": waited,
+        "precision": towers.precision,
+        "images": images,
+        "test_images": len(test),
+        "classes": classes,
+        "tasks": len(stream.tasks),
+        "seconds": seconds,
+        "waited": waited,
         "device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "parts": dict(spent) | {"all else": seconds - sum(spent.values())},
-    }  # fmt: skip
+    }
 
 
 def measured(
@@ -236,10 +254,13 @@ def measured(
     towers = random_towers(tower, used)
     name = torch.cuda.get_device_name(used) if used.type == "cuda" else used.type
     return {
-        "device": name, "tower": tower, "batch": batch, "product": product,
+        "device": name,
+        "tower": tower,
+        "batch": batch,
+        "product": product,
         "towers": tower_speed(towers, used, batch=batch, steps=steps, repeats=repeats, product=product),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
-    }  # fmt: skip
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -55,23 +55,39 @@ def measured(classes: Sequence[int], repeats: int, images: int = 64) -> dict[str
     found = in_turns(ways, repeats, warm=False)
     tower, patches, *scores = found.items()
     return {
-        "images": images, "tower_seconds": tower[1].seconds, "tower_and_patches_seconds": patches[1].seconds,
+        "images": images,
+        "tower_seconds": tower[1].seconds,
+        "tower_and_patches_seconds": patches[1].seconds,
         "tower_extra_bytes": tower[1].extra_bytes,
         "rows": [
-            {"classes": k, "form": form, "seconds": own.seconds, "share_of_tower": own.seconds / tower[1].seconds,
-             "extra_bytes": own.extra_bytes}
+            {
+                "classes": k,
+                "form": form,
+                "seconds": own.seconds,
+                "share_of_tower": own.seconds / tower[1].seconds,
+                "extra_bytes": own.extra_bytes,
+            }
             for (k, form), own in scores
         ],
-    }  # fmt: skip
+    }
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
     tower = f"the tower alone, {report['images']} images"
     return [
-        Row(f"SPA's patch branch, {row['classes']:,} classes", tower, report["tower_seconds"], row["form"], row["seconds"],
-            extra_bytes=row["extra_bytes"], plain_extra_bytes=report["tower_extra_bytes"], equal="what it adds")
-        for row in report["rows"] if row["form"].startswith("feature")
-    ]  # fmt: skip
+        Row(
+            f"SPA's patch branch, {row['classes']:,} classes",
+            tower,
+            report["tower_seconds"],
+            row["form"],
+            row["seconds"],
+            extra_bytes=row["extra_bytes"],
+            plain_extra_bytes=report["tower_extra_bytes"],
+            equal="what it adds",
+        )
+        for row in report["rows"]
+        if row["form"].startswith("feature")
+    ]
 
 
 def table(report: dict[str, Any]) -> str:

@@ -32,18 +32,35 @@ def measured(d: int, repeats: int) -> dict[str, Any]:
     }
     found = in_turns(ways, repeats)
     theirs = found["POT"].value
-    return {"d": d, "rows": [
-        {"way": way, "seconds": own.seconds, "all_seconds": own.all_seconds, "extra_bytes": own.extra_bytes,
-         "residual": float((own.value @ S0 @ own.value.mT - S1).norm() / S1.norm()),
-         "to_pot": float((own.value - theirs).norm() / theirs.norm())}
-        for way, own in found.items()
-    ]}  # fmt: skip
+    return {
+        "d": d,
+        "rows": [
+            {
+                "way": way,
+                "seconds": own.seconds,
+                "all_seconds": own.all_seconds,
+                "extra_bytes": own.extra_bytes,
+                "residual": float((own.value @ S0 @ own.value.mT - S1).norm() / S1.norm()),
+                "to_pot": float((own.value - theirs).norm() / theirs.norm()),
+            }
+            for way, own in found.items()
+        ],
+    }
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
     plain, own = report["rows"]
     equal = f"map {own['to_pot']:.0e}; residual of A S0 A - S1 {own['residual']:.0e} (POT {plain['residual']:.0e})"
     return [
-        Row(f"Gaussian map, d = {report['d']}, float64", plain["way"], plain["seconds"], "`gaussian_map`", own["seconds"],
-            target=1.0, equal=equal, extra_bytes=own["extra_bytes"], plain_extra_bytes=plain["extra_bytes"])
-    ]  # fmt: skip
+        Row(
+            f"Gaussian map, d = {report['d']}, float64",
+            plain["way"],
+            plain["seconds"],
+            "`gaussian_map`",
+            own["seconds"],
+            target=1.0,
+            equal=equal,
+            extra_bytes=own["extra_bytes"],
+            plain_extra_bytes=plain["extra_bytes"],
+        )
+    ]

@@ -52,25 +52,41 @@ def measured(classes: int, images: int) -> dict[str, Any]:
         learner = entry.build(towers, with_settings(entry.default_config(towers), [f"drift={name}"]), seed=1, log=Log())
         learner.memory = memory
         (own,) = in_turns({name: lambda own=learner: own.calibrated(motion, Log()).bytes}, 1, warm=False).values()
-        rows.append({
-            "estimator": name, "seconds": own.seconds, "share": own.seconds / (whole + own.seconds),
-            "extra_bytes": own.extra_bytes,
-            "copies": None if own.extra_bytes is None else own.extra_bytes / own.value,
-        })  # fmt: skip
+        rows.append(
+            {
+                "estimator": name,
+                "seconds": own.seconds,
+                "share": own.seconds / (whole + own.seconds),
+                "extra_bytes": own.extra_bytes,
+                "copies": None if own.extra_bytes is None else own.extra_bytes / own.value,
+            }
+        )
     return {
-        "classes": k, "dim": towers.dim, "images": len(labels), "statistics_bytes": memory.bytes, "stages": stages,
+        "classes": k,
+        "dim": towers.dim,
+        "images": len(labels),
+        "statistics_bytes": memory.bytes,
+        "stages": stages,
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
     what = f"calibration of {report['classes']} old classes, d = {report['dim']}"
     whole = sum(report["stages"].values())
     return [
-        Row(what, f"the task without it, {report['images']} images", whole, f"`{row['estimator']}`", row["seconds"],
-            extra_bytes=row["extra_bytes"], equal="what it adds")
-        for row in report["rows"] if row["estimator"] in ("bures", "local")
-    ]  # fmt: skip
+        Row(
+            what,
+            f"the task without it, {report['images']} images",
+            whole,
+            f"`{row['estimator']}`",
+            row["seconds"],
+            extra_bytes=row["extra_bytes"],
+            equal="what it adds",
+        )
+        for row in report["rows"]
+        if row["estimator"] in ("bures", "local")
+    ]
 
 
 def table(report: dict[str, Any]) -> str:

@@ -121,13 +121,16 @@ def measured(batch: int, repeats: int, backend: str) -> dict[str, Any]:
         (value, gradient), (expected, theirs) = stage.gradient(compiled), stage.gradient(stage.loss)
     plain, own = found["as it is"].seconds, found["compiled"].seconds
     return report | {
-        "reason": None, "compiling": seconds,
-        "rows": [{"way": way, "seconds": taken.seconds, "all_seconds": taken.all_seconds,
-                  "extra_bytes": taken.extra_bytes} for way, taken in found.items()],
+        "reason": None,
+        "compiling": seconds,
+        "rows": [
+            {"way": way, "seconds": taken.seconds, "all_seconds": taken.all_seconds, "extra_bytes": taken.extra_bytes}
+            for way, taken in found.items()
+        ],
         "pays_after": {how: steps_until(sum(spent), plain - own) for how, spent in seconds.items()},
         "loss_difference": abs(value - expected) / abs(expected),
         "gradient_difference": float((gradient - theirs).norm() / theirs.norm()),
-    }  # fmt: skip
+    }
 
 
 def steps_until(spent: float, gained: float) -> int | None:
@@ -141,15 +144,29 @@ def rows(report: dict[str, Any]) -> list[Row]:
     plain, own = report["rows"]
     equal = f"loss {report['loss_difference']:.0e}, gradients {report['gradient_difference']:.0e}"
     made = [
-        Row(f"stage-1 step of the embedded towers, batch {report['batch']}", plain["way"], plain["seconds"], own["way"],
-            own["seconds"], equal=equal, extra_bytes=own["extra_bytes"], plain_extra_bytes=plain["extra_bytes"])
-    ]  # fmt: skip
+        Row(
+            f"stage-1 step of the embedded towers, batch {report['batch']}",
+            plain["way"],
+            plain["seconds"],
+            own["way"],
+            own["seconds"],
+            equal=equal,
+            extra_bytes=own["extra_bytes"],
+            plain_extra_bytes=plain["extra_bytes"],
+        )
+    ]
     for how, text in (("anew", "compiled"), ("kept", "compiled, code kept by an earlier process")):
         spent, task = sum(report["compiling"][how]), report["task"]
         made.append(
-            Row(f"a task of {task} such steps, compiling included", plain["way"], task * plain["seconds"], text,
-                spent + task * own["seconds"], equal=verdict(report["pays_after"][how], task))
-        )  # fmt: skip
+            Row(
+                f"a task of {task} such steps, compiling included",
+                plain["way"],
+                task * plain["seconds"],
+                text,
+                spent + task * own["seconds"],
+                equal=verdict(report["pays_after"][how], task),
+            )
+        )
     return made
 
 

@@ -57,10 +57,13 @@ def measured(classes: int, per_class: int, d: int, many: int, repeats: int) -> d
     full = old_classes(classes, d, IMAGES)
     factor = torch.linalg.cholesky(full.covariance(0)).float()
     full.draw(1, rng)
-    taken = in_turns({
-        "bare": lambda: torch.randn(classes * per_class, d, generator=rng) @ factor.T,
-        "ours": lambda: full.draw(per_class, rng)[0],
-    }, repeats)  # fmt: skip
+    taken = in_turns(
+        {
+            "bare": lambda: torch.randn(classes * per_class, d, generator=rng) @ factor.T,
+            "ours": lambda: full.draw(per_class, rng)[0],
+        },
+        repeats,
+    )
     keep("full", taken, difference=_difference_from_naive(full, per_class))
 
     # Read as it is stored: torch's distribution knows no shrinkage
@@ -76,17 +79,26 @@ def measured(classes: int, per_class: int, d: int, many: int, repeats: int) -> d
         GaussianMemory.from_state({n: t[:1] for n, t in low.state_dict().items()}, low.kind, low.shrinkage)
     )
     keep(
-        "low_rank", taken, bytes=low.bytes, full_bytes=full.bytes,
+        "low_rank",
+        taken,
+        bytes=low.bytes,
+        full_bytes=full.bytes,
         covariance_error=covariance_error(low.draw(CHECKED, rng, [0])[0], S),
         torch_covariance_error=covariance_error(one.rsample((CHECKED,))[:, 0], S),
-    )  # fmt: skip
+    )
 
     crowd = repeated(low, many // classes)
     theirs = torch_gaussians(crowd)
     # The first draw from these many makes and keeps their factors: that is the peak
     taken = in_turns({"ours": lambda: crowd.draw(FEW, rng)[0], "torch": lambda: theirs.rsample((FEW,))}, repeats)
-    keep("many", taken, bytes=crowd.bytes, full_bytes=crowd.classes * (8 + 4 * d + 2 * d * (d + 1)),
-         classes=crowd.classes, result_bytes=taken["ours"].value.nbytes)  # fmt: skip
+    keep(
+        "many",
+        taken,
+        bytes=crowd.bytes,
+        full_bytes=crowd.classes * (8 + 4 * d + 2 * d * (d + 1)),
+        classes=crowd.classes,
+        result_bytes=taken["ours"].value.nbytes,
+    )
     return {"classes": classes, "per_class": per_class, "d": d, "rank": RANK, "few": FEW} | found
 
 
@@ -107,22 +119,55 @@ def rows(report: dict[str, Any]) -> list[Row]:
     full, low, many = (report[key] for key in ("full", "low_rank", "many"))
 
     def compared(what: str, plain: str, entry: dict[str, Any], key: str, **more: Any) -> Row:
-        return Row(what, plain, entry[key]["seconds"], "`draw`", entry["ours"]["seconds"],
-                   extra_bytes=entry["ours"]["extra_bytes"], plain_extra_bytes=entry[key]["extra_bytes"], **more)  # fmt: skip
+        return Row(
+            what,
+            plain,
+            entry[key]["seconds"],
+            "`draw`",
+            entry["ours"]["seconds"],
+            extra_bytes=entry["ours"]["extra_bytes"],
+            plain_extra_bytes=entry[key]["extra_bytes"],
+            **more,
+        )
 
     errors = (
         f"covariance of {CHECKED:,} draws {low['covariance_error']:.3f} from the true one "
         f"(torch {low['torch_covariance_error']:.3f})"
     )
     return [
-        compared(f"{n} draws of each of {k} full Gaussians, d = {d}", "random numbers and one product", full, "bare",
-                 target=1 / 1.3, equal=f"mu + L z row by row {full['difference']:.0e}"),
+        compared(
+            f"{n} draws of each of {k} full Gaussians, d = {d}",
+            "random numbers and one product",
+            full,
+            "bare",
+            target=1 / 1.3,
+            equal=f"mu + L z row by row {full['difference']:.0e}",
+        ),
         compared(f"the same of rank {r}", "torch's LowRankMultivariateNormal", low, "torch", target=1.0, equal=errors),
-        Row(f"{k} classes stored", "full", low["full_bytes"], f"rank {r}", low["bytes"], "B", target=10.0,
-            equal="variances exact, covariances of the leading directions"),
-        Row(f"{many['classes']:,} classes stored", "full (computed)", many["full_bytes"], f"rank {r}", many["bytes"], "B",
-            target=10.0),
-        compared(f"{report['few']} draws of each of {many['classes']:,} classes of rank {r}",
-                 "torch's LowRankMultivariateNormal", many, "torch",
-                 equal=f"the draws are {many['result_bytes'] / 1e6:.0f} MB of the extra memory; the first draw makes factors"),
-    ]  # fmt: skip
+        Row(
+            f"{k} classes stored",
+            "full",
+            low["full_bytes"],
+            f"rank {r}",
+            low["bytes"],
+            "B",
+            target=10.0,
+            equal="variances exact, covariances of the leading directions",
+        ),
+        Row(
+            f"{many['classes']:,} classes stored",
+            "full (computed)",
+            many["full_bytes"],
+            f"rank {r}",
+            many["bytes"],
+            "B",
+            target=10.0,
+        ),
+        compared(
+            f"{report['few']} draws of each of {many['classes']:,} classes of rank {r}",
+            "torch's LowRankMultivariateNormal",
+            many,
+            "torch",
+            equal=f"the draws are {many['result_bytes'] / 1e6:.0f} MB of the extra memory; the first draw makes factors",
+        ),
+    ]

@@ -106,8 +106,11 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        cells = [f"{row['classes']:,}", f"{bytes_cell(row['bytes'])}, {row['kind'].replace('_', ' ')}",
-                 seconds_cell(row["seconds"]["first draw"])]  # fmt: skip
+        cells = [
+            f"{row['classes']:,}",
+            f"{bytes_cell(row['bytes'])}, {row['kind'].replace('_', ' ')}",
+            seconds_cell(row["seconds"]["first draw"]),
+        ]
         for part in ("step", "calibration", "add"):
             extra = row["extra_bytes"][part]
             cells.append(seconds_cell(row["seconds"][part]) + ("" if extra is None else f" ({bytes_cell(extra)})"))

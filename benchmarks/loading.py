@@ -105,24 +105,35 @@ def compared(files: FolderImages, repeats: int, later_repeats: int) -> dict[str,
         )
 
     workers, few = fresh().workers, FolderImages(files.root, files.folders, files.names[:BATCH], files.labels[:BATCH])
-    opening = in_turns({
-        "one worker": lambda: read(fresh(workers=1).epoch(ordered())),
-        "all workers": lambda: read(fresh().epoch(ordered())),
-    }, repeats, warm=False)  # fmt: skip
-    first = in_turns({
-        "by one thread": lambda: read(Plain(few, prepare, workers=workers).epoch(ordered())),
-        "by all workers": lambda: read(fresh(few).epoch(ordered())),
-    }, repeats, warm=False)  # fmt: skip
+    opening = in_turns(
+        {
+            "one worker": lambda: read(fresh(workers=1).epoch(ordered())),
+            "all workers": lambda: read(fresh().epoch(ordered())),
+        },
+        repeats,
+        warm=False,
+    )
+    first = in_turns(
+        {
+            "by one thread": lambda: read(Plain(few, prepare, workers=workers).epoch(ordered())),
+            "by all workers": lambda: read(fresh(few).epoch(ordered())),
+        },
+        repeats,
+        warm=False,
+    )
     found = {"opening": opening, "first batch": first}
     same = True
     for size in (RESOLUTION, SMALL):
         plain, ours = Plain(files, Preprocessing(size=size).prepare, workers=workers), fresh(size=size)
         for expected, (got, _) in zip(plain.epoch(ordered()), ours.epoch(ordered()), strict=True):
             same &= torch.equal(expected, got)
-        found[f"kept, {size}"] = in_turns({
-            "stacked image by image": lambda plain=plain: read(plain.epoch(ordered())),
-            "picked from one array": lambda ours=ours: read(ours.epoch(ordered())),
-        }, later_repeats)  # fmt: skip
+        found[f"kept, {size}"] = in_turns(
+            {
+                "stacked image by image": lambda plain=plain: read(plain.epoch(ordered())),
+                "picked from one array": lambda ours=ours: read(ours.epoch(ordered())),
+            },
+            later_repeats,
+        )
         for expected, (got, _) in zip(plain.epoch(ordered()), ours.epoch(ordered()), strict=True):
             same &= torch.equal(expected, got)
     return {"workers": workers, "equal": same} | {what: told(taken, len(files)) for what, taken in found.items()}

@@ -134,10 +134,14 @@ def row_table(rows: Sequence[dict[str, Any]]) -> str:
         met = "" if row["target"] is None else f"≥ {row['target']:.3g}: {'met' if row['met'] else 'missed'}"
         memory = [bytes_cell(row[key]) for key in ("extra_bytes", "plain_extra_bytes") if row[key] is not None]
         cells = [
-            row["item"], f"{row['plain']}: {show(row['plain_amount'])}", f"{row['ours']}: {show(row['amount'])}",
-            f"{row['ratio']:.3g}" if row["ratio"] < 100 else f"{row['ratio']:.0f}", met,
-            memory[0] + "".join(f" ({text})" for text in memory[1:]) if memory else "", row["equal"],
-        ]  # fmt: skip
+            row["item"],
+            f"{row['plain']}: {show(row['plain_amount'])}",
+            f"{row['ours']}: {show(row['amount'])}",
+            f"{row['ratio']:.3g}" if row["ratio"] < 100 else f"{row['ratio']:.0f}",
+            met,
+            memory[0] + "".join(f" ({text})" for text in memory[1:]) if memory else "",
+            row["equal"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,9 +169,11 @@ def surroundings() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     return {
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": _first("/proc/cpuinfo", "model name"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": _first("/proc/cpuinfo", "model name"),
         "memory_bytes": int(_first("/proc/meminfo", "MemTotal", "0 kB").split()[0]) * 1024,
-    }  # fmt: skip
+    }
 
 
 def machine_line(stored: dict[str, Any]) -> str:

@@ -78,13 +78,19 @@ def measured(repeats: int, classes: int, shared: int) -> dict[str, Any]:
     rows = []
     for way, own in found.items():
         (value, gradient), (expected, theirs) = own.value, first.value
-        rows.append({
-            "way": way, "tokens": tokens[way], "seconds": own.seconds, "all_seconds": own.all_seconds,
-            "extra_bytes": own.extra_bytes,
-            "times_faster_than_padded": first.seconds / own.seconds, "over_shared_prefix": own.seconds / last.seconds,
-            "value_difference": float((value - expected).abs().max()),
-            "relative_gradient_difference": float((gradient - theirs).norm() / theirs.norm()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "way": way,
+                "tokens": tokens[way],
+                "seconds": own.seconds,
+                "all_seconds": own.all_seconds,
+                "extra_bytes": own.extra_bytes,
+                "times_faster_than_padded": first.seconds / own.seconds,
+                "over_shared_prefix": own.seconds / last.seconds,
+                "value_difference": float((value - expected).abs().max()),
+                "relative_gradient_difference": float((gradient - theirs).norm() / theirs.norm()),
+            }
+        )
     return {"classes": len(names), "shared": shared, "repeats": repeats, "prefix_threads": used, "rows": rows}
 
 
@@ -93,10 +99,19 @@ def rows(report: dict[str, Any]) -> list[Row]:
     equal = f"values {own['value_difference']:.0e}, gradients {own['relative_gradient_difference']:.0e}"
     what = f"prompt step: {report['classes']} classes, {report['shared']} context vectors, one thread"
     return [
-        Row(what, other["way"], other["seconds"], own["way"], own["seconds"], target=target, equal=equal,
-            extra_bytes=own["extra_bytes"], plain_extra_bytes=other["extra_bytes"])
+        Row(
+            what,
+            other["way"],
+            other["seconds"],
+            own["way"],
+            own["seconds"],
+            target=target,
+            equal=equal,
+            extra_bytes=own["extra_bytes"],
+            plain_extra_bytes=other["extra_bytes"],
+        )
         for other, target in zip(others, TARGETS, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def table(report: dict[str, Any]) -> str:

@@ -27,9 +27,17 @@ import transport
 from measure import machine_line, row_table, stored, surroundings, written
 
 ITEMS = {
-    "prefix": prefix, "transport": transport, "bures": bures, "draws": draws, "shares": shares, "input": loading,
-    "compiled": compiled, "growth": growth, "alignment": alignment, "calibration": calibration,
-}  # fmt: skip
+    "prefix": prefix,
+    "transport": transport,
+    "bures": bures,
+    "draws": draws,
+    "shares": shares,
+    "input": loading,
+    "compiled": compiled,
+    "growth": growth,
+    "alignment": alignment,
+    "calibration": calibration,
+}
 ELSEWHERE = {"alignment": "spa.md", "calibration": "drift.md"}
 """Items whose whole report is a file of its own, and the page that shows it."""
 

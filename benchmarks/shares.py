@@ -58,10 +58,12 @@ def clocked() -> Iterator[Counter]:
 
     plain_backward = Tensor.backward
     replaced = [
-        (VisionTower, "forward", "image tower, forward"), (VisionTower, "tokens", "image tower, forward"),
-        (ClipTowers, "_encoded", "text tower, forward"), (ClipTowers, "encoded_tree", "text tower, forward"),
+        (VisionTower, "forward", "image tower, forward"),
+        (VisionTower, "tokens", "image tower, forward"),
+        (ClipTowers, "_encoded", "text tower, forward"),
+        (ClipTowers, "encoded_tree", "text tower, forward"),
         (Loader, "_next", "waiting for data"),
-    ]  # fmt: skip
+    ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         for owner, name, part in replaced:
@@ -81,9 +83,11 @@ def dmc_shares(limit_train: int, limit_test: int) -> dict[str, Any]:
         result = run_stream(config, Log(keep=events.append))
     towers = sum(seconds for part, seconds in spent.items() if "tower" in part)
     return {
-        "seconds": result.seconds, "parts": dict(spent), "outside": result.seconds - towers,
+        "seconds": result.seconds,
+        "parts": dict(spent),
+        "outside": result.seconds - towers,
         "waited_in_training": sum(event["waited"] for event in events if event["event"] == "epoch"),
-    }  # fmt: skip
+    }
 
 
 def spa_with_store(limit_train: int, limit_test: int) -> dict[str, Any]:
@@ -101,9 +105,10 @@ def spa_with_store(limit_train: int, limit_test: int) -> dict[str, Any]:
 def _counted(run: RunResult) -> dict[str, Any]:
     learning, evaluating = run.tower_passes, run.evaluation_passes
     return {
-        "seconds": run.seconds, "image_passes": learning.images + evaluating.images,
+        "seconds": run.seconds,
+        "image_passes": learning.images + evaluating.images,
         "stored": learning.stored + evaluating.stored,
-    }  # fmt: skip
+    }
 
 
 def measured(limit_train: int, limit_test: int) -> dict[str, Any]:
@@ -118,8 +123,17 @@ def rows(report: dict[str, Any]) -> list[Row]:
     def share(part: float) -> str:
         return f"{100 * part / dmc['seconds']:.0f} % of the time"
 
-    made = [Row(f"DMC, {images}", "the whole run", dmc["seconds"], "outside the towers", dmc["outside"], target=TARGET,
-                equal=share(dmc["outside"]))]  # fmt: skip
+    made = [
+        Row(
+            f"DMC, {images}",
+            "the whole run",
+            dmc["seconds"],
+            "outside the towers",
+            dmc["outside"],
+            target=TARGET,
+            equal=share(dmc["outside"]),
+        )
+    ]
     if waiting := dmc["parts"].get("waiting for data"):
         text = f"{share(waiting)}, part of the row above; in training alone {1e3 * dmc['waited_in_training']:.0f} ms"
         made.append(Row("the same", "the whole run", dmc["seconds"], "waiting for data", waiting, equal=text))
@@ -127,7 +141,13 @@ def rows(report: dict[str, Any]) -> list[Row]:
         run = spa[name]
         same = "same accuracies" if run["same_accuracies"] else "OTHER ACCURACIES"
         made.append(
-            Row(f"SPA, {images}", f"no store, {spa['no store']['image_passes']:,} image passes", spa["no store"]["seconds"],
-                f"{name} with a store, {run['image_passes']:,} passes", run["seconds"], equal=same)
-        )  # fmt: skip
+            Row(
+                f"SPA, {images}",
+                f"no store, {spa['no store']['image_passes']:,} image passes",
+                spa["no store"]["seconds"],
+                f"{name} with a store, {run['image_passes']:,} passes",
+                run["seconds"],
+                equal=same,
+            )
+        )
     return made

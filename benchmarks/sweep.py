@@ -74,15 +74,21 @@ def measured(runs: int, parallel: int, epochs: int) -> dict[str, Any]:
     busy, wall = sum(end - start for start, end in times), ended - began
     last = sorted(end for _, end in times)[-parallel:]
     parts = {
-        "before": parallel * (min(start for start, _ in times) - began), "after": parallel * (ended - last[-1]),
+        "before": parallel * (min(start for start, _ in times) - began),
+        "after": parallel * (ended - last[-1]),
         "empty at the end": sum(last[-1] - end for end in last),
-    }  # fmt: skip
+    }
     parts["between"] = parallel * wall - busy - sum(parts.values())
     return {
-        "runs": runs, "parallel": parallel, "epochs": epochs, "wall_seconds": wall,
-        "run_seconds": [end - start for start, end in times], "overhead": parallel * wall / busy - 1,
-        "parts": {part: seconds / busy for part, seconds in parts.items()}, "load_before": load,
-    }  # fmt: skip
+        "runs": runs,
+        "parallel": parallel,
+        "epochs": epochs,
+        "wall_seconds": wall,
+        "run_seconds": [end - start for start, end in times],
+        "overhead": parallel * wall / busy - 1,
+        "parts": {part: seconds / busy for part, seconds in parts.items()},
+        "load_before": load,
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -58,12 +58,18 @@ def measured(problems: int, repeats: int) -> dict[str, Any]:
         reference = taken["POT log_sinkhorn"].value
         for way, own in taken.items():
             P = own.value if isinstance(own.value, Tensor) else own.value.P
-            found.append({
-                "eps": eps, "way": way, "seconds": own.seconds, "all_seconds": own.all_seconds,
-                "extra_bytes": own.extra_bytes, "error": worst_error(P),
-                "iterations": needed if isinstance(own.value, Tensor) else own.value.iterations,
-                "mass_elsewhere": float((P - reference).abs().sum((-2, -1)).max()) / 2,
-            })  # fmt: skip
+            found.append(
+                {
+                    "eps": eps,
+                    "way": way,
+                    "seconds": own.seconds,
+                    "all_seconds": own.all_seconds,
+                    "extra_bytes": own.extra_bytes,
+                    "error": worst_error(P),
+                    "iterations": needed if isinstance(own.value, Tensor) else own.value.iterations,
+                    "mass_elsewhere": float((P - reference).abs().sum((-2, -1)).max()) / 2,
+                }
+            )
     return {"problems": problems, "rows_and_columns": [ROWS, COLUMNS], "tolerance": TOLERANCE, "rows": found}
 
 
@@ -77,8 +83,16 @@ def rows(report: dict[str, Any]) -> list[Row]:
             f"{100 * plain['error']:.2f} % after {plain['iterations']}); at most {own['mass_elsewhere']:.0e} of the mass elsewhere"
         )
         made.append(
-            Row(f"{report['problems']:,} plans of {n} x {m}, eps {own['eps']}", plain["way"], plain["seconds"],
-                f"`{own['way']}`", own["seconds"], equal=equal, extra_bytes=own["extra_bytes"],
-                target=TARGET if "kernel" in own["way"] else None, plain_extra_bytes=plain["extra_bytes"])
-        )  # fmt: skip
+            Row(
+                f"{report['problems']:,} plans of {n} x {m}, eps {own['eps']}",
+                plain["way"],
+                plain["seconds"],
+                f"`{own['way']}`",
+                own["seconds"],
+                equal=equal,
+                extra_bytes=own["extra_bytes"],
+                target=TARGET if "kernel" in own["way"] else None,
+                plain_extra_bytes=plain["extra_bytes"],
+            )
+        )
     return made

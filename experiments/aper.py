@@ -60,26 +60,40 @@ def measured(run: str, seed: int) -> dict[str, Any]:
             right.append(torch.stack(found, 1))
     told = torch.cat(right).double().mean(0).tolist()
     return {
-        "run": run, "seed": seed, "split": stream.fingerprint, "towers": towers.fingerprint, "losses": losses,
-        "added": torch.cat(shares).mean().item(), "cosine": torch.cat(likeness).mean().item(),
-        "right": dict(zip(halves, told, strict=True)), "images": len(torch.cat(right)),
-    }  # fmt: skip
+        "run": run,
+        "seed": seed,
+        "split": stream.fingerprint,
+        "towers": towers.fingerprint,
+        "losses": losses,
+        "added": torch.cat(shares).mean().item(),
+        "cosine": torch.cat(likeness).mean().item(),
+        "right": dict(zip(halves, told, strict=True)),
+        "images": len(torch.cat(right)),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and deviation over seeds."""
     titles = (
-        "optimisation", "loss, first epoch", "last", "added, % of the MLP", "cosine to the original", "right, %: original",
-        "adapted", "both",
-    )  # fmt: skip
+        "optimisation",
+        "loss, first epoch",
+        "last",
+        "added, % of the MLP",
+        "cosine to the original",
+        "right, %: original",
+        "adapted",
+        "both",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for run in RUNS:
         own = [row for row in rows if row["run"] == run]
         columns = [
-            ([row["losses"][0] for row in own], 2), ([row["losses"][-1] for row in own], 2),
-            ([100 * row["added"] for row in own], 2), ([row["cosine"] for row in own], 4),
+            ([row["losses"][0] for row in own], 2),
+            ([row["losses"][-1] for row in own], 2),
+            ([100 * row["added"] for row in own], 2),
+            ([row["cosine"] for row in own], 4),
             *(([100 * row["right"][half] for row in own], 1) for half in ("original", "adapted", "both")),
-        ]  # fmt: skip
+        ]
         if own:
             cells = [
                 f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}" for values, digits in columns

@@ -64,15 +64,27 @@ with the second largest score."""
 def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
     result = run_stream(
         RunConfig(
-            method=method, step=10, order="seed:1993", seed=seed, settings=SETTINGS.get((stream, method), ()),
+            method=method,
+            step=10,
+            order="seed:1993",
+            seed=seed,
+            settings=SETTINGS.get((stream, method), ()),
             **STREAMS[stream],
         )
-    )  # fmt: skip
+    )
     return {
-        "stream": stream, "method": method, "seed": seed, "split": result.split, "towers": result.towers.fingerprint,
-        "settings": list(result.run.settings), "ece": result.ece, "nll": result.nll,
-        "temperature": result.temperature, "seen_accuracy": result.seen_accuracy, "seconds": result.seconds,
-    }  # fmt: skip
+        "stream": stream,
+        "method": method,
+        "seed": seed,
+        "split": result.split,
+        "towers": result.towers.fingerprint,
+        "settings": list(result.run.settings),
+        "ece": result.ece,
+        "nll": result.nll,
+        "temperature": result.temperature,
+        "seen_accuracy": result.seen_accuracy,
+        "seconds": result.seconds,
+    }
 
 
 def forms_measured(stream: str, method: str) -> dict[str, Any]:
@@ -106,9 +118,13 @@ def forms_measured(stream: str, method: str) -> dict[str, Any]:
             confidence = log_probabilities(scores, best_temperature(L + row * R / n)).exp().amax(1)
             errors[form].append(calibration_error(confidence.tolist(), right))
     return {
-        "stream": stream, "method": method, "split": tasks.fingerprint, "towers": towers.fingerprint,
-        "images": len(y), "ece": {form: sum(found) / len(found) for form, found in errors.items()},
-    }  # fmt: skip
+        "stream": stream,
+        "method": method,
+        "split": tasks.fingerprint,
+        "towers": towers.fingerprint,
+        "images": len(y),
+        "ece": {form: sum(found) / len(found) for form, found in errors.items()},
+    }
 
 
 def forms_table(rows: list[dict[str, Any]]) -> str:
@@ -138,11 +154,14 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             errors = [[100 * error for error in row["ece"]] for row in own]
             columns = (
-                cell([sum(e) / len(e) for e in errors], 1), cell([max(e) for e in errors], 1),
-                cell([e[-1] for e in errors], 1), cell([row["nll"][-1] for row in own], 3),
+                cell([sum(e) / len(e) for e in errors], 1),
+                cell([max(e) for e in errors], 1),
+                cell([e[-1] for e in errors], 1),
+                cell([row["nll"][-1] for row in own], 3),
                 cell([row["temperature"][-1] for row in own], 2),
-                cell([100 * row["seen_accuracy"][-1] for row in own], 1), ", ".join(str(row["seed"]) for row in own),
-            )  # fmt: skip
+                cell([100 * row["seen_accuracy"][-1] for row in own], 1),
+                ", ".join(str(row["seed"]) for row in own),
+            )
             lines.append(f"| {stream} | {method} | {' | '.join(columns)} |")
     return "\n".join(lines)
 

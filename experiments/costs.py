@@ -61,17 +61,27 @@ def table(stream: str) -> Table:
         entry, tasks = METHODS[group[0]["method"]], len(group[0]["task_sizes"])
         rows.append(
             [
-                label(group[0]), entry.keeps, Estimate(group[0]["memory_bytes"] / 1000), Estimate(trained(group[0]) / 1000),
-                ", ".join(entry.uses), estimate([r["seconds"] / tasks for r in group]),
+                label(group[0]),
+                entry.keeps,
+                Estimate(group[0]["memory_bytes"] / 1000),
+                Estimate(trained(group[0]) / 1000),
+                ", ".join(entry.uses),
+                estimate([r["seconds"] / tasks for r in group]),
                 *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
             ]
-        )  # fmt: skip
+        )
         print(folder, flush=True)
     rows.sort(key=lambda row: row[-2].mean)
     columns = [
-        Column("method"), Column("keeps"), Column("kB", 0), Column("trains, thousand numbers a task", 0), Column("uses"),
-        Column("s per task", 0), Column("average %"), Column("last %"),
-    ]  # fmt: skip
+        Column("method"),
+        Column("keeps"),
+        Column("kB", 0),
+        Column("trains, thousand numbers a task", 0),
+        Column("uses"),
+        Column("s per task", 0),
+        Column("average %"),
+        Column("last %"),
+    ]
     return Table(columns, rows)
 
 

@@ -39,11 +39,16 @@ def few_images(classes: int = 200, dim: int = 512, train: int = 30, test: int = 
         return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
     return {
-        "train_features": unit(rows["train"]), "train_labels": np.repeat(np.arange(classes), train),
-        "test_features": unit(rows["test"]), "test_labels": np.repeat(np.arange(classes), test),
-        "text_features": unit(texts), "class_names": [f"bird {c:03d}" for c in range(classes)],
-        "templates": ("a photo of a {}, a type of bird.",), "logit_scale": 100.0, "model": "synthetic",
-    }  # fmt: skip
+        "train_features": unit(rows["train"]),
+        "train_labels": np.repeat(np.arange(classes), train),
+        "test_features": unit(rows["test"]),
+        "test_labels": np.repeat(np.arange(classes), test),
+        "text_features": unit(texts),
+        "class_names": [f"bird {c:03d}" for c in range(classes)],
+        "templates": ("a photo of a {}, a type of bird.",),
+        "logit_scale": 100.0,
+        "model": "synthetic",
+    }
 
 
 def main() -> None:

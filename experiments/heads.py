@@ -26,9 +26,13 @@ from cairn.storage.versions import versions
 STREAMS = {
     "shapes:dev": {"data": "shapes:dev"},
     "cifar100, held-out training images": {
-        "data": "data/cifar100", "towers": "data/mini-clip", "step": 10, "order": "seed:1993", "validation": 0.2,
+        "data": "data/cifar100",
+        "towers": "data/mini-clip",
+        "step": 10,
+        "order": "seed:1993",
+        "validation": 0.2,
     },
-}  # fmt: skip
+}
 RUNS = {
     "dmc, tower frozen": ("dmc", ("stage1.tuning=none",)),
     "lda": ("lda", ()),

@@ -107,9 +107,14 @@ def measured(stream: str, row: str, seed: int = 1) -> dict[str, Any]:
             known = learner.known_score(images)
             lost[str(task.index + 1)], number[str(task.index + 1)] = float(np.mean(known < THRESHOLD)), len(known)
     return {
-        "stream": stream, "row": row, "seed": seed, "split": tasks.fingerprint, "towers": towers.fingerprint,
-        "lost": lost, "images": number,
-    }  # fmt: skip
+        "stream": stream,
+        "row": row,
+        "seed": seed,
+        "split": tasks.fingerprint,
+        "towers": towers.fingerprint,
+        "lost": lost,
+        "images": number,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

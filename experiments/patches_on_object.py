@@ -46,9 +46,14 @@ def shares() -> dict:
             found = aligned(cos, b[y][:, None], patches=K)
             hit = on.gather(1, found.chosen[:, 0])
             rows.append(
-                {"attention": attention, "patches": K, "chosen": hit.mean().item(),
-                 "weighted": (hit * found.share[:, 0]).sum(1).mean().item(), "chance": on.mean().item()}
-            )  # fmt: skip
+                {
+                    "attention": attention,
+                    "patches": K,
+                    "chosen": hit.mean().item(),
+                    "weighted": (hit * found.share[:, 0]).sum(1).mean().item(),
+                    "chance": on.mean().item(),
+                }
+            )
     return {"images": len(images), "towers": towers.fingerprint, "rows": rows, "versions": versions()}
 
 

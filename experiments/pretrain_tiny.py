@@ -77,13 +77,26 @@ def tokenizer(corpus: list[str]) -> Tokenizer:
 
 def model(width: int, vocabulary: int) -> CLIPModel:
     text = dict(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, vocab_size=vocabulary,
-        max_position_embeddings=POSITIONS, hidden_act="gelu", bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=vocabulary,
+        max_position_embeddings=POSITIONS,
+        hidden_act="gelu",
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     vision = dict(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=6, num_attention_heads=width // 32,
-        image_size=shapes.SIZE, patch_size=8, hidden_act="gelu",
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=6,
+        num_attention_heads=width // 32,
+        image_size=shapes.SIZE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
     return CLIPModel(CLIPConfig(projection_dim=width, text_config=text, vision_config=vision))
 
 
@@ -222,16 +235,41 @@ def main() -> None:
     clip.config.dtype = "float16"
     clip.config.save_pretrained(args.out)
     built.save(str(args.out / "tokenizer.json"))
-    (args.out / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[BOS], "eos_token": SPECIAL[EOS],
-        "pad_token": SPECIAL[PAD], "unk_token": SPECIAL[0], "model_max_length": POSITIONS,
-    }, indent=2) + "\n")  # fmt: skip
+    (args.out / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": SPECIAL[BOS],
+                "eos_token": SPECIAL[EOS],
+                "pad_token": SPECIAL[PAD],
+                "unk_token": SPECIAL[0],
+                "model_max_length": POSITIONS,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     side = {"height": shapes.SIZE, "width": shapes.SIZE}
-    (args.out / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": shapes.SIZE},
-        "resample": 3, "do_center_crop": True, "crop_size": side, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
-    }, indent=2) + "\n")  # fmt: skip
+    (args.out / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": shapes.SIZE},
+                "resample": 3,
+                "do_center_crop": True,
+                "crop_size": side,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": MEAN,
+                "image_std": STD,
+                "do_convert_rgb": True,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     card = {
         "command": "python experiments/pretrain_tiny.py",
         "date": date.today().isoformat(),

@@ -85,11 +85,12 @@ TABLES = {
 }
 COMPARISONS = {
     "docs/measured.md": [
-        "shapes/dmc-ot:shapes/dmc", "cifar100/dmc-ot-moving:cifar100/dmc-moving",
+        "shapes/dmc-ot:shapes/dmc",
+        "cifar100/dmc-ot-moving:cifar100/dmc-moving",
         "cifar100/dmc-ot-residual:cifar100/dmc-frozen",
     ],
     "docs/spa.md": ["spa-shapes/spa:spa-shapes/no-patches", "spa-cifar100/spa:spa-cifar100/no-patches"],
-}  # fmt: skip
+}
 
 Job = tuple[str, str, str, list[str], str]
 """Stream, folder, method (or `drift`, the laboratory), settings, seeds."""

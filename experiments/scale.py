@@ -64,8 +64,12 @@ def measure() -> dict[str, Any]:
     with torch.no_grad():
         image, text = median(lambda: towers.image(pixels), 16), median(lambda: towers.text(prompts), 64)
     return {
-        "image": image, "text": text, "stage2_class": stage2, "threads": torch.get_num_threads(), "versions": versions(),
-    }  # fmt: skip
+        "image": image,
+        "text": text,
+        "stage2_class": stage2,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def size(value: float) -> str:
@@ -97,8 +101,11 @@ def kept() -> Table:
         entry = METHODS[name]
         total, fewer = (entry.bytes(k, D, N, 3 * 224**2, D) for k in (K, K // 2))
         rows.append([f"`{name}`: {entry.keeps}", size((total - fewer) / (K // 2)), size(total)])
-    for name, each in (("class texts", 4 * D), ("residual texts with Adam's two moments", 3 * 4 * D),
-                       ("a linear head in closed form, 10,000 features", 4 * 10_000)):  # fmt: skip
+    for name, each in (
+        ("class texts", 4 * D),
+        ("residual texts with Adam's two moments", 3 * 4 * D),
+        ("a linear head in closed form, 10,000 features", 4 * 10_000),
+    ):
         rows.append([name, size(each), size(each * K)])
     return Table([Column("kept"), Column("a class"), Column("a million classes")], rows)
 

@@ -54,12 +54,18 @@ def measured(name: str, method: str, seed: int) -> dict[str, Any]:
     known = np.repeat(np.arange(len(stream.tests)) < half, [len(test) for test in stream.tests])
     score, softmax = learner.known_score(images), learner.predict_proba(images).max(1)
     return {
-        "stream": name, "method": method, "seed": seed, "split": stream.fingerprint, "towers": towers.fingerprint,
-        "known_classes": len(learner.classes_), "unknown_classes": len(stream.class_names) - len(learner.classes_),
-        "auroc": auroc(known, score), "auroc_softmax": auroc(known, softmax),
+        "stream": name,
+        "method": method,
+        "seed": seed,
+        "split": stream.fingerprint,
+        "towers": towers.fingerprint,
+        "known_classes": len(learner.classes_),
+        "unknown_classes": len(stream.class_names) - len(learner.classes_),
+        "auroc": auroc(known, score),
+        "auroc_softmax": auroc(known, softmax),
         "known_below": {str(t): float((score[known] < t).mean()) for t in THRESHOLDS},
         "unknown_below": {str(t): float((score[~known] < t).mean()) for t in THRESHOLDS},
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

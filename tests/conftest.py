@@ -135,10 +135,14 @@ def features_file(tmp_path, embedded_dataset):
 
     data = embedded_dataset
     whole = {
-        "train_features": data.train.values, "train_labels": data.train.labels, "test_features": data.test.values,
-        "test_labels": data.test.labels, "class_names": data.classes, "text_features": data.embeddings.text,
+        "train_features": data.train.values,
+        "train_labels": data.train.labels,
+        "test_features": data.test.values,
+        "test_labels": data.test.labels,
+        "class_names": data.classes,
+        "text_features": data.embeddings.text,
         "logit_scale": data.embeddings.logit_scale,
-    }  # fmt: skip
+    }
 
     def write(name: str = "made", **changes) -> str:
         save_features(tmp_path / f"{name}.safetensors", **(whole | changes))

@@ -21,8 +21,11 @@ def bench(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("bench")
     subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "run.py", "--size", "tiny", "--out", out],
-        check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return json.loads((out / "bench.json").read_text())
 
 
@@ -49,13 +52,22 @@ def test_both_forms_give_the_same(bench):
 def test_the_parts_of_a_run_on_an_accelerator_are_told(tmp_path):
     subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "accelerator.py", "--size", "tiny", "--out", tmp_path / "report.json"],
-        check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     run = report["run"]
     assert run["parts"].keys() == {
-        "stage 1", "passes before and after", "calibration", "statistics", "stage 2", "evaluation", "all else"
-    }  # fmt: skip
+        "stage 1",
+        "passes before and after",
+        "calibration",
+        "statistics",
+        "stage 2",
+        "evaluation",
+        "all else",
+    }
     assert all(seconds > 0 for seconds in run["parts"].values())
     assert sum(run["parts"].values()) == pytest.approx(run["seconds"])
     assert 0 < run["waited"] < run["seconds"]

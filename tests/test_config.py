@@ -15,11 +15,17 @@ def test_numbers_words_and_choices():
     config = with_settings(
         Config(),
         [
-            "stage1.schedule.epochs=4", "stage1.schedule.lr=5e-4", "stage1.tuning.rank=16", "covariance=low_rank",
-            "covariance.rank=8", "stage2.text=prompts",
-            "stage2.text.per_class=4", "stage2.real_share=null", "stage2.text.init=a photo of a",
+            "stage1.schedule.epochs=4",
+            "stage1.schedule.lr=5e-4",
+            "stage1.tuning.rank=16",
+            "covariance=low_rank",
+            "covariance.rank=8",
+            "stage2.text=prompts",
+            "stage2.text.per_class=4",
+            "stage2.real_share=null",
+            "stage2.text.init=a photo of a",
         ],
-    )  # fmt: skip
+    )
     assert config.stage1.schedule.epochs == 4
     assert config.stage1.schedule.lr == 5e-4
     assert config.stage1.schedule.batch == Config().stage1.schedule.batch

@@ -69,9 +69,21 @@ def test_a_config_is_headed_by_paper_score_command_and_status(path):
 
 def test_a_config_runs_and_the_command_line_goes_before_it(cairn, tmp_path):
     status, _, err = cairn(
-        "run", "--config", ROOT / "configs" / "dmc" / "cub200.toml", *SMALL, "--towers", "tiny", "--seed", 4,
-        "--set", "stage1.schedule.epochs=1", "--set", "stage2.schedule.epochs=1", "--out", "here",
-    )  # fmt: skip
+        "run",
+        "--config",
+        ROOT / "configs" / "dmc" / "cub200.toml",
+        *SMALL,
+        "--towers",
+        "tiny",
+        "--seed",
+        4,
+        "--set",
+        "stage1.schedule.epochs=1",
+        "--set",
+        "stage2.schedule.epochs=1",
+        "--out",
+        "here",
+    )
     assert (status, err) == (0, "")
     stored = json.loads((tmp_path / "here" / "result.json").read_text())
     assert stored["run"]["data"] == "shapes"
@@ -182,9 +194,16 @@ def theirs(folder, **changes):
 def test_a_config_of_theirs_is_a_call_of_ours(tmp_path):
     file = theirs(tmp_path)
     assert file.options == {
-        "method": "simplecil", "data": "cifar100", "base": 0, "step": 10, "order": "seed:1993", "seed": 1993,
-        "towers": LAION, "device": "auto", "preprocess": "squash",
-    }  # fmt: skip
+        "method": "simplecil",
+        "data": "cifar100",
+        "base": 0,
+        "step": 10,
+        "order": "seed:1993",
+        "seed": 1993,
+        "towers": LAION,
+        "device": "auto",
+        "preprocess": "squash",
+    }
     assert file.settings == ()
     assert file.notices == ("theirs.json: not used: prefix",)
 
@@ -245,9 +264,16 @@ def test_what_has_no_counterpart_is_told(tmp_path, changes, says):
 
 def test_a_single_schedule_takes_theirs(tmp_path):
     training = {
-        "init_epoch": 20, "epochs": 15, "init_lr": 0.01, "lrate": 0.002, "batch_size": 48, "weight_decay": 0.0005,
-        "optimizer": "SGD", "scheduler": "constant", "milestones": [40, 70],
-    }  # fmt: skip
+        "init_epoch": 20,
+        "epochs": 15,
+        "init_lr": 0.01,
+        "lrate": 0.002,
+        "batch_size": 48,
+        "weight_decay": 0.0005,
+        "optimizer": "SGD",
+        "scheduler": "constant",
+        "milestones": [40, 70],
+    }
     file = theirs(tmp_path, model_name="finetune", **training)
     schedule = with_settings(METHODS["finetune"].config(), file.settings).stage1.schedule
     assert (schedule.epochs, schedule.lr, schedule.batch, schedule.weight_decay) == (15, 0.002, 48, 0.0005)

@@ -199,8 +199,10 @@ def test_every_method_is_in_the_readme():
 
 
 def test_the_page_on_choosing_says_of_every_method_what_its_row_says():
-    rows = {found[0]: found[1:] for found in re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| ([\w-]+) \|", read("choose-a-method.md"),
-                                                       re.MULTILINE)}  # fmt: skip
+    rows = {
+        found[0]: found[1:]
+        for found in re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| ([\w-]+) \|", read("choose-a-method.md"), re.MULTILINE)
+    }
     assert rows == {name: (entry.trains, entry.keeps) for name, entry in METHODS.items()}
 
 

@@ -468,10 +468,11 @@ def a_folder(path, outside):
 def test_links_pipes_and_folders_in_place_of_files(change, learner, call, features, tmp_path):
     """Of a run's own files not even a link to a copy is followed; a file that a user names may be one."""
     for path, read in (
-        (part_of(learner), lambda: read_learner(learner)), (call / CALL, lambda: read_call(call)),
+        (part_of(learner), lambda: read_learner(learner)),
+        (call / CALL, lambda: read_call(call)),
         (learner / LEARNER / "learner-000001.json", lambda: read_learner(learner)),
         (learner / RESULT, lambda: read_learner(learner)),
-    ):  # fmt: skip
+    ):
         sound = path.read_bytes()
         outside = tmp_path / "outside"
         outside.write_bytes(sound)
@@ -668,9 +669,12 @@ def test_three_hundred_damaged_inputs_are_refused_or_right():
 
     signal.alarm(0)  # it has one of its own for each
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "stress" / "fuzz.py", "--cases", "300", "--seed", "7"], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, ROOT / "tests" / "stress" / "fuzz.py", "--cases", "300", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     report = json.loads(done.stdout)
     assert report["cases"] == 300

@@ -18,9 +18,12 @@ from cairn.storage.distribution import extra_remedy
 from cairn.training.distributed import ALONE, World
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="A CLIP model learns new classes, task after task, without keeping old images.",
-)  # fmt: skip
+)
 for commands in (run, classifier, embed, sweep):
     commands.register(app)
 
@@ -118,10 +121,17 @@ def list_() -> None:
     console = Console()
     columns = ("name", "trains", "keeps", "MB", "exemplars", "uses", "source")
     rows = [
-        (m.name, m.trains, m.keeps, f"{m.bytes(*SOME) / 1e6:.1f}", _yes(not m.exemplar_free),
-         ", ".join(m.uses), m.source)
+        (
+            m.name,
+            m.trains,
+            m.keeps,
+            f"{m.bytes(*SOME) / 1e6:.1f}",
+            _yes(not m.exemplar_free),
+            ", ".join(m.uses),
+            m.source,
+        )
         for m in METHODS.values()
-    ]  # fmt: skip
+    ]
     console.table("Methods (MB kept of 100 classes with 50 images each, 512 numbers per embedding)", columns, rows)
     own = [
         ("shapes", "the drawn world: 40 compositions (embedded)"),
@@ -189,9 +199,14 @@ def describe(
     if not (plus and near.isdigit() and far.isdigit()):
         raise ConfigError(f"guides '{guides}': two whole numbers, such as 4+4")
     config = checked(
-        DescribeConfig, model=model, sentences=sentences, words=words, name_free=not allow_name,
-        representative=int(near), diverse=int(far),
-    )  # fmt: skip
+        DescribeConfig,
+        model=model,
+        sentences=sentences,
+        words=words,
+        name_free=not allow_name,
+        representative=int(near),
+        diverse=int(far),
+    )
     checked_bad_image(on_bad_image)
     console = Console()
     dataset = open_dataset(data)
@@ -343,10 +358,16 @@ def info() -> None:
     console.note(f"{store.folder}: {total:.1f} of {limit:.1f} MB")
     if listed:
         rows = [
-            (held.data, held.towers, held.kind, str(held.rows), f"{held.bytes / 1e6:.1f}",
-             f"{datetime.fromtimestamp(held.used):%Y-%m-%d %H:%M}")
+            (
+                held.data,
+                held.towers,
+                held.kind,
+                str(held.rows),
+                f"{held.bytes / 1e6:.1f}",
+                f"{datetime.fromtimestamp(held.used):%Y-%m-%d %H:%M}",
+            )
             for held in listed
-        ]  # fmt: skip
+        ]
         console.table("Sets", ("data", "towers", "kind", "rows", "MB", "last used"), rows)
 
 
@@ -396,9 +417,16 @@ def serve(
         console.note(f"open {where}  (to stop: Ctrl-C)")
 
     serve(
-        learner, host, port, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url, ready=ready,
+        learner,
+        host,
+        port,
+        token=token,
+        max_bytes=max_bytes,
+        max_pixels=max_pixels,
+        public_url=public_url,
+        ready=ready,
         towers=towers,
-    )  # fmt: skip
+    )
 
 
 @app.command()

@@ -85,9 +85,13 @@ def learn(
             _require_same(held, method, settings, templates, seed)
         else:
             held = IncrementalClassifier(
-                method or METHOD, towers or TOWERS, settings=dict(settings), templates=templates or DEFAULT,
-                seed=1 if seed is None else seed, device=device,
-            )  # fmt: skip
+                method or METHOD,
+                towers or TOWERS,
+                settings=dict(settings),
+                templates=templates or DEFAULT,
+                seed=1 if seed is None else seed,
+                device=device,
+            )
             held.require_savable()
             held._loaded_towers()
         if found.descriptions is not None:
@@ -122,9 +126,12 @@ def learn(
 
 
 def _require_same(
-    held: IncrementalClassifier, method: str | None, settings: Sequence[tuple[str, Any]],
-    templates: tuple[str, ...] | None, seed: int | None,
-) -> None:  # fmt: skip
+    held: IncrementalClassifier,
+    method: str | None,
+    settings: Sequence[tuple[str, Any]],
+    templates: tuple[str, ...] | None,
+    seed: int | None,
+) -> None:
     """Options for a new learner may be given again where it is there already; raises ConfigError for the first that differs."""
     from cairn.config import settings as every_setting
     from cairn.config import with_values
@@ -198,10 +205,14 @@ def predict(
             for rank, found in enumerate(row["classes"], 1):
                 writer.writerow(
                     [
-                        csv_text(one_line(row["image"])), f"{row['known']:.6f}", row["unknown"], rank,
-                        csv_text(found["name"]), f"{found['probability']:.6f}",
+                        csv_text(one_line(row["image"])),
+                        f"{row['known']:.6f}",
+                        row["unknown"],
+                        rank,
+                        csv_text(found["name"]),
+                        f"{found['probability']:.6f}",
                     ]
-                )  # fmt: skip
+                )
     else:
         for row in rows:
             best = ", ".join(
@@ -224,11 +235,13 @@ def _predicted(held, files: list[Path], topk: int, unknown_below: float) -> list
     known = held.known_score(files)
     return [
         {
-            "image": str(file), "known": float(score), "unknown": bool(score < unknown_below),
+            "image": str(file),
+            "known": float(score),
+            "unknown": bool(score < unknown_below),
             "classes": [{"name": name, "probability": p} for name, p in best],
         }
         for file, score, best in zip(files, known, held.predict_topk(files, topk), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _json(value: Any) -> str:

@@ -72,18 +72,36 @@ def embed(
     from cairn.training.log import Log
 
     config = checked(
-        EmbedConfig, data=data, towers=towers, limit_train=limit_train, limit_test=limit_test, device=device,
-        precision=precision, preprocess=preprocess, template=template, revision=revision, on_bad_image=on_bad_image,
-        dtype=dtype, batch=batch, shard_rows=shard_rows,
-    )  # fmt: skip
+        EmbedConfig,
+        data=data,
+        towers=towers,
+        limit_train=limit_train,
+        limit_test=limit_test,
+        device=device,
+        precision=precision,
+        preprocess=preprocess,
+        template=template,
+        revision=revision,
+        on_bad_image=on_bad_image,
+        dtype=dtype,
+        batch=batch,
+        shard_rows=shard_rows,
+    )
     world = context.obj or ALONE
     rank = Rank(world.rank, world.world_size, int(os.environ["LOCAL_RANK"]) if world.world_size > 1 else 0)
     console, checkpoint = _Console(), Checkpoint()
     with stopped_by_signals(checkpoint), console.live():
         made = embed_dataset(
-            config, out, workers=workers, address=address, rank=rank, keep_parts=keep_parts, overwrite=overwrite,
-            log=Log(keep=console.event, show=console.progress), checkpoint=checkpoint,
-        )  # fmt: skip
+            config,
+            out,
+            workers=workers,
+            address=address,
+            rank=rank,
+            keep_parts=keep_parts,
+            overwrite=overwrite,
+            log=Log(keep=console.event, show=console.progress),
+            checkpoint=checkpoint,
+        )
     if rank.number:
         return
     if made.finished:

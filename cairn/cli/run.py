@@ -130,15 +130,37 @@ def run(
     if several is None and context.get_parameter_source("seed").name != "COMMANDLINE":
         several = asked.seeds
     config = checked(
-        RunConfig, method=entry.name, data=data, towers=towers, base=base, step=step, order=order,
-        seed=several[0] if several else seed, settings=(*asked.settings, *(set_ or ())), limit_train=limit_train,
-        limit_test=limit_test, validation=validation, device=device, precision=precision, preprocess=preprocess,
-        template=template, revision=revision, on_bad_image=on_bad_image,
-    )  # fmt: skip
+        RunConfig,
+        method=entry.name,
+        data=data,
+        towers=towers,
+        base=base,
+        step=step,
+        order=order,
+        seed=several[0] if several else seed,
+        settings=(*asked.settings, *(set_ or ())),
+        limit_train=limit_train,
+        limit_test=limit_test,
+        validation=validation,
+        device=device,
+        precision=precision,
+        preprocess=preprocess,
+        template=template,
+        revision=revision,
+        on_bad_image=on_bad_image,
+    )
     call = checked(
-        Call, run=config, seeds=several, keep_learner=keep_learner, cache=cache, checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps, track=track or [], log_lines=log_lines, notices=asked.notices,
-    )  # fmt: skip
+        Call,
+        run=config,
+        seeds=several,
+        keep_learner=keep_learner,
+        cache=cache,
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        track=track or [],
+        log_lines=log_lines,
+        notices=asked.notices,
+    )
     _run_all(call, folder, overwrite, world)
 
 
@@ -209,7 +231,7 @@ def _runs(call, folder: Path, overwrite: bool, world: World) -> list:
 
 def _run_one(
     call, folder: Path, overwrite: bool, console: Console, world: World, opened: Callable[[], Any] = lambda: None
-):  # fmt: skip
+):
     """`opened` is called when the folder is there: when all input was found good."""
     from cairn.contrib.pycil import curve_lines
     from cairn.data.feature_store import FeatureStore
@@ -333,10 +355,19 @@ def drift(
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"
     config = checked(
-        RunConfig, method="dmc-ot", data=data, towers=towers, base=base, step=_step(step, data), order=order,
-        settings=tuple(set_ or ()), limit_train=limit_train, limit_test=limit_test, validation=validation,
+        RunConfig,
+        method="dmc-ot",
+        data=data,
+        towers=towers,
+        base=base,
+        step=_step(step, data),
+        order=order,
+        settings=tuple(set_ or ()),
+        limit_train=limit_train,
+        limit_test=limit_test,
+        validation=validation,
         on_bad_image=on_bad_image,
-    )  # fmt: skip
+    )
     with console.live():
         log = Log(keep=console.event, show=console.progress)
         report = drift_report(config, [name.strip() for name in estimators.split(",")], _seeds(seeds), log)

@@ -51,9 +51,14 @@ def sweep(
     if engine is Where.serial and address is not None:
         raise ConfigError(f"--address {address}: --engine serial runs here; leave one out")
     given = {
-        "cpus": cpus, "gpus": gpus, "memory": memory, "parallel": parallel, "attempts": attempts,
-        "checkpoint_seconds": checkpoint_seconds, "cache": cache,
-    }  # fmt: skip
+        "cpus": cpus,
+        "gpus": gpus,
+        "memory": memory,
+        "parallel": parallel,
+        "attempts": attempts,
+        "checkpoint_seconds": checkpoint_seconds,
+        "cache": cache,
+    }
     if dry_run or engine is Where.serial:
         _sweep(file, out, given, None, dry_run)
         return
@@ -136,6 +141,10 @@ def _on(cluster: Any, file: Any, folder: Path) -> Callable[[], Any]:
             raise ConfigError(f"device '{name}': Ray says which one a run gets; give device = \"{kind}\"")
     gpus = 0 if resources.gpus is None and devices == {"cpu"} else resources.gpus
     return lambda: OnRay(
-        cluster, cpus=resources.cpus, gpus=gpus, memory=resources.memory, parallel=resources.parallel,
+        cluster,
+        cpus=resources.cpus,
+        gpus=gpus,
+        memory=resources.memory,
+        parallel=resources.parallel,
         log=folder / "ray.log",
-    )  # fmt: skip
+    )

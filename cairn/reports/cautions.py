@@ -105,8 +105,10 @@ def _below_zero_shot(line: Line) -> str:
     """The numbers of the tasks after which the mean is below that of the untouched towers, as ranges."""
     seen, zero = line.over_tasks("seen_accuracy"), line.over_tasks("zero_shot_accuracy")
     numbers = [
-        i for i, (own, bare) in enumerate(zip(seen, zero, strict=False), 1) if own and bare and own.mean < bare.mean - 1e-6
-    ]  # fmt: skip
+        i
+        for i, (own, bare) in enumerate(zip(seen, zero, strict=False), 1)
+        if own and bare and own.mean < bare.mean - 1e-6
+    ]
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][-1] + 1:

@@ -12,9 +12,12 @@ from cairn.reports.tables import stored_below
 from cairn.storage.distribution import extra_remedy
 
 COLUMNS = (
-    ("mean_error", "mean error", 1, 3), ("covariance_error", "covariance error", 1, 3), ("bures_error", "Bures error", 1, 3),
-    ("average", "average %", 100, 2), ("last", "last %", 100, 2),
-)  # fmt: skip
+    ("mean_error", "mean error", 1, 3),
+    ("covariance_error", "covariance error", 1, 3),
+    ("bures_error", "Bures error", 1, 3),
+    ("average", "average %", 100, 2),
+    ("last", "last %", 100, 2),
+)
 
 
 def _estimators(report: dict[str, Any]) -> list[str]:

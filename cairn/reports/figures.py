@@ -139,11 +139,23 @@ def _look(name: str) -> Iterator[None]:
     except ImportError:
         raise ConfigError(f"report: matplotlib is missing; {extra_remedy('report')}") from None
     ours = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.titlesize": 10, "text.color": INK,
-        "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": INK, "ytick.color": INK, "grid.color": RULE,
-        "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": 0.6,
-        "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": RULE,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": RULE,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
     with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a reader's fonts may have it
         yield
@@ -212,9 +224,15 @@ def _lines(axis: Any, series: Sequence[Series], logarithmic: bool, floor: float)
             )
         alone = "o" if len(one.x) == 1 else ""
         handles += axis.plot(
-            one.x, mean, color=one.style.colour, linewidth=width, linestyle=(0, one.style.dashes), markersize=3.4,
-            marker=(one.style.marker if len(one.x) <= FEW else "") or alone, gid=f"line-{one.key}-{i}",
-        )  # fmt: skip
+            one.x,
+            mean,
+            color=one.style.colour,
+            linewidth=width,
+            linestyle=(0, one.style.dashes),
+            markersize=3.4,
+            marker=(one.style.marker if len(one.x) <= FEW else "") or alone,
+            gid=f"line-{one.key}-{i}",
+        )
     return handles
 
 
@@ -281,16 +299,26 @@ def matrix(name: str, title: str, caption: str, accuracy: Sequence[Sequence[floa
             figure = _figure(3.6, 2.95)
             axis = figure.subplots()
             image = axis.imshow(
-                values, vmin=0, vmax=100, cmap="cividis", interpolation="none",
-                extent=(0.5, tasks + 0.5, tasks + 0.5, 0.5), aspect="equal",
-            )  # fmt: skip
+                values,
+                vmin=0,
+                vmax=100,
+                cmap="cividis",
+                interpolation="none",
+                extent=(0.5, tasks + 0.5, tasks + 0.5, 0.5),
+                aspect="equal",
+            )
             if tasks <= READABLE:
                 for i, row in enumerate(accuracy):
                     for j, value in enumerate(row):
                         axis.text(
-                            j + 1, i + 1, f"{value:.0f}", ha="center", va="center", fontsize=8 if tasks <= 8 else 6.5,
+                            j + 1,
+                            i + 1,
+                            f"{value:.0f}",
+                            ha="center",
+                            va="center",
+                            fontsize=8 if tasks <= 8 else 6.5,
                             color="white" if value < 55 else "black",
-                        )  # fmt: skip
+                        )
             _axes(axis, "accuracy on task", "after task")
             for side in (axis.xaxis, axis.yaxis):
                 _ticks(side, range(1, tasks + 1))

@@ -90,8 +90,16 @@ class Table:
         ]
         rows = [" & ".join(line) + r" \\" for line in lines]
         return "\n".join(
-            [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]
-        )  # fmt: skip
+            [
+                rf"\begin{{tabular}}{{{kinds}}}",
+                r"\toprule",
+                rows[0],
+                r"\midrule",
+                *rows[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
+        )
 
     def csv(self) -> str:
         """Figures in full; a deviation or the ends of an interval are columns of their own."""

@@ -86,9 +86,12 @@ class Page:
         except ImportError:
             raise ConfigError(f"report: jinja2 is missing; {extra_remedy('report')}") from None
         environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
         return environment.get_template("page.html.jinja").render(page=self, folded=MATRICES)
 
     def write_files(self, folder: Path) -> list[Path]:
@@ -126,9 +129,11 @@ def page_of(folders: Iterable[Path], reference: str | None = None) -> Page:
     keys = _keys(lines)
     data = dict.fromkeys(held["data"] for held in (*results, *drifts))
     counts = (
-        (len(results), "run"), (len({line.label for line in lines}), "method"), (len(streams), "stream"),
+        (len(results), "run"),
+        (len({line.label for line in lines}), "method"),
+        (len(streams), "stream"),
         (len(drifts), "drift report"),
-    )  # fmt: skip
+    )
     return Page(
         title=", ".join(data),
         summary=", ".join(f"{n} {what}{'s' if n > 1 else ''}" for n, what in counts if n),
@@ -226,28 +231,38 @@ def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched:
 
     accuracy = [*series(seen, lambda line: line.over_tasks("seen_accuracy", 100)), *untouched]
     yield curves(
-        f"{prefix}seen-accuracy", "Accuracy over the classes seen", "After each task; bands are one sample deviation.",
-        accuracy, "classes seen", "accuracy %",
-    )  # fmt: skip
+        f"{prefix}seen-accuracy",
+        "Accuracy over the classes seen",
+        "After each task; bands are one sample deviation.",
+        accuracy,
+        "classes seen",
+        "accuracy %",
+    )
     if forgotten := series(tasks, lambda line: line.forgetting_of_tasks(100)):
         yield curves(
-            f"{prefix}forgetting", "Forgetting of each task",
+            f"{prefix}forgetting",
+            "Forgetting of each task",
             "Points from a task's best accuracy before the last task to that at the end.",
-            forgotten, "task", "forgetting, points",
-        )  # fmt: skip
+            forgotten,
+            "task",
+            "forgetting, points",
+        )
     if future := series(seen, lambda line: line.over_tasks("future_accuracy", 100)):
         yield curves(
-            f"{prefix}future-accuracy", "Accuracy on classes to come",
+            f"{prefix}future-accuracy",
+            "Accuracy on classes to come",
             "Zero-shot, of the image encoder as it is by then, among those classes alone.",
-            future, "classes seen", "accuracy %",
-        )  # fmt: skip
+            future,
+            "classes seen",
+            "accuracy %",
+        )
     if seconds := series(tasks, lambda line: line.over_tasks("seconds_per_task")):
         floor, caption = 0.1, "Of learning alone; less than a tenth is not shown."
         if all(point is None or point.mean < floor for one in seconds for point in one.y):
             floor, caption = 0.0, "Of learning alone; every task took less than a tenth."
         yield curves(
-            f"{prefix}seconds", "Seconds per task", caption, seconds, "task", "seconds", logarithmic=True, floor=floor,
-        )  # fmt: skip
+            f"{prefix}seconds", "Seconds per task", caption, seconds, "task", "seconds", logarithmic=True, floor=floor
+        )
 
 
 def _untouched(stream: Stream, key: int) -> list[Series]:
@@ -263,9 +278,11 @@ def _matrices(stream: Stream, prefix: str) -> Iterator[Chart]:
     for number, line in enumerate(stream.lines, start=1):
         if rows := line.accuracy():
             yield matrix(
-                f"{prefix}matrix-{number}-{_file_name(line.label)}", line.label, f"seeds {seed_list(line.runs)}",
+                f"{prefix}matrix-{number}-{_file_name(line.label)}",
+                line.label,
+                f"seeds {seed_list(line.runs)}",
                 [[100 * value for value in row] for row in rows],
-            )  # fmt: skip
+            )
 
 
 def _cost_table(lines: Sequence[Line]) -> Table:
@@ -310,9 +327,15 @@ def _origin(run: Result) -> dict[str, str]:
     """Where a run comes from: the call without what names its line, towers, machine, versions."""
     call = {key: value for key, value in run["run"].items() if key not in ("method", "settings", "seed")}
     facts = {
-        "seed": run["seed"], "call": call, "towers": run["towers"], "split": run["split"], "device": run["device"],
-        "times resumed": run["resumed"], "versions": run["versions"], "file": str(run["path"]),
-    }  # fmt: skip
+        "seed": run["seed"],
+        "call": call,
+        "towers": run["towers"],
+        "split": run["split"],
+        "device": run["device"],
+        "times resumed": run["resumed"],
+        "versions": run["versions"],
+        "file": str(run["path"]),
+    }
     return flat(facts)
 
 
@@ -343,25 +366,40 @@ def _drift_part(report: dict[str, Any], number: int) -> Part:
     }
     charts = [
         curves(
-            f"{name}{key.replace('_', '-')}", title, "After each task, summed over old classes.",
+            f"{name}{key.replace('_', '-')}",
+            title,
+            "After each task, summed over old classes.",
             [
-                Series(estimator, keys[estimator].style, list(tasks), [estimate(v) for v in tasks.values()],
-                    keys[estimator].key)
+                Series(
+                    estimator,
+                    keys[estimator].style,
+                    list(tasks),
+                    [estimate(v) for v in tasks.values()],
+                    keys[estimator].key,
+                )
                 for estimator, tasks in by_key[key].items()
                 if tasks
             ],
-            "after task", "squared distance", digits=6, logarithmic=True,
+            "after task",
+            "squared distance",
+            digits=6,
+            logarithmic=True,
         )
         for key, title in DRIFT_ERRORS
         if any(by_key[key].values())
-    ]  # fmt: skip
+    ]
     facts = [
-        ("data", report["data"]), ("split", report["split"]),
+        ("data", report["data"]),
+        ("split", report["split"]),
         ("towers", f"{report['towers']['name']}, {report['towers']['fingerprint']}"),
         ("seeds", ", ".join(map(str, report["seeds"]))),
-    ]  # fmt: skip
+    ]
     table = estimator_table([report])
     return Part(
-        name=name, title=f"Drift on {report['data']}", facts=facts, keys=list(keys.values()), charts=charts,
+        name=name,
+        title=f"Drift on {report['data']}",
+        facts=facts,
+        keys=list(keys.values()),
+        charts=charts,
         tables={"estimators": Table(table.columns[1:], [row[1:] for row in table.rows])},
-    )  # fmt: skip
+    )

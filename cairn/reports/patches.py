@@ -38,9 +38,14 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
             chosen[round(top) : round(top + height), round(left) : round(left + width)] = True
             axis.add_patch(
                 Rectangle(
-                    (left - 0.5, top - 0.5), width, height, fill=False, linewidth=1.6, edgecolor=colour[patch["sentence"]]
+                    (left - 0.5, top - 0.5),
+                    width,
+                    height,
+                    fill=False,
+                    linewidth=1.6,
+                    edgecolor=colour[patch["sentence"]],
                 )
-            )  # fmt: skip
+            )
         axis.imshow(np.where(chosen[..., None], image, (0.35 * image + 70).astype(np.uint8)))
         axis.set_axis_off()
         axis.set_title(f"{reason['name']}\nscore {reason['score']:.1f}", fontsize=10, parse_math=False)

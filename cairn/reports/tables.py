@@ -85,9 +85,14 @@ def seed_list(results: Iterable[Result]) -> str:
 def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent."""
     columns = [
-        Column("method"), Column("average %"), Column("last %"), Column("forgetting"), Column("keeps, kB", 0),
-        Column("seconds", 0), Column("seeds"),
-    ]  # fmt: skip
+        Column("method"),
+        Column("average %"),
+        Column("last %"),
+        Column("forgetting"),
+        Column("keeps, kB", 0),
+        Column("seconds", 0),
+        Column("seeds"),
+    ]
     rows = []
     for name, group in sorted(groups.items(), key=lambda item: mean_and_deviation([r["average"] for r in item[1]])):
         memory = group[0]["memory_bytes"]

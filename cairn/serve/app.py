@@ -92,10 +92,13 @@ class Problem(BaseModel):
 def application(service: Service, rules: Rules) -> ASGIApp:
     """The ASGI application."""
     app = FastAPI(
-        title="cairn", version=versions()["cairn"], docs_url=None, redoc_url=None,
+        title="cairn",
+        version=versions()["cairn"],
+        docs_url=None,
+        redoc_url=None,
         description="Changes need `Authorization: Bearer TOKEN`; on a network, everything does.",
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
-    )  # fmt: skip
+    )
 
     def small(file: UploadFile) -> None:
         if (file.size or 0) > rules.max_bytes:
@@ -109,9 +112,13 @@ def application(service: Service, rules: Rules) -> ASGIApp:
         """Whether it is there, and what it allows."""
         trusted, work = request.state.trusted, service.work
         return Health(
-            version=app.version, learning=None if work is None else work.share, may_ask=rules.local or trusted,
-            may_change=trusted, describes=service.describes, max_bytes=rules.max_bytes,
-        )  # fmt: skip
+            version=app.version,
+            learning=None if work is None else work.share,
+            may_ask=rules.local or trusted,
+            may_change=trusted,
+            describes=service.describes,
+            max_bytes=rules.max_bytes,
+        )
 
     @app.get("/api/classes")
     async def known() -> Classes:
@@ -200,15 +207,29 @@ class Server(uvicorn.Server):
 def server_config(app: ASGIApp) -> uvicorn.Config:
     """Without WebSockets, and without trust in what a proxy says of a client."""
     return uvicorn.Config(
-        app, http=Connection, ws="none", log_level="error", access_log=False, lifespan="off", proxy_headers=False,
+        app,
+        http=Connection,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,
         server_header=False,
-    )  # fmt: skip
+    )
 
 
 def serve(
-    folder: Path, host: str, port: int, *, token: str | None, max_bytes: int, max_pixels: int, public_url: str | None,
-    ready: Callable[[str], None], towers: str | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    host: str,
+    port: int,
+    *,
+    token: str | None,
+    max_bytes: int,
+    max_pixels: int,
+    public_url: str | None,
+    ready: Callable[[str], None],
+    towers: str | None = None,
+) -> None:
     """Serve the learner of `folder` until a signal comes; `ready` is told where. Raises ConfigError for an address that
     cannot be had or must not be had without a token."""
     try:

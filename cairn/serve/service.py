@@ -90,8 +90,10 @@ class Service:
             return {
                 "classes": [{"name": n, "probability": p} for n, p in learner.predict_topk([image], best)[0]],
                 "known": float(learner.known_score([image])[0]),
-                "grid": self._grid if reasons else None, "view": learner.method_.towers.preprocessing.mode, "reasons": reasons,
-            }  # fmt: skip
+                "grid": self._grid if reasons else None,
+                "view": learner.method_.towers.preprocessing.mode,
+                "reasons": reasons,
+            }
 
     @property
     def describes(self) -> bool:

@@ -109,9 +109,12 @@ def open_append(path: Path, append: bool) -> TextIO:
     """A text file that is written line by line, no link and no pipe; what is not UTF-8 becomes JSON's escape. Raises
     OSError."""
     return open(
-        path, "a" if append else "w", encoding="utf-8", errors="backslashreplace",
+        path,
+        "a" if append else "w",
+        encoding="utf-8",
+        errors="backslashreplace",
         opener=lambda name, flags: os.open(name, flags | _NO_SURPRISE, 0o666),
-    )  # fmt: skip
+    )
 
 
 def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int], int]], about: Mapping[str, str]) -> bytes:

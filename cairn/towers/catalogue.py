@@ -69,9 +69,16 @@ def load_towers(
         tokenizer = load_tokenizer(folder)
     require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
     return ClipTowers(
-        model, tokenizer, preprocessing.with_mode(preprocess), name=spec, device=device, precision=precision,
-        revision=None if spec == "tiny" else found.commit, source=absolute(spec), notices=found.notices,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        preprocessing.with_mode(preprocess),
+        name=spec,
+        device=device,
+        precision=precision,
+        revision=None if spec == "tiny" else found.commit,
+        source=absolute(spec),
+        notices=found.notices,
+    )
 
 
 def absolute(spec: str) -> str:

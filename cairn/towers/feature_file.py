@@ -20,9 +20,14 @@ def features_towers(dataset: Dataset, source: str) -> FeatureTowers:
     """The towers of a data set that holds embeddings; `source` is the path of its file."""
     held = dataset.embeddings
     return FeatureTowers(
-        name=held.name, dim=held.dim, logit_scale=held.logit_scale, fingerprint=held.fingerprint, names=dataset.classes,
-        text=held.text, source=os.path.abspath(os.path.expanduser(source)),
-    )  # fmt: skip
+        name=held.name,
+        dim=held.dim,
+        logit_scale=held.logit_scale,
+        fingerprint=held.fingerprint,
+        names=dataset.classes,
+        text=held.text,
+        source=os.path.abspath(os.path.expanduser(source)),
+    )
 
 
 def open_features_towers(path: str) -> FeatureTowers:

@@ -122,9 +122,12 @@ def _attended(attention: nn.Module, x: Float[Tensor, "N w"], levels: Sequence[Le
         keys.append(level.padded(k))
         values.append(level.padded(v))
         mixed = scaled_dot_product_attention(
-            level.padded(q), level.continued(keys), level.continued(values),
-            attn_mask=level.visible, scale=attention.scale,
-        )  # fmt: skip
+            level.padded(q),
+            level.continued(keys),
+            level.continued(values),
+            attn_mask=level.visible,
+            scale=attention.scale,
+        )
         rows.append(level.packed(mixed))
     return torch.cat(rows)
 

@@ -187,10 +187,13 @@ def open_clip_preprocessing(stored: Any, size: int, where: str) -> Preprocessing
         stored = {key: value for key, value in stored.items() if value is not None}
     said = _checked(_PreprocessCfg, stored, where)
     return Preprocessing(
-        size=size, mean=said.mean, std=said.std, fill=said.fill_color,
+        size=size,
+        mean=said.mean,
+        std=said.std,
+        fill=said.fill_color,
         mode={"shortest": "crop", "squash": "squash", "longest": "pad"}[said.resize_mode],
         resample="bilinear" if said.interpolation == "bilinear" else "bicubic",  # random: in training alone
-    )  # fmt: skip
+    )
 
 
 def _of_processor(said: _ImageProcessor, size: int, where: str) -> Preprocessing:
@@ -213,11 +216,14 @@ def _of_processor(said: _ImageProcessor, size: int, where: str) -> Preprocessing
     elif edge != size:
         raise refused(f"size {said.size}", f"is not cut, and the image tower takes {size} x {size}")
     return Preprocessing(
-        size=size, mode=mode, edge=None if edge == size else edge, resample=_FILTERS[said.resample],
+        size=size,
+        mode=mode,
+        edge=None if edge == size else edge,
+        resample=_FILTERS[said.resample],
         rescale=said.rescale_factor if said.do_rescale else 1.0,
         mean=said.image_mean if said.do_normalize else (0.0,) * 3,
         std=said.image_std if said.do_normalize else (1.0,) * 3,
-    )  # fmt: skip
+    )
 
 
 def _resize(size: int | dict[str, int]) -> tuple[Literal["crop", "squash"] | None, int]:

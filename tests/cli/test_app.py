@@ -19,9 +19,25 @@ def test_a_run_leaves_a_result_and_its_events(cairn, features, tmp_path):
     stored = json.loads((tmp_path / "here" / "result.json").read_text())
     assert stored["method"] == "simplecil"
     for key in (
-        "config", "data", "towers", "class_order", "base", "step", "seed", "accuracy", "seen_accuracy", "average",
-        "last", "forgetting", "bwt", "seconds", "peak_rss_bytes", "memory_bytes", "tower_passes", "versions",
-    ):  # fmt: skip
+        "config",
+        "data",
+        "towers",
+        "class_order",
+        "base",
+        "step",
+        "seed",
+        "accuracy",
+        "seen_accuracy",
+        "average",
+        "last",
+        "forgetting",
+        "bwt",
+        "seconds",
+        "peak_rss_bytes",
+        "memory_bytes",
+        "tower_passes",
+        "versions",
+    ):
         assert key in stored
     events = [json.loads(line) for line in (tmp_path / "here" / "events.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events].count("task") == 3

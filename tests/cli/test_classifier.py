@@ -296,9 +296,12 @@ def test_weights_that_moved_can_be_given_to_every_command(pictures, tmp_path, mo
     (tmp_path / "here").rename(tmp_path / "there")
     name = next(first.iterdir()).name
     calls = [
-        ("predict", learner, pictures / "test"), ("learn", learner, first), ("export", learner, "--onnx", tmp_path / "x.onnx"),
-        ("serve", learner), ("forget", learner, name),
-    ]  # fmt: skip
+        ("predict", learner, pictures / "test"),
+        ("learn", learner, first),
+        ("export", learner, "--onnx", tmp_path / "x.onnx"),
+        ("serve", learner),
+        ("forget", learner, name),
+    ]
     for words in calls:
         assert "say where they are now with --towers" in refused(monkeypatch, capsys, *words)
     asked = []

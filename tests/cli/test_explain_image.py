@@ -22,9 +22,14 @@ def kept(tmp_path_factory):
     """A run of SPA with its learner, and the method that was kept."""
     folder = tmp_path_factory.mktemp("run")
     config = RunConfig(
-        method="spa", data="shapes", step=20, limit_train=3, limit_test=1, device="cpu",
+        method="spa",
+        data="shapes",
+        step=20,
+        limit_train=3,
+        limit_test=1,
+        device="cpu",
         settings=("schedule.epochs=2", "local.patches=8"),
-    )  # fmt: skip
+    )
     ended = []
     result = run_stream(config, Log(), ended.append)
     write_learner(folder, ended[0])

@@ -77,9 +77,13 @@ def described(stream):
 def refused(root, *names, why):
     """Those files, below `root`, are all named before training and when opened; `skip` leaves out them and no others."""
     refusal(
-        lambda: prepared(config(root)), f"{len(names)} image(s) that cannot be read", why, "repair or remove them",
-        "--on-bad-image skip", *names,
-    )  # fmt: skip
+        lambda: prepared(config(root)),
+        f"{len(names)} image(s) that cannot be read",
+        why,
+        "repair or remove them",
+        "--on-bad-image skip",
+        *names,
+    )
     data = folder_dataset(root)
     for images in (data.train, data.test):
         for i in range(len(images)):
@@ -445,10 +449,17 @@ def test_folder_link_upwards(root):
 def test_files_of_operating_systems(root):
     before = task_stream(folder_dataset(root), step=1)
     for junk in (
-        "train/__MACOSX/._cat.png", "train/.ipynb_checkpoints/1-checkpoint.png", "train/cat/._1.png", "train/cat/.hidden.png",
-        "train/cat/.ipynb_checkpoints/1.png", "train/cat/__MACOSX/1.png", "train/cat/Thumbs.db", "test/dog/@eaDir/1.png",
-        "__MACOSX/cat/1.png", ".cache/1.png",
-    ):  # fmt: skip
+        "train/__MACOSX/._cat.png",
+        "train/.ipynb_checkpoints/1-checkpoint.png",
+        "train/cat/._1.png",
+        "train/cat/.hidden.png",
+        "train/cat/.ipynb_checkpoints/1.png",
+        "train/cat/__MACOSX/1.png",
+        "train/cat/Thumbs.db",
+        "test/dog/@eaDir/1.png",
+        "__MACOSX/cat/1.png",
+        ".cache/1.png",
+    ):
         paint(root / junk)
     after = task_stream(folder_dataset(root), step=1)
     assert after.fingerprint == before.fingerprint
@@ -740,9 +751,10 @@ def test_positions_in_a_text_file(root, tmp_path):
     (tmp_path / "order.txt").write_text("1\n0\n")
     refusal(
         lambda: prepared(config(root, order=str(tmp_path / "order.txt"))),
-        "2 unknown class name(s): '1', '0'", "positions are whole numbers without quotes, in a JSON or YAML list",
+        "2 unknown class name(s): '1', '0'",
+        "positions are whole numbers without quotes, in a JSON or YAML list",
         kind=ConfigError,
-    )  # fmt: skip
+    )
 
 
 # --- classes and tasks ---

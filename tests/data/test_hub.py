@@ -82,8 +82,16 @@ def refused(call, *parts, error=DataError):
 
 def test_rows_are_what_the_issue_asks_for():
     assert list(CATALOGUE) == [
-        "cifar100", "imagenet-r", "cub200", "ucf101", "aircraft", "cars", "food101", "sun397", "objectnet",
-    ]  # fmt: skip
+        "cifar100",
+        "imagenet-r",
+        "cub200",
+        "ucf101",
+        "aircraft",
+        "cars",
+        "food101",
+        "sun397",
+        "objectnet",
+    ]
     assert SETTING_A_TEMPLATE == "a good photo of a {}."
 
 
@@ -324,8 +332,11 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     refused(
         lambda: open_dataset("cifar100"),
-        "data 'cifar100'", "'uoft-cs/cifar100'", "cannot reach it", "give a local copy: cifar100=PATH",
-    )  # fmt: skip
+        "data 'cifar100'",
+        "'uoft-cs/cifar100'",
+        "cannot reach it",
+        "give a local copy: cifar100=PATH",
+    )
 
 
 def test_library_absent(tmp_path, monkeypatch):
@@ -354,8 +365,11 @@ def test_copy_is_missing(tmp_path):
 def test_wrong_number_of_classes(tmp_path):
     refused(
         lambda: hub_dataset("cifar100", local=cifar(tmp_path)),
-        "data 'cifar100'", "has 3 classes", "CIFAR-100 has 100", "use a whole copy",
-    )  # fmt: skip
+        "data 'cifar100'",
+        "has 3 classes",
+        "CIFAR-100 has 100",
+        "use a whole copy",
+    )
 
 
 def test_wrong_number_of_class_folders(tmp_path):
@@ -369,8 +383,10 @@ def test_missing_split(tmp_path):
     datasets.DatasetDict(train=table([0], NAMES), extra=table([0], NAMES)).save_to_disk(str(tmp_path / "copy"))
     refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"),
-        "no split 'test' or 'validation' or 'val'", "the copy has train, extra", "use a whole copy",
-    )  # fmt: skip
+        "no split 'test' or 'validation' or 'val'",
+        "the copy has train, extra",
+        "use a whole copy",
+    )
 
 
 def test_missing_training_split(tmp_path):
@@ -388,8 +404,11 @@ def test_missing_column(tmp_path, row, columns, wanted):
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
     refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"),
-        f"no column {wanted}", "the copy has", next(iter(columns.values())), "rename its column",
-    )  # fmt: skip
+        f"no column {wanted}",
+        "the copy has",
+        next(iter(columns.values())),
+        "rename its column",
+    )
 
 
 def test_numbers_without_names(tmp_path):

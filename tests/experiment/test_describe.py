@@ -65,10 +65,13 @@ class Server:
         else:
             message["content"] = entry if isinstance(entry, str) else json.dumps({"sentences": entry})
         return {
-            "id": "x", "object": "chat.completion", "created": 1, "model": f"{model}-1",
+            "id": "x",
+            "object": "chat.completion",
+            "created": 1,
+            "model": f"{model}-1",
             "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-        }  # fmt: skip
+        }
 
 
 @pytest.fixture

@@ -26,9 +26,11 @@ FAMILY = ["mean", "sdc", "bures", "sinkhorn", "paired", "local"]
 def test_every_estimator_stays_finite_over_ten_tasks(tmp_path, size):
     save_features(tmp_path / "few.safetensors", **few_images(**size))
     config = RunConfig(
-        method="dmc-ot", data=str(tmp_path / "few.safetensors"), step=size["classes"] // 10,
+        method="dmc-ot",
+        data=str(tmp_path / "few.safetensors"),
+        step=size["classes"] // 10,
         settings=("stage1.schedule.lr=1e-3", "stage1.schedule.epochs=3", "stage2.schedule.epochs=1"),
-    )  # fmt: skip
+    )
     report = drift_report(config, FAMILY, [1])
     assert all(math.isfinite(value) for row in report["rows"] for value in row.values() if isinstance(value, float))
     errors = {row["estimator"]: row["mean_error"] for row in report["relative"]}

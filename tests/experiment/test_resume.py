@@ -151,9 +151,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(features, tmp
     target.write_bytes(content)
     events, states = [], []
     result = run_stream(
-        config, Log(keep=events.append), lambda learned: states.append(learned.method.state_dict()), checkpoint=Checkpoint(),
+        config,
+        Log(keep=events.append),
+        lambda learned: states.append(learned.method.state_dict()),
+        checkpoint=Checkpoint(),
         archive=Archive(tmp_path, "run"),
-    )  # fmt: skip
+    )
     assert [target.name in e["text"] for e in events if e["event"] == "warning"] == [True]
     assert_same(reference, (result, states[0]))
 
@@ -336,9 +339,12 @@ def test_a_second_process_is_refused_and_a_dead_one_is_succeeded(tmp_path):
 def test_twenty_kills_change_no_bit():
     """Real processes, killed for real; `make torture` does two hundred."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "stress" / "torture.py", "--kills", "20"], capture_output=True, text=True, timeout=600,
+        [sys.executable, ROOT / "tests" / "stress" / "torture.py", "--kills", "20"],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     report = json.loads(done.stdout)
     assert report["kills"] >= 20

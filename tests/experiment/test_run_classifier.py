@@ -23,9 +23,15 @@ def kept(tmp_path_factory):
     """A run of DMC on two tasks of unequal classes, and the folder of its learner."""
     folder, ended = tmp_path_factory.mktemp("run"), []
     config = RunConfig(
-        method="dmc", base=12, step=28, limit_train=3, limit_test=1, device="cpu", seed=3,
+        method="dmc",
+        base=12,
+        step=28,
+        limit_train=3,
+        limit_test=1,
+        device="cpu",
+        seed=3,
         settings=("stage1.schedule.epochs=1", "stage2.schedule.epochs=1"),
-    )  # fmt: skip
+    )
     result = run_stream(config, learned=lambda learned: (ended.append(learned), write_learner(folder, learned)))
     return folder / LEARNER, ended[0], result
 

@@ -46,9 +46,13 @@ def world(request, towers, small_stream, embedded_dataset):
         return METHODS[name], towers, small_stream
     held = embedded_dataset.embeddings
     flat = FeatureTowers(
-        name="made", dim=held.dim, logit_scale=held.logit_scale, fingerprint="made",
-        names=embedded_dataset.classes, text=held.text,
-    )  # fmt: skip
+        name="made",
+        dim=held.dim,
+        logit_scale=held.logit_scale,
+        fingerprint="made",
+        names=embedded_dataset.classes,
+        text=held.text,
+    )
     return METHODS[name], flat, task_stream(embedded_dataset, step=2)
 
 
@@ -180,8 +184,11 @@ def test_a_class_that_comes_back_is_learned_on(world):
     assert scores(method, pixels).shape == (len(pixels), second.classes.stop)
     if entry.keeps in ("means", "gaussians"):
         counts = method.memory.counts if hasattr(method, "memory") else method.counts
-        assert counts.tolist()[: k + 1] == [3 * len(some), *[(first.train.labels == c).sum() for c in range(1, k)],
-                                            (second.train.labels == k).sum()]  # fmt: skip
+        assert counts.tolist()[: k + 1] == [
+            3 * len(some),
+            *[(first.train.labels == c).sum() for c in range(1, k)],
+            (second.train.labels == k).sum(),
+        ]
 
 
 def test_what_was_kept_of_a_state_does_not_change_with_learning(world):

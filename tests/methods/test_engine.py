@@ -329,8 +329,12 @@ def test_a_record_from_before_the_head_is_read_as_it_was():
     assert stored("engine", kept).stat == 0.9
     first = stored("rapf", {"threshold": 0.65, "fusion": 1.0})
     assert (first.start, first.mask, first.hinge, first.unit_features, first.pair_draws) == (
-        "identity", "ratio", "distance", True, None,
-    )  # fmt: skip
+        "identity",
+        "ratio",
+        "distance",
+        True,
+        None,
+    )
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

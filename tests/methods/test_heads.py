@@ -65,12 +65,15 @@ def test_lda_scores_are_log_densities_up_to_one_constant(embedded, flat):
     for kind in ("shared", "full", "diagonal"):
         method = learned(lda.LDA, lda.Config(covariance=kind), embedded, flat)
         _, _, test = everything(embedded)
-        naive = torch.stack([
-            torch.distributions.MultivariateNormal(method.memory.mean(c), method.memory.covariance(c)).log_prob(
-                unit(test).double()
-            )
-            for c in range(6)
-        ], 1)  # fmt: skip
+        naive = torch.stack(
+            [
+                torch.distributions.MultivariateNormal(method.memory.mean(c), method.memory.covariance(c)).log_prob(
+                    unit(test).double()
+                )
+                for c in range(6)
+            ],
+            1,
+        )
         ours = method.scores(test).double()
         difference = naive - ours
         assert (difference - difference.mean()).abs().max() < 1e-3 * naive.abs().max()
@@ -118,9 +121,11 @@ def test_ranpac_solves_for_the_sums_over_all_tasks(width, embedded, flat):
     lam = [event["chosen"] for event in events if event["event"] == "ridge"][-1]
     naive = torch.linalg.solve(G + lam * torch.eye(width, dtype=torch.float64), C)
     torch.testing.assert_close(
-        method.scores(test).double(), flat.logit_scale * torch.relu(unit(test) @ method.random.V).double() @ naive,
-        rtol=1e-3, atol=2e-3,
-    )  # fmt: skip
+        method.scores(test).double(),
+        flat.logit_scale * torch.relu(unit(test) @ method.random.V).double() @ naive,
+        rtol=1e-3,
+        atol=2e-3,
+    )
 
 
 def test_ranpac_chooses_the_ridge_on_held_out_images_of_the_task(embedded, flat):
@@ -172,8 +177,10 @@ def test_ranpac_tunes_the_encoder_on_the_first_task_alone(small_stream, towers):
         method.learn(task)
         states.append(method.image.state_dict())
     assert method.image.version == 1
-    assert any(not torch.equal(states[0][key], value) for key, value in
-               ranpac.RanPAC(towers, config, seed=1, log=Log()).image.state_dict().items())  # fmt: skip
+    assert any(
+        not torch.equal(states[0][key], value)
+        for key, value in ranpac.RanPAC(towers, config, seed=1, log=Log()).image.state_dict().items()
+    )
     assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 

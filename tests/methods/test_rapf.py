@@ -189,8 +189,10 @@ def test_the_first_form_hinges_on_the_rows_of_the_batch(flat, stream):
     z, T = unit(x @ W.T), flat._text[:4]
     short = [
         ((z[i] - T[y[i]]).norm() - (z[i] - T[j]).norm() + 1).clamp(min=0)
-        for i in range(len(z)) if y[i] < 2 for j in (2, 3)
-    ]  # fmt: skip
+        for i in range(len(z))
+        if y[i] < 2
+        for j in (2, 3)
+    ]
     assert sum(value.item() > 0 for value in short) > 10
     (cross_entropy(flat.logit_scale * z @ T.T, y) + 50 * torch.stack(short).mean()).backward()
     torch.testing.assert_close(method.W - before, -1e-3 * W.grad, rtol=1e-3, atol=1e-6)
@@ -267,8 +269,11 @@ def test_old_classes_alone_single_images_and_no_texts_are_learned(embedded_datas
     method = build(flat)
     first, second = stream.tasks[:2]
     one = [np.flatnonzero(first.train.labels == c)[:1] for c in range(2)]
-    lone = Subset(first.train, np.concatenate([one[0], np.flatnonzero(first.train.labels == 1)]),
-                  np.concatenate([[0], first.train.labels[first.train.labels == 1]]))  # fmt: skip
+    lone = Subset(
+        first.train,
+        np.concatenate([one[0], np.flatnonzero(first.train.labels == 1)]),
+        np.concatenate([[0], first.train.labels[first.train.labels == 1]]),
+    )
     method.learn(replace(first, train=lone))
     again = Subset(first.train, one[0], first.train.labels[one[0]])
     before = method.W

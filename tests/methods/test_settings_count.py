@@ -125,8 +125,15 @@ def few(dataset: Dataset, counts) -> Dataset:
         return Subset(images, rows, images.labels[rows])
 
     train, test = some(dataset.train, counts), some(dataset.test, [1] * len(counts))
-    return Dataset(dataset.name, dataset.classes[: len(counts)], train, test, dataset.templates, dataset.embeddings,
-                   dataset.descriptions)  # fmt: skip
+    return Dataset(
+        dataset.name,
+        dataset.classes[: len(counts)],
+        train,
+        test,
+        dataset.templates,
+        dataset.embeddings,
+        dataset.descriptions,
+    )
 
 
 @pytest.fixture
@@ -141,8 +148,14 @@ def run(towers, embedded_dataset):
             held, data = towers, few(shapes_dataset(), (2, 5, 3, 4))
         else:
             told, data = embedded_dataset.embeddings, few(embedded_dataset, (5, 11, 9, 6))
-            held = FeatureTowers(name="made", dim=told.dim, logit_scale=told.logit_scale, fingerprint="made",
-                                 names=data.classes, text=told.text[:4])  # fmt: skip
+            held = FeatureTowers(
+                name="made",
+                dim=told.dim,
+                logit_scale=told.logit_scale,
+                fingerprint="made",
+                names=data.classes,
+                text=told.text[:4],
+            )
         config = entry.default_config(held)
 
         def paths() -> set[str]:
@@ -158,8 +171,11 @@ def run(towers, embedded_dataset):
         for task in stream.tasks:
             method.learn(task)
         with torch.no_grad():
-            rows = [method.scores(method.embed(pixels)) for test in stream.tests
-                    for pixels, _ in Loader(test, held.prepare, held.pixels)]  # fmt: skip
+            rows = [
+                method.scores(method.embed(pixels))
+                for test in stream.tests
+                for pixels, _ in Loader(test, held.prepare, held.pixels)
+            ]
         _known[name, image, assignments] = {"scores": torch.cat(rows)} | {
             key: value.clone() for key, value in method.state_dict().items()
         }

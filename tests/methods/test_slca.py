@@ -17,9 +17,13 @@ def step(stage, lr=0.01):
     """One plain step down the gradient over all that the stage has."""
     schedule = f"stage{stage}.schedule"
     return (
-        f"{schedule}.epochs=1", f"{schedule}.batch=10000", f"{schedule}.optimizer=sgd", f"{schedule}.lr={lr}",
-        f"{schedule}.weight_decay=0", f"{schedule}.clip=1e9",
-    )  # fmt: skip
+        f"{schedule}.epochs=1",
+        f"{schedule}.batch=10000",
+        f"{schedule}.optimizer=sgd",
+        f"{schedule}.lr={lr}",
+        f"{schedule}.weight_decay=0",
+        f"{schedule}.clip=1e9",
+    )
 
 
 def build(towers, *assignments, log=None):
@@ -118,8 +122,12 @@ def test_gaussians_are_those_of_the_encoder_at_their_task_and_stay(flat, stream)
 def test_an_alignment_step_goes_down_the_written_loss_on_draws_of_all_classes(
     flat, stream, temperature, normalise, shrink
 ):
-    settings = ("stage2.per_class=5", f"stage2.temperature={temperature}", f"stage2.normalise={normalise}",
-                f"stage2.shrink={shrink}")  # fmt: skip
+    settings = (
+        "stage2.per_class=5",
+        f"stage2.temperature={temperature}",
+        f"stage2.normalise={normalise}",
+        f"stage2.shrink={shrink}",
+    )
     aligned = build(flat, "stage1.schedule.epochs=1", *step(2, lr=0.03), *settings)
     plain = build(flat, "stage1.schedule.epochs=1", "stage2.schedule.epochs=0")
     aligned.learn(stream.tasks[0])

@@ -33,17 +33,39 @@ def result(method="dmc", seed=1, table=A, **changes) -> dict:
     tasks = len(table)
     seen = seen_accuracy(table, SIZES)
     made = {
-        "schema_version": 1, "method": method, "exemplar_free": method != "joint", "config": {"lr": 0.1, "text": {"kind": "x"}},
+        "schema_version": 1,
+        "method": method,
+        "exemplar_free": method != "joint",
+        "config": {"lr": 0.1, "text": {"kind": "x"}},
         "run": {"method": method, "settings": [], "precision": "float32", "order": "natural", "seed": seed},
-        "data": "made", "split": "s", "towers": {"name": "tiny", "fingerprint": "t", "revision": None},
-        "class_order": [f"class {i}" for i in range(2 * tasks)], "task_sizes": [2] * tasks, "test_sizes": SIZES[:tasks],
-        "base": 0, "step": 2, "seed": seed, "accuracy": table, "seen_accuracy": seen, "seen_accuracy_by_class": seen,
-        "future_accuracy": [0.4] * (tasks - 1) + [None], "zero_shot_accuracy": [0.3] * tasks,
-        "average": mean(seen), "last": seen[-1], "forgetting": forgetting(table), "bwt": None if tasks < 2 else -0.25,
-        "seconds": 12.5, "seconds_per_task": [4.0] * tasks, "resumed": 0, "peak_rss_bytes": 5 * 10**8, "memory_bytes": 2000,
-        "tower_passes": {"images": 100, "text_tokens": 40, "stored": 0}, "evaluation_passes": {"images": 50, "text_tokens": 9},
-        "device": "cpu", "versions": {"cairn": "0.1.0", "torch": "2.13"},
-    }  # fmt: skip
+        "data": "made",
+        "split": "s",
+        "towers": {"name": "tiny", "fingerprint": "t", "revision": None},
+        "class_order": [f"class {i}" for i in range(2 * tasks)],
+        "task_sizes": [2] * tasks,
+        "test_sizes": SIZES[:tasks],
+        "base": 0,
+        "step": 2,
+        "seed": seed,
+        "accuracy": table,
+        "seen_accuracy": seen,
+        "seen_accuracy_by_class": seen,
+        "future_accuracy": [0.4] * (tasks - 1) + [None],
+        "zero_shot_accuracy": [0.3] * tasks,
+        "average": mean(seen),
+        "last": seen[-1],
+        "forgetting": forgetting(table),
+        "bwt": None if tasks < 2 else -0.25,
+        "seconds": 12.5,
+        "seconds_per_task": [4.0] * tasks,
+        "resumed": 0,
+        "peak_rss_bytes": 5 * 10**8,
+        "memory_bytes": 2000,
+        "tower_passes": {"images": 100, "text_tokens": 40, "stored": 0},
+        "evaluation_passes": {"images": 50, "text_tokens": 9},
+        "device": "cpu",
+        "versions": {"cairn": "0.1.0", "torch": "2.13"},
+    }
     return made | changes
 
 
@@ -321,15 +343,33 @@ def test_the_version_that_is_read_is_the_one_that_is_written():
 def drift(**changes) -> dict:
     errors = {"none": 1.0, "local": 0.25, MARKUP: 0.5}
     rows = [
-        {"estimator": name, "task": task, "seed": seed, "class": label, "mean_error": error * task * seed,
-            "covariance_error": error, "bures_error": error}
-        for name, error in errors.items() for task in (1, 2) for seed in (1, 2) for label in (0, 1)
-    ]  # fmt: skip
+        {
+            "estimator": name,
+            "task": task,
+            "seed": seed,
+            "class": label,
+            "mean_error": error * task * seed,
+            "covariance_error": error,
+            "bures_error": error,
+        }
+        for name, error in errors.items()
+        for task in (1, 2)
+        for seed in (1, 2)
+        for label in (0, 1)
+    ]
     relative = [
-        {"estimator": name, "seed": seed, "average": 0.75, "last": 0.5, "mean_error": error, "covariance_error": error,
-            "bures_error": error}
-        for name, error in errors.items() for seed in (1, 2)
-    ]  # fmt: skip
+        {
+            "estimator": name,
+            "seed": seed,
+            "average": 0.75,
+            "last": 0.5,
+            "mean_error": error,
+            "covariance_error": error,
+            "bures_error": error,
+        }
+        for name, error in errors.items()
+        for seed in (1, 2)
+    ]
     made = {"schema_version": 1, "data": "made:dev", "split": "d", "towers": {"name": "tiny", "fingerprint": "t"}}
     return made | {"seeds": [1, 2], "relative": relative, "rows": rows} | changes
 
@@ -367,11 +407,18 @@ def test_a_newer_or_damaged_drift_report_is_refused(stored):
 def hostile() -> dict:
     words = f"{MARKUP}\"'><img src=x onerror=alert(1)>$x_1$</title></style>\u202e\x07"
     return result(
-        method=f"_{words}", exemplar_free=False, data=words, split=words, class_order=[words] * 6, device=words,
-        towers={"name": words, "fingerprint": words, "revision": words}, versions={words: words}, resumed=1,
+        method=f"_{words}",
+        exemplar_free=False,
+        data=words,
+        split=words,
+        class_order=[words] * 6,
+        device=words,
+        towers={"name": words, "fingerprint": words, "revision": words},
+        versions={words: words},
+        resumed=1,
         config={words: {words: words}},
         run={"settings": [f"a={words}"], "precision": words, "order": words, words: words},
-    )  # fmt: skip
+    )
 
 
 class Tags(HTMLParser):

@@ -14,10 +14,18 @@ from cairn.reports.tables import comparable, difference_table, markdown_table, r
 
 def result(method="dmc", seed=1, average=0.5, **changes):
     made = {
-        "method": method, "seed": seed, "average": average, "last": average - 0.1, "forgetting": 0.05, "seconds": 12.4,
-        "memory_bytes": 2000, "exemplar_free": method != "joint", "split": "s", "towers": {"fingerprint": "t"},
+        "method": method,
+        "seed": seed,
+        "average": average,
+        "last": average - 0.1,
+        "forgetting": 0.05,
+        "seconds": 12.4,
+        "memory_bytes": 2000,
+        "exemplar_free": method != "joint",
+        "split": "s",
+        "towers": {"fingerprint": "t"},
         "run": {"settings": [], "precision": "float32"},
-    }  # fmt: skip
+    }
     return made | changes
 
 

@@ -16,11 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TEXTS = [
     path
-    for pattern in ("*.md", "*.toml", "Makefile", ".ci/*", ".github/**/*.yml", "docs/**/*.md", "cairn/**/*.py",
-                    "examples/**/*", "experiments/*.py", "configs/**/*.toml")
+    for pattern in (
+        "*.md",
+        "*.toml",
+        "Makefile",
+        ".ci/*",
+        ".github/**/*.yml",
+        "docs/**/*.md",
+        "cairn/**/*.py",
+        "examples/**/*",
+        "experiments/*.py",
+        "configs/**/*.toml",
+    )
     for path in sorted(ROOT.glob(pattern))
     if path.is_file()
-]  # fmt: skip
+]
 
 
 def test_the_distribution_has_a_name_of_its_own_and_the_command_stays():

@@ -179,9 +179,12 @@ def test_only_plain_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert read_bytes(tmp_path / "link", links=True) == b"1"
     for name, says in (
-        ("link", "a link, which is not followed"), ("loop", "a link, which is not followed"), ("pipe", "not a regular file"),
-        (".", "Is a directory"), ("none", "No such file"),
-    ):  # fmt: skip
+        ("link", "a link, which is not followed"),
+        ("loop", "a link, which is not followed"),
+        ("pipe", "not a regular file"),
+        (".", "Is a directory"),
+        ("none", "No such file"),
+    ):
         refused(lambda name=name: read_bytes(tmp_path / name), says)
     for name in ("loop", "pipe", ".", "none"):
         refused(lambda name=name: read_bytes(tmp_path / name, links=True))

@@ -116,8 +116,12 @@ def test_a_deadlock_fails(tmp_path):
     file.write_text(HANGS)
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
     assert found.returncode == 1
     assert "+ Timeout +" in found.stdout
     assert "with lock.writing()" in found.stdout

@@ -107,9 +107,17 @@ def targets(root: Path) -> dict[str, Target]:
     rows = (text[labels] + 0.3 * rng.normal(size=(24, 8))).astype(np.float32)
     data = root / "data.safetensors"
     save_features(
-        data, train_features=rows, train_labels=labels, test_features=rows[::2], test_labels=labels[::2],
-        class_names=names, text_features=text, templates=["a {}."], logit_scale=20.0, model="made",
-    )  # fmt: skip
+        data,
+        train_features=rows,
+        train_labels=labels,
+        test_features=rows[::2],
+        test_labels=labels[::2],
+        class_names=names,
+        text_features=text,
+        templates=["a {}."],
+        logit_scale=20.0,
+        model="made",
+    )
     found = {}
     for name, changed in LEARNERS.items():
         config = RunConfig(method=name, data=str(data), step=2, settings=changed)
@@ -546,9 +554,12 @@ def fuzzed(cases: int, seed: int, root: Path, only: str = "", case: int | None =
         if case is not None:
             print(kind, said, file=sys.stderr)
     return {
-        "cases": sum(count.total() for count in counts.values()), "seed": seed,
-        "seconds": round(time.perf_counter() - began, 1), "targets": counts, "broken": broken,
-    }  # fmt: skip
+        "cases": sum(count.total() for count in counts.values()),
+        "seed": seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "targets": counts,
+        "broken": broken,
+    }
 
 
 def main() -> None:

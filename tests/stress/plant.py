@@ -76,12 +76,23 @@ def _run(folder: str, tests: tuple[str, ...], said: Path) -> None:
         print(f"{found}: not the copy")
         sys.exit(2)
     sys.exit(
-        pytest.main([
-            # Plugins that were imported before pytest saw them are no fault of the tests
-            "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
-            *(str(ROOT / "tests" / test) for test in tests),
-        ])
-    )  # fmt: skip
+        pytest.main(
+            [
+                # Plugins that were imported before pytest saw them are no fault of the tests
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "ignore::pytest.PytestAssertRewriteWarning",
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                "--rootdir",
+                str(ROOT),
+                *(str(ROOT / "tests" / test) for test in tests),
+            ]
+        )
+    )
 
 
 def main() -> int:

@@ -30,8 +30,10 @@ def open_clip_copy(tmp_path, towers) -> Path:
     """The same in the open_clip layout."""
     folder, model = tmp_path / "open", towers._model
     folder.mkdir()
-    save_file({key: value.contiguous() for key, value in open_clip_state(model.state_dict()).items()},
-              folder / "open_clip_model.safetensors")  # fmt: skip
+    save_file(
+        {key: value.contiguous() for key, value in open_clip_state(model.state_dict()).items()},
+        folder / "open_clip_model.safetensors",
+    )
     text, vision = model.config.text_config, model.config.vision_config
     side = {"embed_dim": towers.dim, "quick_gelu": False}
     side["vision_cfg"] = {"image_size": vision.image_size, "layers": vision.num_hidden_layers,

@@ -64,7 +64,11 @@ def test_a_processor_without_bfloat16_is_noticed():
     """The library of matrix products is told to use nothing newer than SSE4.1."""
     code = "from cairn.towers.precision import bfloat16_slowdown as s; print(s('cpu'))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert float(done.stdout) > precision.SLOWER

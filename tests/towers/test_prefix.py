@@ -19,9 +19,15 @@ BLOCKS = [(4, 0, 0), (0, 3, 0), (0, 0, 2), (4, 3, 0), (4, 0, 2), (0, 3, 2), (4, 
 def small(towers, act: str = "quick_gelu", precision: str = "float32") -> ClipTowers:
     """A text tower of random weights, norms and positions, with the tokenizer of the tiny towers."""
     text = {
-        "vocab_size": towers.tokenizer.vocab_size + 8, "bos_token_id": towers.bos, "eos_token_id": towers.eos,
-        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": act,
-    }  # fmt: skip
+        "vocab_size": towers.tokenizer.vocab_size + 8,
+        "bos_token_id": towers.bos,
+        "eos_token_id": towers.eos,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "hidden_act": act,
+    }
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=vision | {"image_size": 32}))
     generator = rng()
@@ -51,8 +57,10 @@ def grown(towers: ClipTowers, blocks: tuple[int, int, int], tasks=TASKS, **choic
 def run_whole(towers: ClipTowers, texts: SoftPrompts) -> torch.Tensor:
     """The naive twin: one context per class, put together one by one."""
     contexts = [
-        torch.cat([texts.shared, task, own]) for task, owns in zip(texts.task, texts.per_class, strict=True) for own in owns
-    ]  # fmt: skip
+        torch.cat([texts.shared, task, own])
+        for task, owns in zip(texts.task, texts.per_class, strict=True)
+        for own in owns
+    ]
     return normalize(prompt_embeddings(towers, torch.stack(contexts), texts.names), dim=-1)
 
 

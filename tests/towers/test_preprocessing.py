@@ -188,8 +188,10 @@ def test_open_clips_unknown_values_are_refused_by_name(fields):
 def test_unset_is_as_the_checkpoint_says(open_clip_copy):
     path = open_clip_copy / "open_clip_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": {"resize_mode": "squash"}}))
-    modes = {asked: load_towers(f"open_clip:{open_clip_copy}", device="cpu", preprocess=asked).preprocessing.mode
-             for asked in (None, "crop", "squash")}  # fmt: skip
+    modes = {
+        asked: load_towers(f"open_clip:{open_clip_copy}", device="cpu", preprocess=asked).preprocessing.mode
+        for asked in (None, "crop", "squash")
+    }
     assert modes == {None: "squash", "crop": "crop", "squash": "squash"}
 
 

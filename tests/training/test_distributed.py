@@ -238,8 +238,10 @@ def test_batches_of_features_are_gone_through_by_each():
             return 3
 
         def epochs(self, rngs, skip=0):
-            return (islice(zip(self.x[p].split(8), self.y[p].split(8), strict=True), 0 if i else skip, None)
-                    for i, p in enumerate(torch.randperm(20, generator=rng) for rng in rngs))  # fmt: skip
+            return (
+                islice(zip(self.x[p].split(8), self.y[p].split(8), strict=True), 0 if i else skip, None)
+                for i, p in enumerate(torch.randperm(20, generator=rng) for rng in rngs)
+            )
 
     def act(world):
         theta = nn.Parameter(torch.zeros(3, 4))

@@ -77,11 +77,15 @@ def pair(folder: Path, *words: str, other: tuple[str, ...] = ()) -> list[subproc
     launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "cairn", *words, *(other if rank else ())], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**launch, RANK=str(rank), LOCAL_RANK=str(rank)),
+            [sys.executable, "-m", "cairn", *words, *(other if rank else ())],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(**launch, RANK=str(rank), LOCAL_RANK=str(rank)),
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def ended(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:

@@ -25,6 +25,8 @@ from cairn.training.log import Log
 
 Row = dict[str, Any]
 
+ERRORS = ("mean_error", "covariance_error", "bures_error")
+
 TRUTH = "truth"
 """The row of the ceiling: old Gaussians replaced by the true ones. What it lacks, no calibration can give."""
 
@@ -110,9 +112,22 @@ def relative(rows: Sequence[Row], figures: Sequence[Row]) -> list[Row]:
     for figure in figures:
         name, seed = figure["estimator"], figure["seed"]
         entry = dict(figure)
-        for key in ("mean_error", "covariance_error", "bures_error"):
+        for key in ERRORS:
             own = sum(row[key] for row in rows if row["estimator"] == name and row["seed"] == seed)
             base = sum(row[key] for row in rows if row["estimator"] == "none" and row["seed"] == seed)
             entry[key] = own / base if base > torch.finfo(torch.float64).tiny else (1.0 if own <= 0 else None)
         table.append(entry)
     return table
+
+
+def by_task(rows: Sequence[Row]) -> list[Row]:
+    """A row per estimator, task and seed: the number of old classes, and their errors summed."""
+    summed: dict[tuple[str, int, int], Row] = {}
+    for row in rows:
+        place = row["estimator"], row["task"], row["seed"]
+        start = {"estimator": place[0], "task": place[1], "seed": place[2], "classes": 0} | dict.fromkeys(ERRORS, 0.0)
+        total = summed.setdefault(place, start)
+        total["classes"] += 1
+        for key in ERRORS:
+            total[key] += row[key]
+    return list(summed.values())

@@ -25,7 +25,7 @@ from cairn.data.images import Concatenation, Dataset
 from cairn.data.stream import TaskStream, task_stream, without
 from cairn.data.templates import prompt_templates
 from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultError, UnknownName
-from cairn.experiment.drift_lab import drift_rows, relative
+from cairn.experiment.drift_lab import by_task, drift_rows, relative
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.methods.catalogue import Entry, method_named
@@ -610,7 +610,7 @@ def drift_report(
         "towers": {"name": towers.name, "fingerprint": towers.fingerprint},
         "seeds": list(seeds),
         "relative": relative(rows, figures),
-        "rows": rows,
+        "rows": by_task(rows),
         "versions": versions(),
     }
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cairn.errors import UnknownName
-from cairn.experiment.drift_lab import relative
+from cairn.experiment.drift_lab import by_task, relative
 from cairn.experiment.run import RunConfig, drift_report
 from cairn.reports.drift import drift_figure, drift_table
 
@@ -20,11 +20,11 @@ def report(features):
     return drift_report(config, ["mean", "paired"], [1, 2])
 
 
-def test_it_measures_every_estimator_task_and_old_class(report):
+def test_it_measures_every_estimator_on_the_old_classes_of_every_task(report):
     assert {row["estimator"] for row in report["rows"]} == {"none", "mean", "paired", "truth"}
     for seed in (1, 2):
-        counts = [r for r in report["rows"] if r["seed"] == seed and r["estimator"] == "paired"]
-        assert len(counts) == 2 + 4  # two old classes after task 1, four after task 2
+        own = [r for r in report["rows"] if r["seed"] == seed and r["estimator"] == "paired"]
+        assert [(row["task"], row["classes"]) for row in own] == [(1, 2), (2, 4)]
     json.dumps(report, allow_nan=False)
 
 
@@ -49,6 +49,19 @@ def test_ratios_are_of_sums():
     assert (entry["mean_error"], entry["covariance_error"], entry["bures_error"]) == (0.25, 2.0, 1.0)
     (entry,) = relative([*rows[:2], {**rows[2], "bures_error": 0.5}], figures)
     assert entry["bures_error"] is None  # an infinite ratio, which JSON cannot hold
+
+
+def test_errors_of_old_classes_are_summed():
+    place = {"estimator": "none", "task": 1}
+    rows = [
+        {**place, "seed": seed, "class": c, "mean_error": seed + c, "covariance_error": 2.0, "bures_error": 0.5}
+        for seed in (1, 2)
+        for c in (0, 1, 2)
+    ]
+    assert by_task(rows) == [
+        {**place, "seed": 1, "classes": 3, "mean_error": 6.0, "covariance_error": 6.0, "bures_error": 1.5},
+        {**place, "seed": 2, "classes": 3, "mean_error": 9.0, "covariance_error": 6.0, "bures_error": 1.5},
+    ]
 
 
 def test_the_table_and_the_figure(report, tmp_path):

@@ -16,6 +16,7 @@ import threading
 import time
 import tracemalloc
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from cairn.errors import ConfigError
 from cairn.experiment.folder import Lock
 from cairn.serve.app import Server, application, server_config
 from cairn.serve.connection import CONNECTIONS
-from cairn.serve.guard import FAILURES, HEADERS, ROOM, Buckets, Rules
+from cairn.serve.guard import HEADERS, ROOM, Rules
 from cairn.serve.service import Service
 
 TOKEN = "a-token-for-the-tests"
@@ -312,37 +313,16 @@ def test_other_sites_are_kept_out(service, drawn):
         assert not [key for key in response.headers if key.startswith("access-control")]
 
 
-def test_wrong_tokens_are_counted_apart_and_lock_nobody_out(service):
-    now = [0.0]
-    buckets = Buckets(60, clock=lambda: now[0])
-    assert [buckets.wait("a") for _ in range(60)] == [0] * 60
-    assert buckets.wait("a") == pytest.approx(1)
-    assert buckets.wait("b") == 0
-    now[0] = 1.0
-    assert (buckets.wait("a"), buckets.wait("a") > 0) == (0, True)
-    ask, wrong = client(service, loopback=False, host="0.0.0.0"), {"Authorization": "Bearer wrong"}
-    answers = [ask("GET", "/api/classes", headers=wrong) for _ in range(FAILURES + 2)]
-    assert [answer.status_code for answer in answers] == [401] * FAILURES + [429] * 2
-    assert "too many wrong access codes" in error(answers[-1], 429)
-    assert int(answers[-1].headers["retry-after"]) > 0
-    assert ask("GET", "/api/health", headers=wrong).status_code == 429  # it would tell a right one
-    for _ in range(3 * FAILURES):
-        assert ask("GET", "/api/classes").status_code == 200
-    assert ask("GET", "/api/health", headers={"Authorization": ""}).status_code == 200
-    assert ask("GET", "/").status_code == 200
-
-
-def test_requests_of_other_sites_count_for_nothing(service):
+def test_requests_of_other_sites_are_refused(service):
     """A picture or a form in somebody else's page is asked for by the owner's own browser."""
     ask = client(service)
     for site in ("cross-site", "same-site"):
-        for _ in range(70):
-            headers = {"Authorization": "Bearer wrong", "Sec-Fetch-Site": site}
-            assert "other sites" in error(ask("GET", "/api/classes", headers=headers), 403)
+        headers = {"Authorization": "Bearer wrong", "Sec-Fetch-Site": site}
+        assert "other sites" in error(ask("GET", "/api/classes", headers=headers), 403)
     assert ask("GET", "/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link leads there
     for site in ("same-origin", "none"):
         assert ask("GET", "/api/classes", headers={"Sec-Fetch-Site": site}).status_code == 200
-    assert ask("GET", "/api/classes", headers={"Authorization": "Bearer wrong"}).status_code == 200  # not 429
+    assert ask("GET", "/api/classes", headers={"Authorization": "Bearer wrong"}).status_code == 200
 
 
 def test_behind_a_proxy(service, drawn):
@@ -717,6 +697,9 @@ def test_the_documented_nginx_block_works(service, drawn, tmp_path):
         for _ in range(3):  # answered before all of it is there, and the answer gets through
             assert "too large" in error(ask("POST", "/api/predict", files={"image": large}), 413)
             error(ask("POST", "/api/predict", token=None, files={"image": large}), 401)
+        with ThreadPoolExecutor(20) as many:  # more than limit_req lets through
+            answers = list(many.map(lambda _: ask("GET", "/page.css", token=None).status_code, range(150)))
+        assert set(answers) == {200, 429}
     with served(service) as address, proxied(tmp_path, port_of(address)) as (port, certificate):
         refused = httpx.get(f"https://127.0.0.1:{port}/api/classes", verify=False, headers={"Host": "127.0.0.1"})
         assert "--public-url" in error(refused, 403)

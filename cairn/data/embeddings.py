@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from cairn.data.images import Dataset
 from cairn.data.names import class_name
 from cairn.data.templates import DEFAULT, prompt_templates
-from cairn.errors import DataError, one_line
+from cairn.errors import DataError, ResultError, one_line
 from cairn.storage.files import sha256_of, write_chunks
-from cairn.storage.tensors import CODES, serialized
+from cairn.storage.tensors import CODES, TensorFile, serialized
 
 NAME_KEYS = ("class_names", "classnames", "classes", "names")
 """Metadata keys under which class names are looked for. A JSON list, a JSON object (number to name or name to
@@ -82,20 +81,13 @@ def features_dataset(path: str | Path) -> Dataset:
     if not os.path.isfile(file):
         raise DataError(f"{shown}: no such file; give the path of a .safetensors file")
     try:  # mapped, not read: it may be larger than memory
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            stored = set(opened.keys())
-            missing = [name for name in REQUIRED if name not in stored]
-            if missing:
-                raise DataError(
-                    f"{shown}: lacks {', '.join(missing)}; it holds {', '.join(sorted(stored)) or 'nothing'}"
-                )
-            tensors = {name: opened.get_tensor(name) for name in (*REQUIRED, "text_features") if name in stored}
-    except DataError:
-        raise
-    except Exception as error:  # whatever a parser makes of hostile bytes
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{shown}: not a safetensors file, or truncated ({reason}); write it again") from None
+        opened = TensorFile(file)
+        metadata, stored = opened.header.metadata, opened.header.tensors
+        if missing := [name for name in REQUIRED if name not in stored]:
+            raise DataError(f"{shown}: lacks {', '.join(missing)}; it holds {', '.join(sorted(stored)) or 'nothing'}")
+        tensors = opened.tensors([name for name in (*REQUIRED, "text_features") if name in stored])
+    except ResultError as error:
+        raise DataError(f"features file {error}; write it again") from None
 
     names = _names(metadata, shown)
     arrays = _checked(tensors, names, shown)

@@ -8,22 +8,21 @@ beside its place and renamed, so that a reader sees all of it or nothing; two wr
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from cairn.data.images import Images
-from cairn.errors import CairnError, ConfigError
-from cairn.storage.files import atomic_write, make_folder, safetensors_header
+from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.storage.files import atomic_write, make_folder
+from cairn.storage.tensors import Layout, TensorFile, TensorWriter
 
 LIMIT_BYTES = 20 * 10**9
 
@@ -46,7 +45,7 @@ HOLDERS: dict[str, tuple[str, ...]] = {
 
 _RANKS = ({"ids": 2, "image": 2}, {"ids": 2, "image": 2, "patches": 3})
 
-_DTYPES = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+_DTYPES = {torch.uint8, torch.float16, torch.float32}
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Rows of images in order: embeddings, and patches if they were asked for."""
@@ -62,11 +61,6 @@ def image_ids(images: Images) -> np.ndarray:
     return np.frombuffer(b"".join(rows), dtype=f"S{ID_BYTES}")
 
 
-def _part(entry: dict) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    start, stop = map(operator.index, entry["data_offsets"])
-    return _DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"])), start, stop
-
-
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
     """One file, mapped: pages are read when their rows are."""
@@ -80,37 +74,22 @@ class FeatureSet:
     @classmethod
     def opened(cls, path: Path, name: str) -> FeatureSet:
         """Raises Damaged unless layout, sizes and the identities' hash, the `name`, are what they must be; OSError."""
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise Damaged(f"'{path}': a header of {length} bytes in {size}")
-            text = file.read(length)
         try:
-            header = json.loads(text)
-            about = dict(header.pop("__metadata__"))
-            parts = {key: _part(entry) for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Damaged(f"'{path}': no header of rows: {error}") from None
-        end = 0
-        for key, (dtype, shape, start, stop) in sorted(parts.items(), key=lambda part: part[1][2]):
-            if start != end or min(shape, default=0) < 1 or stop - start != dtype.itemsize * math.prod(shape):
-                raise Damaged(f"'{path}': '{key}' of shape {shape} from byte {start} to {stop}")
-            end = stop
-        if 8 + length + end != size or about.get("format") != FORMAT:
-            raise Damaged(f"'{path}': {size} bytes of {8 + length + end}, {about.get('format')}")
-        lengths = {shape[0] for _, shape, _, _ in parts.values()}
-        ranks = {key: len(shape) for key, (_, shape, _, _) in parts.items()}
-        if ranks not in _RANKS or len(lengths) > 1:
-            raise Damaged(f"'{path}': holds {', '.join(parts)}, not rows of the same images")
-        rows = {
-            key: np.memmap(path, dtype, "r", 8 + length + start, shape)
-            for key, (dtype, shape, start, _) in parts.items()
-        }
-        ids = np.array(rows["ids"])
+            file = TensorFile(path)
+        except ResultError as error:
+            raise Damaged(str(error)) from None
+        layouts = {key: layout for key, (layout, _) in file.header.tensors.items()}
+        shapes = [layout.shape for layout in layouts.values()]
+        ranks, about = {key: len(layout.shape) for key, layout in layouts.items()}, file.header.metadata
+        if about.get("format") != FORMAT or ranks not in _RANKS or len({shape[0] for shape in shapes}) > 1:
+            raise Damaged(f"'{path}': {about.get('format')} of {', '.join(layouts)}, not rows of the same images")
+        if any(min(shape) < 1 for shape in shapes) or {layout.dtype for layout in layouts.values()} - _DTYPES:
+            raise Damaged(f"'{path}': rows of no numbers, or of another type than they are written in")
+        ids = np.array(file.array("ids"))
         if ids.dtype != np.uint8 or ids.shape[1:] != (ID_BYTES,) or _name(ids) != name:
             raise Damaged(f"'{path}': other images than its name says")
-        return cls(path, ids.view(f"S{ID_BYTES}")[:, 0], rows["image"], rows.get("patches"), about)
+        patches = file.array("patches") if "patches" in file else None
+        return cls(path, ids.view(f"S{ID_BYTES}")[:, 0], file.array("image"), patches, about)
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The row of each image, -1 where it is not here."""
@@ -246,8 +225,7 @@ class FeatureStore:
         try:
             with atomic_write(target, ELSEWHERE) as temporary:
                 with temporary.open("wb") as file:
-                    _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
-                    size = file.tell()
+                    size = _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
                 made = FeatureSet.opened(temporary, target.stem)
                 if size > self.limit:
                     raise _TooLarge
@@ -321,32 +299,20 @@ def _name(ids: np.ndarray) -> str:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
 
 
-def _write(file, ids: np.ndarray, batches: Iterable[Batch], about: Mapping[str, str], precision: str) -> None:
-    """A safetensors file, batch by batch: what the first one is like tells the layout."""
-    starts: list[int] = []
-    done = 0
+def _write(file: BinaryIO, ids: np.ndarray, batches: Iterable[Batch], about: Mapping[str, str], precision: str) -> int:
+    """A safetensors file, batch by batch, and its bytes: what the first batch is like tells the layout."""
+    writer = None
     for image, patches in batches:
-        parts = [image.astype("<f4", copy=False)]
+        parts = {"image": image.astype("<f4", copy=False)}
         if patches is not None:
-            parts.append(patches.astype("<f2" if precision == "float16" else "<f4", copy=False))
-        if not starts:
-            shapes = [ids.shape, *((len(ids), *part.shape[1:]) for part in parts)]
-            starts = _begin(file, [ids.dtype, *(part.dtype for part in parts)], shapes, about)
-            file.write(ids.tobytes())
-        for start, part in zip(starts[1:], parts, strict=True):
-            file.seek(start + done * part[0].nbytes)
-            file.write(np.ascontiguousarray(part))
-        done += len(image)
-    if done != len(ids):
-        raise ValueError(f"{done} rows of {len(ids)} images")
-    file.seek(0, os.SEEK_END)
-
-
-def _begin(file, dtypes: list[np.dtype], shapes: list[tuple[int, ...]], about: Mapping[str, str]) -> list[int]:
-    """Write the header; where each tensor starts."""
-    codes = {dtype: code for code, dtype in _DTYPES.items()}
-    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
-    keys = ("ids", "image", "patches")[: len(sizes)]
-    header = safetensors_header(zip(keys, (codes[dtype] for dtype in dtypes), shapes, sizes, strict=True), about)
-    file.write(header)
-    return [len(header) + sum(sizes[:number]) for number in range(len(sizes))]
+            parts["patches"] = patches.astype("<f2" if precision == "float16" else "<f4", copy=False)
+        if writer is None:
+            layouts = {key: Layout.of(part.dtype, (len(ids), *part.shape[1:])) for key, part in parts.items()}
+            writer = TensorWriter(file, {"ids": Layout.of(ids.dtype, ids.shape), **layouts}, about)
+            writer.append("ids", ids)
+        for key, part in parts.items():
+            writer.append(key, part)
+    if writer is None:
+        raise ValueError(f"no rows of {len(ids)} images")
+    writer.close()
+    return writer.size

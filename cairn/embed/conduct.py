@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from cairn.embed.maker import Maker, Stale, planned
 from cairn.embed.on_ray import INSTEAD, over_ray
@@ -24,6 +23,7 @@ from cairn.errors import CairnError, ConfigError, Interrupted, ResultError
 from cairn.experiment.folder import Lock
 from cairn.experiment.run import comparable_call
 from cairn.storage.files import make_folder
+from cairn.storage.tensors import TensorFile
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.ray_cluster import ray_module
@@ -149,9 +149,9 @@ def _finished(config: EmbedConfig, out: Path) -> Embedded | None:
     if not os.path.lexists(out):
         return None
     try:
-        with safe_open(out, framework="numpy") as file:
-            told = json.loads((file.metadata() or {})[MADE_AS])["config"]
-            shapes = [file.get_slice(f"{split}_features").get_shape() for split in SPLITS]
+        header = TensorFile(out).header
+        told = json.loads(header.metadata[MADE_AS])["config"]
+        shapes = [header.tensors[f"{split}_features"][0].shape for split in SPLITS]
     except Exception:  # whatever a parser makes of a file that may be anything
         raise ResultError(f"'{out}': not made by this command; give another --out or --overwrite") from None
     ours = comparable_call(config.model_dump(mode="json"))
@@ -316,8 +316,8 @@ def _awaited_plan(
 
 def _made_by(out: Path) -> str | None:
     """The plan of the file that is there."""
-    with suppress(Exception), safe_open(out, framework="numpy") as file:
-        return json.loads((file.metadata() or {})[MADE_AS])["plan"]
+    with suppress(Exception):
+        return json.loads(TensorFile(out).header.metadata[MADE_AS])["plan"]
     return None
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import safe_open
+import torch
 
 from cairn.errors import ResultError
-from cairn.storage.files import atomic_write, safetensors_header, write_chunks
-
-CODES = {np.dtype("<i8"): "I64", np.dtype("<f4"): "F32", np.dtype("<f2"): "F16"}
+from cairn.storage.files import atomic_write, write_chunks
+from cairn.storage.tensors import Layout, TensorFile, TensorWriter, serialized
 
 SUFFIX = ".safetensors"
 
@@ -39,18 +38,19 @@ class Parts:
         """Whole or not at all. Raises ResultError where it cannot be written."""
         rows = np.ascontiguousarray(rows)
         about = {"plan": self.key, "sha256": hashlib.sha256(rows).hexdigest()}
-        header = safetensors_header([("rows", CODES[rows.dtype], rows.shape, rows.nbytes)], about)
-        write_chunks(self.path(name), [header, rows])
+        write_chunks(self.path(name), serialized({"rows": torch.from_numpy(rows)}, about))
 
     def read(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray | None:
         """The rows; None if they are not there, not whole, or of another plan."""
         try:
-            with safe_open(self.path(name), framework="numpy") as file:
-                about = file.metadata() or {}
-                rows = file.get_tensor("rows") if about.get("plan") == self.key else None
-        except Exception:  # not there, or whatever a parser makes of damaged bytes
+            file = TensorFile(self.path(name))
+        except ResultError:
             return None
-        if rows is None or rows.shape != shape or rows.dtype != dtype:
+        about = file.header.metadata
+        if about.get("plan") != self.key or "rows" not in file:
+            return None
+        rows = np.array(file.array("rows"))
+        if rows.shape != shape or rows.dtype != dtype:
             return None
         return rows if hashlib.sha256(rows).hexdigest() == about.get("sha256") else None
 
@@ -82,45 +82,22 @@ class Column(NamedTuple):
     def of(cls, values: np.ndarray) -> Column:
         return cls(values.dtype, values.shape, [np.ascontiguousarray(values)])
 
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape))
-
 
 def write_columns(path: Path, columns: Mapping[str, Column], about: Mapping[str, str]) -> int:
     """One safetensors file, whole or not at all, with a piece at most in memory; its bytes. It is laid out as
     `cairn.storage.tensors.serialized` does it. Raises ResultError where it cannot be written, or does not read back."""
-    ordered = sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header = safetensors_header(
-        ((name, CODES[column.dtype], column.shape, column.bytes) for name, column in ordered), about
-    )
+    layouts = {name: Layout.of(column.dtype, column.shape) for name, column in columns.items()}
     with atomic_write(path) as temporary:
         with temporary.open("wb") as file:
-            file.write(header)
-            for _, column in ordered:
-                for piece in _counted(column):
-                    file.write(piece)
-            size = file.tell()
-        _require_readable(temporary, path, columns)
-    return size
-
-
-def _counted(column: Column) -> Iterator[np.ndarray]:
-    written = 0
-    for piece in column.pieces:
-        written += piece.nbytes
-        yield piece
-    if written != column.bytes:
-        raise ValueError(f"{written} bytes for a tensor of {column.bytes}")
-
-
-def _require_readable(temporary: Path, path: Path, columns: Mapping[str, Column]) -> None:
-    """By safetensors' own reader, which refuses a file whose length is not that of its tensors."""
-    try:
-        with safe_open(temporary, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except Exception as error:
-        raise ResultError(f"'{path}': does not read back as it was written ({error}); check the disk") from None
-    if found != {name: (CODES[column.dtype], tuple(column.shape)) for name, column in columns.items()}:
-        raise ResultError(f"'{path}': does not read back as it was written; check the disk")
+            writer = TensorWriter(file, layouts, about)
+            for name, column in columns.items():
+                for piece in column.pieces:
+                    writer.append(name, piece)
+            writer.close()
+        try:
+            found = {name: layout for name, (layout, _) in TensorFile(temporary).header.tensors.items()}
+        except ResultError:
+            found = {}
+        if found != layouts:
+            raise ResultError(f"'{path}': does not read back as it was written; check the disk")
+    return writer.size

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that run nothing when they are read: JSON, YAML's plain values, safetensors."""
+"""Files that are whole or not there, and that run nothing when they are read: JSON and YAML's plain values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import yaml
 
@@ -117,32 +117,19 @@ def open_append(path: Path, append: bool) -> TextIO:
     )
 
 
-def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int], int]], about: Mapping[str, str]) -> bytes:
-    """How a safetensors file begins: (name, type's code, shape, bytes) of every tensor in order, and metadata."""
-    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
-    end = 0
-    for key, code, shape, size in rows:
-        header[key] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path, limit: int | None = None, links: bool = False) -> bytes:
-    """A plain file: no pipe, no link unless `links`, at most `limit` bytes. Raises ResultError."""
+@contextmanager
+def open_regular(path: Path, links: bool = False) -> Iterator[BinaryIO]:
+    """A regular file to read from: no pipe, no link unless `links`. Raises ResultError, also for what fails while it is
+    open."""
     extra = _NO_SURPRISE & ~(getattr(os, "O_NOFOLLOW", 0) if links else 0)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra)) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ResultError(f"'{path}': not a regular file; put one in its place")
-            if limit is not None and found.st_size > limit:
-                raise ResultError(f"'{path}': {found.st_size} bytes where at most {limit} are expected")
-            return file.read()
+            yield file
     except OSError as error:
         reason = "a link, which is not followed" if not links and path.is_symlink() else error.strerror
         raise ResultError(f"'{path}': cannot be read: {reason}") from None
@@ -150,17 +137,31 @@ def read_bytes(path: Path, limit: int | None = None, links: bool = False) -> byt
         raise ResultError(f"'{path}': does not fit into memory") from None
 
 
+def read_bytes(path: Path, limit: int | None = None, links: bool = False) -> bytes:
+    """A regular file, no link unless `links`, of at most `limit` bytes. Raises ResultError."""
+    with open_regular(path, links) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise ResultError(f"'{path}': {size} bytes where at most {limit} are expected")
+        return file.read()
+
+
 def read_json(path: Path, links: bool = False) -> Any:
     """Raises ResultError for what is no JSON, as strict as it is written: UTF-8, every key once, every number finite."""
     content = read_bytes(path, JSON_BYTES, links)
     try:
-        text = content.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once)
-        _shallow(value)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character may be written as an escape
-            json.dumps(value, ensure_ascii=False).encode()
+        return parsed_json(content)
     except (ValueError, RecursionError) as error:
         raise ResultError(f"'{path}': not JSON: {error}") from None
+
+
+def parsed_json(content: bytes) -> Any:
+    """The same of bytes. Raises ValueError or RecursionError."""
+    text = content.decode("utf-8-sig")
+    value = json.loads(text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once)
+    _shallow(value)
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character may be written as an escape
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
-from cairn.errors import TowersError, first_line
+from cairn.errors import ResultError, TowersError
 from cairn.storage.files import read_json
+from cairn.storage.tensors import TensorFile
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -68,9 +67,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> dict[str, Tensor]:
     """Views of a safetensors file."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TowersError(f"'{path}' cannot be read: {first_line(error)}; fetch the checkpoint again") from None
+        return TensorFile(path).tensors()
+    except ResultError as error:
+        raise TowersError(f"{error}; fetch the checkpoint again") from None
 
 
 def _parts(folder: Path) -> list[str]:

@@ -137,18 +137,18 @@ def test_missing_file(tmp_path):
 def test_not_a_safetensors_file(tmp_path):
     file = tmp_path / "toy.safetensors"
     file.write_bytes(b"PK\x03\x04 something else entirely")
-    assert_refused(file, "not a safetensors file, or truncated", "write it again")
+    assert_refused(file, "not a safetensors file, or a damaged one", "write it again")
 
 
 def test_truncated_file(tmp_path):
     file = write(tmp_path / "toy.safetensors")
     file.write_bytes(file.read_bytes()[:-20])
-    assert_refused(file, "not a safetensors file, or truncated", "write it again")
+    assert_refused(file, "not a safetensors file, or a damaged one", "write it again")
 
 
 def test_empty_file(tmp_path):
     (tmp_path / "toy.safetensors").touch()
-    assert_refused(tmp_path / "toy.safetensors", "not a safetensors file, or truncated")
+    assert_refused(tmp_path / "toy.safetensors", "not a safetensors file, or a damaged one")
 
 
 def test_missing_tensors_are_named(tmp_path):

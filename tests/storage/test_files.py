@@ -6,6 +6,7 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -23,7 +24,7 @@ from cairn.storage.files import (
     write_chunks,
     write_json,
 )
-from cairn.storage.tensors import read_tensors, serialized
+from cairn.storage.tensors import Layout, TensorFile, TensorWriter, read_tensors, serialized
 
 
 def refused(call, *parts):
@@ -231,6 +232,16 @@ def test_yaml_values_are_read():
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+def headed(header, following=0):
+    """A file of a header and zeros."""
+    return len(header).to_bytes(8, "little") + header + bytes(following)
+
+
+def entry(**changes):
+    """The header of a tensor `x` of two floats, with changes."""
+    return json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}).encode()
+
+
 TENSORS = {
     "one": torch.tensor(3.5), "flags": torch.tensor([True, False, True]), "bytes": torch.arange(5, dtype=torch.uint8),
     "none": torch.zeros(0, 4), "wide": torch.arange(6, dtype=torch.float64).view(2, 3), "turned": torch.arange(6.0).view(2, 3).T,
@@ -260,8 +271,8 @@ def test_equal_tensors_are_equal_bytes_in_any_order():
         ({"a": torch.tensor([1.0, float("nan")])}, "'a' holds values that are not finite"),
         ({"a": torch.tensor(float("-inf"), dtype=torch.bfloat16)}, "'a' holds values that are not finite"),
         ({"a\nb": torch.tensor(float("inf"))}, r"'a\nb' holds values"),
-        ({"a": torch.zeros(2, dtype=torch.complex64)}, "'a' is of complex64, which is not read"),
-        ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "'a' is of float8_e4m3fn, which is not read"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "'a' is of C64, which is not read"),
+        ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "'a' is of F8_E4M3, which is not read"),
     ],
 )
 def test_tensors_that_are_none_are_refused(tmp_path, tensors, says):
@@ -275,6 +286,90 @@ def test_tensors_of_another_hash_or_longer_are_refused(tmp_path):
     assert read_tensors(path, sha256_of(path), path.stat().st_size)
     refused(lambda: read_tensors(path, "0" * 64), "damaged: its SHA-256 is not the one in the manifest")
     refused(lambda: read_tensors(path, None, 10), "where at most 10 are expected")
+
+
+HEADERS = {
+    "no length": (b"\x03\0\0", "a header of 3 bytes in 3"),
+    "longer than the file": (b"\xff" * 8 + b"{}", "a header of 18446744073709551615 bytes in 10"),
+    "no JSON": (headed(b"{ "), "JSONDecodeError"),
+    "a list": (headed(b"[]"), "TypeError"),
+    "a key twice": (headed(b'{"a": 1, "a": 1}'), "a key is there twice"),
+    "no shape": (headed(entry(shape=None)), "TypeError"),
+    "negative shape": (headed(entry(shape=[-1, -2]), 8), "shape [-1, -2]"),
+    "shape of truth values": (headed(entry(shape=[True, 2]), 8), "shape [True, 2]"),
+    "shape beyond 64 bits": (headed(entry(shape=[2**63, 0], data_offsets=[0, 0])), "shape [9223372036854775808, 0]"),
+    "a gap": (headed(entry(data_offsets=[4, 12]), 12), "'x' of shape (2,) from byte 4 to 12"),
+    "another size": (headed(entry(data_offsets=[0, 4]), 4), "'x' of shape (2,) from byte 0 to 4"),
+    "reversed": (headed(entry(shape=[0], data_offsets=[8, 0]), 8), "from byte 8 to 0"),
+    "cut short": (headed(entry(), 7), "bytes where"),
+    "too long": (headed(entry(), 9), "bytes where"),
+    "unknown type": (headed(entry(dtype="F99"), 8), "'x' is of F99, which is not read"),
+    "metadata is a number": (headed(json.dumps({"__metadata__": {"a": 1}}).encode()), "metadata that is no text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "says"), HEADERS.values(), ids=HEADERS)
+def test_headers_that_do_not_fit_their_file_are_refused(tmp_path, content, says):
+    """By both readers; two tensors that overlap leave a gap or an end that is not the file's."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    for read in (read_tensors, TensorFile):
+        refused(lambda read=read: read(path), says)
+
+
+def test_a_mapped_file_gives_what_was_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_chunks(path, serialized(TENSORS, {"who": "me"}))
+    file = TensorFile(path)
+    assert file.header.metadata == {"who": "me"}
+    assert file.tensors(["half"]).keys() == {"half"}
+    for key, value in TENSORS.items():
+        assert torch.equal(file.tensors()[key], value.detach())
+        if value.dtype != torch.bfloat16:
+            found = file.array(key)
+            assert found.dtype == value.detach().numpy().dtype
+            assert np.array_equal(found, value.detach().numpy())
+
+
+def test_tensors_that_start_at_odd_bytes_are_read(tmp_path):
+    """As other programs may write them: the header is not padded."""
+    header = entry()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((len(header) + 1).to_bytes(8, "little") + header + b" " + np.float32([1, 2]).tobytes())
+    assert TensorFile(path).tensors()["x"].tolist() == [1, 2]
+    assert TensorFile(path).array("x").tolist() == [1, 2]
+    assert read_tensors(path)["x"].tolist() == [1, 2]
+
+
+def test_rows_are_written_in_turn(tmp_path):
+    """Equal, byte for byte, to the tensors written whole."""
+    wide, narrow = np.arange(12, dtype="<i8").reshape(4, 3), np.arange(4, dtype="<f2").reshape(4, 1)
+    path, layouts = (
+        tmp_path / "a.safetensors",
+        {key: Layout.of(v.dtype, v.shape) for key, v in (("n", narrow), ("w", wide))},
+    )
+    with path.open("wb") as file:
+        writer = TensorWriter(file, layouts, {"who": "me"})
+        for rows in (slice(0, 3), slice(3, 4)):
+            writer.append("n", narrow[rows])
+            writer.append("w", wide[rows])
+        writer.close()
+    whole = b"".join(
+        map(bytes, serialized({"w": torch.from_numpy(wide), "n": torch.from_numpy(narrow)}, {"who": "me"}))
+    )
+    assert path.read_bytes() == whole
+    assert writer.size == len(whole)
+
+
+def test_rows_too_many_or_too_few_are_refused(tmp_path):
+    rows = np.zeros((2, 2), dtype="<f4")
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        writer = TensorWriter(file, {"x": Layout.of(rows.dtype, (3, 2))}, {})
+        writer.append("x", rows)
+        with pytest.raises(ValueError, match="'x': more rows than its shape has"):
+            writer.append("x", rows)
+        with pytest.raises(ValueError, match="'x': 8 bytes are missing"):
+            writer.close()
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

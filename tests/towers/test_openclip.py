@@ -551,7 +551,7 @@ def test_two_candidates_are_refused(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     folder_without_weights(tmp_path / "c", "open_clip_model.safetensors")
 
-    with pytest.raises(TowersError, match=r"open_clip_model\.safetensors' cannot be read: .*; fetch"):
+    with pytest.raises(TowersError, match=r"open_clip_model\.safetensors': not a safetensors file, .*; fetch"):
         open_clip_model(str(tmp_path / "c"))
 
 

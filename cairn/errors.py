@@ -40,6 +40,12 @@ def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 picture', '1,200 pictures', '2 classes'."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def first_line(error: Exception) -> str:
     """What a foreign error says, as far as a message of one line can hold it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -103,9 +109,14 @@ class NotFinite(CairnError):
     """A loss, statistic or map that is no longer a number."""
 
 
-class Interrupted(CairnError):
-    """Asked to stop by a signal, after the state was kept; the command exits with 128 and the signal's number."""
+GOES_ON = "the same call goes on where it was"
 
-    def __init__(self, signal: int, to_go_on: str = "the same call goes on where it was"):
-        super().__init__(f"interrupted ({'Ctrl-C' if signal == SIGINT else Signals(signal).name}); {to_go_on}")
+
+class Interrupted(CairnError):
+    """Asked to stop by a signal; `state` says what was done and how it goes on. The command exits with 128 and the signal's
+    number."""
+
+    def __init__(self, signal: int, state: str = ""):
+        name = "Ctrl-C" if signal == SIGINT else Signals(signal).name
+        super().__init__(f"interrupted ({name})" + (f"; {state}" if state else ""))
         self.signal = signal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cairn.classifier.record import LearnerRecord
-from cairn.errors import one_line
+from cairn.errors import counted, one_line
 from cairn.methods.catalogue import method_named
 
 
@@ -15,10 +15,10 @@ def card(record: LearnerRecord) -> str:
         f"- method: {record.method}, {entry.title} ({entry.source})",
         f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
         f"revision {one_line(towers.revision or 'none')}",
-        f"- {len(record.classes)} classes from {sum(record.counts)} images, none of which is kept",
-        f"- {record.bytes:,} bytes, of which {record.memory_bytes:,} are statistics of classes",
-        f"- {record.picture_hashes} hashes (SHA-256 of the pixels) by which images that were learned are known again; no image "
-        "can be made from one, but who has an image can tell whether it was learned",
+        f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}, none of which is kept",
+        f"- {counted(record.bytes, 'byte')}, of which {record.memory_bytes:,} are statistics of classes",
+        f"- {counted(record.picture_hashes, 'hash')} (SHA-256 of the pixels) by which learned images are known again; no image can "
+        "be made from one, but who has an image can tell whether it was learned",
         f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}", "",
         "| class | images |", "|---|---|",
         *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)), "",
@@ -28,9 +28,10 @@ def card(record: LearnerRecord) -> str:
         if learned.forgotten:
             lines.append(f"| {learned.date} | a class was forgotten |")
         else:
-            again = f", more of {len(learned.again)} known ones" if learned.again else ""
+            again = f", more of {counted(len(learned.again), 'known one')}" if learned.again else ""
             known = "" if learned.hashed else ", not known one by one"
-            lines.append(f"| {learned.date} | {len(learned.new)} new classes{again}, {learned.images} images{known} |")
+            new, images = counted(len(learned.new), "new class"), counted(learned.images, "image")
+            lines.append(f"| {learned.date} | {new}{again}, {images}{known} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ from cairn.classifier.record import LearnerRecord
 from cairn.config import with_values
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.identity import LearnedPictures, content_hashes
+from cairn.data.identity import LearnedPictures
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, normal_form
@@ -33,6 +33,7 @@ from cairn.errors import (
     TowersError,
     UnknownName,
     UnreadableImages,
+    counted,
     one_line,
     suggestion,
 )
@@ -148,7 +149,10 @@ class IncrementalClassifier:
             if bad := unreadable(given):
                 named = named_unreadable(given, bad)
                 if on_bad_image == "stop":
-                    raise UnreadableImages(f"{named}; replace or leave them out", bad)
+                    raise UnreadableImages(
+                        f"{named}; replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip",
+                        bad,
+                    )
                 rows = np.delete(np.arange(len(items)), list(bad))
                 for name in new:
                     if known[name] not in given.labels[rows]:
@@ -159,7 +163,7 @@ class IncrementalClassifier:
                 log("notice", text=notice)
             # Class by class, as a stream has them: the order of arrival within a task must not matter
             given = given.taken(np.argsort(given.labels, kind="stable"))
-            hashes = content_hashes(given)
+            hashes = given.content_hashes()
             found = self._pictures.compare(hashes, given.labels)
             for text in found.notices(given, [*self.classes_, *new], again):
                 log("notice", text=text)
@@ -174,7 +178,9 @@ class IncrementalClassifier:
         items = items_of(images, self._width)
         names = [labels] if isinstance(labels, str) else list(labels)
         if len(items) != len(names):
-            raise DataError(f"{len(items)} images with {len(names)} labels: give one label for each image")
+            raise DataError(
+                f"{counted(len(items), 'image')} with {counted(len(names), 'label')}: give one label for each image"
+            )
         if not items:
             raise DataError("no image given")
         for name in names:
@@ -460,8 +466,8 @@ class IncrementalClassifier:
                 ) from None
         if unknown := sum(entry["images"] for entry in self.history_ if not entry.get("hashed")):
             self.notices_.append(
-                f"{unknown} images were learned without hashes, by an earlier version or in a run: they are not known one by "
-                "one, and count twice if they are given again"
+                f"learned without hashes, by an earlier version or in a run: {counted(unknown, 'image')}, not known one by one; "
+                "given again, they count twice"
             )
 
     @classmethod

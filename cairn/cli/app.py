@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGINT
 from typing import Annotated, Any
 
 import typer
 
 from cairn.cli import classifier, embed, run, sweep
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
-from cairn.errors import CairnError, ConfigError, DataError, Interrupted, one_line, printable
+from cairn.errors import CairnError, ConfigError, DataError, Interrupted, counted, one_line, printable
 from cairn.reports.console import Console
 from cairn.storage.distribution import extra_remedy
 from cairn.training.distributed import ALONE, World
@@ -38,6 +39,8 @@ def main() -> None:
         world = World.launched()
         status = app(standalone_mode=False, obj=world)
         if isinstance(status, int):  # what an interrupt is turned into
+            if status == 128 + SIGINT:
+                raise Interrupted(SIGINT)
             sys.exit(status)
     except Interrupted as error:
         if world.should_report(error):
@@ -50,7 +53,8 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        print("cairn: not confirmed; nothing was changed", file=sys.stderr)
+        sys.exit(128 + SIGINT)
     except Exception as error:
         told = world.should_report(error)
         if hasattr(error, "format_message"):  # a usage error of the command line itself
@@ -214,7 +218,9 @@ def describe(
         raise ConfigError(f"data '{data}': holds embeddings, but describe needs images; give a folder of images")
     held = read_descriptions(out) if out.is_file() else Descriptions()
     missing = [name for name in dataset.classes if name not in held.classes]
-    console.note(f"{len(dataset.classes) - len(missing)} of {len(dataset.classes)} classes are described in {out}")
+    console.note(
+        f"described in {out}: {len(dataset.classes) - len(missing)} of {counted(len(dataset.classes), 'class')}"
+    )
     if not missing:
         return
     dataset = with_readable(dataset, missing, skip=on_bad_image == "skip")
@@ -226,7 +232,7 @@ def describe(
             shown = ", ".join(dataset.train.describe(row) for row in chosen[name])
             size = len(json.dumps(request(dataset, name, chosen[name], config)))
             text = request(dataset, name, [], config)["messages"][0]["content"][0]["text"]
-            console.note(f"{name}: {len(chosen[name])} images ({shown}), {size / 1000:.0f} kB\n  {text}")
+            console.note(f"{name}: {counted(len(chosen[name]), 'image')} ({shown}), {size / 1000:.0f} kB\n  {text}")
         return
     make_folder(out.parent)
     tokens = [0, 0]
@@ -235,11 +241,15 @@ def describe(
         held = held.model_copy(update={"classes": {**held.classes, found.name: found.description}})
         write_json(out, held.model_dump(mode="json"))
         tokens = [tokens[0] + found.tokens_in, tokens[1] + found.tokens_out]
-        console.note(f"  {done}/{len(missing)} {found.name}: {found.description.sentences[0]}  [{sum(tokens)} tokens]")
+        console.note(
+            f"  {done}/{len(missing)} {found.name}: {found.description.sentences[0]}  [{counted(sum(tokens), 'token')}]"
+        )
     left = [name for name in missing if name not in held.classes]
-    console.note(f"{len(held.classes)} classes in {out}; {tokens[0]} tokens in, {tokens[1]} out")
+    console.note(f"{counted(len(held.classes), 'class')} in {out}; {counted(tokens[0], 'token')} in, {tokens[1]} out")
     if left:
-        raise CairnError(f"describe: {len(left)} classes have no description: {', '.join(left[:5])}; run it again")
+        raise CairnError(
+            f"describe: no description of {counted(len(left), 'class')}: {', '.join(left[:5])}; run it again"
+        )
 
 
 @app.command()
@@ -328,7 +338,7 @@ def report(
     make_folder(out.parent)
     write_chunks(out, [page.html().encode()])
     written = [] if figures is None else page.write_files(figures)
-    Console().note(f"-> {out}" + (f", {len(written)} files in {figures}" if written else ""))
+    Console().note(f"-> {out}" + (f", {counted(len(written), 'file')} in {figures}" if written else ""))
 
 
 def _put(text: str, into: Path | None, block: str) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from signal import SIGINT
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cairn.cli.run import BadImages, checked_bad_image
-from cairn.errors import ConfigError, DataError, UnreadableImages, one_line, printable
+from cairn.errors import ConfigError, DataError, Interrupted, UnreadableImages, counted, one_line, printable
 from cairn.reports.console import Console
 from cairn.reports.formats import csv_text
 
@@ -108,7 +109,7 @@ def learn(
             )
         if len(held.history_) == calls:
             console.note(
-                f"{learner}: nothing new, all {len(items)} pictures were learned already (--again for once more)"
+                f"{learner}: nothing new: {counted(len(items), 'picture')}, learned already (--again for once more)"
             )
             return
         held.save(learner)
@@ -120,8 +121,8 @@ def learn(
                 learner.rmdir()
     new = len(held.classes_) - before
     console.note(
-        f"{learner}: {held.history_[-1]['images']} pictures learned, {new} new classes, {len(held.classes_)} in all; "
-        f"{_bytes(held.method_.memory_bytes)} of statistics, no picture is stored"
+        f"{learner}: {counted(held.history_[-1]['images'], 'picture')} learned, {counted(new, 'new class')}, "
+        f"{len(held.classes_)} in all; {_bytes(held.method_.memory_bytes)} of statistics, no picture is stored"
     )
 
 
@@ -184,51 +185,62 @@ def predict(
     require_threshold(unknown_below, "--unknown-below")
     checked_bad_image(on_bad_image)
     files, errors = _files(images), Console(sys.stderr)
-    held = IncrementalClassifier.load(learner, towers, device)
+    answered = explained = 0
     bad: dict[int, str] = {}
     try:
-        rows = _predicted(held, files, topk, unknown_below)
-    except UnreadableImages as error:
-        bad = error.reasons
-        if on_bad_image == "stop" or len(bad) == len(files):
-            raise
-        for row, reason in bad.items():
-            errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
-        files = [file for row, file in enumerate(files) if row not in bad]
-        rows = _predicted(held, files, topk, unknown_below)
-    if as_json:
-        typer.echo(_json(rows))
-    elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
-        for row in rows:
-            for rank, found in enumerate(row["classes"], 1):
-                writer.writerow(
-                    [
-                        csv_text(one_line(row["image"])),
-                        f"{row['known']:.6f}",
-                        row["unknown"],
-                        rank,
-                        csv_text(found["name"]),
-                        f"{found['probability']:.6f}",
-                    ]
-                )
-    else:
-        for row in rows:
-            best = ", ".join(
-                f"{one_line(found['name'])} {100 * found['probability']:.1f} %" for found in row["classes"]
-            )
-            unsure = (
-                f"unknown (known score {row['known']:.3f}, below {unknown_below:g}); nearest: "
-                if row["unknown"]
-                else ""
-            )
-            typer.echo(f"{one_line(row['image'])}: {unsure}{best}")
-    if explain is not None:
-        _explained(held, files, max(topk, 3), explain)
+        held = IncrementalClassifier.load(learner, towers, device)
+        try:
+            rows = _predicted(held, files, topk, unknown_below)
+        except UnreadableImages as error:
+            bad = error.reasons
+            if on_bad_image == "stop" or len(bad) == len(files):
+                raise
+            for row, reason in bad.items():
+                errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
+            rows = _predicted(held, _without(files, bad), topk, unknown_below)
+        for _ in _printed(rows, "json" if as_json else "csv" if as_csv else "text", unknown_below):
+            answered += 1
+        for _ in () if explain is None else _explained(held, _without(files, bad), max(topk, 3), explain):
+            explained += 1
+    except KeyboardInterrupt:
+        done = f"answered: {answered} of {counted(len(files), 'image')}"
+        raise Interrupted(
+            SIGINT, done if explain is None else f"{done}, explained in '{explain}': {explained}"
+        ) from None
     if bad:
-        errors.note(f"{len(bad)} of {len(bad) + len(files)} images cannot be read; the others are answered")
+        errors.note(f"cannot be read: {len(bad)} of {counted(len(files), 'image')}; the others are answered")
         raise typer.Exit(1)
+
+
+def _printed(
+    rows: Sequence[dict[str, Any]], form: Literal["json", "csv", "text"], unknown_below: float
+) -> Iterator[dict[str, Any]]:
+    """Answers on standard output, handed out as they are there."""
+    if form == "json":
+        typer.echo(_json(rows))
+        yield from rows
+        return
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
+    for row in rows:
+        if form == "csv":
+            known = [csv_text(one_line(row["image"])), f"{row['known']:.6f}", row["unknown"]]
+            for rank, found in enumerate(row["classes"], 1):
+                writer.writerow([*known, rank, csv_text(found["name"]), f"{found['probability']:.6f}"])
+        else:
+            typer.echo(_line(row, unknown_below))
+        yield row
+
+
+def _line(row: dict[str, Any], unknown_below: float) -> str:
+    best = ", ".join(f"{one_line(found['name'])} {100 * found['probability']:.1f} %" for found in row["classes"])
+    unsure = f"unknown (known score {row['known']:.3f}, below {unknown_below:g}); nearest: " if row["unknown"] else ""
+    return f"{one_line(row['image'])}: {unsure}{best}"
+
+
+def _without(files: Sequence[Path], bad: Collection[int]) -> list[Path]:
+    return [file for row, file in enumerate(files) if row not in bad]
 
 
 def _predicted(held, files: list[Path], topk: int, unknown_below: float) -> list[dict[str, Any]]:
@@ -272,8 +284,8 @@ def _files(images: list[Path]) -> list[Path]:
     return found
 
 
-def _explained(held, files: list[Path], best: int, folder: Path) -> None:
-    """A picture and a JSON per image, called after it."""
+def _explained(held, files: list[Path], best: int, folder: Path) -> Iterator[Path]:
+    """A picture and a JSON per image, called after it. Files are handed out when theirs are there."""
     import numpy as np
 
     from cairn.data.folders import decoded
@@ -293,6 +305,7 @@ def _explained(held, files: list[Path], best: int, folder: Path) -> None:
         elif seen is not None:
             bar_figure(seen, reasons, folder / f"{name}.png")
         write_json(folder / f"{name}.json", {"image": str(file), "classes": reasons})
+        yield file
 
 
 def inspect(learner: Learner) -> None:
@@ -331,7 +344,7 @@ def forget(
         held.save(learner)
     finally:
         lock.release()
-    Console().note(f"{learner}: '{one_line(name)}' is forgotten, {len(held.classes_)} classes are left")
+    Console().note(f"{learner}: '{one_line(name)}' is forgotten; left: {counted(len(held.classes_), 'class')}")
 
 
 def export(

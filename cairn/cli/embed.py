@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cairn.cli.run import BadImages, Data, checked
+from cairn.errors import counted
 from cairn.reports.console import Console
 from cairn.training.distributed import ALONE
 
@@ -27,8 +28,9 @@ class _Console(Console):
         if event["event"] == "begin":
             there = f", {event['there']} there already" if event["there"] else ""
             self.note(
-                f"{event['data']} by {event['towers']}: {event['train']:,} training and {event['test']:,} test images, "
-                f"{event['dim']} numbers each, in {event['shards']} shards{there}"
+                f"{event['data']} by {event['towers']}: {counted(event['train'], 'training image')} and "
+                f"{counted(event['test'], 'test image')}, "
+                f"{event['dim']} numbers each, in {counted(event['shards'], 'shard')}{there}"
             )
         else:
             super().event(event)
@@ -105,9 +107,9 @@ def embed(
     if rank.number:
         return
     if made.finished:
-        console.note(f"already there: {made.images:,} images in {out} (--overwrite to embed again)")
+        console.note(f"already there: {counted(made.images, 'image')} in {out} (--overwrite to embed again)")
         return
     console.note(
-        f"{made.images:,} images, {made.made:,} of them now ({made.made / made.seconds:.0f} rows/s), "
+        f"{counted(made.images, 'image')}, {made.made:,} of them now ({made.made / made.seconds:.0f} rows/s), "
         f"{made.bytes:,} bytes -> {out}"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.errors import ConfigError, Interrupted
+from cairn.errors import ConfigError, Interrupted, counted
 
 
 class Where(StrEnum):
@@ -87,9 +87,9 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
         for job in held.ledger.jobs:
             view.note(f"{job.state:<9} {job.name}")
         if read.search is None:
-            view.note(f"{len(held.ledger.jobs)} runs: {counts(held.ledger)}{_same(held.same)}")
+            view.note(f"{counted(len(held.ledger.jobs), 'run')}: {counts(held.ledger)}{_same(held.same)}")
         for point in points if read.search is not None else ():
-            view.note(f"{read.search.trials} trials below {point.name}, runs of each: {len(point.seeds)}")
+            view.note(f"{counted(read.search.trials, 'trial')} below {point.name}, runs of each: {len(point.seeds)}")
         return
     try:
         ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))
@@ -109,7 +109,7 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
 
 
 def _same(number: int) -> str:
-    return f" ({number} more are the same as one of these)" if number else ""
+    return f" ({number} more the same as one of these)" if number else ""
 
 
 def _resources(of_file: Any, given: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cairn.config import settings
 from cairn.data.catalogue import CATALOGUE
-from cairn.errors import ConfigError, one_line
+from cairn.errors import ConfigError, counted, one_line
 from cairn.experiment.config_file import RunFile, checked
 from cairn.methods.catalogue import METHODS, Entry
 from cairn.storage.files import read_json
@@ -92,7 +92,7 @@ def _stream(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
     if row is not None and len(row.classes) > 1:
         whole, part = row.classes
         notices.append(
-            f"{row.title} has {whole} classes, their config uses {part} of them; give a copy with these, {row.key}=PATH"
+            f"{row.title} has {counted(whole, 'class')}, their config uses {part} of them; give a copy with these, {row.key}=PATH"
         )
     base, step = left.pop("init_cls", base), left.pop("increment", step)
     if step is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cairn.data.names import class_name
-from cairn.errors import DataError, ResultError
+from cairn.errors import DataError, ResultError, counted
 from cairn.storage.files import read_json
 from cairn.storage.schema import validated
 
@@ -64,7 +64,7 @@ class Descriptions(BaseModel):
         if missing:
             shown = ", ".join(map(repr, missing[:5])) + (" ..." if len(missing) > 5 else "")
             raise DataError(
-                f"descriptions: {len(missing)} of {len(names)} classes have none: {shown}; run `cairn describe`, or set "
+                f"descriptions: none for {len(missing)} of {counted(len(names), 'class')}: {shown}; run `cairn describe`, or set "
                 "descriptions=template"
             )
         return tuple(self.classes[name].sentences for name in names)

@@ -20,7 +20,7 @@ import torch
 from cairn.data.images import Dataset
 from cairn.data.names import class_name
 from cairn.data.templates import DEFAULT, prompt_templates
-from cairn.errors import DataError, ResultError, one_line
+from cairn.errors import DataError, ResultError, counted, one_line
 from cairn.storage.files import sha256_of, write_chunks
 from cairn.storage.tensors import CODES, TensorFile, serialized
 
@@ -191,16 +191,16 @@ def _checked(tensors: dict[str, torch.Tensor], names: Sequence[str], shown: str)
         text, expected = tensors["text_features"], (len(names), train.shape[1])
         if tuple(text.shape) != expected or not text.is_floating_point():
             raise DataError(
-                f"{shown}: text_features {_shape(text)} of {_dtype(text)}, but {len(names)} class names and "
-                f"{train.shape[1]} columns of features; store floating point {expected}"
+                f"{shown}: text_features {_shape(text)} of {_dtype(text)}, but {counted(len(names), 'class name')} and "
+                f"{counted(train.shape[1], 'column')} of features; store floating point {expected}"
             )
         arrays["text_features"] = _finite(text, "text_features", shown)
     for part in ("train", "test"):
         empty = np.flatnonzero(np.bincount(arrays[f"{part}_labels"], minlength=len(names)) == 0)
         if len(empty):
             raise DataError(
-                f"{shown}: {len(names)} class names, but class '{names[empty[0]]}' (number {empty[0]}) has no row in "
-                f"{part}_features ({len(empty)} such class(es)); add rows or remove the name"
+                f"{shown}: {counted(len(names), 'class name')}, but class '{names[empty[0]]}' (number {empty[0]}) has no row in "
+                f"{part}_features ({counted(len(empty), 'such class')}); add rows or remove the name"
             )
     return arrays
 
@@ -210,8 +210,8 @@ def _class_numbers(labels: torch.Tensor, name: str, names: Sequence[str], shown:
     wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
     if len(wrong):
         raise DataError(
-            f"{shown}: {name} has {numbers[wrong[0]]} in row {wrong[0]} ({len(wrong)} such row(s)), but there are "
-            f"{len(names)} class names; labels must be 0 to {len(names) - 1}"
+            f"{shown}: {name} has {numbers[wrong[0]]} in row {wrong[0]} ({counted(len(wrong), 'such row')}), but there "
+            f"{'is' if len(names) == 1 else 'are'} {counted(len(names), 'class name')}; labels must be 0 to {len(names) - 1}"
         )
     return numbers
 
@@ -221,7 +221,7 @@ def _finite(features: torch.Tensor, name: str, shown: str) -> np.ndarray:
     wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(wrong):
         raise DataError(
-            f"{shown}: {name} is not finite in row {wrong[0]} ({len(wrong)} such row(s)); "
+            f"{shown}: {name} is not finite in row {wrong[0]} ({counted(len(wrong), 'such row')}); "
             "embed them again or leave them out"
         )
     return values

@@ -34,7 +34,7 @@ from cairn.data.picture_files import (
 )
 from cairn.data.stream import held_out
 from cairn.data.templates import DEFAULT
-from cairn.errors import ConfigError, DataError, one_line
+from cairn.errors import ConfigError, DataError, counted, one_line
 
 TEST_FOLDERS = ("test", "val", "validation")
 """Where test images may lie beside `train/`; the first that exists is taken."""
@@ -104,14 +104,16 @@ def decoded(file: Path | IO[bytes]) -> Image.Image:
         return rgb(image)
 
 
-def decoded_small(file: Path | IO[bytes], side: int, pixels: int) -> Image.Image:
-    """As `decoded`, for whoever needs no more than `side` pixels along either side: a JPEG is decoded at the smallest of its
-    fractions (to an eighth) that has them. What has to be decoded whole may have so many `pixels`."""
+def decoded_within(file: Path | IO[bytes], pixels: int, side: int | None = None) -> Image.Image:
+    """As `decoded`, of at most so many `pixels`. A plain JPEG, which is decoded row by row, may have more. With `side`, for whoever
+    needs no more than so many pixels along either side, it is decoded at the smallest of its fractions (to an eighth) that
+    has them, and what is decoded counts."""
     with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
-        if image.format == "JPEG" and not image.info.get("progressive"):  # of which all is held at once
+        plain = image.format == "JPEG" and not image.info.get("progressive")  # of a progressive one all is held at once
+        if plain and side is not None:
             image.draft(None, (side, side))
-        if image.width * image.height > pixels:
+        if (not plain or side is not None) and image.width * image.height > pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, where {pixels:,} are the most")
         return rgb(image)
 
@@ -214,7 +216,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
         ):
             if lone:
                 raise DataError(
-                    f"class '{lone[0]}' in '{one_line(root / here)}': '{other}' lacks it ({len(lone)} such class(es)); "
+                    f"class '{lone[0]}' in '{one_line(root / here)}': '{other}' lacks it ({counted(len(lone), 'such class')}); "
                     f"add images to {other}/{lone[0]} or remove {here}/{lone[0]}"
                 )
         train, classes, passed = _images(root, "train/", trained)
@@ -232,7 +234,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
 def named_unreadable(images: Images, reasons: Mapping[int, str]) -> str:
     """What `unreadable` found, as a message has it: how many, the first 20 and the reason of each."""
     named = [f"{one_line(images.describe(row))} ({why})" for row, why in reasons.items()]
-    return f"{len(named)} image(s) that cannot be read: {listed(named, 20)}"
+    return f"{counted(len(named), 'image')} that cannot be read: {listed(named, 20)}"
 
 
 @dataclass(frozen=True)

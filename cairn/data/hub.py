@@ -22,7 +22,7 @@ from cairn.data.folders import check, decoded, folder_dataset, reason
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.names import class_name
 from cairn.data.stream import held_out
-from cairn.errors import DataError, UnknownName
+from cairn.errors import DataError, UnknownName, counted
 from cairn.storage.distribution import extra_remedy
 
 TEST_SHARE = 0.2
@@ -241,7 +241,7 @@ def _class_names(row: HubRow, raw: Sequence[str]) -> tuple[str, ...]:
     if len(raw) not in row.classes:
         expected = " or ".join(map(str, row.classes))
         raise DataError(
-            f"data '{row.key}': the copy has {len(raw)} classes, {row.title} has {expected}; use a whole copy, "
+            f"data '{row.key}': the copy has {counted(len(raw), 'class')}, {row.title} has {expected}; use a whole copy, "
             "or give a folder of some classes as --data PATH"
         )
     names = tuple(class_name(row.clean(name)) for name in raw)

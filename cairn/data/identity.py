@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cairn.data.images import Images
-from cairn.errors import one_line
+from cairn.errors import counted, one_line
 
 BYTES = 32
 """Of a SHA-256."""
@@ -33,12 +32,6 @@ def content_hash(item: Image.Image | np.ndarray) -> bytes:
     return hashlib.sha256(b"row\0" + np.asarray(item, dtype=np.float32).tobytes()).digest()
 
 
-def content_hashes(images: Images) -> list[bytes]:
-    """Of every image, decoded eight at a time. Raises what opening one raises."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(lambda row: content_hash(images[row]), range(len(images))))
-
-
 class Found(NamedTuple):
     """What is known of pictures that are to be learned, as rows."""
 
@@ -53,11 +46,11 @@ class Found(NamedTuple):
         """What is to be said of it; `names` are those of the classes, `again` says that the repeated ones are learned."""
         if self.repeated:
             why = "already learned as the same class, or given twice"
-            count = f"{len(self.repeated)} of {len(images)} images"
+            count = f"{len(self.repeated)} of {counted(len(images), 'image')}"
             if again:
-                yield f"{count} are learned once more: {why}"
+                yield f"learned once more: {count}, {why}"
             else:
-                yield f"{count} are left out: {why}; again=True, on the command line --again, learns them once more"
+                yield f"left out: {count}, {why}; again=True, on the command line --again, learns them once more"
         if self.relabelled:
             shown = ", ".join(
                 f"{one_line(images.describe(row))} as '{names[images.labels[row]]}', also learned as '{names[other]}'"
@@ -65,8 +58,8 @@ class Found(NamedTuple):
             )
             more = ", ..." if len(self.relabelled) > SHOWN else ""
             yield (
-                f"{len(self.relabelled)} images are learned under a second class: {shown}{more}; they stay under the other "
-                "one too. If that one is wrong, forget it and learn its other images again"
+                f"learned under a second class: {counted(len(self.relabelled), 'image')}, {shown}{more}; under the other "
+                "one they stay too. If that one is wrong, forget it and learn its other images again"
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,19 @@ import torch
 from PIL import Image
 
 from cairn.data.folders import check, decoded, reason, rgb
+from cairn.data.identity import content_hash
 from cairn.errors import DataError, one_line
 
-Item = str | Path | Image.Image | np.ndarray | torch.Tensor
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A picture of which less is kept than was decoded: `values` as uint8 (h, w, 3), `content` the hash of the whole."""
+
+    values: np.ndarray
+    content: bytes
+
+
+Item = str | Path | Image.Image | np.ndarray | torch.Tensor | Reduced
 """A file, a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or where embeddings are learned a row (d,)."""
 
 CHANNELS = (3, 4)
@@ -27,7 +39,7 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     With `width` rows of embeddings are expected: (width,) is one, (n, width) are n. Otherwise an array (h, w) or (h, w, 3)
     is one picture and (n, h, w, 3) are n. Raises DataError for anything else.
     """
-    if isinstance(given, (str, bytes, Path, Image.Image)):
+    if isinstance(given, (str, bytes, Path, Image.Image, Reduced)):
         return [given]
     if not isinstance(given, (np.ndarray, torch.Tensor)):
         if not isinstance(given, Iterable):
@@ -82,6 +94,8 @@ class InMemoryImages:
                 ) from None
         if isinstance(item, Image.Image):
             return rgb(item)
+        if isinstance(item, Reduced):
+            return Image.fromarray(item.values)
         if not isinstance(item, (np.ndarray, torch.Tensor)):
             raise DataError(f"image {index}: {_short(item)}; give a file, a PIL image or an array")
         array = np.asarray(item)
@@ -121,8 +135,21 @@ class InMemoryImages:
         item = self.items[index]
         return str(item) if isinstance(item, (str, Path)) else f"{'image' if self.width is None else 'row'} {index}"
 
+    def content_hashes(self) -> list[bytes]:
+        """By which the items are known again, see `cairn.data.identity`; decoded eight at a time. Raises what opening one
+        raises."""
+
+        def of(index: int) -> bytes:
+            item = self.items[index]
+            return item.content if isinstance(item, Reduced) else content_hash(self[index])
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(of, range(len(self))))
+
     def identity(self, index: int) -> bytes:
         item = self.items[index]
+        if isinstance(item, Reduced):
+            return item.content
         if isinstance(item, (str, Path)):
             found = Path(item).stat()
             return f"{item}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")

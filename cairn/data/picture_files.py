@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import features
 
 from cairn.data.names import listed
-from cairn.errors import DataError, one_line
+from cairn.errors import DataError, counted, one_line
 
 ENDINGS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -139,11 +139,11 @@ def passed_over(passed: PassedOver) -> list[str]:
 
 
 def _counted(kind: str, number: int) -> str:
-    """'3 .heic', '1 folder', '2 files without an ending'."""
-    noun, *rest = kind.split(" ")
-    if kind.startswith(".") or number == 1:
+    """'3 .heic', '1 linked folder', '2 files without an ending'."""
+    if kind.startswith("."):
         return f"{number} {kind}"
-    return f"{number} {kind}s" if kind == LINKED_FOLDER else " ".join((str(number), f"{noun}s", *rest))
+    noun, _, rest = (kind, "", "") if kind == LINKED_FOLDER else kind.partition(" ")
+    return " ".join(filter(None, (counted(number, noun), rest)))
 
 
 def _advice(kinds: set[str]) -> list[str]:

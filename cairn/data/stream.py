@@ -19,7 +19,7 @@ from cairn.data.descriptions import Descriptions
 from cairn.data.images import Dataset, Images, Subset
 from cairn.data.names import alike, normal_form
 from cairn.data.templates import prompt_templates
-from cairn.errors import ConfigError, DataError, ResultError, suggestion
+from cairn.errors import ConfigError, DataError, ResultError, counted, suggestion
 from cairn.storage.files import JSON_BYTES, read_bytes, read_json, read_yaml
 
 
@@ -98,7 +98,7 @@ def _arrival(order: str, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]
         if which:
             shown = ", ".join(map(repr, which[:3])) + (" ..." if len(which) > 3 else "")
             hint = _order_hint(which, classes) if problem == "unknown" else ""
-            raise ConfigError(f"order file '{order}': {len(which)} {problem} class name(s): {shown}{hint}")
+            raise ConfigError(f"order file '{order}': {counted(len(which), f'{problem} class name')}: {shown}{hint}")
     notices = []
     if all(name.isdecimal() for name in classes):
         read_as = (

@@ -19,7 +19,7 @@ from cairn.embed.maker import Maker, Stale, planned
 from cairn.embed.on_ray import INSTEAD, over_ray
 from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, EmbedConfig, Plan, Shard, stored_plan
 from cairn.embed.work import MADE_AS, Work
-from cairn.errors import CairnError, ConfigError, Interrupted, ResultError
+from cairn.errors import CairnError, ConfigError, Interrupted, ResultError, counted
 from cairn.experiment.folder import Lock
 from cairn.experiment.run import comparable_call
 from cairn.storage.files import make_folder
@@ -86,7 +86,7 @@ def embed_dataset(
     if workers < 1:
         raise ConfigError(f"--workers {workers}: must be at least 1")
     if workers > 1 and rank.size > 1:
-        raise ConfigError(f"--workers {workers}: {rank.size} processes were started already; leave --workers out")
+        raise ConfigError(f"--workers {workers}: {counted(rank.size, 'process')} started already; leave --workers out")
     if workers > 1:
         ray_module(INSTEAD)
     folder = out.with_name(f"{out.name}.parts")
@@ -239,7 +239,8 @@ def _awaited(work: Work, progress: _Progress, patience: float) -> None:
             progress.made(there)
     if missing:
         progress.log(
-            "warning", text=f"no shard from the other processes for {patience:.0f} s: {len(missing)} are made here"
+            "warning",
+            text=f"no shard from the other processes for {patience:.0f} s: {counted(len(missing), 'shard')} made here",
         )
 
 

@@ -11,7 +11,7 @@ from math import ceil
 from types import ModuleType
 from typing import Any
 
-from cairn.errors import CairnError, ResultError
+from cairn.errors import CairnError, ResultError, counted
 from cairn.training.log import Log
 from cairn.training.ray_cluster import Cluster
 
@@ -109,7 +109,7 @@ def _shared_out(
                     what = "while it started" if name is None else f"at {name}"
                     if losses[name] >= LOSSES:
                         raise ResultError(
-                            f"{losses[name]} workers died {what} ({_first_line(error)}); if memory was short, give less "
+                            f"{counted(losses[name], 'worker')} died {what} ({_first_line(error)}); if memory was short, give less "
                             f"than --workers {workers}"
                         ) from None
                     log("warning", text=f"a worker died {what}; another takes its place")

@@ -23,7 +23,7 @@ from cairn.data.descriptions import ClassDescription
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
-from cairn.errors import CairnError, ConfigError, UnreadableImages
+from cairn.errors import CairnError, ConfigError, UnreadableImages, counted
 from cairn.maths.similarity import representative_and_diverse
 from cairn.storage.distribution import extra_remedy
 from cairn.towers.clip import spoken
@@ -132,10 +132,13 @@ def problem_with(answer: str, name: str, config: DescribeConfig) -> tuple[list[s
         return [], "'sentences' is not a list of texts"
     sentences = [" ".join(text.split()) for text in sentences]
     if len(sentences) != config.sentences or len(set(sentences)) < len(sentences):
-        return sentences, f"{len(set(sentences))} different phrases where {config.sentences} were asked for"
+        return sentences, f"{counted(len(set(sentences)), 'different phrase')} where {config.sentences} were asked for"
     for text in sentences:
         if not 1 <= len(text.split()) <= config.words:
-            return sentences, f"'{text}' has {len(text.split())} words, at most {config.words} were asked for"
+            return (
+                sentences,
+                f"'{text}' has {counted(len(text.split()), 'word')}, at most {config.words} were asked for",
+            )
         if config.name_free and spoken(name).lower() in text.lower():
             return sentences, f"'{text}' contains the class name"
     return sentences, ""

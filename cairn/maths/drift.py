@@ -29,7 +29,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from cairn.errors import NotFinite
+from cairn.errors import NotFinite, counted
 from cairn.maths.bures import bures_squared, gaussian_map
 from cairn.maths.gaussian import AffineMap, moments
 from cairn.maths.shrinkage import oas
@@ -349,7 +349,7 @@ class Guarded:
         worst = (
             f"condition number {self._worst:.3g} above {self._limit:g}" if self._worst else "not finite, or singular"
         )
-        return f"{len(self.replaced)} of {self.classes} maps (class {shown}) {worst}: fell back"
+        return f"{len(self.replaced)} of {counted(self.classes, 'map')} (class {shown}) {worst}: fell back"
 
 
 def _images(before: Features, after: Features, labels: Labels) -> tuple[Features, Features]:

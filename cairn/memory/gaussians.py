@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cairn.errors import DataError, NotFinite, ResultError
+from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full, Held
@@ -78,7 +78,7 @@ class GaussianMemory:
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """A warning, if covariances that were drawn from had to be repaired."""
         if self.repaired:
-            log("warning", text=f"{len(self.repaired)} of {self.classes} covariances were singular; up to "
+            log("warning", text=f"singular: {len(self.repaired)} of {counted(self.classes, 'covariance')}; up to "
                 f"{max(self.repaired.values()):.0e} of their average variance was added: more shrinkage would do better")  # fmt: skip
 
     # What is held

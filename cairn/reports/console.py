@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cairn.errors import printable
+from cairn.errors import counted, printable
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -95,9 +95,8 @@ class Console:
     def event(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "start":
-                self.note(
-                    f"{event['method']} on {event['data']}: {event['classes']} classes in {event['tasks']} tasks, seed {event['seed']}"
-                )
+                stream = f"{counted(event['classes'], 'class')} in {counted(event['tasks'], 'task')}"
+                self.note(f"{event['method']} on {event['data']}: {stream}, seed {event['seed']}")
             case "notice" | "warning" as kind:
                 self.note(f"{'note' if kind == 'notice' else 'WARNING'}: {event['text']}")
             case "laboratory":
@@ -122,7 +121,7 @@ class Console:
         for key in ("average", "last"):
             mean, deviation = mean_and_deviation([getattr(result, key) for result in results])
             parts.append(f"{key} {100 * mean:.2f} ± {100 * deviation:.2f} %")
-        self.note(f"{results[0].method} over {len(results)} seeds: {', '.join(parts)} -> {path}")
+        self.note(f"{results[0].method} over {counted(len(results), 'seed')}: {', '.join(parts)} -> {path}")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._rich.print(word_table(header, rows, self._rich.width, title), soft_wrap=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cairn.errors import ConfigError, UnknownName
+from cairn.errors import ConfigError, UnknownName, counted
 from cairn.reports.cautions import Caution, remarks, warnings
 from cairn.reports.drift import errors_by_task, estimator_table
 from cairn.reports.figures import BOUND, UNTOUCHED, Chart, Series, Style, curves, matrix, styles
@@ -184,7 +184,7 @@ def _stream_part(stream: Stream, keys: dict[str, Key], reference: str | None) ->
     tables["cost"] = _cost_table(stream.lines)
     return Part(
         name=name,
-        title=f"{first['data']}: {sum(first['task_sizes'])} classes in {len(first['task_sizes'])} tasks",
+        title=f"{first['data']}: {counted(sum(first['task_sizes']), 'class')} in {counted(len(first['task_sizes']), 'task')}",
         facts=_stream_facts(stream),
         keys=[*(keys[line.label] for line in stream.lines), *(Key(one.label, one.style, one.key) for one in untouched)],
         charts=list(_stream_charts(stream, name, keys, untouched)),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.errors import ConfigError, ResultError
+from cairn.errors import ConfigError, ResultError, counted
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.reports.formats import Column, Estimate, Interval, Table, estimate
 from cairn.storage.distribution import extra_remedy
@@ -165,7 +165,9 @@ def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
     if problems := comparable([*first, *second]):
         raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
     if len(seeds := paired_seeds(first, second)) < 2:
-        raise ResultError(f"{len(seeds)} seeds are in both folders: an interval needs two or more; run more --seeds")
+        raise ResultError(
+            f"in both folders: {counted(len(seeds), 'seed')}: an interval needs two or more; run more --seeds"
+        )
     return gains_table({f"{label(first[0])} - {label(second[0])}": (first, second)}).markdown()
 
 

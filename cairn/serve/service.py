@@ -17,7 +17,9 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from cairn.classifier.classifier import IncrementalClassifier
-from cairn.data.folders import decoded_small, reason
+from cairn.data.folders import decoded_within, reason
+from cairn.data.identity import content_hash
+from cairn.data.in_memory import Reduced
 from cairn.data.names import class_name, require_text
 from cairn.errors import ConfigError, DataError, Interrupted, one_line
 from cairn.experiment.folder import Lock
@@ -110,7 +112,7 @@ class Service:
         said = _sentences(sentences)
 
         def change(copy: IncrementalClassifier) -> None:
-            images = [self._seen(file, f"picture {i}") for i, file in enumerate(files, 1)]
+            images = [self._whole(file, f"picture {i}") for i, file in enumerate(files, 1)]
             if self.describes and name not in copy.classes_:
                 if not said:
                     raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
@@ -177,12 +179,21 @@ class Service:
 
     # inside
 
+    def _whole(self, file: IO[bytes], what: str) -> Reduced:
+        """The image as the tower sees it, and by what it is known wherever it was learned: the hash of all of its pixels. They
+        are held for one picture at a time."""
+        try:
+            image = decoded_within(file, self.max_pixels)
+        except Exception as error:  # a decoder fed with hostile bytes may raise anything
+            raise _unreadable(what, error) from None
+        return Reduced(self.towers.prepare(image).permute(1, 2, 0).numpy(), content_hash(image))
+
     def _seen(self, file: IO[bytes], what: str = "the file") -> np.ndarray:
         """The image as the tower sees it, (h, w, 3): however large it was, what is kept of it is small."""
         try:
-            image = decoded_small(file, DECODED * self._blank.shape[-1], self.max_pixels)
+            image = decoded_within(file, self.max_pixels, DECODED * self._blank.shape[-1])
         except Exception as error:  # a decoder fed with hostile bytes may raise anything
-            raise HTTPException(415, f"{what} cannot be read as a picture ({reason(error)})") from None
+            raise _unreadable(what, error) from None
         return self.towers.prepare(image).permute(1, 2, 0).numpy()
 
     @cached_property
@@ -194,6 +205,10 @@ class Service:
     def _blank(self) -> Tensor:
         """A picture without anything in it, as the tower sees it."""
         return self.towers.prepare(np.zeros((8, 8, 3), np.uint8))
+
+
+def _unreadable(what: str, error: Exception) -> HTTPException:
+    return HTTPException(415, f"{what} cannot be read as a picture ({reason(error)})")
 
 
 def _stopped() -> HTTPException:

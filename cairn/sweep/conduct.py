@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from cairn.errors import CairnError, ConfigError, Interrupted
+from cairn.errors import GOES_ON, CairnError, ConfigError, Interrupted, counted
 from cairn.experiment.config_file import RunFile, run_file_text
 from cairn.experiment.folder import Call, Lock
 from cairn.reports.formats import Table
@@ -124,7 +124,7 @@ class Sweep:
             with suppress(OSError):  # nothing was begun, so nothing is left
                 self.folder.rmdir()
         if self._stopped is not None:
-            raise Interrupted(self._stopped)
+            raise Interrupted(self._stopped, GOES_ON)
         return self.ledger
 
     def _loop(self, engine: Engine, studies: list[Study]) -> None:
@@ -138,7 +138,9 @@ class Sweep:
                 break
             if self._stopped is not None and not told:
                 told = True
-                self.view.note(f"stopping: {len(going)} runs keep their state (once more to stop at once)")
+                self.view.note(
+                    f"stopping, once {counted(len(going), 'run')} kept the state (once more to stop at once)"
+                )
                 engine.stop()
             ended = engine.next(WAIT)
             self.view.look(self.ledger)
@@ -241,7 +243,8 @@ class Sweep:
                 )  # fmt: skip
                 values = run.model_dump(exclude={"validation", "seed"}, exclude_none=True)
                 file = RunFile.model_validate(values | {"seeds": trial.point.seeds})
-                title = f"the best of {count} trials by {metric}, {100 * value:.2f} % on images held out of training; not tested yet"
+                best = f"the best of {counted(count, 'trial')} by {metric}, {100 * value:.2f} %"
+                title = f"{best} on images held out of training; not tested yet"
                 make_folder(self.folder / study.point.name)
                 write_chunks(self.folder / place, [run_file_text(file, title).encode()])
         state = "finished" if self.ledger.count("waiting", "running") == 0 and self._stopped is None else "stopped"
@@ -259,5 +262,5 @@ def problem(ledger: Ledger) -> CairnError | None:
         return None
     first = bad[0]
     return CairnError(
-        f"{len(bad)} of {len(ledger.jobs)} runs did not end, first {first.name}: {first.reason}; mend it and call again"
+        f"{len(bad)} of {counted(len(ledger.jobs), 'run')} did not end, first {first.name}: {first.reason}; mend it and call again"
     )

@@ -142,7 +142,7 @@ class View:
             again = f"  (attempt {job.tries})" if job.tries > 1 else ""
             table.add_row(Text(job.name), Text(self._watches[job.token].line + again))
         if len(running) > SHOWN:
-            table.add_row(Text("..."), Text(f"{len(running) - SHOWN} more are running"))
+            table.add_row(Text("..."), Text(f"{len(running) - SHOWN} more running"))
         return Group(table, Text(counts(ledger)))
 
 

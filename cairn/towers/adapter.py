@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import CLIPModel
 
-from cairn.errors import TowersError, first_line
+from cairn.errors import TowersError, counted, first_line
 from cairn.storage.files import read_json
 from cairn.towers.weights import no_weights, read_file
 
@@ -68,7 +68,7 @@ def with_adapter(model: CLIPModel, folder: Path) -> CLIPModel:
     for what, names in (("has nothing for", missing), ("has too much with", loaded.unexpected_keys)):
         if names:
             raise TowersError(
-                f"'{folder}': the adapter does not fit the model: it {what} {len(names)} tensors, first '{names[0]}'; give "
+                f"'{folder}': the adapter does not fit the model: it {what} {counted(len(names), 'tensor')}, first '{names[0]}'; give "
                 "the model that it was trained on"
             )
     return adapted.merge_and_unload().eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from cairn.data.templates import prompt_templates
-from cairn.errors import ConfigError, TowersError
+from cairn.errors import ConfigError, TowersError, counted
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import Attention, embedded_tokens
@@ -227,7 +227,7 @@ class ClipTowers:
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > self.context_length:
                 raise TowersError(
-                    f"prompt '{prompt}': {len(row)} tokens, but the text tower takes {self.context_length}; shorten it"
+                    f"prompt '{prompt}': {counted(len(row), 'token')}, but the text tower takes {self.context_length}; shorten it"
                 )
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
@@ -249,7 +249,7 @@ def _require_finite(model: CLIPModel, name: str) -> None:
     wrong = [key for key, value in weights.items() if not value.isfinite().all()]
     if wrong:
         raise TowersError(
-            f"towers '{name}': {len(wrong)} weights hold values that are not finite, first '{wrong[0]}'; "
+            f"towers '{name}': not finite in {counted(len(wrong), 'weight')}, first '{wrong[0]}'; "
             "the training diverged or the file is damaged: take an earlier checkpoint, or fetch it again"
         )
 

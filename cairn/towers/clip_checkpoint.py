@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPConfig, CLIPModel
 
-from cairn.errors import TowersError, first_line
+from cairn.errors import TowersError, counted, first_line
 from cairn.towers import adapter
 from cairn.towers.adapter import adapter_config, has_adapter, with_adapter
 from cairn.towers.hub import Location, find_checkpoint, safetensors_conversion
@@ -90,6 +90,6 @@ def _model(folder: Path, notices: list[str]) -> CLIPModel:
     notices += prefix_notices(prefixes, folder)
     if left:
         notices.append(
-            f"'{folder}': {len(left)} tensors have no place in the model and are left out, first '{left[0]}'"
+            f"'{folder}': left out, without a place in the model: {counted(len(left), 'tensor')}, first '{left[0]}'"
         )
     return model

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cairn.errors import ConfigError, TowersError
+from cairn.errors import ConfigError, TowersError, counted
 
 ADAPTER = "cairn"
 
@@ -85,7 +85,7 @@ def require_unadapted(model: nn.Module, where: str) -> None:
     """Raises TowersError for a model that carries layers of peft: a LoRA of a method beside them would replace theirs."""
     if found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
         raise TowersError(
-            f"{where}: carries an adapter of peft on {len(found)} layers, first '{found[0]}'; give the model that its "
+            f"{where}: carries an adapter of peft on {counted(len(found), 'layer')}, first '{found[0]}'; give the model that its "
             "merge_and_unload() returns"
         )
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from cairn.errors import ConfigError
+from cairn.errors import ConfigError, counted
 from cairn.towers import lora
 from cairn.towers.protocol import Towers
 from cairn.types import Features, Pixels
@@ -173,7 +173,7 @@ class ImageEncoder:
         given = {name: value for name, value in state.items() if name != "version"}
         if {name: p.shape for name, p in own.items()} != {name: value.shape for name, value in given.items()}:
             raise ConfigError(
-                f"encoder state: {len(given)} tensors do not fit tuning '{self.tuning.kind}' ({len(own)})"
+                f"encoder state: {counted(len(given), 'tensor')}, not those of tuning '{self.tuning.kind}' ({len(own)})"
             )
         for name, value in given.items():
             own[name].data.copy_(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
-from cairn.errors import ResultError, TowersError
+from cairn.errors import ResultError, TowersError, counted
 from cairn.storage.files import read_json
 from cairn.storage.tensors import TensorFile
 
@@ -99,7 +99,7 @@ def without_prefixes(state: Mapping[str, Tensor], where: Path) -> tuple[dict[str
         found[bare] = value
     if adapted := [name for name in found if _ADAPTED.search(name)]:
         raise TowersError(
-            f"'{where}': holds {len(adapted)} tensors of LoRA layers, first '{adapted[0]}'; merge them with peft's "
+            f"'{where}': holds {counted(len(adapted), 'tensor')} of LoRA layers, first '{adapted[0]}'; merge them with peft's "
             "merge_and_unload() and save the model again"
         )
     return found, tuple(prefixes)
@@ -123,7 +123,7 @@ def model_with(config: CLIPConfig, state: Mapping[str, Tensor], where: Path, sai
     given = {name: value for name, value in state.items() if not name.endswith("position_ids")}
     if missing := sorted(own.keys() - given.keys()):
         raise TowersError(
-            f"'{where}': {len(missing)} weights are missing, first '{missing[0]}'; the file is incomplete, or {said} that "
+            f"'{where}': missing: {counted(len(missing), 'weight')}, first '{missing[0]}'; the file is incomplete, or {said} that "
             "of another model"
         )
     towers = ("vision_model.", "text_model.")
@@ -133,7 +133,7 @@ def model_with(config: CLIPConfig, state: Mapping[str, Tensor], where: Path, sai
     if wrong:
         name = min(wrong)
         raise TowersError(
-            f"'{where}' does not fit its config in {len(wrong)} weights: '{name}' is {shapes[name]}, by {said} "
+            f"'{where}' does not fit its config in {counted(len(wrong), 'weight')}: '{name}' is {shapes[name]}, by {said} "
             f"{expected.get(name, 'absent')}; take both files from one checkpoint"
         )
     # A copy, because what safetensors hands out is a view of the file, which may change later.

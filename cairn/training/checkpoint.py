@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cairn.errors import Interrupted
+from cairn.errors import GOES_ON, Interrupted
 from cairn.training.distributed import ALONE, SyncSchedule, World
 
 State = dict[str, Tensor]
@@ -118,7 +118,7 @@ class Checkpoint:
     def _obey(self, signal: int) -> None:
         if signal:
             self.save()
-            raise Interrupted(signal)
+            raise Interrupted(signal, GOES_ON)
 
 
 class _HandedOn(Checkpoint):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cairn.errors import CairnError, ConfigError
+from cairn.errors import CairnError, ConfigError, counted
 from cairn.storage.distribution import extra_remedy
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class World:
         gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
         if gpus and self.local_size > gpus:
             raise ConfigError(
-                f"{self.local_size} processes on a machine with {gpus} GPUs: start {gpus}, or add --device cpu"
+                f"{counted(self.local_size, 'process')} on a machine with {counted(gpus, 'GPU')}: start {gpus}, or add --device cpu"
             )
         with _in_touch():
             self._store, *_ = next(dist.rendezvous("env://"))

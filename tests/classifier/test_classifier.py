@@ -281,15 +281,15 @@ def test_without_patches_reasons_are_scores(learned, pictures):
     ("images", "labels", "error"),
     [
         ([], [], "no image"),
-        (np.zeros((4, 4, 3), np.uint8), ["a", "b"], "1 images with 2 labels"),
-        ([np.zeros((4, 4, 3), np.uint8)] * 4, "bear", "4 images with 1 labels"),
+        (np.zeros((4, 4, 3), np.uint8), ["a", "b"], "1 image with 2 labels"),
+        ([np.zeros((4, 4, 3), np.uint8)] * 4, "bear", "4 images with 1 label"),
         ([np.zeros(32, np.float32)], ["a"], r"image 0: an array of float32 \(32,\)"),
         ([3], ["a"], "image 0: int 3; give a file"),
         (3, ["a"], "images: int 3; give a file"),
-        ([np.zeros((4, 4, 3), np.uint8)], [], "1 images with 0 labels"),
+        ([np.zeros((4, 4, 3), np.uint8)], [], "1 image with 0 labels"),
         ([np.zeros((4, 4, 3), np.uint8)], [3], "called by a text"),
         ([np.zeros((4, 4, 3), np.uint8)], ["a\nb"], "control character"),
-        (["nowhere.png", "neither.png"], ["a", "b"], r"2 image\(s\) that cannot be read: nowhere.png"),
+        (["nowhere.png", "neither.png"], ["a", "b"], r"2 images that cannot be read: nowhere.png"),
         ([np.zeros((4, 4, 3))], ["a"], "an array of float64"),
         ([np.zeros((4, 4, 2), np.uint8)], ["a"], "an array of uint8"),
     ],
@@ -512,7 +512,7 @@ def test_an_embedding_that_is_not_finite_is_no_apple(value):
             asked(spoiled)
     with pytest.raises(DataError, match="an embedding that is not finite"):
         learner.explain(spoiled[7])
-    with pytest.raises(DataError, match=r"1 image\(s\) that cannot be read: row 7 .*not finite"):
+    with pytest.raises(DataError, match=r"1 image that cannot be read: row 7 .*not finite"):
         learner.partial_fit(spoiled, names)
     assert learner.predict(x).tolist() == names
     assert learner.counts_.tolist() == [6, 6]

@@ -78,7 +78,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
     monkeypatch.chdir(pictures)
     for folder in (pictures / "second", "second", tmp_path / "copy"):
         called(monkeypatch, "learn", learner, folder, "--device", "cpu")
-        assert "nothing new, all 16 pictures were learned already" in capsys.readouterr().out
+        assert "nothing new: 16 pictures, learned already" in capsys.readouterr().out
     held = IncrementalClassifier.load(learner, device="cpu")
     assert held.counts_.tolist() == [8] * 4
 
@@ -118,7 +118,7 @@ def test_learned_twice_predicted_inspected_and_forgotten(learner, pictures, tmp_
 
     gone = str(held.classes_[0])
     called(monkeypatch, "forget", learner, gone)
-    assert "3 classes are left" in capsys.readouterr().out
+    assert "left: 3 classes" in capsys.readouterr().out
     assert gone not in IncrementalClassifier.load(learner, device="cpu").classes_
 
 
@@ -165,6 +165,61 @@ def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkey
         r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored$",
         capsys.readouterr().out.replace("\n", " ").strip(),
     )
+
+
+@pytest.mark.parametrize(("form", "printed"), [((), 2), (("--csv",), 2), (("--json",), 0)])
+def test_an_interrupted_predict_says_how_far_it_came(learner, pictures, monkeypatch, capsys, form, printed):
+    def third(text):
+        if text.startswith(str(pictures / "test" / "2.png")):
+            raise KeyboardInterrupt
+        return text
+
+    monkeypatch.setattr("cairn.cli.classifier.one_line", third)
+    monkeypatch.setattr("cairn.cli.classifier._json", third if not form else lambda rows: third(rows[2]["image"]))
+    with pytest.raises(SystemExit) as stop:
+        called(monkeypatch, "predict", learner, pictures / "test", *form, "--device", "cpu")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 130
+    assert err == f"cairn: interrupted (Ctrl-C); answered: {printed} of 4 images\n"
+    assert out.count(".png") == printed
+
+
+def test_an_interrupt_while_reasons_are_written(learner, pictures, tmp_path, monkeypatch, capsys):
+    explain = IncrementalClassifier.explain
+
+    def interrupted(self, image, best):
+        if image.name == "3.png":
+            raise KeyboardInterrupt
+        return explain(self, image, best)
+
+    monkeypatch.setattr(IncrementalClassifier, "explain", interrupted)
+    why = tmp_path / "why"
+    with pytest.raises(SystemExit) as stop:
+        called(monkeypatch, "predict", learner, pictures / "test", "--explain", why, "--device", "cpu")
+    assert stop.value.code == 130
+    assert f"interrupted (Ctrl-C); answered: 4 of 4 images, explained in '{why}': 3" in capsys.readouterr().err
+    assert len(list(why.glob("*.json"))) == 3
+
+
+def test_an_interrupt_of_any_command_is_one_line(learner, monkeypatch, capsys):
+    monkeypatch.setattr("cairn.classifier.card.card", lambda record: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        called(monkeypatch, "inspect", learner)
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "cairn: interrupted (Ctrl-C)\n")
+
+
+def test_one_is_told_as_one(pictures, tmp_path, monkeypatch, capsys):
+    name = next((pictures / "first").iterdir()).name
+    (tmp_path / "new" / name).mkdir(parents=True)
+    shutil.copy(pictures / "first" / name / "0.png", tmp_path / "new" / name)
+    words = ("learn", tmp_path / "one", tmp_path / "new", *QUICK)
+    called(monkeypatch, *words)
+    assert "1 picture learned, 1 new class, 1 in all" in " ".join(capsys.readouterr().out.split())
+    called(monkeypatch, *words)
+    assert "nothing new: 1 picture, learned already" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "new" / name / "bad.png").write_bytes(b"no image")
+    assert "--on-bad-image skip" in refused(monkeypatch, capsys, *words)
 
 
 def test_bad_calls_are_one_line(learner, pictures, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ def test_sentences_are_found_by_name_whatever_the_order(tmp_path):
 
 
 def test_missing_classes_are_listed():
-    with pytest.raises(DataError, match=r"2 of 3 classes have none: 'cow', 'pig'; run `cairn describe`"):
+    with pytest.raises(DataError, match=r"none for 2 of 3 classes: 'cow', 'pig'; run `cairn describe`"):
         written_by("me", SAID).of(["cow", "cat", "pig"])
 
 

@@ -216,7 +216,7 @@ def test_labels_out_of_range(tmp_path, wrong):
     labels = tensors()["test_labels"].clone()
     labels[4:] = wrong
     file = write(tmp_path / "toy.safetensors", test_labels=labels)
-    assert_refused(file, f"test_labels has {wrong} in row 4 (2 such row(s))", "3 class names", "labels must be 0 to 2")
+    assert_refused(file, f"test_labels has {wrong} in row 4 (2 such rows)", "3 class names", "labels must be 0 to 2")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -234,7 +234,7 @@ def test_rows_that_are_not_finite(tmp_path, name, value):
     values = torch.zeros({"train_features": 15, "test_features": 6, "text_features": 3}[name], 4)
     values[1, 2] = values[2, 0] = values[2, 1] = value
     file = write(tmp_path / "toy.safetensors", **{name: values})
-    assert_refused(file, f"{name} is not finite in row 1 (2 such row(s))", "embed them again or leave them out")
+    assert_refused(file, f"{name} is not finite in row 1 (2 such rows)", "embed them again or leave them out")
 
 
 @pytest.mark.parametrize("written", ["no slot", '["a {}", "none"]', "{} and {}"])

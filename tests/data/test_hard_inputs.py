@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.cli import app as cli
-from cairn.data.folders import class_folders, decoded_small, folder_dataset, unreadable
+from cairn.data.folders import class_folders, decoded_within, folder_dataset, unreadable
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
-from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages
+from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages, counted
 from cairn.experiment.run import RunConfig, prepared, run_stream
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled
@@ -78,7 +78,7 @@ def refused(root, *names, why):
     """Those files, below `root`, are all named before training and when opened; `skip` leaves out them and no others."""
     refusal(
         lambda: prepared(config(root)),
-        f"{len(names)} image(s) that cannot be read",
+        f"{counted(len(names), 'image')} that cannot be read",
         why,
         "repair or remove them",
         "--on-bad-image skip",
@@ -91,7 +91,7 @@ def refused(root, *names, why):
                 refusal(lambda images=images, i=i: images[i], images.describe(i), why, "remove the file")
     stream = prepared(config(root, on_bad_image="skip")).stream
     assert sorted([*described(stream), *names]) == sorted(described(task_stream(data, step=1)))
-    assert f"left out: {len(names)} image(s)" in stream.notices[-1]
+    assert f"left out: {counted(len(names), 'image')}" in stream.notices[-1]
     assert all(name in stream.notices[-1] for name in names)
 
 
@@ -187,7 +187,7 @@ def test_large_picture_sent_to_the_service():
     def sent(kind, pixels=200_000, **how):
         file = io.BytesIO()
         picture.save(file, kind, **how)
-        return decoded_small(file, 200, pixels)
+        return decoded_within(file, pixels, 200)
 
     reduced = sent("JPEG", quality=95)  # at a quarter: an eighth would have fewer than 200 rows
     assert reduced.size == (300, 225)
@@ -208,7 +208,7 @@ def test_many_damaged_images(root):
     (root / "train" / "cat" / "bad.png").touch()
     (root / "test" / "cat" / "bad.png").touch()
     text = refusal(
-        lambda: prepared(config(root)), "32 image(s)", "train/cat/bad.png", "train/dog/bad18.png", ", and 12 more"
+        lambda: prepared(config(root)), "32 images", "train/cat/bad.png", "train/dog/bad18.png", ", and 12 more"
     )
     assert "bad19" not in text
 
@@ -220,7 +220,7 @@ def test_damaged_images_left_out(root, monkeypatch, capsys):
     refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png")
     assert not Path("here").exists()
     cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
-    assert "note: left out: 1 image(s) that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
+    assert "note: left out: 1 image that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
     # the split is that of the folder without the file
     skipped, everything = prepared(config(root, on_bad_image="skip")).stream, task_stream(folder_dataset(root), step=1)
     (root / "train" / "cat" / "bad.png").unlink()
@@ -235,7 +235,7 @@ def test_damaged_images_in_drift(root, monkeypatch, capsys):
     refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png", "--on-bad-image skip")
     assert not Path("here").exists()
     cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
-    assert "note: left out: 1 image(s) that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
+    assert "note: left out: 1 image that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
     split = json.loads(Path("here/drift.json").read_text())["split"]
     (root / "train" / "cat" / "bad.png").unlink()
     assert split == task_stream(folder_dataset(root), step=1).fingerprint
@@ -271,11 +271,11 @@ def test_damaged_images_in_predict(tmp_path, learner, cairn):
     assert "new/b0.jpg (image file is truncated" in err
     assert "new/c0.png (not an image)" in err
     assert "gone.png (No such file or directory)" in err
-    assert "3 of 6 images cannot be read; the others are answered" in err
+    assert "cannot be read: 3 of 6 images; the others are answered" in err
     # no answer where that is asked for, or where there is none to give
     status, out, err = cairn("predict", learner, "new", "--on-bad-image", "stop", "--device", "cpu")
     assert (status, out) == (2, "")
-    assert "2 image(s) that cannot be read: new/b0.jpg" in err
+    assert "2 images that cannot be read: new/b0.jpg" in err
     assert cairn("predict", learner, "new/c0.png", "--device", "cpu")[:2] == (2, "")
     assert cairn("predict", learner, "new/a.png", "--device", "cpu")[0] == 0
 
@@ -298,14 +298,14 @@ def test_damaged_images_in_learn(root, tmp_path, cairn):
     assert not Path("new").exists()
     status, out, _ = cairn(*call, "--on-bad-image", "skip")
     assert status == 0
-    assert "note: left out: 1 image(s) that cannot be read" in out
+    assert "note: left out: 1 image that cannot be read" in out
     assert "2 pictures learned, 2 new classes" in out
     assert IncrementalClassifier.load("new", device="cpu").counts_.tolist() == [1, 1]
     (root / "train" / "owl").mkdir()
     (root / "train" / "owl" / "bad.png").touch()
     status, _, err = cairn("learn", "new", root, "--on-bad-image", "skip", "--again", "--device", "cpu")
     assert status == 2
-    assert "class 'owl': 2 image(s) that cannot be read" in err
+    assert "class 'owl': 2 images that cannot be read" in err
     assert IncrementalClassifier.load("new", device="cpu").counts_.tolist() == [1, 1]
 
 
@@ -751,7 +751,7 @@ def test_positions_in_a_text_file(root, tmp_path):
     (tmp_path / "order.txt").write_text("1\n0\n")
     refusal(
         lambda: prepared(config(root, order=str(tmp_path / "order.txt"))),
-        "2 unknown class name(s): '1', '0'",
+        "2 unknown class names: '1', '0'",
         "positions are whole numbers without quotes, in a JSON or YAML list",
         kind=ConfigError,
     )
@@ -802,7 +802,7 @@ def test_picture_learned_already(root, tmp_path):
     os.utime(files[1], (1, 1))
     learner.partial_fit([copy, files[1]], ["cat", "cat"])
     assert learner.counts_.tolist() == [2, 2]
-    assert "2 of 2 images are left out: already learned as the same class" in learner.notices_[-1]
+    assert "left out: 2 of 2 images, already learned as the same class" in learner.notices_[-1]
     assert learner.partial_fit([copy], ["cat"], again=True).counts_.tolist() == [3, 2]
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from cairn import IncrementalClassifier
 from cairn.classifier.card import card
 from cairn.classifier.classifier import NAME
-from cairn.data.identity import LearnedPictures, content_hash, content_hashes
+from cairn.data.identity import LearnedPictures, content_hash
 from cairn.data.in_memory import InMemoryImages
-from cairn.errors import ResultError
+from cairn.errors import ResultError, counted
 from cairn.storage.archive import Archive
 from cairn.towers.features import FeatureTowers
 
@@ -69,7 +69,7 @@ def test_files_arrays_and_images_of_the_same_pixels_are_one_picture(files):
     given = InMemoryImages(
         [files[0], str(files[0]), opened, np.asarray(opened), torch.tensor(np.asarray(opened))], np.zeros(5, int)
     )
-    assert len(set(content_hashes(given))) == 1
+    assert len(set(given.content_hashes())) == 1
 
 
 def test_copies_touched_files_and_other_paths_are_left_out(learner, files, tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_copies_touched_files_and_other_paths_are_left_out(learner, files, tmp_p
     ):
         learner.partial_fit(given, called)
         assert (
-            f"{len(given)} of {len(given)} images are left out: already learned as the same class"
+            f"left out: {len(given)} of {counted(len(given), 'image')}, already learned as the same class"
             in learner.notices_[-1]
         )
         assert same(state_of(learner), before)
@@ -119,7 +119,7 @@ def test_again_learns_them(learner, files):
     assert learner.counts_.tolist() == [7, 2]
     assert "3 of 3 images" in learner.notices_[-1]
     assert "once more" in learner.notices_[-1]
-    assert learner._pictures.compare(content_hashes(InMemoryImages(files, np.zeros(6, int))), [0] * 6).repeated == [
+    assert learner._pictures.compare(InMemoryImages(files, np.zeros(6, int)).content_hashes(), [0] * 6).repeated == [
         0,
         1,
         2,
@@ -131,11 +131,11 @@ def test_a_relabelled_picture_is_said_to_stay_under_the_old_label(learner, files
     learner.partial_fit(files[:2], ["elm", "ash"])
     assert learner.counts_.tolist() == [4, 3, 1]
     told = learner.notices_[-1]
-    assert "2 images are learned under a second class" in told
+    assert "learned under a second class: 2 images" in told
     assert f"{files[0]} as 'elm', also learned as 'oak'" in told
     assert f"{files[1]} as 'ash', also learned as 'oak'" in told
     learner.partial_fit(files[:2], ["elm", "ash"])
-    assert "2 of 2 images are left out: already learned as the same class" in learner.notices_[-1]
+    assert "left out: 2 of 2 images, already learned as the same class" in learner.notices_[-1]
 
 
 def test_one_picture_in_two_classes_of_a_call_is_said(files, towers):
@@ -178,14 +178,17 @@ def old(learner, folder):
 def test_a_learner_without_hashes_loads_and_says_so(learner, files, towers, tmp_path):
     old(learner, tmp_path / "old")
     again = IncrementalClassifier.load(tmp_path / "old", towers)
-    assert "6 images were learned without hashes" in again.notices_[-1]
+    assert "learned without hashes, by an earlier version or in a run: 6 images" in again.notices_[-1]
     again.partial_fit(files[:1], ["oak"])
     assert again.counts_.tolist() == [5, 2]
     again.save(tmp_path / "old")
     text = (tmp_path / "old" / "CARD.md").read_text()
     assert "6 images, not known one by one" in text
-    assert "1 images |" in text
-    assert "6 images were learned without hashes" in IncrementalClassifier.load(tmp_path / "old", towers).notices_[-1]
+    assert "1 image |" in text
+    assert (
+        "learned without hashes, by an earlier version or in a run: 6 images"
+        in IncrementalClassifier.load(tmp_path / "old", towers).notices_[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_an_image_that_cannot_be_read_is_an_error_or_left_out(cairn, tmp_path, p
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
     status, out, _ = cairn(*call, "--on-bad-image", "skip")
     assert status == 0
-    assert f"note: left out: 1 image(s) that cannot be read: train/{bad.parent.name}/{bad.name}" in out
+    assert f"note: left out: 1 image that cannot be read: train/{bad.parent.name}/{bad.name}" in out
     assert len(features_dataset(tmp_path / "x.safetensors").train) == 5
 
 
@@ -508,7 +508,7 @@ def test_rank_0_takes_over_what_a_dead_rank_leaves(tmp_path, undisturbed):
     assert out.read_bytes() == undisturbed
     (told,) = [event["text"] for event in events if event["event"] == "warning"]
     assert "no shard from the other processes" in told
-    assert told.endswith("4 are made here")
+    assert told.endswith("4 shards made here")
 
 
 def test_another_rank_makes_its_own_shards_and_no_file(tmp_path, undisturbed):
@@ -628,5 +628,5 @@ def test_a_cluster_that_is_not_there_is_one_line_and_leaves_nothing(cairn, tmp_p
 
 
 def test_workers_and_ranks_are_one_too_many(tmp_path):
-    with pytest.raises(CairnError, match="--workers 2: 2 processes were started already; leave --workers out"):
+    with pytest.raises(CairnError, match="--workers 2: 2 processes started already; leave --workers out"):
         embed_dataset(FEW, tmp_path / "x.safetensors", workers=2, rank=Rank(0, 2))

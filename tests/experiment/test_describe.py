@@ -138,7 +138,7 @@ def test_what_is_there_is_never_sent_again(ask, server):
     before = len(server.requests)
     status, out, _ = ask()
     assert status == 0
-    assert "3 of 3 classes are described" in out
+    assert "described in said.json: 3 of 3 classes" in out
     assert len(server.requests) == before
 
 
@@ -163,7 +163,7 @@ def test_a_class_that_is_always_refused_is_left_out_and_named(ask, server):
     status, out, err = ask()
     assert status == 2
     assert "class 'bee': given up after 4 answers, the last: refused: I cannot" in out
-    assert err.strip() == "cairn: describe: 1 classes have no description: bee; run it again"
+    assert err.strip() == "cairn: describe: no description of 1 class: bee; run it again"
     assert set(read_descriptions("said.json").classes) == {"ant", "cat"}
     server.script["bee"] = [GOOD]
     before = len(server.requests)
@@ -213,19 +213,19 @@ def test_damaged_images_of_describe_stop_it_or_are_left_out(ask, server, tmp_pat
     folder = tmp_path / "pets" / "train" / "bee"
     (folder / "1.png").write_bytes(b"damaged")
     status, out, err = ask("--dry-run")
-    assert (status, out) == (2, "0 of 3 classes are described in said.json\n")
-    assert "1 image(s) that cannot be read: train/bee/1.png (not an image)" in err
+    assert (status, out) == (2, "described in said.json: 0 of 3 classes\n")
+    assert "1 image that cannot be read: train/bee/1.png (not an image)" in err
     assert "leave them out with --on-bad-image skip" in err
     status, out, err = ask("--on-bad-image", "skip", "--dry-run")
     assert (status, err) == (0, "")
-    assert "note: left out: 1 image(s) that cannot be read: train/bee/1.png (not an image)" in out
+    assert "note: left out: 1 image that cannot be read: train/bee/1.png (not an image)" in out
     shown = next(line for line in out.splitlines() if line.startswith("bee: "))
     assert {"train/bee/0.png", "train/bee/2.png"} == set(shown.partition("(")[2].partition(")")[0].split(", "))
     for name in ("0.png", "2.png"):
         (folder / name).write_bytes(b"")
     status, _, err = ask("--on-bad-image", "skip")
     assert status == 2
-    assert "class 'bee': 3 image(s) that cannot be read" in err
+    assert "class 'bee': 3 images that cannot be read" in err
     assert "among them all of this class" in err
     assert not server.requests
     assert not (tmp_path / "said.json").exists()

@@ -61,7 +61,7 @@ def test_it_tells_what_was_learned_and_when(kept):
     assert learner.counts_.tolist() == [3] * 40
     assert [(len(entry["new"]), entry["images"]) for entry in learner.history_] == [(12, 36), (28, 84)]
     assert learner.seed == 3
-    assert any("120 images were learned without hashes" in notice for notice in learner.notices_)
+    assert any("a run: 120 images" in notice for notice in learner.notices_)
 
 
 def test_it_learns_on_and_is_saved_anew(kept, tmp_path):

@@ -632,7 +632,7 @@ def test_a_singular_covariance_is_repaired_and_told():
     assert drawn.isfinite().all()
     assert memory.repaired.keys() == {0}
     memory.tell_repairs(lambda *args, **kwargs: told.append(kwargs["text"]))
-    assert "1 of 1 covariances were singular" in told[0]
+    assert "singular: 1 of 1 covariance" in told[0]
     sound = GaussianMemory(8).add(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(5).long())
     sound.draw(4, torch.Generator().manual_seed(0))
     assert sound.repaired == {}

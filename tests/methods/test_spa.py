@@ -128,7 +128,7 @@ def test_descriptions_from_a_file_must_cover_the_classes(towers, small_stream, t
     method = build(towers, f"descriptions={file}")
     method.learn(small_stream.tasks[0])
     assert method.sentences == [("the colour red", "a round disc")] * 2
-    with pytest.raises(DataError, match=f"1 of 2 classes have none: '{names[-1]}'"):
+    with pytest.raises(DataError, match=f"none for 1 of 2 classes: '{names[-1]}'"):
         method.learn(small_stream.tasks[-1])
 
 

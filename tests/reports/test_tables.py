@@ -77,7 +77,7 @@ def test_a_difference_is_paired_by_seed_with_the_interval_of_student():
 
 
 def test_a_difference_over_one_seed_or_two_streams_is_refused():
-    with pytest.raises(ResultError, match="1 seeds are in both"):
+    with pytest.raises(ResultError, match="in both folders: 1 seed"):
         difference_table([result(), result(seed=2)], [result()])
     with pytest.raises(ResultError, match="differ in split"):
         difference_table([result()], [result(split="other")])

@@ -148,6 +148,29 @@ def test_learns_saves_and_forgets(service, drawn, towers):
     assert not (service.folder / ".lock").exists()
 
 
+def test_a_picture_is_the_same_one_for_the_service_and_the_command_line(service, drawn, towers, tmp_path, cairn):
+    """A photograph that is reduced on its way to the tower, stored on its side, and a PNG."""
+    name, rng = next(iter(drawn)), np.random.default_rng(0)
+    photograph = Image.fromarray(rng.integers(0, 256, (45, 60, 3), dtype=np.uint8)).resize((1200, 900))
+    exif = photograph.getexif()
+    exif[0x0112] = 6
+    folder = tmp_path / "pictures" / name
+    folder.mkdir(parents=True)
+    photograph.save(folder / "photograph.jpg", exif=exif, quality=90)
+    photograph.save(folder / "photograph.png")
+    files = [(folder / file).read_bytes() for file in ("photograph.jpg", "photograph.png")]
+    ask = client(service)
+
+    learned = ask("POST", "/api/learn", data={"name": name}, files=pictures(files[0])).json()["classes"]
+    assert learned[0] == {"name": name, "images": 9}
+    status, out, err = cairn("learn", service.folder, folder.parent, "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "1 picture learned, 0 new classes" in " ".join(out.split())
+    assert IncrementalClassifier.load(service.folder, towers).counts_[0] == 10
+    repeated = ask("POST", "/api/learn", data={"name": name}, files=pictures(*files))
+    assert "has learned these pictures already" in error(repeated, 409)
+
+
 def test_one_learns_while_the_old_state_predicts(service, drawn, monkeypatch):
     ask, names = client(service), list(drawn)
     begun, on = threading.Event(), threading.Event()

@@ -240,7 +240,7 @@ def test_equal_configs_are_one_run(cairn, write, tmp_path):
     )
     status, out, _ = cairn("sweep", path, "--engine", "serial", "--out", "out")
     assert status == 0
-    assert "1 finished (2 more are the same as one of these)" in " ".join(out.split())
+    assert "1 finished (2 more the same as one of these)" in " ".join(out.split())
     assert len(list((tmp_path / "out").rglob(RESULT))) == 1
 
 

@@ -213,7 +213,7 @@ def test_missing_weights_are_an_error(copy):
     weights = load_file(copy / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TowersError, match=r"1 weights are missing, first 'text_projection\.weight'"):
+    with pytest.raises(TowersError, match=r"missing: 1 weight, first 'text_projection\.weight'"):
         load_towers(str(copy), device="cpu")
 
 

@@ -40,7 +40,7 @@ def test_weights_that_are_not_finite_are_refused(name, value, copy, weights):
     shown = "exp(logit_scale)" if name == "logit_scale" else name
     with pytest.raises(TowersError) as caught:
         load_towers(str(copy), device="cpu")
-    assert f"towers '{copy}': 1 weights hold values that are not finite, first '{shown}'" in str(caught.value)
+    assert f"towers '{copy}': not finite in 1 weight, first '{shown}'" in str(caught.value)
 
 
 def test_so_are_those_of_open_clip(open_clip_copy):
@@ -48,7 +48,7 @@ def test_so_are_those_of_open_clip(open_clip_copy):
     state = load_file(path)
     state["visual.proj"][0, 0] = float("nan")
     save_file(state, path)
-    with pytest.raises(TowersError, match=r"not finite, first 'visual_projection\.weight'"):
+    with pytest.raises(TowersError, match=r"not finite in 1 weight, first 'visual_projection\.weight'"):
         load_towers(f"open_clip:{open_clip_copy}", device="cpu")
 
 
@@ -88,7 +88,7 @@ def test_one_name_with_and_without_a_prefix_is_refused(copy, weights):
 def test_shapes_that_do_not_fit_are_named(copy, weights):
     write(copy, weights | {"visual_projection.weight": torch.ones(160, 128)})
     with pytest.raises(
-        TowersError, match=r"1 weights: 'visual_projection\.weight' is \(160, 128\), by config\.json \(160, 160\)"
+        TowersError, match=r"1 weight: 'visual_projection\.weight' is \(160, 128\), by config\.json \(160, 160\)"
     ):
         load_towers(str(copy), device="cpu")
 
@@ -105,9 +105,7 @@ def test_a_head_beside_the_towers_is_left_out_aloud(copy, weights, towers):
     write(copy, weights | {"classifier.weight": torch.ones(3, 160)})
     found = load_towers(str(copy), device="cpu")
     assert found.fingerprint == towers.fingerprint
-    assert found.notices == (
-        f"'{copy}': 1 tensors have no place in the model and are left out, first 'classifier.weight'",
-    )
+    assert found.notices == (f"'{copy}': left out, without a place in the model: 1 tensor, first 'classifier.weight'",)
 
 
 def test_weights_in_parts_are_read(copy, weights, towers):
@@ -214,8 +212,8 @@ def test_adapters_that_do_not_fit_are_refused(tuned, copy, weights, tmp_path):
     lacking = {name: value for name, value in state.items() if name != first}
     narrow = state | {first: state[first][:, :3].contiguous()}
     changes = {
-        "the adapter does not fit the model: it has nothing for 1 tensors": lacking,
-        "the adapter does not fit the model: it has too much with 1 tensors": state
+        "the adapter does not fit the model: it has nothing for 1 tensor": lacking,
+        "the adapter does not fit the model: it has too much with 1 tensor": state
         | {"x.lora_A.weight": state[first].clone()},
         "size mismatch for": narrow,
     }

@@ -581,7 +581,7 @@ def test_a_malformed_preprocessing_is_refused(tmp_path):
         (
             "model_cfg.text_cfg.layers",
             4,
-            r"16 weights are missing, first 'text_model\.encoder\.layers\.3.*of another model",
+            r"missing: 16 weights, first 'text_model\.encoder\.layers\.3.*of another model",
         ),
         ("model_cfg.text_cfg.layers", 2, r"16 weights: 'text_model\.encoder\.layers\.2.*by .* absent"),
     ],

@@ -31,10 +31,10 @@ class ClassDescription(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sentences: tuple[str, ...] = Field(min_length=1, description="what an image of the class shows, one thing each")
-    model: str = Field("", description="who wrote them")
-    prompt: str = Field("", description="what was asked")
-    images: tuple[str, ...] = Field((), description="the guide images that were shown")
-    date: str = Field("", description="when, ISO")
+    model: str = Field(default="", description="who wrote them")
+    prompt: str = Field(default="", description="what was asked")
+    images: tuple[str, ...] = Field(default=(), description="the guide images that were shown")
+    date: str = Field(default="", description="when, ISO")
 
     @field_validator("sentences")
     @classmethod

@@ -228,10 +228,10 @@ class FeatureStore:
                     size = _write(file, raw, batches, {**about, "kind": name, "format": FORMAT}, self.patches)
                 made = FeatureSet.opened(temporary, target.stem)
                 if size > self.limit:
-                    raise _TooLarge
+                    raise _TooLarge(made)
                 self._make_room(size)
-        except _TooLarge:
-            return made
+        except _TooLarge as refused:
+            return refused.made
         self._open[target] = replace(made, path=target)
         return self._open[target]
 
@@ -265,7 +265,8 @@ class FeatureStore:
         for path, stat in self._files():
             try:
                 held = FeatureSet.opened(path, path.stem)
-                key = tuple(held.about.get(part, "?") for part in ("data", "towers", "kind"))
+                data, towers, kind = (held.about.get(part, "?") for part in ("data", "towers", "kind"))
+                key = data, towers, kind
                 rows = len(held.ids)
             except (Damaged, OSError):
                 key, rows = ("?", "damaged", path.parent.name), 0
@@ -290,6 +291,10 @@ class FeatureStore:
 
 class _TooLarge(Exception):
     """For the place that the store has."""
+
+    def __init__(self, made: FeatureSet):
+        super().__init__()
+        self.made = made
 
 
 _PATTERN = "[0-9a-f]" * 32 + ".safetensors"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -201,7 +201,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
         raise DataError(f"data '{shown}': has {parts[0]}/ but no train/; add it, or move the classes up")
 
     notices = []
-    if not parts:
+    if test_folder is None:
         everything, classes, passed = _images(root, "", _classes(root))
         for label in np.flatnonzero(np.bincount(everything.labels) == 1):
             raise DataError(f"class '{classes[label]}' in '{shown}': has one image, a split needs two; add some")
@@ -221,7 +221,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
                 )
         train, classes, passed = _images(root, "train/", trained)
         test, _, more = _images(root, f"{test_folder}/", tested)
-        passed |= more
+        passed = {**passed, **more}
         if unused := [name for name in there.folders if name not in ("train", test_folder)]:
             notices.append(f"not used, beside train/ and {test_folder}/: {listed([f'{one_line(n)}/' for n in unused])}")
     file = root / FILE_NAME
@@ -306,19 +306,28 @@ def _images(root: Path, prefix: str, classes: Mapping[str, str]) -> tuple[Folder
     return FolderImages(root, [prefix + own for own in classes.values()], names, labels), tuple(classes), passed
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """Images that are encoded files."""
+
+    def check(self, index: int) -> None:
+        """Raises what opening the image would raise, at less cost."""
+        ...
+
+
 def unreadable(images: Images, whole: bool = False) -> dict[int, str]:
     """Which images cannot be opened, in order, and why. Every file is read (see `check`; with `whole`, decoded), several at
     a time.
 
     To be called before a long training, so that all offenders are known at once. Looks through `Subset` and
-    `Concatenation`; collections whose items are no encoded files, and so have no `check`, are left alone.
+    `Concatenation`; collections that are not `Checked` are left alone.
     """
 
     def damaged(start: int) -> dict[int, str]:
         found = {}
         for index in range(start, min(start + block, len(images))):
             source, position = _source(images, index)
-            if hasattr(source, "check"):
+            if isinstance(source, Checked):
                 try:
                     source.check(position)
                     if whole:

@@ -17,8 +17,10 @@ from cairn.errors import DataError
 class Images(Protocol):
     """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
 
-    labels: np.ndarray
-    """int64 (n,): class ids, known without opening anything."""
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (n,): class ids, known without opening anything."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -177,7 +177,7 @@ class _Batch:
     def __init__(self, loader: Loader, rows: _Rows, pool: ThreadPoolExecutor):
         self.loader, (self.indices, self.keep) = loader, rows
         self._passing: dict[int, np.ndarray] = {}
-        self._stack: Tensor | None = None
+        self._stack = torch.empty(0)
         self._lock = threading.Lock()
         missing = np.flatnonzero(~loader._filled[self.indices])
         share = max(1, -(-len(missing) // loader.workers))
@@ -213,9 +213,9 @@ class _Batch:
                 self._passing[position] = prepared
 
     def _together(self) -> Tensor:
-        if not len(self.indices):
-            return torch.empty(0)
         kept = self.loader._kept
+        if kept is None or not len(self.indices):
+            return torch.empty(0)
         stack = _rows_for_device((len(self.indices), *kept.shape[1:]), kept.dtype)
         rows = stack.numpy()
         if not self._passing:

@@ -240,7 +240,8 @@ def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
         pad = [(0, 0)] * image.ndim
         pad[axis] = (3, 3)
         padded = np.pad(image, pad, mode="edge")
-        image = sum(t * np.take(padded, range(i, i + SIZE), axis=axis) for i, t in enumerate(taps))
+        shifted = (t * np.take(padded, range(i, i + SIZE), axis=axis) for i, t in enumerate(taps))
+        image = functools.reduce(np.add, shifted)
     return image
 
 
@@ -328,7 +329,7 @@ def sentences(composition: Composition) -> tuple[str, ...]:
     )
 
 
-Claim = tuple[int, int, int, int]
+Claim = tuple[int, ...]
 """What a caption states of shape, colour, texture and background; -1 where it is silent."""
 
 
@@ -385,25 +386,29 @@ class ShapesImages:
         return f"{WORLD_HASH} {self.scenes[index]} {self.style}".encode()
 
 
+def _split(part: str, split: int) -> ShapesImages:
+    """Training images (0) or test images (1)."""
+    classes, number = compositions(part), (TRAIN_PER_CLASS, TEST_PER_CLASS)[split]
+    scenes = [
+        Scene(
+            *composition,
+            background=(k + i) % len(BACKGROUNDS),
+            seed=2 * (1000 * k + i) + split + (part == "dev") * 10**6,
+        )
+        for k, composition in enumerate(classes)
+        for i in range(number)
+    ]
+    return ShapesImages(scenes, np.repeat(np.arange(len(classes)), number), SHIFTED)
+
+
 def shapes_dataset(part: str = "stream") -> Dataset:
     """The 40 compositions of `stream` or `dev` in the shifted style, 200 training and 25 test images each."""
     classes = compositions(part)
-    splits = []
-    for split, number in ((0, TRAIN_PER_CLASS), (1, TEST_PER_CLASS)):
-        scenes = [
-            Scene(
-                *composition,
-                background=(k + i) % len(BACKGROUNDS),
-                seed=2 * (1000 * k + i) + split + (part == "dev") * 10**6,
-            )
-            for k, composition in enumerate(classes)
-            for i in range(number)
-        ]
-        splits.append(ShapesImages(scenes, np.repeat(np.arange(len(classes)), number), SHIFTED))
     name = "shapes" if part == "stream" else f"shapes:{part}"
     names = tuple(class_name(c) for c in classes)
     said = {name: sentences(c) for name, c in zip(names, classes, strict=True)}
-    return Dataset(name, names, *splits, TEMPLATES, descriptions=written_by("the drawn world itself", said))
+    author = "the drawn world itself"
+    return Dataset(name, names, _split(part, 0), _split(part, 1), TEMPLATES, descriptions=written_by(author, said))
 
 
 WORLD_HASH = "dd109644519016b3"
@@ -416,8 +421,7 @@ def world_hash() -> str:
         repr((TEMPLATES, SHAPE_WORDS, TEXTURE_WORDS, [compositions(p) for p in ("stream", "dev")])).encode()
     )
     for part in ("stream", "dev"):
-        data = shapes_dataset(part)
-        for images in (data.train, data.test):
+        for images in (_split(part, 0), _split(part, 1)):
             for scene in images.scenes[:: len(images) // 20]:
                 for style in (PLAIN, SHIFTED):
                     drawing = draw(scene, style)

@@ -192,7 +192,8 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
     def drawn(
         self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
     ) -> Float[Tensor, "k n d"]:
-        return low_rank_draw(means, *factors, n, generator)
+        U, lam, rest = factors
+        return low_rank_draw(means, U, lam, rest, n, generator)
 
     def _root(self, held: Held) -> Float[Tensor, "d r"]:
         return held["U"] * held["lam"].sqrt()

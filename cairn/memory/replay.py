@@ -68,15 +68,15 @@ class ReplayBatches:
                 mixed = torch.randperm(rows, generator=rng)
                 pseudo = drawn.pop(0)
                 pseudo = unit(pseudo) if self.sphere else pseudo
-                yield self._batches(order, 0 if start + i else skip, pseudo[mixed], names[mixed])
+                yield self._batches(order, 0 if start + i else skip, (pseudo[mixed], names[mixed]))
 
     def _batches(
-        self, order: Tensor, skip: int, pseudo: Tensor | None = None, names: Tensor | None = None
+        self, order: Tensor, skip: int, replayed: tuple[Tensor, Tensor] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(skip, len(self)):
             picked = order[step * self.real : (step + 1) * self.real]
             x, y = self.features[picked], self.labels[picked]
-            if pseudo is not None:
+            if replayed is not None:
                 rows = slice(step * self.drawn, (step + 1) * self.drawn)
-                x, y = torch.cat([x, pseudo[rows]]), torch.cat([y, names[rows]])
+                x, y = (torch.cat([own, old[rows]]) for own, old in zip((x, y), replayed, strict=True))
             yield x, y

@@ -78,8 +78,10 @@ class Archive:
         try:
             for name, state in parts.items():
                 before = self._written.get(name)
-                same = before is not None and before[0] is state and (self.folder / before[1]["file"]).is_file()
-                entries[name] = before[1] if same else self._part(name, state)
+                if before is not None and before[0] is state and (self.folder / before[1]["file"]).is_file():
+                    entries[name] = before[1]
+                else:
+                    entries[name] = self._part(name, state)
             manifest = {"schema_version": SCHEMA_VERSION, "parts": entries, "record": dict(record)}
             manifest["sha256"] = digest(manifest)
             path = self._manifest(numbers[-1] + 1 if numbers else 1)

@@ -69,17 +69,16 @@ class CachedTowers:
         self.hidden_dim = towers.hidden_dim
         self.fingerprint, self.passes = towers.fingerprint, towers.passes
         self.has_images, self.has_text = towers.has_images, towers.has_text
-        self.text, self.word_tokens, self.class_texts = towers.text, towers.word_tokens, towers.class_texts
-        self.vision = towers.vision
+        self.text, self.tokens, self.word_tokens = towers.text, towers.tokens, towers.word_tokens
+        self.class_texts = towers.class_texts
+        self.vision, self.text_tower, self.preprocessing = towers.vision, towers.text_tower, towers.preprocessing
+        self.device, self.precision, self.revision = towers.device, towers.precision, towers.revision
+        self.source, self.notices = towers.source, towers.notices
         self.passes.setdefault("stored", 0)
-        self._maker = f"{weights_part(towers.fingerprint)}-{towers.precision}-{torch.device(towers.device).type}"
+        self._maker = f"{weights_part(towers.fingerprint)}-{towers.precision}-{towers.device.type}"
         self._about = {"data": data, "towers": towers.name}
         self._collections: list[Placed] = []
         self._rows: dict[tuple[int, Kind], Rows] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """What some towers have beyond the protocol."""
-        return getattr(self.towers, name)
 
     def placed(self, images: Images) -> Placed:
         self._collections.append(Placed(images, len(self._collections)))
@@ -102,7 +101,8 @@ class CachedTowers:
         self, pixels: Pixels, attention: Attention = "native"
     ) -> tuple[Features, Float[Tensor, "n p d"]]:
         if _is_place(pixels):
-            return self._looked_up(pixels, attention)
+            image, patches = self._looked_up(pixels, attention)
+            return image, patches
         return self.towers.image_and_patches(pixels, attention)
 
     def patches(self, pixels: Pixels) -> Float[Tensor, "n p d"]:

@@ -19,6 +19,7 @@ from cairn.towers.preprocessing import FILES as PREPROCESSING_FILES
 from cairn.towers.preprocessing import processor_preprocessing
 from cairn.towers.tokenizer import FILES as TOKENIZER_FILES
 from cairn.towers.tokenizer import has_tokenizer, load_tokenizer, require_fit
+from cairn.towers.weights import image_side
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 """Whose tokenizer an open_clip checkpoint of CLIP's vocabulary takes, where it brings none."""
@@ -51,7 +52,7 @@ def load_towers(
         found, preprocessing = open_clip_checkpoint(spec.removeprefix("open_clip:"), revision)
         model, folder = found.model, found.folders[0]
         text_config = None  # the config of open_clip names no token
-        if not has_tokenizer(folder) and model.config.text_config.vocab_size == CLIP_VOCABULARY:
+        if not has_tokenizer(folder) and model.text_model.config.vocab_size == CLIP_VOCABULARY:
             folder = find_checkpoint(
                 CLIP_TOKENIZER, None, TOKENIZER_FILES, _tokenizer_files, has_tokenizer
             ).folder  # as open_clip does
@@ -61,13 +62,11 @@ def load_towers(
         with _quiet():
             found = load_checkpoint(_embedded() if spec == "tiny" else spec, revision)
         model, folder = found.model, found.folder_with(TOKENIZER_FILES)
-        text_config = model.config.text_config
-        preprocessing = processor_preprocessing(
-            found.folder_with(PREPROCESSING_FILES), model.config.vision_config.image_size
-        )
+        text_config = model.text_model.config
+        preprocessing = processor_preprocessing(found.folder_with(PREPROCESSING_FILES), image_side(model))
     with _quiet():
         tokenizer = load_tokenizer(folder)
-    require_fit(tokenizer, model.config.text_config.vocab_size, text_config, spec)
+    require_fit(tokenizer, model.text_model.config.vocab_size, text_config, spec)
     return ClipTowers(
         model,
         tokenizer,

@@ -118,7 +118,7 @@ class ClipTowers:
     ):
         if precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision '{precision}': must be float32 or bfloat16")
-        text = model.config.text_config
+        text = model.text_model.config
         self.name, self.revision, self.source = name, revision, source or name
         self.device = device_named(device)
         self.precision, slow = usable_precision(precision, self.device)
@@ -126,8 +126,8 @@ class ClipTowers:
         require_unadapted(model, f"towers '{name}'")
         self.preprocessing, self.tokenizer = preprocessing, tokenizer
         self.passes = {"images": 0, "text_tokens": 0}
-        self.dim = model.config.projection_dim
-        self.hidden_dim = model.config.vision_config.hidden_size
+        self.dim = model.text_projection.out_features
+        self.hidden_dim = model.vision_model.config.hidden_size
         self.context_length = text.max_position_embeddings
         self.width = text.hidden_size
         # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
@@ -136,9 +136,14 @@ class ClipTowers:
         self.fingerprint = full_fingerprint(
             _weights_fingerprint(model, preprocessing), tokenizer_fingerprint(tokenizer)
         )
-        self._model = model.float().eval().requires_grad_(False).to(self.device)
+        self._model = model.float().eval().requires_grad_(False)
+        nn.Module.to(self._model, self.device)  # the model's own wraps it
         self.logit_scale = float(model.logit_scale.detach().exp())
         self._vision = VisionTower(self._model, getattr(torch, self.precision), self.passes)
+
+    @property
+    def text_tower(self) -> ClipTowers:
+        return self
 
     # image side
 
@@ -257,7 +262,7 @@ def _require_finite(model: CLIPModel, name: str) -> None:
 def _weights_fingerprint(model: CLIPModel, preprocessing: Preprocessing) -> str:
     """16 hex digits over weights (float32, by name), activations and preprocessing."""
     digest = hashlib.sha256(preprocessing.identity().encode())
-    digest.update(f"{model.config.vision_config.hidden_act} {model.config.text_config.hidden_act}".encode())
+    digest.update(f"{model.vision_model.config.hidden_act} {model.text_model.config.hidden_act}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.endswith("position_ids"):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -25,8 +25,9 @@ class FeatureTowers:
     has_images = False
     device = torch.device("cpu")
     precision = "float32"
-    revision = None
-    notices = ()
+    revision: str | None = None
+    notices: tuple[str, ...] = ()
+    preprocessing = text_tower = None
 
     def __init__(
         self,
@@ -68,6 +69,9 @@ class FeatureTowers:
 
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]:
         raise TowersError(f"towers '{self.name}': a features file has no text tower; give an image folder and --towers")
+
+    def tokens(self, text: str) -> list[int]:
+        return self.text([text]).long().tolist()
 
     def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
         return list(self.text(prompts))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: 
     Source: Hu et al., LoRA (2021), section 4.1.
     """
     require_unadapted(tower, "lora")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")
+    scale: Any = alpha  # peft declares a whole number, and takes any
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=targets, bias="none")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -36,7 +38,7 @@ def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: 
             f"lora targets '{targets}': no layer matches; linear layers are named like {linear[0]}"
         ) from None
     if dropout:
-        for layer in _layers(tower):
+        for layer, _ in _layers(tower):
             layer.lora_dropout[ADAPTER] = SeededDropout(dropout)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -77,8 +79,10 @@ def dropping(tower: nn.Module, generator: torch.Generator) -> Iterator[None]:
             layer.generator = None
 
 
-def _layers(tower: nn.Module) -> list[LoraLayer]:
-    return [module for module in tower.modules() if isinstance(module, LoraLayer)]
+def _layers(tower: nn.Module) -> list[tuple[Linear, nn.Linear]]:
+    """The adapted layers, each with the layer that it stands in front of."""
+    adapted = [module for module in tower.modules() if isinstance(module, Linear)]
+    return [(layer, base) for layer in adapted if isinstance(base := layer.get_base_layer(), nn.Linear)]
 
 
 def require_unadapted(model: nn.Module, where: str) -> None:
@@ -108,13 +112,13 @@ def restore(tower: nn.Module, state: dict[str, Tensor]) -> None:
 def merged(tower: nn.Module) -> Iterator[None]:
     """Inside, the deltas are part of the weights; on leaving, the weights are what they were, to the bit."""
     layers = _layers(tower)
-    kept = [layer.get_base_layer().weight.data for layer in layers]
+    kept = [base.weight.data for _, base in layers]
     try:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.get_base_layer().weight.data = weight.clone()
+        for (layer, base), weight in zip(layers, kept, strict=True):
+            base.weight.data = weight.clone()
             layer.merge()
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
+        for (layer, base), weight in zip(layers, kept, strict=True):
             layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data = weight
+            base.weight.data = weight

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from cairn.errors import TowersError, first_line
 from cairn.towers.adapter import has_adapter
 from cairn.towers.hub import find_checkpoint
 from cairn.towers.preprocessing import Preprocessing, open_clip_preprocessing
-from cairn.towers.weights import ClipCheckpoint, model_with, no_weights, prefix_notices, read_file, without_prefixes
+from cairn.towers.weights import (
+    ClipCheckpoint,
+    image_side,
+    model_with,
+    no_weights,
+    prefix_notices,
+    read_file,
+    without_prefixes,
+)
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -183,7 +191,8 @@ def open_clip_state(clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     _complete({name for _, targets, _ in rows for name in targets}, clip_state, {}, (), "CLIPModel")
     state: dict[str, Tensor] = {}
     for source, targets, transposed in rows:
-        tensor = torch.cat([clip_state[name] for name in targets]) if len(targets) > 1 else clip_state[targets[0]]
+        parts = [clip_state[name] for name in targets]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         state[source] = tensor.movedim(0, -1).contiguous() if transposed else tensor
     return state
 
@@ -209,9 +218,7 @@ def open_clip_checkpoint(source: str, revision: str | None = None) -> tuple[Clip
     state, prefixes = without_prefixes(read_file(path), path)
     model, _ = model_with(config, clip_state(state), path, CONFIG)
     where = f"'{folder / CONFIG}': preprocess_cfg"
-    preprocessing = open_clip_preprocessing(
-        described.get("preprocess_cfg") or {}, config.vision_config.image_size, where
-    )
+    preprocessing = open_clip_preprocessing(described.get("preprocess_cfg") or {}, image_side(model), where)
     return ClipCheckpoint(model, (folder,), place.commit, prefix_notices(prefixes, folder)), preprocessing
 
 
@@ -299,7 +306,7 @@ def _invalid(where: str, value: Any, must: str) -> TowersError:
     return TowersError(f"open_clip's {where} = {value!r}: must be {must}; correct {CONFIG}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

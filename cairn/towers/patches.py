@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,12 +10,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cairn.types import Features, Pixels
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
 Attention: TypeAlias = Literal["native", "value"]
 """How patches look at one another in the last block: as the tower was trained, or by what they are (values)."""
 
 
 def embedded_tokens(
-    vision_model: nn.Module, projection: nn.Module, pixels: Pixels, attention: Attention = "native"
+    vision_model: CLIPVisionModel, projection: nn.Module, pixels: Pixels, attention: Attention = "native"
 ) -> tuple[Features, Float[Tensor, "n p d"]]:
     """The image's embedding and every patch token through the final norm and the projection, none normalised.
 
@@ -27,7 +31,7 @@ def embedded_tokens(
     Source: value-value attention in dense prediction with CLIP (Li et al.
     2023, CLIP Surgery). Ours: residual and MLP of the block are kept.
     """
-    block, entered = vision_model.encoder.layers[-1], []
+    block, entered = cast("CLIPEncoderLayer", vision_model.encoder.layers[-1]), []
     hook = block.register_forward_pre_hook(
         lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
@@ -40,7 +44,7 @@ def embedded_tokens(
     return projection(seen.pooler_output), patches
 
 
-def _by_values(block: nn.Module, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
+def _by_values(block: CLIPEncoderLayer, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
     attention = block.self_attn
     v = attention.v_proj(block.layer_norm1(x)).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     mixed = scaled_dot_product_attention(v, v, v, scale=attention.scale).transpose(1, 2).flatten(2)

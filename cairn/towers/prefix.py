@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def _level(row: int, begin: int, n: int, length: int, slots: Int[Tensor, " r"], 
     return Level(slice(row, row + len(slots)), n, length, None if in_order else slots, above, visible)
 
 
-def last_hidden(tower: nn.Module, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k w"]:
+def last_hidden(tower: CLIPTextModel, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k w"]:
     """The last block's output at the prompts' ends, from token embeddings without positions, in the tree's order."""
     hidden = tokens + tower.embeddings.position_embedding.weight[tree.positions]
-    *blocks, last = tower.encoder.layers
+    *blocks, last = cast(list[CLIPEncoderLayer], list(tower.encoder.layers))
     for block in blocks:
         mixed = _attended(block.self_attn, block.layer_norm1(hidden), tree.levels)
         hidden = _passed_on(block, hidden, mixed)
@@ -112,7 +115,7 @@ def last_hidden(tower: nn.Module, tokens: Float[Tensor, "N w"], tree: PromptTree
     return _passed_on(last, hidden[tree.ends], mixed[tree.ends])  # nothing reads the other tokens any more
 
 
-def _attended(attention: nn.Module, x: Float[Tensor, "N w"], levels: Sequence[Level]) -> Float[Tensor, "N w"]:
+def _attended(attention: CLIPAttention, x: Float[Tensor, "N w"], levels: Sequence[Level]) -> Float[Tensor, "N w"]:
     q, k, v = (
         projection(x).unflatten(-1, (attention.num_heads, -1))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -132,6 +135,6 @@ def _attended(attention: nn.Module, x: Float[Tensor, "N w"], levels: Sequence[Le
     return torch.cat(rows)
 
 
-def _passed_on(block: nn.Module, x: Float[Tensor, "m w"], mixed: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
+def _passed_on(block: CLIPEncoderLayer, x: Float[Tensor, "m w"], mixed: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
     x = x + block.self_attn.out_proj(mixed)
     return x + block.mlp(block.layer_norm2(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ def _per_channel(value: Any) -> Any:
 
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
-Means = Annotated[Channels, BeforeValidator(_per_channel)]
-Deviations = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_per_channel)]
+Means: TypeAlias = Annotated[Channels, BeforeValidator(_per_channel)]
+Deviations: TypeAlias = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_per_channel)]
 
 
 class Preprocessing(BaseModel):
@@ -94,14 +94,16 @@ class Preprocessing(BaseModel):
             image = image.resize((edge, edge), filter_)
         elif self.mode == "pad":
             longest = max(image.size)
-            image = image.resize(tuple(max(1, round(side * self.size / longest)) for side in image.size), filter_)
+            width, height = (max(1, round(side * self.size / longest)) for side in image.size)
+            image = image.resize((width, height), filter_)
             padded = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
             padded.paste(image, ((self.size - image.width) // 2, (self.size - image.height) // 2))
             return padded
         elif self.mode == "crop":
             image = _shortened(image)
             short = min(image.size)
-            image = image.resize(tuple(int(edge * side / short) for side in image.size), filter_)
+            width, height = (int(edge * side / short) for side in image.size)
+            image = image.resize((width, height), filter_)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -151,6 +153,10 @@ _WITHOUT_EFFECT = {"do_convert_rgb", "processor_class", "auto_map", "_valid_proc
 _NEEDED = {"resample", "rescale_factor", "image_mean", "image_std"}
 
 
+_ResizeMode: TypeAlias = Literal["shortest", "squash", "longest"]
+_MODES: dict[_ResizeMode, Literal["crop", "squash", "pad"]] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+
+
 class _PreprocessCfg(Record):
     """The fields of open_clip's `preprocess_cfg`; `size` gives way to the image tower's, as it does there."""
 
@@ -159,7 +165,7 @@ class _PreprocessCfg(Record):
     mean: Means = CLIP_MEAN
     std: Deviations = CLIP_STD
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+    resize_mode: _ResizeMode = "shortest"
     fill_color: Annotated[int, Field(ge=0, le=255)] = 0
 
 
@@ -191,7 +197,7 @@ def open_clip_preprocessing(stored: Any, size: int, where: str) -> Preprocessing
         mean=said.mean,
         std=said.std,
         fill=said.fill_color,
-        mode={"shortest": "crop", "squash": "squash", "longest": "pad"}[said.resize_mode],
+        mode=_MODES[said.resize_mode],
         resample="bilinear" if said.interpolation == "bilinear" else "bicubic",  # random: in training alone
     )
 
@@ -221,8 +227,8 @@ def _of_processor(said: _ImageProcessor, size: int, where: str) -> Preprocessing
         edge=None if edge == size else edge,
         resample=_FILTERS[said.resample],
         rescale=said.rescale_factor if said.do_rescale else 1.0,
-        mean=said.image_mean if said.do_normalize else (0.0,) * 3,
-        std=said.image_std if said.do_normalize else (1.0,) * 3,
+        mean=said.image_mean if said.do_normalize else (0.0, 0.0, 0.0),
+        std=said.image_std if said.do_normalize else (1.0, 1.0, 1.0),
     )
 
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.errors import ConfigError
-from cairn.towers.clip import ClipTowers, spoken
+from cairn.towers.clip import spoken
 from cairn.towers.prefix import PromptTree, prompt_tree
-from cairn.towers.protocol import Towers
+from cairn.towers.protocol import TextTower, Towers
 from cairn.towers.state import State, spelled, words
 
 
-def name_tokens(towers: ClipTowers, names: Sequence[str], context: int) -> list[list[int]]:
+def name_tokens(towers: TextTower, names: Sequence[str], context: int) -> list[list[int]]:
     """Token ids of "name." and the end, for every name.
 
     Raises ConfigError naming the first class that does not fit the text tower behind `context` vectors.
@@ -40,7 +40,7 @@ def name_tokens(towers: ClipTowers, names: Sequence[str], context: int) -> list[
 
 
 def prompt_embeddings(
-    towers: ClipTowers, contexts: Float[Tensor, "k M w"], names: Sequence[str], length: int = 0
+    towers: TextTower, contexts: Float[Tensor, "k M w"], names: Sequence[str], length: int = 0
 ) -> Float[Tensor, "k d"]:
     """Text embeddings (k x d, not normalised) of "[contexts[c]] names[c]." for every class c, each run whole.
 
@@ -70,19 +70,21 @@ class Prompts(_Choice):
     """
 
     kind: Literal["prompts"] = "prompts"
-    shared: int = Field(0, ge=0, description="context vectors shared by all classes (4 to 30 in the literature)")
-    task: int = Field(0, ge=0, description="context vectors of each task")
-    per_class: int = Field(4, ge=0, description="context vectors of each class")
-    init: str | None = Field(
-        "a photo of a", description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
+    shared: int = Field(
+        default=0, ge=0, description="context vectors shared by all classes (4 to 30 in the literature)"
     )
-    freeze_old: bool = Field(False, description="texts of finished tasks are cached and no longer move")
+    task: int = Field(default=0, ge=0, description="context vectors of each task")
+    per_class: int = Field(default=4, ge=0, description="context vectors of each class")
+    init: str | None = Field(
+        default="a photo of a", description="words that start the first block, e.g. 'a photo of a'; null: N(0, 0.02^2)"
+    )
+    freeze_old: bool = Field(default=False, description="texts of finished tasks are cached and no longer move")
     residual: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="weight of a residual vector on each class text, in units of 1/s; those of old classes train on; 0: none",
     )
-    lr: float = Field(1e-2, gt=0, description="peak learning rate, in place of the schedule's [K: CoOp, 2e-3]")
+    lr: float = Field(default=1e-2, gt=0, description="peak learning rate, in place of the schedule's [K: CoOp, 2e-3]")
 
     @model_validator(mode="after")
     def _some_context(self) -> Prompts:
@@ -93,17 +95,16 @@ class Prompts(_Choice):
         return self
 
     def build(self, towers: Towers) -> SoftPrompts:
-        towers = getattr(towers, "towers", towers)  # what keeps embeddings of images has the text side of what it wraps
-        if not isinstance(towers, ClipTowers):
+        if towers.text_tower is None:
             raise ConfigError("stage2.text 'prompts': a features file has no text tower; take stage2.text=residual")
-        return SoftPrompts(towers, self)
+        return SoftPrompts(towers.text_tower, self)
 
 
 class Residual(_Choice):
     """A residual vector on each class text, zero at first [I]. Without class texts, class means stand in for them."""
 
     kind: Literal["residual"] = "residual"
-    freeze_old: bool = Field(False, description="residuals of finished tasks no longer train")
+    freeze_old: bool = Field(default=False, description="residuals of finished tasks no longer train")
 
     def build(self, towers: Towers) -> ResidualTexts:
         return ResidualTexts(self, towers.logit_scale)
@@ -186,7 +187,9 @@ class SoftPrompts(nn.Module):
     Blocks that prompts share run through the tower once.
     """
 
-    def __init__(self, towers: ClipTowers, choice: Prompts):
+    cached: Tensor
+
+    def __init__(self, towers: TextTower, choice: Prompts):
         super().__init__()
         self.choice = choice
         self._towers = towers

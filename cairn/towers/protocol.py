@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cairn.towers.patches import Attention
+from cairn.towers.preprocessing import Preprocessing
 from cairn.types import Features, Pixels
+
+if TYPE_CHECKING:
+    from cairn.towers.prefix import PromptTree
+
+
+@runtime_checkable
+class TextTower(Protocol):
+    """The text side token by token: what soft prompts are put together from and run through."""
+
+    dim: int
+    logit_scale: float
+    device: torch.device
+    width: int
+    """Numbers per token."""
+    context_length: int
+    bos: int
+    eos: int
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the text, without start and end."""
+        ...
+
+    def token_embeddings(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+        """Rows of the token table, without positions."""
+        ...
+
+    def encode(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+        """Sequences of token embeddings through the text tower; the row at position `end` is projected."""
+        ...
+
+    def encoded_tree(self, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k d"]:
+        """As `encode`, for prompts that begin alike: each token of the tree is run once."""
+        ...
 
 
 @runtime_checkable
@@ -30,10 +65,29 @@ class Towers(Protocol):
     """Names what the towers compute: weights, activation and preprocessing, and the tokenizer; see `cairn.towers.fingerprint`."""
     passes: dict[str, int]
     """Forward passes so far: `images` through the vision tower, `text_tokens` through the text tower."""
+    device: torch.device
+    precision: str
+    """Arithmetic inside the towers, float32 or bfloat16; what comes out is float32."""
+    revision: str | None
+    """The commit of the weights, where they come from a hub."""
+    source: str
+    """Names them from any working directory."""
+    notices: tuple[str, ...]
+    """What a user should know of how they were loaded."""
     has_images: bool
     """Whether there is an image tower; without one, an image *is* its embedding."""
     has_text: bool
     """Whether classes have text embeddings."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How an image becomes pixels; None without an image tower."""
+        ...
+
+    @property
+    def text_tower(self) -> TextTower | None:
+        """None without one."""
+        ...
 
     def prepare(self, item: Any) -> Tensor:
         """One opened image as it is kept in memory: uint8 (3, h, w) at the tower's resolution, or a row (d,)."""
@@ -59,6 +113,10 @@ class Towers(Protocol):
         ...
 
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "m d"]: ...
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the text, without start and end."""
+        ...
 
     def word_tokens(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
         """The tokens of each prompt, one row each."""

@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTextConfig, CLIPTokenizerFast, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  version 5 makes the name when it is asked for
+    PreTrainedTokenizerFast,
+)
 
 from cairn.errors import TowersError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,9 @@ from cairn.errors import ConfigError, counted
 from cairn.towers import lora
 from cairn.towers.protocol import Towers
 from cairn.types import Features, Pixels
+
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import CLIPMLP
 
 
 class _Choice(BaseModel):
@@ -37,11 +40,11 @@ class Lora(_Choice):
     """Low-rank deltas on layers chosen by regex, continued over the tasks [K: MG-CLIP]."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1, description="rank of each delta")
-    alpha: float = Field(8.0, gt=0, description="scale; the delta is alpha / rank * B A")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the delta's input, in training alone")
+    rank: int = Field(default=8, ge=1, description="rank of each delta")
+    alpha: float = Field(default=8.0, gt=0, description="scale; the delta is alpha / rank * B A")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the delta's input, in training alone")
     targets: str = Field(
-        r".*vision_model.*\.self_attn\.(k_proj|v_proj)",
+        default=r".*vision_model.*\.self_attn\.(k_proj|v_proj)",
         description="regex of layer names; e.g. '.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)' for attention and MLP",
     )
 
@@ -54,9 +57,9 @@ class Full(_Choice):
     """Every weight of the vision tower; with a Beta moving average of the trajectory [K: CLIPood, section 3.3]."""
 
     kind: Literal["full"] = "full"
-    lr: float = Field(5e-6, gt=0, description="peak learning rate, in place of the schedule's [K: CLIPood]")
+    lr: float = Field(default=5e-6, gt=0, description="peak learning rate, in place of the schedule's [K: CLIPood]")
     average: float | None = Field(
-        0.5, gt=0, description="beta of the Beta(beta, beta) average over a stage; null for none"
+        default=0.5, gt=0, description="beta of the Beta(beta, beta) average over a stage; null for none"
     )
 
     def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
@@ -85,11 +88,16 @@ class Adapter(_Choice):
         return _Residual(vision, dim)
 
 
+def _uninitialised(rows: int, columns: int) -> nn.Linear:
+    """Draws nothing from torch's global generator."""
+    return nn.Linear(rows, columns, device="meta").to_empty(device="cpu")
+
+
 class _Residual(nn.Module):
     def __init__(self, vision: nn.Module, dim: int):
         super().__init__()
         self.vision = vision
-        self.map = nn.utils.skip_init(nn.Linear, dim, dim)
+        self.map = _uninitialised(dim, dim)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
 
@@ -106,24 +114,25 @@ class Bottleneck(_Choice):
     """
 
     kind: Literal["bottleneck"] = "bottleneck"
-    width: int = Field(64, ge=1, description="numbers between down and up")
-    scale: float = Field(0.1, gt=0, description="factor on what is added")
+    width: int = Field(default=64, ge=1, description="numbers between down and up")
+    scale: float = Field(default=0.1, gt=0, description="factor on what is added")
 
     def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
-        blocks = [module for module in vision.modules() if hasattr(module, "mlp")]
-        for block in blocks:
-            block.mlp = Beside(block.mlp, self.width, self.scale, rng)
+        from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+        for block in [module for module in vision.modules() if isinstance(module, CLIPEncoderLayer)]:
+            block.add_module("mlp", Beside(block.mlp, self.width, self.scale, rng))
         return vision
 
 
 class Beside(nn.Module):
     """An MLP with a bottleneck beside it, x -> mlp(x) + added(x); at first it adds nothing."""
 
-    def __init__(self, mlp: nn.Module, width: int, scale: float, rng: torch.Generator):
+    def __init__(self, mlp: CLIPMLP, width: int, scale: float, rng: torch.Generator):
         super().__init__()
         d = mlp.fc1.in_features
         self.mlp, self.scale = mlp, scale
-        self.down, self.up = (nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((d, width), (width, d)))
+        self.down, self.up = _uninitialised(d, width), _uninitialised(width, d)
         bound = d**-0.5  # kaiming_uniform with a = sqrt(5)
         self.down.weight.data.copy_(torch.rand(self.down.weight.shape, generator=rng) * 2 * bound - bound)
         for zero in (self.down.bias, self.up.weight, self.up.bias):

@@ -40,6 +40,14 @@ class ClipCheckpoint:
         return next(found, self.folders[-1])
 
 
+def image_side(model: CLIPModel) -> int:
+    """Pixels of a side of the square that the image tower takes."""
+    side = model.vision_model.config.image_size
+    if not isinstance(side, int):
+        raise TowersError(f"image_size {side}: images are squares; give one number")
+    return side
+
+
 def has_weights(folder: Path) -> bool:
     """Whether all of them are there, in one file or in the parts of an index."""
     if (folder / WHOLE).is_file():
@@ -90,8 +98,8 @@ def without_prefixes(state: Mapping[str, Tensor], where: Path) -> tuple[dict[str
     """
     found, prefixes = {}, {}
     for name, value in state.items():
-        prefix = _PREFIXES.match(name)[0]
-        bare = name.removeprefix(prefix).replace("._orig_mod.", ".")
+        bare = _PREFIXES.sub("", name, count=1)
+        prefix, bare = name.removesuffix(bare), bare.replace("._orig_mod.", ".")
         if bare in found:
             raise TowersError(f"'{where}': '{name}' is there twice, with and without a prefix; save the model alone")
         if prefix:

@@ -157,7 +157,7 @@ def stopped_by_signals(checkpoint: Checkpoint) -> Iterator[None]:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in before:
             signal.signal(number, stop)

@@ -93,6 +93,7 @@ class World:
             return
         import torch
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         try:
             from accelerate import PartialState
@@ -109,7 +110,7 @@ class World:
                 f"{counted(self.local_size, 'process')} on a machine with {counted(gpus, 'GPU')}: start {gpus}, or add --device cpu"
             )
         with _in_touch():
-            self._store, *_ = next(dist.rendezvous("env://"))
+            self._store, *_ = next(rendezvous("env://"))
             state = PartialState(cpu=not gpus, store=self._store, rank=self.rank, world_size=self.world_size)
         if state.num_processes != self.world_size:
             raise ConfigError(f"{self.world_size} processes were asked for, {state.num_processes} are there; {REMEDY}")
@@ -220,9 +221,10 @@ class SyncSchedule:
             return 0, False
         now = time.monotonic()
         calls = min(2 * self._calls, int(self._calls * APART / max(now - self._since, 1e-6)))
-        signal, late, self._next = self.world.all_reduce_max(signal, *((late, calls) if self.world.is_main else (0, 0)))
+        own = (late, calls) if self.world.is_main else (False, 0)
+        signal, any_late, self._next = self.world.all_reduce_max(signal, *own)
         self._calls, self._since = 0, now
-        return signal, bool(late)
+        return signal, bool(any_late)
 
 
 def _whole(environment: Mapping[str, str], key: str, default: int) -> int:

@@ -15,17 +15,17 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(1, ge=0, description="passes over the task's images")
-    batch: int = Field(128, ge=1, description="rows per step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam or sgd (momentum 0.9)")
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    cosine: bool = Field(True, description="half-cosine decay to zero")
+    epochs: int = Field(default=1, ge=0, description="passes over the task's images")
+    batch: int = Field(default=128, ge=1, description="rows per step")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="adamw, adam or sgd (momentum 0.9)")
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    cosine: bool = Field(default=True, description="half-cosine decay to zero")
     milestones: tuple[int, ...] = Field(
-        (), description="epochs after which the learning rate falls to a tenth, in place of the cosine"
+        default=(), description="epochs after which the learning rate falls to a tenth, in place of the cosine"
     )
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
 
     def optimiser(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
         match self.optimizer:

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from cairn.experiment.run import versions
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
+from cairn.storage.versions import versions
 
 Key = TypeVar("Key", bound=Hashable)
 

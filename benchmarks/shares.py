@@ -23,7 +23,8 @@ from torch import Tensor
 
 from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
-from cairn.experiment.run import RunConfig, RunResult, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig, RunResult
 from cairn.towers.clip import ClipTowers, VisionTower
 from cairn.training.log import Log
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from cairn.data.stream import Task, TaskStream, task_stream
     from cairn.errors import CairnError
     from cairn.experiment.evaluator import Evaluator
-    from cairn.experiment.run import RunConfig, RunResult, run_stream
+    from cairn.experiment.run import run_stream
+    from cairn.experiment.schema import RunConfig, RunResult
     from cairn.memory.gaussians import GaussianMemory
     from cairn.methods.catalogue import METHODS, method_named
     from cairn.methods.protocol import Method
@@ -26,7 +27,7 @@ _HOMES = {
     "CairnError": "errors", "Dataset": "data.images", "Evaluator": "experiment.evaluator",
     "GaussianMemory": "memory.gaussians", "Images": "data.images",
     "IncrementalClassifier": "classifier.classifier", "Log": "training.log",
-    "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "experiment.run", "RunResult": "experiment.run",
+    "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "experiment.schema", "RunResult": "experiment.schema",
     "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
     "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "experiment.run",
     "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "config",

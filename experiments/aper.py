@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from cairn.data.loading import Loader
-from cairn.experiment.run import RunConfig, prepared
+from cairn.experiment.run import prepared
+from cairn.experiment.schema import RunConfig
 from cairn.maths.similarity import unit
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json

@@ -23,7 +23,8 @@ from cairn.data.catalogue import open_dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.experiment.metrics import calibration_error, mean_and_deviation
-from cairn.experiment.run import RunConfig, run_stream, towers_for
+from cairn.experiment.run import run_stream, towers_for
+from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import best_temperature, log_probabilities, loss_curve
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import Method

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.reports.formats import Column, Estimate, Table, estimate
 from cairn.reports.tables import label, replaced_block, results_below

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from cairn.data.loading import Loader
-from cairn.experiment.run import RunConfig, prepared, run_stream
+from cairn.experiment.run import prepared, run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.memory.gaussians import GaussianMemory
 from cairn.reports.formats import Column, Table, estimate
 from cairn.reports.tables import replaced_block

@@ -16,11 +16,11 @@ from torch.nn.functional import avg_pool2d
 
 from cairn.data.loading import Loader
 from cairn.data.shapes import SIZE, shapes_dataset
-from cairn.experiment.run import versions
 from cairn.maths.alignment import aligned, padded_tokens
 from cairn.maths.similarity import unit
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
+from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
 
 PATCHES = (4, 8, 16, 24)

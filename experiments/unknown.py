@@ -18,7 +18,8 @@ from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.catalogue import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.experiment.run import RunConfig, towers_for
+from cairn.experiment.run import towers_for
+from cairn.experiment.schema import RunConfig
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions

@@ -13,7 +13,8 @@ from cairn.contrib.pycil import LAION, OPENAI, curve_lines, read_config
 from cairn.data.catalogue import CATALOGUE, SETTING_A_TEMPLATE
 from cairn.errors import CairnError, ConfigError
 from cairn.experiment.config_file import read_run_file, run_file_text
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.towers.catalogue import KNOWN
 

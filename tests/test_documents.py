@@ -18,7 +18,7 @@ from PIL import Image
 
 import cairn
 from cairn.cli.app import app
-from cairn.experiment.run import RunResult
+from cairn.experiment.schema import RunResult
 from cairn.methods.catalogue import METHODS
 from cairn.reports.drift import drift_reports_below, drift_table
 from cairn.reports.tables import difference_table, markdown_table, results_below

@@ -442,7 +442,7 @@ def serve(
 @app.command()
 def version() -> None:
     """Print the versions of cairn and its libraries."""
-    from cairn.experiment.run import versions
+    from cairn.storage.versions import versions
 
     for package, number in versions().items():
         typer.echo(f"{package} {number}")

@@ -109,7 +109,7 @@ def run(
     off. Several processes that torchrun starts share the images out."""
     from cairn.experiment.config_file import RunFile
     from cairn.experiment.folder import Call, read_call
-    from cairn.experiment.run import RunConfig
+    from cairn.experiment.schema import RunConfig
     from cairn.methods.catalogue import method_named
 
     world = context.obj or ALONE
@@ -314,7 +314,7 @@ def demo(
 ) -> None:
     """Compare three methods on drawn pictures, in a minute. Forty classes in eight tasks: zero-shot, class means and DMC."""
     from cairn.experiment.folder import Call
-    from cairn.experiment.run import RunConfig
+    from cairn.experiment.schema import RunConfig
 
     console = Console()
     console.note(
@@ -347,7 +347,8 @@ def drift(
 ) -> None:
     """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
     the images of old tasks."""
-    from cairn.experiment.run import RunConfig, drift_report
+    from cairn.experiment.run import drift_report
+    from cairn.experiment.schema import RunConfig
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.storage.files import make_folder, write_json
     from cairn.training.log import Log

@@ -21,7 +21,7 @@ from cairn.embed.plan import PLAN, ROWS, SPLITS, TEXT, EmbedConfig, Plan, Shard,
 from cairn.embed.work import MADE_AS, Work
 from cairn.errors import CairnError, ConfigError, Interrupted, ResultError, counted
 from cairn.experiment.folder import Lock
-from cairn.experiment.run import comparable_call
+from cairn.experiment.schema import comparable_call
 from cairn.storage.files import make_folder
 from cairn.storage.tensors import TensorFile
 from cairn.training.checkpoint import Checkpoint

@@ -16,7 +16,8 @@ from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, ROWS, SPLITS, Chosen, EmbedConfig, Plan, Shard, shards_of
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
-from cairn.experiment.run import TowersUsed, prompted, readable, towers_for
+from cairn.experiment.run import prompted, readable, towers_for
+from cairn.experiment.schema import TowersUsed
 from cairn.storage.tensors import read_tensors
 from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.data.feature_store import image_ids
 from cairn.data.images import Subset
 from cairn.errors import ResultError
-from cairn.experiment.run import OnBadImage, RunConfig, TowersUsed, comparable_call
+from cairn.experiment.schema import OnBadImage, RunConfig, TowersUsed, comparable_call
 from cairn.storage.archive import digest
 from cairn.storage.files import read_json
 from cairn.storage.schema import Amount, Count, validated

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from cairn.errors import ConfigError, UnknownName, one_line
-from cairn.experiment.run import RunConfig
+from cairn.experiment.schema import RunConfig
 from cairn.storage.files import read_bytes
 from cairn.storage.schema import reason_of
 

@@ -18,7 +18,8 @@ from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.catalogue import open_dataset
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.experiment.run import SCHEMA_VERSION, Learned, RunConfig, RunResult, comparable_call, towers_for
+from cairn.experiment.run import Learned, towers_for
+from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
 from cairn.methods.stored import restore_checked

@@ -5,15 +5,15 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration, rehearsed
 from cairn.config import AltersImages, choices, with_settings
@@ -28,11 +28,12 @@ from cairn.errors import CairnError, ConfigError, DataError, NotFinite, ResultEr
 from cairn.experiment.drift_lab import by_task, drift_rows, relative
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
+from cairn.experiment.schema import SCHEMA_VERSION, Passes, RunConfig, RunResult, TowersUsed, comparable_call
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import KeepsImages, Method
 from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
-from cairn.storage.schema import Amount, Count, Difference, Record, Share, validated
+from cairn.storage.schema import Amount, Count, Record, validated
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
 from cairn.towers.catalogue import load_towers
@@ -44,131 +45,6 @@ from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.distributed import World
 from cairn.training.log import Log
-
-SCHEMA_VERSION = 1
-
-
-def _bad_image(value: Any) -> Any:
-    if value not in ("stop", "skip", "error"):
-        raise ValueError("must be stop or skip")
-    return "error" if value == "stop" else value
-
-
-OnBadImage = Annotated[Literal["error", "skip"], BeforeValidator(_bad_image)]
-"""What to do about image files that cannot be read: `stop` before anything is done, or `skip` them. Stored results call the
-first `error`, which is taken as well."""
-
-
-class RunConfig(BaseModel):
-    """Everything that decides a run's numbers. Two runs with equal configs and versions give equal results on a CPU."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: str = Field(description="name in the table of methods")
-    data: str = Field("shapes", description="data set, as written after --data")
-    towers: str = Field(
-        "auto", description="towers, as written after --towers; auto: tiny, or the features file itself"
-    )
-    base: int = Field(0, description="classes of the first task; 0: like the others")
-    step: int = Field(10, description="classes per task")
-    order: str = Field("natural", description="natural, seed:N or a file of class names")
-    seed: int = Field(1, ge=0, description="moves every random choice but the class order")
-    settings: tuple[str, ...] = Field((), description="the method's settings that were changed, key=value")
-    limit_train: int | None = Field(None, description="training images per class at most")
-    limit_test: int | None = Field(None, description="test images per class at most")
-    validation: float = Field(
-        0.0, description="share of the training images that stands in for the test split; 0: none"
-    )
-    device: str = Field("auto", description="torch device")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the towers")
-    preprocess: Literal["crop", "squash"] | None = Field(
-        None, description="how images become squares of the towers' size; unset: as the checkpoint says"
-    )
-    template: str | None = Field(None, description="one prompt, {} for the class name, in place of the data set's")
-    on_bad_image: OnBadImage = Field("error", description="image files that cannot be read: stop (error) or skip")
-    revision: str | None = Field(None, description="revision of the towers on the hub")
-
-
-def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored call, of a run or of an embedding, as it is compared with another.
-
-    Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
-    otherwise, and there unset is not the same.
-    """
-    if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
-        return {**call, "preprocess": "crop"}
-    return dict(call)
-
-
-class TowersUsed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    fingerprint: str = Field(description="over weights, activation and preprocessing, and over the tokenizer")
-    revision: str | None = None
-
-
-class Passes(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    images: Count = Field(description="images through the vision tower, forward")
-    text_tokens: Count = Field(description="tokens through the text tower, forward")
-    stored: Count = Field(0, description="images whose embeddings a feature store held, in place of a pass")
-
-
-class RunResult(BaseModel):
-    """What a run leaves, as `result.json`. Accuracies are in [0, 1]; B tasks, rows and columns numbered from 0."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    method: str
-    exemplar_free: bool = Field(description="false if the method keeps single images, or their embeddings")
-    config: dict[str, Any] = Field(description="every setting of the method, defaults included")
-    run: RunConfig = Field(description="the call that made this")
-    data: str
-    split: str = Field(description="fingerprint of which images are in which task")
-    towers: TowersUsed
-    class_order: list[str] = Field(min_length=1, description="class names in order of arrival")
-    task_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, description="classes per task")
-    test_sizes: list[Count] = Field(description="test images per task")
-    base: Count
-    step: Count
-    seed: Count
-    accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
-    seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
-    seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
-    future_accuracy: list[Share | None] = Field(description="zero-shot, after task i, among the classes still to come")
-    ece: list[Share | None] = Field(
-        [], description="expected calibration error in 15 bins, after task i, over all test images of classes seen"
-    )
-    nll: list[Amount | None] = Field(
-        [], description="mean negative log-probability of the true class, after task i, over the same images; in nats"
-    )
-    temperature: list[Annotated[float, Field(gt=0)] | None] = Field(
-        [], description="what scores are divided by to make probabilities, after task i; fitted on training images"
-    )
-    zero_shot_accuracy: list[Share | None] = Field(
-        [], description="of the towers as they came, on the classes seen after task i; null without class texts"
-    )
-    average: Share = Field(description="average incremental accuracy, the mean of seen_accuracy")
-    last: Share = Field(description="the last of seen_accuracy")
-    forgetting: Difference | None = Field(description="null with a single task")
-    bwt: Difference | None = Field(description="backward transfer; null with a single task")
-    seconds: Amount = Field(description="wall-clock time, learning and evaluation")
-    seconds_per_task: list[Amount] = Field(description="of learning alone")
-    resumed: Count = Field(0, description="how often the run was cut off and gone on with")
-    processes: int = Field(1, ge=1, description="how many learned side by side, when it ended")
-    peak_rss_bytes: Count = Field(description="largest resident memory of the process, of several the largest")
-    memory_bytes: Count = Field(description="kept of old classes beyond trained parameters, after the last task")
-    tower_passes: Passes = Field(description="while learning")
-    evaluation_passes: Passes
-    calibration_passes: Passes | None = Field(None, description="while fitting the temperatures")
-    device: str
-    precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="arithmetic that was used inside the towers; null: as the call says"
-    )
-    versions: dict[str, str]
 
 
 def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTowers:

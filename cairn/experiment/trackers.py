@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.errors import ConfigError, UnknownName, one_line
-from cairn.experiment.run import RunConfig, RunResult
+from cairn.experiment.schema import RunConfig, RunResult
 from cairn.storage.distribution import extra_remedy
 
 PROJECT = "cairn"

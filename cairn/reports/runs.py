@@ -12,13 +12,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
+from cairn.experiment.schema import SCHEMA_VERSION
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, stream_keys
 from cairn.storage.files import read_bytes, read_json
 from cairn.storage.schema import Amount, Difference, Share, validated
-
-SCHEMA_VERSION = 1
-"""The newest that is read, of results and of drift reports."""
 
 EVENT_BYTES = 256 * 2**20
 """A longer event log is passed over."""

@@ -16,7 +16,8 @@ from filelock import Timeout
 from cairn.data.feature_store import FeatureStore
 from cairn.errors import CairnError, Interrupted, ResultError, one_line
 from cairn.experiment.folder import Call, Lock, RunFolder
-from cairn.experiment.run import RunResult, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunResult
 from cairn.storage.files import make_folder
 from cairn.sweep.order import Ended, Order
 from cairn.training.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
 from cairn.experiment.config_file import BYTES, KEYS, LINE, RunFile, checked
-from cairn.experiment.run import RunConfig
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import method_named
 from cairn.storage.files import read_bytes
 from cairn.storage.schema import reason_of

@@ -12,7 +12,8 @@ from cairn.cli.app import main
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, ResultError
 from cairn.experiment.folder import LEARNER, Call, RunFolder, read_learner, write_learner
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.training.log import Log
 

@@ -27,7 +27,8 @@ from cairn.data.shapes import shapes_dataset
 from cairn.embed import EmbedConfig, Rank, conduct, embed_dataset, maker, work
 from cairn.embed.parts import Column, Parts, write_columns
 from cairn.errors import CairnError, DataError, Interrupted, NotFinite, ResultError
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.storage.distribution import extra_remedy
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log

@@ -8,7 +8,8 @@ import pytest
 
 from cairn.errors import UnknownName
 from cairn.experiment.drift_lab import by_task, relative
-from cairn.experiment.run import RunConfig, drift_report
+from cairn.experiment.run import drift_report
+from cairn.experiment.schema import RunConfig
 from cairn.reports.drift import drift_figure, drift_table
 
 

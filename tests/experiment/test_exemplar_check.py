@@ -12,7 +12,8 @@ from cairn.data.loading import Loader
 from cairn.errors import ExemplarsKept
 from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.exemplar_check import looked_for
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.methods.simplecil import Config, SimpleCIL
 from cairn.training.log import Log

@@ -16,7 +16,8 @@ from cairn.cli.app import main
 from cairn.data.loading import Loader
 from cairn.errors import NotFinite, ResultError
 from cairn.experiment.folder import CALL, CHECKPOINT, EVENTS, LOCK, RESULT, Call, Lock, RunFolder
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.methods import stages
 from cairn.methods.catalogue import METHODS
 from cairn.storage.archive import Archive

@@ -14,7 +14,8 @@ from cairn.data.stream import class_order
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.folder import Call, RunFolder, read_result
 from cairn.experiment.metrics import average_incremental, seen_accuracy
-from cairn.experiment.run import RunConfig, RunResult, comparable_call, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig, RunResult, comparable_call
 from cairn.training.log import Log
 
 QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")

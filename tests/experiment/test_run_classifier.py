@@ -10,7 +10,8 @@ from cairn import IncrementalClassifier
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import DataError, ResultError
 from cairn.experiment.folder import LEARNER, read_learner, write_learner
-from cairn.experiment.run import Learned, RunConfig, run_stream
+from cairn.experiment.run import Learned, run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.serve.service import Service
 from cairn.storage.archive import Archive
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cairn.errors import ConfigError, UnknownName
-from cairn.experiment.run import RunConfig
+from cairn.experiment.schema import RunConfig
 from cairn.experiment.trackers import Tracking
 from cairn.storage.distribution import extra_remedy
 

@@ -11,7 +11,8 @@ from cairn.data.descriptions import read_descriptions, written_by
 from cairn.embed.plan import PLAN, stored_plan
 from cairn.errors import CairnError, DataError, ResultError
 from cairn.experiment.folder import CALL, RESULT, Call, read_call, read_result
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.storage.archive import Archive, digest
 from cairn.storage.files import read_json, write_json
 from cairn.sweep.ledger import SWEEP, earlier

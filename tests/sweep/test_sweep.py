@@ -19,7 +19,7 @@ import torch
 from cairn.errors import CairnError, ConfigError, Interrupted, NotFinite, ResultError
 from cairn.experiment.config_file import read_run_file
 from cairn.experiment.folder import CALL, EVENTS, LOCK, RESULT, Call, Lock, read_result
-from cairn.experiment.run import RunConfig
+from cairn.experiment.schema import RunConfig
 from cairn.reports.page import page_of
 from cairn.storage.distribution import extra_remedy
 from cairn.sweep import attempt, on_ray

@@ -13,7 +13,8 @@ from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import NotFinite
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.towers.cached import BATCH, CachedTowers, kept
 from cairn.towers.protocol import Towers
 from cairn.training.encode import encode

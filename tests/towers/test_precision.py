@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.towers import precision
 from cairn.towers.catalogue import load_towers
 from cairn.training.log import Log

@@ -204,7 +204,7 @@ def test_another_mode_leaves_the_checkpoints_side_behind():
 def test_nobody_asks_for_a_crop_by_default(towers):
     from cairn import IncrementalClassifier
     from cairn.embed.plan import EmbedConfig
-    from cairn.experiment.run import RunConfig
+    from cairn.experiment.schema import RunConfig
 
     assert RunConfig(method="dmc").preprocess is None
     assert EmbedConfig().preprocess is None

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from cairn.experiment.folder import CALL, CHECKPOINT, EVENTS, LOCK, RESULT
-from cairn.experiment.run import RunConfig, RunResult, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig, RunResult
 from cairn.training.checkpoint import Checkpoint
 
 BIN = Path(sys.executable).parent
@@ -49,7 +50,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from cairn.training.distributed import World
-from cairn.experiment.run import RunConfig, run_stream
+from cairn.experiment.run import run_stream
+from cairn.experiment.schema import RunConfig
 from cairn.training.checkpoint import Checkpoint
 
 folder, world = Path(sys.argv[1]), World.launched()

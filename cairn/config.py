@@ -8,12 +8,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Union, get_args, get_origin, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from cairn.errors import ConfigError, UnknownName
 from cairn.storage.files import read_yaml
 from cairn.storage.schema import reason_of
+
+
+class Settings(BaseModel):
+    """Settings are set once, and an unknown one is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NoSettings(Settings):
+    """Of a method that has none."""
 
 
 @runtime_checkable

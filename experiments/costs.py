@@ -63,7 +63,7 @@ def table(stream: str) -> Table:
         rows.append(
             [
                 label(group[0]),
-                entry.keeps,
+                entry.card.keeps,
                 Estimate(group[0]["memory_bytes"] / 1000),
                 Estimate(trained(group[0]) / 1000),
                 ", ".join(entry.uses),

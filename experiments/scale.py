@@ -99,8 +99,8 @@ def kept() -> Table:
         rows.append([f"Gaussian, {name} covariance", size(each), size(fixed + each * K)])
     for name in ("simplecil", "acil", "ranpac", "cgil", "proof"):
         entry = METHODS[name]
-        total, fewer = (entry.bytes(k, D, N, 3 * 224**2, D) for k in (K, K // 2))
-        rows.append([f"`{name}`: {entry.keeps}", size((total - fewer) / (K // 2)), size(total)])
+        total, fewer = (entry.card.bytes(k, D, N, 3 * 224**2, D) for k in (K, K // 2))
+        rows.append([f"`{name}`: {entry.card.keeps}", size((total - fewer) / (K // 2)), size(total)])
     for name, each in (
         ("class texts", 4 * D),
         ("residual texts with Adam's two moments", 3 * 4 * D),

@@ -7,13 +7,13 @@ import pytest
 from cairn.config import settings, with_settings, with_values
 from cairn.errors import ConfigError, UnknownName
 from cairn.methods.catalogue import METHODS
-from cairn.methods.dmc import Config
+from cairn.methods.dmc import DmcConfig
 from cairn.towers.tuning import Full, Lora
 
 
 def test_numbers_words_and_choices():
     config = with_settings(
-        Config(),
+        DmcConfig(),
         [
             "stage1.schedule.epochs=4",
             "stage1.schedule.lr=5e-4",
@@ -28,7 +28,7 @@ def test_numbers_words_and_choices():
     )
     assert config.stage1.schedule.epochs == 4
     assert config.stage1.schedule.lr == 5e-4
-    assert config.stage1.schedule.batch == Config().stage1.schedule.batch
+    assert config.stage1.schedule.batch == DmcConfig().stage1.schedule.batch
     assert config.stage1.tuning == Lora(rank=16)
     assert (config.covariance.kind, config.covariance.rank) == ("low_rank", 8)
     assert config.stage2.text.per_class == 4
@@ -37,9 +37,9 @@ def test_numbers_words_and_choices():
 
 
 def test_a_choice_by_name_then_its_own_settings():
-    config = with_settings(Config(), ["stage1.tuning=full", "stage1.tuning.lr=1e-5"])
+    config = with_settings(DmcConfig(), ["stage1.tuning=full", "stage1.tuning.lr=1e-5"])
     assert config.stage1.tuning == Full(lr=1e-5)
-    assert with_settings(Config(), ["stage1.tuning=none"]).stage1.tuning.kind == "none"
+    assert with_settings(DmcConfig(), ["stage1.tuning=none"]).stage1.tuning.kind == "none"
 
 
 @pytest.mark.parametrize(
@@ -58,20 +58,20 @@ def test_a_choice_by_name_then_its_own_settings():
 )
 def test_what_does_not_fit_names_the_setting_and_the_remedy(assignment, error, says):
     with pytest.raises(error, match=says):
-        with_settings(Config(), [assignment])
+        with_settings(DmcConfig(), [assignment])
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_listed_setting_can_be_set_to_its_own_default(name):
-    for config in (METHODS[name].config(), getattr(METHODS[name].config, "embedding", METHODS[name].config)()):
+    for config in (METHODS[name].config(), METHODS[name].card.embedding_config()):
         for path, value, _ in settings(config):
             text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
             assert with_settings(config, [f"{path}={text}"]) == config, path
 
 
 def test_every_setting_of_dmc_says_what_it_is():
-    silent = [path for path, _, text in settings(Config()) if not text]
-    assert set(silent) <= {path for path, _, _ in settings(Config()) if path.endswith("weight_decay")}
+    silent = [path for path, _, text in settings(DmcConfig()) if not text]
+    assert set(silent) <= {path for path, _, _ in settings(DmcConfig()) if path.endswith("weight_decay")}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -54,7 +54,7 @@ def test_a_config_is_headed_by_paper_score_command_and_status(path):
     text = path.read_text(encoding="utf-8")
     head = dict(re.findall(r"^# (\w+): +(.*)$", text, re.MULTILINE))
     entry = METHODS[path.parent.name]
-    assert re.search(r"arXiv (\d{4}\.\d{5})$", head["Paper"])[1] in entry.source + entry.citation
+    assert re.search(r"arXiv (\d{4}\.\d{5})$", head["Paper"])[1] in entry.card.source + entry.card.citation
     assert re.search(r"not published|\d", head["Expected"])
     assert head["Command"] == f"cairn run --config {path.relative_to(ROOT)}"
     assert head["Status"] == "not yet run on these weights"

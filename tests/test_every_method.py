@@ -18,17 +18,12 @@ from cairn.config import settings
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, one_line
 from cairn.methods.catalogue import METHODS
-from cairn.methods.protocol import CAPABILITIES, CosineScoring, DescribedClasses, KeepsImages, PatchReasons
+from cairn.methods.protocol import CosineScoring, DescribedClasses, KeepsImages, PatchReasons
 from cairn.serve.app import application
 from cairn.serve.guard import Rules
 from cairn.serve.service import Service
-from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
 
 TOKEN = "a-token-for-the-tests"
-QUICK = {
-    "stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1, "schedule.epochs": 1, "generator.steps": 5, "width": 64,
-}  # fmt: skip
 COUNTS = (4, 3, 5, 3)
 """Training images of the four classes."""
 
@@ -47,9 +42,9 @@ def learner(request, pictures, towers):
     """A learner of the first three classes."""
     entry, (images, names, _) = METHODS[request.param], pictures
     known = {path for path, _, _ in settings(entry.config())}
-    learner = IncrementalClassifier(
-        entry.name, towers, settings={key: value for key, value in QUICK.items() if key in known}
-    )
+    quick = {"width": 64} | {key: 1 if key.endswith("epochs") else value for key, value in entry.card.quick.items()}
+    settings_ = {key: value for key, value in quick.items() if key in known}
+    learner = IncrementalClassifier(entry.name, towers, settings=settings_)
     first = sum(COUNTS[:3])
     return learner.partial_fit(images[:first], names[:first])
 
@@ -62,7 +57,7 @@ def png(image) -> bytes:
 
 def saved(learner, folder):
     """Into the folder; skips the test where the method's learner cannot be saved, which is then said in one line."""
-    if METHODS[learner.method].keeps == "images":
+    if METHODS[learner.method].card.keeps == "images":
         with pytest.raises(ConfigError, match="keeps images"):
             learner.save(folder)
         pytest.skip("a method that keeps images is not saved")
@@ -71,19 +66,13 @@ def saved(learner, folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_row_declares_what_its_method_can_do(method, towers):
-    """On images and on embeddings; and the other words of the row say the same."""
+def test_the_words_of_a_card_agree(method):
     entry = METHODS[method]
-    flat = FeatureTowers(
-        name="made", dim=8, logit_scale=20.0, fingerprint="made", names=("a",), text=torch.eye(8)[:1].numpy()
+    assert (KeepsImages in entry.capabilities) == (entry.card.keeps == "images")
+    assert ("descriptions" in {path for path, _, _ in settings(entry.config())}) == (
+        DescribedClasses in entry.capabilities
     )
-    for own in (towers, flat):
-        built = entry.build(own, entry.default_config(own), seed=1, log=Log())
-        assert {kind for kind in CAPABILITIES if isinstance(built, kind)} == set(entry.capabilities)
-        assert built.towers is own
-        assert type(built.config) is entry.config
-    assert (KeepsImages in entry.capabilities) == (entry.keeps == "images")
-    assert (DescribedClasses in entry.capabilities) == entry.descriptions
+    assert entry.card.text or not entry.card.needs_text
 
 
 def test_serve_answers_everything(learner, pictures, towers, tmp_path):

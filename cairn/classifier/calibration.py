@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, loss_curve
-from cairn.methods.protocol import GaussianScoring, Method
+from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
 from cairn.storage.schema import Count, Record
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
@@ -43,14 +42,6 @@ MOST = 512
 """Images of a task that are left out, at most."""
 
 BATCH = 64
-
-
-@runtime_checkable
-class HoldsOut(Protocol):
-    """A method that scores images of each task before it learns from them."""
-
-    held_out: tuple[Scores, Labels] | None
-    """Scores and labels of those of the task that was learned last."""
 
 
 class Calibration(Record):

@@ -12,7 +12,7 @@ def card(record: LearnerRecord) -> str:
     entry, towers, made_by = method_named(record.method), record.towers, record.versions
     lines = [
         "# A classifier that learns on", "",
-        f"- method: {record.method}, {entry.title} ({entry.source})",
+        f"- method: {record.method}, {entry.card.title} ({entry.card.source})",
         f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
         f"revision {one_line(towers.revision or 'none')}",
         f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}, none of which is kept",

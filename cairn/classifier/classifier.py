@@ -39,7 +39,7 @@ from cairn.errors import (
 )
 from cairn.maths.calibration import log_probabilities
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import KeepsImages, Method, PatchReasons
+from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
 from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
 from cairn.storage.files import atomic_write
@@ -370,7 +370,7 @@ class IncrementalClassifier:
 
     def require_savable(self) -> None:
         """Raises ConfigError for a method that keeps images: `save` writes none."""
-        if method_named(self.method).keeps == "images":
+        if method_named(self.method).card.keeps == "images":
             raise ConfigError(
                 f"method '{self.method}' keeps images, so it cannot be saved; take another of `cairn list`"
             )
@@ -482,7 +482,7 @@ class IncrementalClassifier:
             preprocess=held.preprocess, revision=held.revision if towers in (None, held.name) else None,
         )  # fmt: skip
         entry, made_by = method_named(record.method), record.versions.get("cairn")
-        learner._stored_config = validated(entry.config, entry.completed(record.config), where, made_by)
+        learner._stored_config = validated(entry.config, entry.card.completed(record.config), where, made_by)
         learner.classes_ = np.array(record.classes, dtype=object)
         learner.counts_ = np.array(record.counts, dtype=np.int64)
         learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]
@@ -519,7 +519,7 @@ class IncrementalClassifier:
         if self._stored_config is not None:
             return self._stored_config
         config = entry.default_config(towers)
-        if entry.descriptions and self.descriptions is None:
+        if DescribedClasses in entry.capabilities and self.descriptions is None:
             config = config.model_copy(update={"descriptions": "template"})
         return with_values(config, (self.settings or {}).items())
 

@@ -126,15 +126,15 @@ def list_() -> None:
     columns = ("name", "trains", "keeps", "MB", "exemplars", "uses", "source")
     rows = [
         (
-            m.name,
-            m.trains,
-            m.keeps,
-            f"{m.bytes(*SOME) / 1e6:.1f}",
-            _yes(not m.exemplar_free),
-            ", ".join(m.uses),
-            m.source,
+            name,
+            entry.card.trains,
+            entry.card.keeps,
+            f"{entry.card.bytes(*SOME) / 1e6:.1f}",
+            _yes(not entry.card.exemplar_free),
+            ", ".join(entry.uses),
+            entry.card.source,
         )
-        for m in METHODS.values()
+        for name, entry in METHODS.items()
     ]
     console.table("Methods (MB kept of 100 classes with 50 images each, 512 numbers per embedding)", columns, rows)
     own = [
@@ -152,22 +152,22 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
     from cairn.config import settings
     from cairn.methods.catalogue import method_named
 
-    entry = method_named(method)
-    console = Console()
-    console.note(f"{entry.title}\n\n{entry.citation}\n")
-    for number, stage in enumerate(entry.stages, 1):
+    entry, console = method_named(method), Console()
+    card = entry.card
+    console.note(f"{card.title}\n\n{card.citation}\n")
+    for number, stage in enumerate(card.stages, 1):
         console.note(f"  {number}. {stage}")
     console.note(
-        f"\ntrains: {entry.trains}; keeps of old classes: {entry.keeps}; exemplar-free: {_yes(entry.exemplar_free)}"
+        f"\ntrains: {card.trains}; keeps of old classes: {card.keeps}; exemplar-free: {_yes(card.exemplar_free)}"
     )
     console.note(f"uses: {', '.join(entry.uses) or 'images alone'}")
     console.note(
-        f"bytes kept: {entry.bytes(*SOME) / 1e6:.1f} MB of 100 classes, 50 images each, 512 numbers per embedding"
+        f"bytes kept: {card.bytes(*SOME) / 1e6:.1f} MB of 100 classes, 50 images each, 512 numbers per embedding"
     )
     console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
-    forms = [("Settings (--set key=value)", entry.config())]
-    if entry.has_embedding_form:
-        forms.append(("Settings on a features file (embedding form)", entry.embedding_config()))
+    forms = [("Settings (--set key=value)", card.config())]
+    if card.has_embedding_form:
+        forms.append(("Settings on a features file (embedding form)", card.embedding_config()))
     for title, config in forms:
         rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
         if rows:

@@ -122,7 +122,7 @@ def run(
     if method is None:
         raise ConfigError(asked.problem or "no method given; see `cairn list`")
     entry = method_named(method)
-    if keep_learner and entry.keeps == "images":
+    if keep_learner and entry.card.keeps == "images":
         raise ConfigError(f"--keep-learner: method '{entry.name}' keeps images, so it cannot be saved; leave it out")
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"

@@ -150,4 +150,4 @@ def _memory(entry: Entry, left: dict[str, Any]) -> list[str]:
     kept = next((key for key in ("memory_size", "memory_per_class") if asked.get(key)), None)
     if kept is None:
         return []
-    return [f"{kept} {asked[kept]} is not used: {entry.name} keeps {entry.keeps}"]
+    return [f"{kept} {asked[kept]} is not used: {entry.name} keeps {entry.card.keeps}"]

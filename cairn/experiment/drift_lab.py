@@ -19,7 +19,7 @@ from cairn.experiment.metrics import average_incremental, seen_accuracy
 from cairn.maths.bures import bures_parts
 from cairn.maths.drift import Drift
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.dmc_ot import DMCOT, Config, Motion
+from cairn.methods.dmc_ot import DMCOT, DmcOtConfig, Motion
 from cairn.towers.protocol import Towers
 from cairn.training.log import Log
 
@@ -41,7 +41,7 @@ class _Truthful(DMCOT):
 
 
 def drift_rows(
-    stream: TaskStream, towers: Towers, config: Config, estimators: Mapping[str, Drift], *, seed: int, log: Log
+    stream: TaskStream, towers: Towers, config: DmcOtConfig, estimators: Mapping[str, Drift], *, seed: int, log: Log
 ) -> tuple[list[Row], list[Row]]:
     """Errors and accuracies of every estimator on one stream.
 
@@ -82,7 +82,7 @@ def drift_rows(
 
 def _truth(stream: TaskStream, learner: DMCOT, task: int) -> GaussianMemory:
     """The statistics of all classes of earlier tasks, from their images under the encoder as it stands."""
-    memory = GaussianMemory(learner.towers.dim, learner.config.covariance, learner.config.shrinkage)
+    memory = learner.config.memory(learner.towers.dim)
     for old in stream.tasks[:task]:
         memory = memory.add(
             *learner.features(Loader(old.train, learner.towers.prepare, learner.towers.pixels, batch=256))

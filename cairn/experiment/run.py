@@ -98,7 +98,7 @@ def tower_stands(entry: Entry, settings: BaseModel) -> bool:
     """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
     tunings = {value for path, value, _ in every_setting(settings) if path.rpartition(".")[2] == "tuning"}
     alters = isinstance(settings, AltersImages) and settings.alters_images
-    return tunings <= {"none", "adapter"} and not alters and entry.keeps != "images"
+    return tunings <= {"none", "adapter"} and not alters and entry.card.keeps != "images"
 
 
 class Learned(NamedTuple):
@@ -142,7 +142,7 @@ def run_stream(
         else:
             reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
             log("notice", text=f"the cache is not used: {reason}")
-    if not towers.has_images and entry.has_embedding_form:
+    if not towers.has_images and entry.card.has_embedding_form:
         log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
             "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
     log(
@@ -158,7 +158,7 @@ def run_stream(
     if archive is not None:
         course.keep(checkpoint, archive)
     method = course.method
-    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.exemplar_free, world=world)
+    evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     for task in stream.tasks[course.done :]:
         before = course.before()
         with course.learning():
@@ -191,7 +191,7 @@ def run_stream(
     seen = seen_accuracy(table, sizes)
     return RunResult(
         method=entry.name,
-        exemplar_free=entry.exemplar_free,
+        exemplar_free=entry.card.exemplar_free,
         config=settings.model_dump(mode="json"),
         run=config,
         data=stream.name,
@@ -310,7 +310,7 @@ class _Course:
             method = self.entry.build(self.towers, self.settings, seed=self.config.seed, log=Log())
             if done:
                 method.load_state_dict(state)
-            if self.entry.keeps == "images":
+            if self.entry.card.keeps == "images":
                 method.attach_images(self.stream.tasks[:done])
             return method
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cairn.maths.rows import without
 from cairn.types import Features, Labels
 
 
@@ -38,7 +39,7 @@ class Exemplars:
 
     def without(self, c: int) -> Exemplars:
         kept = self.labels != c
-        return Exemplars(self.rows[kept], torch.cat([self.sizes[:c], self.sizes[c + 1 :]]))
+        return Exemplars(self.rows[kept], without(self.sizes, c))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"rows": self.rows, "sizes": self.sizes}

@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from cairn.config import Settings, kind_by_name
 from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
+from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.memory.covariances import Covariance, Full, Held
 from cairn.types import Features, Labels
@@ -34,6 +37,26 @@ LONE_VARIANCE = 0.01
 
 FLAT = 1e-12
 """A trace below this share of |mean|^2 is rounding: the class counts as having no scatter."""
+
+
+class GaussianSettings(Settings):
+    """How a method keeps Gaussians."""
+
+    covariance: Covariance = Field(
+        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I; SLCA and RAPF, P: full]"
+    )
+    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
+
+    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
+
+    def memory(self, dim: int) -> GaussianMemory:
+        """A memory that holds no class yet."""
+        return GaussianMemory(dim, covariance=self.covariance, shrinkage=self.shrinkage)
+
+
+def full_bytes(d: int) -> int:
+    """Bytes of a class with a full covariance: that, mean and count."""
+    return 2 * d * (d + 1) + 4 * d + 8
 
 
 class _Stored(NamedTuple):
@@ -231,13 +254,8 @@ class GaussianMemory:
         is kept does not tell which part that is. Raises IndexError for a class not held."""
         self._known(c)
         counts, means, held = self._stored
-
-        def rest(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[:c], tensor[c + 1 :]])
-
-        return self._with(
-            _Stored(rest(counts), rest(means), held if self._kind.pooled else {k: rest(v) for k, v in held.items()})
-        )
+        held = held if self._kind.pooled else {name: without(rows, c) for name, rows in held.items()}
+        return self._with(_Stored(without(counts, c), without(means, c), held))
 
     # What it is for
 
@@ -280,6 +298,10 @@ class GaussianMemory:
         The tensors are the memory's own, not copies: like those of a torch module they are for writing to a file.
         """
         return {"counts": self._stored.counts, "means": self._stored.means, **self._stored.held}
+
+    def restored(self, state: dict[str, Tensor]) -> GaussianMemory:
+        """The memory whose `state_dict` this is, with the settings of this one. Raises ResultError if it does not fit."""
+        return self.from_state(state, self._kind, self._shrinkage)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], covariance: Covariance, shrinkage: Shrinkage) -> GaussianMemory:

@@ -167,6 +167,10 @@ class GeneratorMemory:
         """Everything stored, as contiguous tensors: `counts` (int64) and the decoders' (float32)."""
         return {"counts": self._counts, **self._decoders._asdict()}
 
+    def restored(self, state: dict[str, Tensor]) -> GeneratorMemory:
+        """The memory whose `state_dict` this is, with the sizes of this one. Raises ResultError if it does not fit."""
+        return self.from_state(state, *self._decoders.A.shape[1:], self.dim)
+
     @classmethod
     def from_state(cls, state: dict[str, Tensor], latent: int, hidden: int, dim: int) -> GeneratorMemory:
         """The memory whose `state_dict` this is. Raises ResultError where names, types or shapes are not those of its sizes."""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cairn.maths.rows import without
 from cairn.types import Features, Labels
 
 
@@ -36,7 +37,7 @@ class ClassMeans:
 
     def without(self, c: int) -> ClassMeans:
         p, n = self.means, self.counts
-        return ClassMeans(torch.cat([p[:c], p[c + 1 :]]), torch.cat([n[:c], n[c + 1 :]]))
+        return ClassMeans(without(p, c), without(n, c))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"prototypes": self.means, "counts": self.counts}

@@ -73,3 +73,7 @@ class ClassMemory(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """What is stored, as a flat dictionary of contiguous tensors."""
         ...
+
+    def restored(self, state: dict[str, Tensor]) -> ClassMemory:
+        """The memory whose `state_dict` this is, with the settings of this one. Raises ResultError if it does not fit."""
+        ...

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.maths.ridge import compressed, solved
+from cairn.maths.rows import without
 
 
 class SecondOrder:
@@ -60,7 +61,7 @@ class SecondOrder:
 
     def without(self, c: int) -> SecondOrder:
         """Column c of D gone; in R its images stay, as counterexamples of the others."""
-        return SecondOrder(self.R, torch.cat([self.D[:, :c], self.D[:, c + 1 :]], 1), self._K)
+        return SecondOrder(self.R, without(self.D, c, 1), self._K)
 
     def solution(self, lam: float) -> Float[Tensor, "m k"]:
         """W = (G + lam I)^-1 C = R^T (K + lam I)^-1 D. NaN where there is none."""

@@ -11,12 +11,14 @@ P = (G + lam I)^-1 with G the sum of H^T H over all tasks.
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cairn.config import Settings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.ridge import one_hot, recursive_ridge
-from cairn.methods.protocol import FROZEN
+from cairn.maths.rows import without
+from cairn.methods.protocol import FROZEN, Card
 from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
@@ -26,10 +28,8 @@ from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
 
-class Config(BaseModel):
+class AcilConfig(Settings):
     """The settings of ACIL."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     width: int = Field(2048, ge=0, description="m, random features; 0: the embeddings themselves [I; paper: thousands]")
     ridge: float = Field(100.0, gt=0, description="lam, fixed for the whole stream [I]")
@@ -38,9 +38,22 @@ class Config(BaseModel):
 class ACIL:
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
+    card = Card(
+        title="ACIL: recursive least squares",
+        source="Zhuang et al. 2022",
+        citation="Zhuang et al. ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy Protection. "
+        "NeurIPS 2022. arXiv 2205.14922.",
+        config=AcilConfig,
+        stages=("one pass of the frozen tower, random features", "recursive update of the linear head"),
+        trains="head",
+        keeps="second-order",
+        bytes=lambda k, d, n, i, w: 8 * 2048**2,
+        passes="one per image, can be cached",
+    )
+
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: AcilConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log = towers, config, log
         self.random = RandomFeatures(towers.dim, config.width, seed)
         m = self.random.width
@@ -61,7 +74,7 @@ class ACIL:
 
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""
-        self.W = torch.cat([self.W[:, :c], self.W[:, c + 1 :]], 1)
+        self.W = without(self.W, c, 1)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

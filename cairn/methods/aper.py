@@ -10,14 +10,15 @@ Letters: f the encoder as it came, f* the adapted one; x = [f(x) ; f*(x)], p_c t
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from cairn.config import kind_by_name
+from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods.first_session import adapted
+from cairn.methods.protocol import Card
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
@@ -26,13 +27,11 @@ from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Pixels, Scores
 
 
-class Config(BaseModel):
+class AperConfig(Settings):
     """The settings of APER."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tuning: Tuning = Field(
         Bottleneck(),
@@ -45,7 +44,7 @@ class Config(BaseModel):
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> AperConfig:
         """The form that needs no image tower."""
         return cls(tuning=Adapter())
 
@@ -53,7 +52,22 @@ class Config(BaseModel):
 class APER:
     """argmax_c s cos([f(x) ; f*(x)], p_c)."""
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    card = Card(
+        title="APER: class means of the adapted and the original encoder",
+        source="Zhou et al. 2023",
+        citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity "
+        "are All You Need. arXiv 2303.07338.",
+        config=AperConfig,
+        stages=("first task alone: the image encoder is adapted", "mean per class of [original ; adapted] embeddings"),
+        trains="vision, first task",
+        keeps="means",
+        bytes=lambda k, d, n, i, w: k * (8 * d + 8),
+        passes="two per image; in the first task one per epoch, with gradients",
+        moves=True,
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
+
+    def __init__(self, towers: Towers, config: AperConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
         self.means = ClassMeans.empty(2 * towers.dim)
@@ -61,11 +75,6 @@ class APER:
     @property
     def encoder(self) -> str:
         return f"adapted-{self.image.version}"
-
-    @property
-    def counts(self) -> Labels:
-        """Images each class was learned from."""
-        return self.means.counts
 
     @property
     def memory_bytes(self) -> int:

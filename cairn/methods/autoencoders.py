@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import LONE_VARIANCE
 from cairn.memory.generators import Decoders, GeneratorMemory
-from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.fit import fit
 from cairn.training.log import Log
@@ -42,11 +41,9 @@ class Vae(BaseModel):
     batch: int = Field(32, ge=1, description="rows of each class and step [I]")
     lr: float = Field(1e-2, gt=0, description="peak learning rate, Adam [I]")
 
-    def empty(self, dim: int) -> GeneratorMemory:
+    def memory(self, dim: int) -> GeneratorMemory:
+        """A memory that holds no class yet."""
         return GeneratorMemory.empty(self.latent, self.hidden, dim)
-
-    def restored(self, state: State, dim: int) -> GeneratorMemory:
-        return GeneratorMemory.from_state(state, self.latent, self.hidden, dim)
 
     def learned(
         self, memory: GeneratorMemory, x: Features, y: Labels, device: torch.device, seeds: Seeds, log: Log,

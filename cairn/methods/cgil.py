@@ -13,20 +13,18 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from cairn.config import kind_by_name
+from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.covariances import Covariance, Full
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.autoencoders import Vae
-from cairn.methods.protocol import FROZEN, CosineForm
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring
 from cairn.methods.stages import TextStage, align_text, class_anchors
-from cairn.methods.unit_rows import UnitRows
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -34,27 +32,13 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels
 
 
-class _Choice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Gaussian(_Choice):
+class Gaussian(GaussianSettings):
     """A Gaussian per class, the alternative that costs no training [I: its covariance]."""
 
     kind: Literal["gaussian"] = "gaussian"
-    covariance: Covariance = Field(Full(), description="what is kept of a class: full, low_rank, diagonal or shared")
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge")
-
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
-
-    def empty(self, dim: int) -> GaussianMemory:
-        return GaussianMemory(dim, covariance=self.covariance, shrinkage=self.shrinkage)
-
-    def restored(self, state: State, dim: int) -> GaussianMemory:
-        return GaussianMemory.from_state(state, self.covariance, self.shrinkage)
 
     def learned(self, memory: GaussianMemory, x: Features, y: Labels, *_: object) -> GaussianMemory:
         """`memory` with these rows learned."""
@@ -64,7 +48,7 @@ class Gaussian(_Choice):
 Generator = Annotated[Vae | Gaussian, Field(discriminator="kind")]
 
 
-class Config(_Choice):
+class CgilConfig(Settings):
     """The settings of CGIL."""
 
     generator: Generator = Field(Vae(), description="what a class is drawn from: vae or gaussian [P: vae]")
@@ -73,25 +57,39 @@ class Config(_Choice):
     _kinds = field_validator("generator", mode="before")(kind_by_name)
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> CgilConfig:
         """The form for precomputed embeddings: residual class texts."""
         return cls(stage2=TextStage(real_share=0.0))
 
 
-class CGIL(UnitRows):
+class CGIL(CosineScoring, GaussianScoring):
     """argmax_c s cos(f(x), t_c), t_c trained on draws of every class seen."""
+
+    card = Card(
+        title="CGIL: generators of embeddings, class prompts on draws",
+        source="Frascaroli et al. 2024",
+        citation="Frascaroli et al. CLIP with Generative Latent Replay: a Strong Baseline for Incremental Learning. BMVC 2024. "
+        "arXiv 2407.15793.",
+        config=CgilConfig,
+        stages=(
+            "stage 1: a variational autoencoder per class of the task, on frozen embeddings",
+            "stage 2: class texts on draws of all classes seen, new ones too",
+        ),
+        trains="text",
+        keeps="generators",
+        bytes=lambda k, d, n, i, w: k * (4 * (64 * (16 + 1) + 66 * d) + 8),
+        passes="one per image, can be cached",
+        text=True,
+        quick={"generator.steps": 20, "stage2.schedule.epochs": 2, "stage2.schedule.batch": 8, "stage2.text.shared": 4},
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: CgilConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.texts = config.stage2.text.build(towers).to(towers.device)
-        self.memory: ClassMemory = config.generator.empty(towers.dim)
+        self.memory: ClassMemory = config.generator.memory(towers.dim)
         self._class_texts = torch.zeros(0, towers.dim)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         config, s = self.config, self.towers.logit_scale
@@ -118,27 +116,20 @@ class CGIL(UnitRows):
     def forget(self, c: int) -> None:
         self.memory = self.memory.without(c)
         self.texts.forget(c)
-        self._class_texts = torch.cat([self._class_texts[:c], self._class_texts[c + 1 :]])
+        self._class_texts = without(self._class_texts, c)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
     @property
     def class_matrix(self) -> Features:
-        """t_c, one unit row per class."""
         return self._class_texts
-
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(self.towers.vision(), self.class_matrix)
-
-    def row_scores(self, x: Features) -> Scores:
-        return self.towers.logit_scale * x @ self.class_matrix.to(x.device).T
 
     def state_dict(self) -> State:
         return flattened({"texts": self.texts.state(), "memory": self.memory.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.texts.restore(part(state, "texts"))
-        self.memory = self.config.generator.restored(part(state, "memory"), self.towers.dim)
+        self.memory = self.memory.restored(part(state, "memory"))
         if self.memory.classes:
             self._remember_texts()

@@ -13,28 +13,42 @@ Letters: z = f(x)/|f(x)| unit image; t_c unit text of class c; s scale; lambda m
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cairn.config import Settings
 from cairn.methods.fixed_text_head import FixedTextHead
+from cairn.methods.protocol import Card
 from cairn.methods.stages import VisionStage
 from cairn.towers.tuning import Full
 from cairn.training.schedule import Schedule
 
 
-class Config(BaseModel):
+class ClipoodConfig(Settings):
     """lambda = .3, beta = .5, AdamW at 5e-6 and batches of 36 as the paper has them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage1: VisionStage = Field(
         VisionStage(tuning=Full(), margin=0.3, schedule=Schedule(epochs=2, batch=36, lr=Full().lr))
     )
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> ClipoodConfig:
         """The form for precomputed embeddings: a linear adapter, under the same loss and average."""
         return cls(stage1=VisionStage.embedding().model_copy(update={"margin": 0.3, "average": 0.5}))
 
 
 class CLIPood(FixedTextHead):
     """argmax_c s cos(f_b(x), t_c), f_b the average over its tuning on task b."""
+
+    card = Card(
+        title="CLIPood: margins between class texts, averaged weights",
+        source="Shu et al. 2023",
+        citation="Shu et al. CLIPood: Generalizing CLIP to Out-of-Distributions. ICML 2023. arXiv 2302.00864.",
+        config=ClipoodConfig,
+        stages=("stage 1: vision against class texts, with margins; the weights end as their Beta average",),
+        trains="vision",
+        keeps="nothing",
+        passes="one per image and epoch, with gradients",
+        text=True,
+        moves=True,
+        quick={"stage1.schedule.epochs": 1, "stage1.schedule.batch": 8, "stage1.schedule.lr": 1e-3},
+    )

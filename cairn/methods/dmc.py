@@ -11,43 +11,59 @@ Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scal
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
-from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.shrinkage import Oas, Shrinkage
-from cairn.memory.covariances import Covariance, Full
+from cairn.memory.gaussians import GaussianSettings, full_bytes
+from cairn.methods.protocol import Card
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.methods.two_stage import TwoStageState
 from cairn.training.checkpoint import Checkpoint
 
 
-class Config(BaseModel):
+class DmcConfig(GaussianSettings):
     """The settings of DMC."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     stage1: VisionStage = Field(VisionStage())
-    covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
-    )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     stage2: TextStage = Field(TextStage())
     template_weight: float = Field(
         0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
 
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
-
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> DmcConfig:
         """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
         return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
 
 class DMC(TwoStageState):
     """argmax over the classes seen of s cos(f(x), t_c)."""
+
+    card = Card(
+        title="DMC: decoupled stages, Gaussian replay",
+        source="arXiv 2511.10974",
+        citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
+        config=DmcConfig,
+        stages=(
+            "stage 1: vision moves, class texts are the frozen anchor",
+            "statistics: a Gaussian per class from one pass of the new encoder",
+            "stage 2: text moves, vision is frozen; old classes are drawn from their Gaussians",
+        ),
+        trains="vision, then text",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        passes="one per image and epoch, with gradients, and one more",
+        text=True,
+        moves=True,
+        quick={
+            "stage1.schedule.epochs": 1,
+            "stage1.schedule.batch": 8,
+            "stage1.schedule.lr": 1e-3,
+            "stage2.schedule.epochs": 2,
+            "stage2.schedule.batch": 8,
+        },
+    )
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         config, s = self.config, self.towers.logit_scale

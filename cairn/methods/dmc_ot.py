@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from cairn.config import kind_by_name
 from cairn.data.loading import Loader
@@ -22,9 +22,8 @@ from cairn.data.probes import Probes
 from cairn.data.stream import Task
 from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
-from cairn.maths.shrinkage import Oas, Shrinkage
-from cairn.memory.covariances import Covariance, Full
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.methods.protocol import Card
 from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.methods.two_stage import TwoStageState
 from cairn.towers.prompts import Prompts
@@ -38,16 +37,10 @@ PROMPTS = Prompts(shared=4, task=4, per_class=0, freeze_old=True, residual=20.0)
 a residual per class that goes on giving way to later classes."""
 
 
-class Config(BaseModel):
+class DmcOtConfig(GaussianSettings):
     """The settings of DMC-OT: DMC's, the drift estimator and the separability of class texts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     stage1: VisionStage = Field(VisionStage())
-    covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
-    )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     drift: AnyDrift = Field(
         LocalPairedMap(),
         description="how old Gaussians follow the encoder: none, mean, sdc, bures [P, as read], sinkhorn, paired or local",
@@ -70,7 +63,7 @@ class Config(BaseModel):
         0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
 
-    _kinds = field_validator("covariance", "shrinkage", "drift", mode="before")(kind_by_name)
+    _drift_kind = field_validator("drift", mode="before")(kind_by_name)
 
     @property
     def alters_images(self) -> bool:
@@ -78,7 +71,7 @@ class Config(BaseModel):
         return self.probes > 0 and self.stage1.tuning.kind != "none"
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> DmcOtConfig:
         """The form for precomputed embeddings: a linear adapter in stage 1, residual class texts in stage 2."""
         return cls(stage1=VisionStage.embedding(), stage2=TextStage())
 
@@ -97,7 +90,34 @@ class Motion(NamedTuple):
 class DMCOT(TwoStageState):
     """argmax over the classes seen of s cos(f(x), t_c)."""
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    card = Card(
+        title="DMC-OT: DMC, Gaussians calibrated, prompts per task",
+        source="arXiv 2511.10974",
+        citation="Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning. arXiv 2511.10974.",
+        config=DmcOtConfig,
+        stages=(
+            "stage 1: vision moves, class texts are the frozen anchor",
+            "calibration: every old Gaussian follows the encoder by an affine map",
+            "statistics: a Gaussian per new class from one pass of the new encoder",
+            "stage 2: text moves (a shared and a task's prompt block), vision is frozen; old classes are drawn",
+        ),
+        trains="vision, then text",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        passes="one per image and epoch, with gradients, one before and one after",
+        text=True,
+        moves=True,
+        quick={
+            "stage1.schedule.epochs": 1,
+            "stage1.schedule.batch": 8,
+            "stage1.schedule.lr": 1e-3,
+            "stage2.schedule.epochs": 2,
+            "stage2.schedule.batch": 8,
+            "stage2.text.shared": 4,
+        },
+    )
+
+    def __init__(self, towers: Towers, config: DmcOtConfig, *, seed: int, log: Log):
         if config.probes and not towers.has_images:
             raise ConfigError("probes: a features file has no images to alter; set probes=0")
         super().__init__(towers, config, seed=seed, log=log)

@@ -30,10 +30,11 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from cairn.config import Settings
 from cairn.data.augment import CHANCES, view
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
@@ -41,6 +42,7 @@ from cairn.data.stream import Task
 from cairn.errors import ConfigError, ResultError
 from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.losses import batch_contrast
+from cairn.maths.rows import without
 from cairn.maths.shrinkage import Ridge
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Shared
@@ -48,7 +50,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.methods.described import sentences_of
 from cairn.methods.projector import Projector
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, Card, DescribedClasses
 from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -61,10 +63,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class Config(BaseModel):
+class EngineConfig(Settings):
     """The settings of ENGINE. [P] figures are those of CIFAR-100 where sets differ."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     descriptions: str = Field(
         "data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
@@ -109,17 +109,38 @@ class Config(BaseModel):
         return True
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> EngineConfig:
         """For precomputed embeddings: class texts stand in for descriptions, noise for altered images."""
         return cls(descriptions="template")
 
 
-class ENGINE:
+class ENGINE(DescribedClasses):
     """argmax_c of s (stat D_c + (1 - stat) (rerank R_c + (1 - rerank) cos(G_i(x), G_t(t_c))))."""
+
+    card = Card(
+        title="ENGINE: descriptions injected, likeliest classes re-ranked",
+        source="Zhou et al. 2025",
+        citation="Zhou et al. External Knowledge Injection for CLIP-Based Class-Incremental Learning. ICCV 2025. "
+        "arXiv 2503.08510.",
+        config=EngineConfig,
+        stages=(
+            "one pass of the frozen tower: images and altered copies of them",
+            "units of the task: texts towards descriptions, images towards altered ones, noisy means of old classes",
+            "discriminant head: class means and one covariance of the features before the projection",
+            "at test: head, cosines and the likeliest classes by the sentences that tell them apart, as weighed",
+        ),
+        trains="projectors",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * (4 * (d + w) + 16) + 2 * w * (w + 1),
+        passes="one per image and one for its altered copy",
+        text=True,
+        older={"stat": 0.0, "rerank": 0.5, "loss": "cross_entropy"},
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: EngineConfig, *, seed: int, log: Log):
         if config.descriptions != "template" and not towers.has_images:
             raise ConfigError("descriptions: a features file has no text tower; set descriptions=template")
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
@@ -136,11 +157,6 @@ class ENGINE:
         """Class means and one covariance of h, empty with `stat` 0."""
         self.head = head
         self._discriminant: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def counts(self) -> Labels:
-        """Images each class was learned from."""
-        return self.means.counts
 
     @property
     def needs_sentences(self) -> bool:
@@ -224,7 +240,7 @@ class ENGINE:
         return unit(torch.stack([own.mean(0) for own in self.sentences]))
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.means = self.means.without(c)
         self.sentences = self.sentences[:c] + self.sentences[c + 1 :]
         if self.config.stat:
@@ -288,7 +304,7 @@ class ENGINE:
             if not head:
                 raise ResultError("engine: the state holds no discriminant head; set stat=0, or learn again")
             self.tasks = int(head.pop("tasks"))
-            self._set_head(GaussianMemory.from_state(head, Shared(), Ridge(eps=0)))
+            self._set_head(self.head.restored(head))
 
 
 class _Batches:

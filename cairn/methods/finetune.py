@@ -5,23 +5,37 @@ Source: the field's `finetune` baseline, in the form of DMC's stage 1.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cairn.config import Settings
 from cairn.methods.fixed_text_head import FixedTextHead
+from cairn.methods.protocol import Card
 from cairn.methods.stages import BOUND, VisionStage
 
 
-class Config(BaseModel):
+class FinetuneConfig(Settings):
     """As joint training has it, with every class seen in the softmax: the plain thing to do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage1: VisionStage = Field(BOUND)
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> FinetuneConfig:
         return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}))
 
 
 class FineTune(FixedTextHead):
     """argmax_c s cos(f_b(x), t_c), f_b trained on one task after the other."""
+
+    card = Card(
+        title="Fine-tuning without memory",
+        source="the field's baseline",
+        citation="The plain sequential fine-tuning baseline of the class-incremental literature.",
+        config=FinetuneConfig,
+        stages=("stage 1: vision against class texts",),
+        trains="vision",
+        keeps="nothing",
+        passes="one per image and epoch, with gradients",
+        text=True,
+        moves=True,
+        quick={"stage1.schedule.epochs": 1, "stage1.schedule.batch": 8, "stage1.schedule.lr": 1e-3},
+    )

@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.similarity import unit
-from cairn.methods.protocol import CosineForm
+from cairn.maths.rows import without
+from cairn.methods.protocol import CosineScoring
 from cairn.methods.stages import align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -18,10 +19,10 @@ from cairn.towers.tuning import ImageEncoder
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels
 
 
-class FixedTextHead:
+class FixedTextHead(CosineScoring):
     """argmax_c s cos(f_b(x), t_c), f_b trained by `config.stage1` on one task after the other, t_c never."""
 
     memory_bytes = 0
@@ -45,21 +46,17 @@ class FixedTextHead:
         align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 
     @property
     def class_matrix(self) -> Features:
-        """t_c, one unit row per class."""
         return self.anchors
 
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
+    def vision(self) -> nn.Module:
+        return copy.deepcopy(self.image.module)
 
     def state_dict(self) -> State:
         return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})

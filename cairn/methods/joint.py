@@ -7,17 +7,19 @@ upper bound depends on its settings and the data: see docs/measured.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from torch import nn
 
+from cairn.config import Settings
 from cairn.data.images import Concatenation
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, without_class
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.protocol import CosineForm
+from cairn.methods.protocol import Card, CosineScoring, KeepsImages
 from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -27,13 +29,11 @@ from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels
 
 
-class Config(BaseModel):
+class JointConfig(Settings):
     """Both stages of DMC, given everything at once."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage1: VisionStage = Field(BOUND)
     stage2: TextStage = Field(TextStage(schedule=Schedule(epochs=3, batch=128, lr=0.2)))
@@ -42,14 +42,35 @@ class Config(BaseModel):
     )
 
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> JointConfig:
         return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}), stage2=TextStage())
 
 
-class Joint:
+class Joint(CosineScoring, KeepsImages):
     """argmax_c s cos(f(x), t_c), f and t trained on all images seen so far."""
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    card = Card(
+        title="Joint training on all images so far",
+        source="the field's baseline",
+        citation="The joint-training baseline of the class-incremental literature.",
+        config=JointConfig,
+        stages=("stage 1 on all images so far", "stage 2 on all images so far"),
+        trains="vision, then text",
+        keeps="images",
+        bytes=lambda k, d, n, i, w: n * i,
+        passes="one per image so far and epoch, with gradients",
+        text=True,
+        moves=True,
+        quick={
+            "stage1.schedule.epochs": 1,
+            "stage1.schedule.batch": 8,
+            "stage1.schedule.lr": 1e-3,
+            "stage2.schedule.epochs": 2,
+            "stage2.schedule.batch": 8,
+        },
+    )
+
+    def __init__(self, towers: Towers, config: JointConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.tasks: list[Task] = []
         self.anchors = torch.zeros(0, towers.dim)
@@ -95,12 +116,8 @@ class Joint:
         nothing = GaussianMemory(self.towers.dim)
         align_text(stage2, self.texts, unit(z), y, nothing, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
 
-    def attach_images(self, tasks: Sequence[Task]) -> None:
-        """The tasks learned so far, whose images a state does not hold."""
-        self.tasks = list(tasks)
-
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.texts.forget(c)
         self.tasks = [without_class(task, c) for task in self.tasks]
 
@@ -110,14 +127,10 @@ class Joint:
     @property
     @torch.no_grad()
     def class_matrix(self) -> Features:
-        """t_c, one unit row per class."""
         return self.texts()
 
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
+    def vision(self) -> nn.Module:
+        return copy.deepcopy(self.image.module)
 
     def state_dict(self) -> State:
         parts = {"image": self.image.state_dict(), "texts": self.texts.state()}

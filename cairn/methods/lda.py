@@ -10,19 +10,16 @@ Letters: z unit embedding of an image; N(mu_c, S_c) Gaussian of class c, with S_
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.gaussian import cholesky_repaired
-from cairn.maths.shrinkage import Oas, Shrinkage
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Shared
-from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.protocol import FROZEN
-from cairn.methods.unit_rows import UnitRows
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
@@ -31,35 +28,39 @@ from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
 
-class Config(BaseModel):
+class LdaConfig(GaussianSettings):
     """The settings of discriminant analysis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     covariance: Covariance = Field(
         Shared(), description="shared: one for all classes, a linear head; full, low_rank or diagonal: one per class"
     )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
-
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
 
 
-class LDA(UnitRows):
+class LDA(GaussianScoring):
     """argmax_c log N(z; mu_c, S_c)."""
+
+    card = Card(
+        title="Discriminant analysis: class means, one covariance",
+        source="Hayes & Kanan 2020",
+        citation="Hayes, Kanan. Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis. CVPR Workshops "
+        "2020. arXiv 1909.01520.",
+        config=LdaConfig,
+        stages=("mean embedding per class, one covariance for all",),
+        trains="nothing",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * (4 * d + 8) + 2 * d * (d + 1),
+        passes="one per image, can be cached",
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: LdaConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log = towers, config, log
-        self._set(GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage))
+        self._set(config.memory(towers.dim))
 
     def _set(self, memory: GaussianMemory) -> None:
         self.memory = memory
         self._whiteners: list[Tensor] = []
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
@@ -96,4 +97,4 @@ class LDA(UnitRows):
         return self.memory.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        self._set(GaussianMemory.from_state(state, self.config.covariance, self.config.shrinkage))
+        self._set(self.memory.restored(state))

@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cairn.config import Settings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.exemplars import Exemplars
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.projector import Projector
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, Card
 from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -39,13 +41,11 @@ from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Pixels, Scores
 
 
-class Config(BaseModel):
+class ProofConfig(Settings):
     """The settings of PROOF."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     exemplars: int = Field(20, ge=0, description="embeddings kept per class, chosen by herding; 0: none [P: 20]")
     prompts: int = Field(3, ge=0, description="context prompts that each task adds; 0: none [P: some; I: 3]")
@@ -97,9 +97,28 @@ class Fusion(nn.Module):
 class PROOF:
     """argmax_c of the mean of three scores: s cos(z, P_t(t_c)), s cos(T(z), T(P_i(p_c))) and s cos(T(z), T(P_t(t_c)))."""
 
+    card = Card(
+        title="PROOF: projections per task, images and classes fused",
+        source="Zhou et al. 2025",
+        citation="Zhou et al. Learning without Forgetting for Vision-Language Models. IEEE Transactions on Pattern Analysis "
+        "and Machine Intelligence 2025. arXiv 2305.19270.",
+        config=ProofConfig,
+        stages=(
+            "one pass of the frozen towers: class means, class texts",
+            "projections and prompts of the task, and the attention, on its images and the exemplars of old classes",
+            "exemplars: embeddings of each new class, herded towards its mean",
+        ),
+        trains="projectors",
+        keeps="exemplars",
+        bytes=lambda k, d, n, i, w: 4 * d * min(n, 20 * k) + k * (4 * d + 16),
+        passes="one per image, can be cached",
+        text=True,
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
+
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: ProofConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.device = torch.device(towers.device)
         names = ("visual", "textual")
@@ -109,11 +128,6 @@ class PROOF:
         self.anchors = torch.zeros(0, towers.dim)
         self.means = ClassMeans.empty(towers.dim)
         self.exemplars = Exemplars.empty(towers.dim)
-
-    @property
-    def counts(self) -> Labels:
-        """Images each class was learned from."""
-        return self.means.counts
 
     @property
     def memory_bytes(self) -> int:
@@ -155,7 +169,7 @@ class PROOF:
         return s * z @ W.T, fused[:, :k], fused[:, k:]
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.means, self.exemplars = self.means.without(c), self.exemplars.without(c)
 
     def embed(self, pixels: Pixels) -> Features:

@@ -1,27 +1,93 @@
-"""What every method offers, and what some do. The contract is structural: a method inherits nothing.
+"""The contract of a method: `Method` and its `Card`, which every method has, and the capabilities that only some have.
 
-What only some methods have is a capability, a protocol of its own, asked for with `isinstance`. Each is listed in
-`CAPABILITIES`; a row of the table of methods declares those that its method has, and a test compares the two.
+`Method` is structural: a method need not inherit anything. A capability is an abstract class, most with a default
+implementation. A method has it by inheriting it, and is asked for it with `isinstance`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel
 from torch import nn
 
+from cairn.config import EmbeddingForm, NoSettings
 from cairn.data.stream import Task
+from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 FROZEN = "frozen"
 """The `encoder` of a method whose embeddings are, or begin with, those of the towers as they came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a method declares of itself: `cairn list` and `cairn explain` show it, a run holds the method to it."""
+
+    title: str
+    source: str
+    """The paper in two words, as in a citation."""
+    citation: str = ""
+    config: type[BaseModel] = NoSettings
+    """The class of its settings."""
+    stages: tuple[str, ...]
+    """What `learn` does, one line each."""
+    trains: str
+    """What is trained, or `nothing`."""
+    keeps: str
+    """What remains of old classes: `nothing`, `means`, `gaussians`, `second-order` (sums over all classes together),
+    `generators`, `exemplars` (embeddings of single images) or `images`. With one of the last two a method is not exemplar-free."""
+    bytes: Callable[[int, int, int, int, int], int] = lambda k, d, n, i, w: 0
+    """The size of what is kept with default settings, for k classes, d numbers per embedding, n images learned from, i bytes
+    of an image and w numbers before the projection."""
+    passes: str
+    """How often an image passes the image tower in learning."""
+    text: bool = False
+    """Whether class texts are used."""
+    needs_text: bool = False
+    """Whether it does not work without."""
+    moves: bool = False
+    """Whether the image encoder is trained, once or in every task."""
+    older: Mapping[str, Any] = field(default_factory=dict)
+    """For settings that came later, what a learner from before them was made with."""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with which it learns in seconds, for tests."""
+
+    @property
+    def exemplar_free(self) -> bool:
+        return self.keeps not in ("exemplars", "images")
+
+    def default_config(self, towers: Towers) -> BaseModel:
+        """The default settings; on precomputed embeddings those of the embedding form, if there is one."""
+        return self.config() if towers.has_images else self.embedding_config()
+
+    @property
+    def has_embedding_form(self) -> bool:
+        """Whether the settings have a form of their own for precomputed embeddings."""
+        return issubclass(self.config, EmbeddingForm)
+
+    def embedding_config(self) -> BaseModel:
+        """The default settings on precomputed embeddings."""
+        return self.config.embedding() if issubclass(self.config, EmbeddingForm) else self.config()
+
+    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a learner's record holds, all there were, with `older` for those that came later."""
+        return _completed(config, self.older)
+
+
+def _completed(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` and, at whatever depth, what `older` has and it has not."""
+    nested = {key: _completed(config[key], value) for key, value in older.items()
+              if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)}  # fmt: skip
+    return {**older, **config, **nested}
 
 
 class Method(Protocol):
@@ -31,6 +97,7 @@ class Method(Protocol):
     stays the same string: a frozen tower then sees each test image once, whatever the number of tasks.
     """
 
+    card: ClassVar[Card]
     towers: Towers
     config: BaseModel
 
@@ -81,67 +148,98 @@ class CosineForm(NamedTuple):
     """One row per class."""
 
 
-@runtime_checkable
-class CosineScoring(Protocol):
-    """Scores are cosines of an image embedding and class vectors: such a method can be exported."""
+class CosineScoring(ABC):
+    """Scores are scaled cosines s cos(f(x), w_c) of an image embedding and one vector per class: the method can be exported.
+
+    `embed` is to give f(x) alone.
+    """
+
+    towers: Towers
+
+    @property
+    @abstractmethod
+    def class_matrix(self) -> Features:
+        """w_c, one unit row per class."""
+
+    def vision(self) -> nn.Module:
+        """A copy of the image side f: that of the towers where the method has none of its own."""
+        return self.towers.vision()
 
     def cosine_form(self) -> CosineForm:
         """Raises ConfigError where the settings add something else to the scores."""
-        ...
+        return CosineForm(self.vision(), self.class_matrix)
+
+    def scores(self, features: Features) -> Scores:
+        return self.row_scores(unit(features))
+
+    def row_scores(self, z: Features) -> Scores:
+        """Scores of unit rows."""
+        return self.towers.logit_scale * z @ self.class_matrix.to(z.device).T
 
 
-@runtime_checkable
-class GaussianScoring(Protocol):
-    """Keeps statistics of rows, from which new ones are drawn, and scores rows that are no images."""
+class GaussianScoring(ABC):
+    """Keeps statistics of rows, from which new ones are drawn, and scores rows that are no images. By default a row is the
+    unit embedding of an image."""
 
     memory: ClassMemory
 
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.bytes
+
     def memory_rows(self, features: Features) -> Features:
         """Rows as the memory holds them."""
-        ...
+        return unit(features)
 
     def on_sphere(self, drawn: Features) -> Features:
         """Draws from the memory, where rows of images lie."""
-        ...
+        return unit(drawn)
 
+    @abstractmethod
     def row_scores(self, z: Features) -> Scores:
         """One column per class seen."""
-        ...
+
+    def scores(self, features: Features) -> Scores:
+        return self.row_scores(self.memory_rows(features))
 
 
-@runtime_checkable
-class PatchReasons(Protocol):
+class PatchReasons(ABC):
     """Tells which patches of an image speak for a class, and for which sentence."""
 
     @property
+    @abstractmethod
     def has_reasons(self) -> bool:
         """Whether it does so with its settings."""
-        ...
 
+    @abstractmethod
     def reasons(self, pixels: Pixels, best: int = 3) -> list[dict[str, Any]]:
         """For one image, its `best` classes: `class`, `score` and `patches`. Raises ConfigError without `has_reasons`."""
-        ...
 
 
-@runtime_checkable
-class DescribedClasses(Protocol):
-    """Learns from sentences about classes."""
+class DescribedClasses(ABC):
+    """Learns from sentences about classes, where there are any."""
 
     @property
+    @abstractmethod
     def needs_sentences(self) -> bool:
         """Whether, with its settings, a new class must come with sentences of its own."""
-        ...
 
 
-@runtime_checkable
-class KeepsImages(Protocol):
+class KeepsImages(ABC):
     """Learns again on the images of earlier tasks, which its state does not hold."""
 
     tasks: list[Task]
 
     def attach_images(self, tasks: Sequence[Task]) -> None:
         """The tasks learned so far, whose images a state does not hold."""
-        ...
+        self.tasks = list(tasks)
 
 
-CAPABILITIES: tuple[type, ...] = (CosineScoring, GaussianScoring, PatchReasons, DescribedClasses, KeepsImages)
+class HoldsOut(ABC):
+    """Scores images of each task before it learns from them."""
+
+    held_out: tuple[Scores, Labels] | None
+    """Scores and labels of those of the task that was learned last."""
+
+
+CAPABILITIES: tuple[type, ...] = (CosineScoring, GaussianScoring, PatchReasons, DescribedClasses, KeepsImages, HoldsOut)

@@ -16,16 +16,17 @@ from functools import cache
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cairn.config import kind_by_name
+from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import NotFinite
 from cairn.maths.ridge import one_hot
+from cairn.maths.rows import without
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.first_session import adapted
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, Card, HoldsOut
 from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -38,10 +39,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class Config(BaseModel):
+class RanpacConfig(Settings):
     """The settings of RanPAC."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     width: int = Field(10_000, ge=0, description="m, random features; 0: the embeddings themselves")
     lowest: int = Field(-8, ge=-30, le=30, description="lam is tried on each task from 10^lowest ...")
@@ -60,7 +59,7 @@ class Config(BaseModel):
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
 
     @model_validator(mode="after")
-    def _some_ridge(self) -> Config:
+    def _some_ridge(self) -> RanpacConfig:
         if self.lowest > self.highest:
             raise ValueError(f"lowest {self.lowest} is above highest {self.highest}, which leaves no ridge to try")
         return self
@@ -70,10 +69,27 @@ class Config(BaseModel):
         return [10.0**exponent for exponent in range(self.lowest, self.highest + 1)]
 
 
-class RanPAC:
+class RanPAC(HoldsOut):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    card = Card(
+        title="RanPAC: random features, ridge chosen per task",
+        source="McDonnell et al. 2023",
+        citation="McDonnell et al. RanPAC: Random Projections and Pre-trained Models for Continual Learning. NeurIPS 2023. "
+        "arXiv 2307.02251.",
+        config=RanpacConfig,
+        stages=(
+            "phase 1, first task alone: the image encoder is tuned (off by default)",
+            "phase 2: random features, second-order statistics; a ridge chosen on held-out images of the task",
+        ),
+        trains="head",
+        keeps="second-order",
+        bytes=lambda k, d, n, i, w: 4 * min(n, 10000) * (10000 + k),
+        passes="one per image, can be cached",
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
+
+    def __init__(self, towers: Towers, config: RanpacConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
         self.random = RandomFeatures(towers.dim, config.width, seed)
@@ -138,7 +154,7 @@ class RanPAC:
 
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""
-        self.sums, self.W = self.sums.without(c), torch.cat([self.W[:, :c], self.W[:, c + 1 :]], 1)
+        self.sums, self.W = self.sums.without(c), without(self.W, c, 1)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)

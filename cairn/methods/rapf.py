@@ -25,21 +25,18 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy
-from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.covariances import Covariance, Full
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.replay import ReplayBatches
-from cairn.methods.protocol import FROZEN
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring
 from cairn.methods.stages import class_anchors
-from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.checkpoint import Checkpoint
@@ -51,10 +48,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class Config(BaseModel):
+class RapfConfig(GaussianSettings):
     """The settings of RAPF."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: Literal["random", "identity"] = Field(
         "random", description="W before the first task: uniform in +-1/sqrt(d), or the identity [P: random]"
@@ -83,10 +78,6 @@ class Config(BaseModel):
     fusion: float = Field(
         0.6, ge=0, description="the mask's constant; clipped: 1 is all new; ratio: 0 is all new [P: .6]"
     )
-    covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full [P], low_rank, diagonal or shared"
-    )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     real_share: float | None = Field(
         5 / 7,
         ge=0,
@@ -98,26 +89,40 @@ class Config(BaseModel):
         description="training of the adapter [P]",
     )
 
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
 
-
-class RAPF(UnitRows):
+class RAPF(GaussianScoring):
     """argmax_c s cos(W f(x), t_c)."""
+
+    card = Card(
+        title="RAPF: linear adapter, neighbours kept apart, weights fused",
+        source="Huang et al. 2024",
+        citation="Huang et al. Class-Incremental Learning with CLIP: Adaptive Representation Adjustment and Parameter Fusion. "
+        "ECCV 2024. arXiv 2407.14143.",
+        config=RapfConfig,
+        stages=(
+            "adapter: cross entropy and, on draws of old classes with a new neighbour by text, a hinge loss",
+            "fusion: old and new weights entry by entry in an orthonormal basis",
+            "statistics: a Gaussian per new class",
+        ),
+        trains="adapter",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        passes="one per image, can be cached",
+        text=True,
+        older={"start": "identity", "unit_features": True, "hinge": "distance", "pair_draws": None, "mask": "ratio"},
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: RapfConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.W = torch.eye(towers.dim)
         if config.start == "random":
             drawn = torch.rand(towers.dim, towers.dim, generator=self.seeds.generator("start"))
             self.W = (2 * drawn - 1) / towers.dim**0.5
         self.anchors = torch.zeros(0, towers.dim)
-        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
+        self.memory = config.memory(towers.dim)
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         config, s = self.config, self.towers.logit_scale
@@ -155,7 +160,7 @@ class RAPF(UnitRows):
         self.memory = old.add(x, y)
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.memory = self.memory.without(c)
 
     def embed(self, pixels: Pixels) -> Features:
@@ -175,7 +180,7 @@ class RAPF(UnitRows):
 
     def load_state_dict(self, state: State) -> None:
         self.W, self.anchors = state["W"], state["anchors"]
-        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
+        self.memory = self.memory.restored(part(state, "memory"))
 
 
 def neighbours(T: Float[Tensor, "k d"], start: int, threshold: float) -> Bool[Tensor, "k k"]:

@@ -5,40 +5,39 @@ Source: Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Mode
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
+from cairn.config import NoSettings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
-from cairn.methods.protocol import FROZEN, CosineForm
+from cairn.methods.protocol import FROZEN, Card, CosineScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.log import Log
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Pixels
 
 
-class Config(BaseModel):
-    """No settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SimpleCIL:
+class SimpleCIL(CosineScoring):
     """argmax_c s cos(f(x), p_c), p_c the mean embedding of the class's training images."""
+
+    card = Card(
+        title="SimpleCIL: class means",
+        source="Zhou et al. 2023",
+        citation="Zhou et al. Revisiting Class-Incremental Learning with Pre-Trained Models. arXiv 2303.07338.",
+        stages=("mean embedding per class",),
+        trains="nothing",
+        keeps="means",
+        bytes=lambda k, d, n, i, w: k * (4 * d + 8),
+        passes="one per image, can be cached",
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: NoSettings, *, seed: int, log: Log):
         self.towers, self.config, self.log = towers, config, log
         self.means = ClassMeans.empty(towers.dim)
-
-    @property
-    def counts(self) -> Labels:
-        """Images each class was learned from."""
-        return self.means.counts
 
     @property
     def memory_bytes(self) -> int:
@@ -59,12 +58,6 @@ class SimpleCIL:
     def class_matrix(self) -> Features:
         """p_c / |p_c|, one row per class."""
         return unit(self.means.means)
-
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(self.towers.vision(), self.class_matrix)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
 
     def state_dict(self) -> State:
         return self.means.state_dict()

@@ -26,22 +26,20 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import kind_by_name
+from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import normalised_cross_entropy
-from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.covariances import Covariance
-from cairn.memory.covariances import Full as FullCovariance
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.gaussians import GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
+from cairn.methods.protocol import Card, GaussianScoring
 from cairn.methods.stages import competing
-from cairn.methods.unit_rows import UnitRows
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
@@ -55,10 +53,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
-class SlowLearner(BaseModel):
+class SlowLearner(Settings):
     """Stage 1: encoder and classifier, each at its own rate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tuning: Tuning = Field(
         Full(lr=1e-4, average=None), description="what is trained of the encoder: full [P], lora, adapter, ... or none"
@@ -76,10 +72,8 @@ class SlowLearner(BaseModel):
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
 
 
-class Alignment(BaseModel):
+class Alignment(Settings):
     """Stage 3: the classifier alone, on draws."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     per_class: int = Field(256, ge=1, description="draws of each class in an epoch [K]")
     temperature: float = Field(0.1, gt=0, description="tau of the normalised logits [P]")
@@ -94,33 +88,51 @@ class Alignment(BaseModel):
     )
 
 
-class Config(BaseModel):
+class SlcaConfig(GaussianSettings):
     """The settings of SLCA."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     stage1: SlowLearner = Field(SlowLearner())
-    covariance: Covariance = Field(
-        FullCovariance(), description="what is kept of a class: full [P], low_rank, diagonal or shared"
-    )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     stage2: Alignment = Field(Alignment())
 
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
-
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> SlcaConfig:
         """The form for precomputed embeddings: a linear adapter in place of the tower, at the classifier's rate [I]."""
         return cls(stage1=SlowLearner(tuning=Adapter(), slow=1.0))
 
 
-class SLCA(UnitRows):
+class SLCA(GaussianScoring):
     """argmax_c H_c, H = sqrt(d) W z + b."""
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    card = Card(
+        title="SLCA: slow learner, classifier aligned on draws",
+        source="Zhang et al. 2023",
+        citation="Zhang et al. SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model. "
+        "ICCV 2023. arXiv 2303.05118.",
+        config=SlcaConfig,
+        stages=(
+            "stage 1: vision learns slowly, beside a linear classifier of the task's classes",
+            "statistics: a Gaussian per class from one pass of the new encoder",
+            "stage 2: the classifier alone, on draws of all classes, with normalised logits",
+        ),
+        trains="vision, then head",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        passes="one per image and epoch, with gradients, and one more",
+        moves=True,
+        older={"stage2": {"normalise": "all", "shrink": 0.0}},
+        quick={
+            "stage1.schedule.epochs": 1,
+            "stage1.schedule.batch": 8,
+            "stage1.schedule.lr": 1e-3,
+            "stage2.schedule.epochs": 2,
+            "stage2.schedule.batch": 8,
+        },
+    )
+
+    def __init__(self, towers: Towers, config: SlcaConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
-        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        self.memory = config.memory(towers.dim)
         self.head = torch.zeros(0, towers.dim + 1)
         """Row c is W_c and behind it b_c."""
         self.tasks = torch.zeros(0, dtype=torch.int64)
@@ -129,10 +141,6 @@ class SLCA(UnitRows):
     @property
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
@@ -191,8 +199,8 @@ class SLCA(UnitRows):
         return (shrink * (1 - (t + 1) / len(present)))[:, None] * self.memory.means.float()
 
     def forget(self, c: int) -> None:
-        self.tasks = torch.cat([self.tasks[:c], self.tasks[c + 1 :]])
-        self.head = torch.cat([self.head[:c], self.head[c + 1 :]])
+        self.tasks = without(self.tasks, c)
+        self.head = without(self.head, c)
         self.memory = self.memory.without(c)
 
     def embed(self, pixels: Pixels) -> Features:
@@ -211,7 +219,7 @@ class SLCA(UnitRows):
             "tasks", torch.zeros(len(self.head), dtype=torch.int64)
         )  # older ones do not tell tasks apart
         self.image.load_state_dict(part(state, "image"))
-        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
+        self.memory = self.memory.restored(part(state, "memory"))
 
 
 def _logits(z: Float[Tensor, "n d"], rows: Float[Tensor, "k e"]) -> Float[Tensor, "n k"]:

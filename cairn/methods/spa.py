@@ -23,22 +23,29 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import kind_by_name
+from cairn.config import Settings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import ConfigError
 from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
-from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.covariances import Covariance, Full
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.described import sentences_of
 from cairn.methods.projector import Projector, UnitLength
-from cairn.methods.protocol import FROZEN, CosineForm
+from cairn.methods.protocol import (
+    FROZEN,
+    Card,
+    CosineForm,
+    CosineScoring,
+    DescribedClasses,
+    GaussianScoring,
+    PatchReasons,
+)
 from cairn.methods.stages import class_anchors
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
@@ -52,10 +59,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
 
 
-class Local(BaseModel):
+class Local(Settings):
     """The patch branch: which patches and tokens meet, and what becomes of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: float = Field(1.0, ge=0, description="lambda, weight of the local score; 0: no patches [I]")
     score: Literal["feature", "plan"] = Field(
@@ -79,19 +84,13 @@ class Local(BaseModel):
     )
 
 
-class Config(BaseModel):
+class SpaConfig(GaussianSettings):
     """The settings of SPA."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     descriptions: str = Field(
         "data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
     )
     local: Local = Field(Local())
-    covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I]"
-    )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
     replay: int | None = Field(
         None,
         ge=0,
@@ -102,37 +101,49 @@ class Config(BaseModel):
         description="training of the projectors; epochs=0: none [K: ENGINE, AREA, 10 epochs]",
     )
 
-    _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
-
     @classmethod
-    def embedding(cls) -> Config:
+    def embedding(cls) -> SpaConfig:
         """The class-token form, for precomputed embeddings: projectors and replay, no patches."""
         return cls(local=Local(weight=0.0), descriptions="template")
 
 
-class SPA:
+class SPA(CosineScoring, GaussianScoring, PatchReasons, DescribedClasses):
     """argmax_c s (cos(g(z), h(t_c)) + lambda S_c)."""
+
+    card = Card(
+        title="SPA: patches chosen by descriptions",
+        source="arXiv 2605.13835",
+        citation="Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning. arXiv 2605.13835.",
+        config=SpaConfig,
+        stages=(
+            "one pass: descriptions choose patches, transport weighs them into the local feature",
+            "projectors of the task on class token and local feature, old classes drawn in both",
+            "statistics: a Gaussian per new class",
+        ),
+        trains="projectors",
+        keeps="gaussians",
+        bytes=lambda k, d, n, i, w: k * full_bytes(2 * d),
+        passes="one per image, can be cached",
+        text=True,
+        quick={"schedule.epochs": 2, "schedule.batch": 4},
+    )
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: SpaConfig, *, seed: int, log: Log):
         if config.local.weight and not towers.has_images:
             raise ConfigError("local.weight: a features file has no patches; set local.weight=0")
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
         # Whether rows are [z ; v]; otherwise they are z alone.
         self.two = config.local.weight > 0 and config.local.score == "feature"
         names = ("visual", "textual", "local_visual", "local_textual")[: 4 if self.two else 2]
-        self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(_device(towers))
+        self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(towers.device)
         self.anchors = torch.zeros(0, towers.dim)
         self.sentences: list[tuple[str, ...]] = []
         width = towers.dim * (2 if self.two else 1)
-        self.memory = GaussianMemory(width, covariance=config.covariance, shrinkage=config.shrinkage)
+        self.memory = config.memory(width)
         self._tokens: list[Tensor] = []
         self._padded = self._nothing_said()
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
         config, s = self.config, self.towers.logit_scale
@@ -144,7 +155,7 @@ class SPA:
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
         x, S, y = encode(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
-        x, S, y = (column.to(_device(self.towers)) for column in (x, S, y))
+        x, S, y = (column.to(self.towers.device) for column in (x, S, y))
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
         old = self.memory
@@ -166,7 +177,7 @@ class SPA:
         self.memory = old.add(x.cpu(), y.cpu())
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.memory = self.memory.without(c)
         if self._tokens:
             del self._tokens[c], self.sentences[c]
@@ -181,17 +192,17 @@ class SPA:
 
     @torch.no_grad()
     def scores(self, features: Features) -> Scores:
-        x, S = self._seen(features.to(_device(self.towers)), None)
+        x, S = self._seen(features.to(self.towers.device), None)
         return self.row_scores(x) + self.towers.logit_scale * self.config.local.weight * S
 
     def memory_rows(self, features: Features) -> Float[Tensor, "n w"]:
         """Rows as the memory holds them."""
-        return self._seen(features.to(_device(self.towers)), None)[0]
+        return self._seen(features.to(self.towers.device), None)[0]
 
     @torch.no_grad()
     def row_scores(self, x: Float[Tensor, "n w"]) -> Scores:
         """What rows alone say: of an image, all but the plan's own score, where that counts."""
-        return self.towers.logit_scale * self._cosines(x.to(_device(self.towers)))
+        return self.towers.logit_scale * self._cosines(x.to(self.towers.device))
 
     def _cosines(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n k"]:
         """cos(g(z), h(t_c)), and where rows are [z ; v] also lambda cos(g'(v), h'(d_c))."""
@@ -211,13 +222,19 @@ class SPA:
         """Draws from the memory, where rows of images lie: z and v apart."""
         return unit(x.view(-1, self.towers.dim)).view(x.shape)
 
+    @property
     @torch.no_grad()
+    def class_matrix(self) -> Features:
+        """h(t_c)."""
+        return self.projectors["textual"](self.anchors.to(self.towers.device))
+
+    def vision(self) -> nn.Module:
+        return nn.Sequential(self.towers.vision(), UnitLength(), copy.deepcopy(self.projectors["visual"]))
+
     def cosine_form(self) -> CosineForm:
         if self.config.local.weight:
             raise ConfigError("local.weight: the scores of patches are no cosines of class vectors; set local.weight=0")
-        project = self.projectors
-        vision = nn.Sequential(self.towers.vision(), UnitLength(), copy.deepcopy(project["visual"]))
-        return CosineForm(vision, project["textual"](self.anchors.to(_device(self.towers))))
+        return super().cosine_form()
 
     @property
     def needs_sentences(self) -> bool:
@@ -288,7 +305,7 @@ class SPA:
         for own in sentences:
             by_word = self.config.local.tokens == "words"
             tokens = torch.cat(self.towers.word_tokens(own)) if by_word else self.towers.text(own)
-            self._tokens.append(unit(tokens).to(_device(self.towers)))
+            self._tokens.append(unit(tokens).to(self.towers.device))
         self.sentences += sentences
         self._padded = padded_tokens(self._tokens)
 
@@ -328,8 +345,8 @@ class SPA:
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
         self.projectors.load_state_dict(part(state, "projectors"))
-        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
-        self._tokens = list(state["tokens"].to(_device(self.towers)).split(state["sizes"].tolist()))
+        self.memory = self.memory.restored(part(state, "memory"))
+        self._tokens = list(state["tokens"].to(self.towers.device).split(state["sizes"].tolist()))
         if self._tokens:
             self._padded = padded_tokens(self._tokens)
         said = iter(spelled(state["sentences"]))
@@ -363,7 +380,3 @@ class _Batches:
                 x, y = torch.cat([x, self.on_sphere(drawn).to(x.device)]), torch.cat([y, names.to(y.device)])
                 S = torch.cat([S, S.new_zeros(len(names), S.shape[1])])
             yield (x, S), y
-
-
-def _device(towers: Towers) -> torch.device:
-    return torch.device(getattr(towers, "device", "cpu"))

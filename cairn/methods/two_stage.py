@@ -6,13 +6,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 from cairn.data.loading import Loader
 from cairn.data.probes import Probes
+from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.protocol import CosineForm
-from cairn.methods.unit_rows import UnitRows
+from cairn.methods.protocol import CosineScoring, GaussianScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
@@ -20,10 +20,10 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels
 
 
-class TwoStageState(UnitRows):
+class TwoStageState(CosineScoring, GaussianScoring):
     """State, scores and their storage; what `learn` does is the method's own.
 
     Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.
@@ -34,16 +34,12 @@ class TwoStageState(UnitRows):
         self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
         self.texts = config.stage2.text.build(towers).to(towers.device)
         self.anchors = torch.zeros(0, towers.dim)
-        self.memory = GaussianMemory(towers.dim, covariance=config.covariance, shrinkage=config.shrinkage)
+        self.memory = config.memory(towers.dim)
         self._class_texts = self.anchors
 
     @property
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory.bytes
 
     def features(
         self, loader: Loader | Probes, checkpoint: Checkpoint | None = None, name: str = ""
@@ -60,24 +56,20 @@ class TwoStageState(UnitRows):
         self._class_texts = unit((1 - w) * self.texts().cpu() + w * self.anchors)
 
     def forget(self, c: int) -> None:
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
         self.memory = self.memory.without(c)
         self.texts.forget(c)
-        self._class_texts = torch.cat([self._class_texts[:c], self._class_texts[c + 1 :]])
+        self._class_texts = without(self._class_texts, c)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)
 
     @property
     def class_matrix(self) -> Features:
-        """t_c, one unit row per class."""
         return self._class_texts
 
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(copy.deepcopy(self.image.module), self.class_matrix)
-
-    def row_scores(self, z: Features) -> Scores:
-        return self.towers.logit_scale * z @ self.class_matrix.to(z.device).T
+    def vision(self) -> nn.Module:
+        return copy.deepcopy(self.image.module)
 
     def state_dict(self) -> State:
         parts = {"image": self.image.state_dict(), "texts": self.texts.state(), "memory": self.memory.state_dict()}
@@ -87,6 +79,6 @@ class TwoStageState(UnitRows):
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))
-        self.memory = GaussianMemory.from_state(part(state, "memory"), self.config.covariance, self.config.shrinkage)
+        self.memory = self.memory.restored(part(state, "memory"))
         if len(self.anchors):
             self.cache_texts()

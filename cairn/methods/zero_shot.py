@@ -6,31 +6,37 @@ Source: Radford et al., Learning Transferable Visual Models From Natural Languag
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from cairn.config import NoSettings
 from cairn.data.stream import Task
-from cairn.maths.similarity import unit
-from cairn.methods.protocol import FROZEN, CosineForm
+from cairn.maths.rows import without
+from cairn.methods.protocol import FROZEN, Card, CosineScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels
 
 
-class Config(BaseModel):
-    """No settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ZeroShot:
+class ZeroShot(CosineScoring):
     """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
+
+    card = Card(
+        title="Zero-shot CLIP",
+        source="Radford et al. 2021",
+        citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
+        stages=("class texts from templates",),
+        trains="nothing",
+        keeps="nothing",
+        passes="none",
+        text=True,
+        needs_text=True,
+    )
 
     encoder = FROZEN
     memory_bytes = 0
 
-    def __init__(self, towers: Towers, config: Config, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: NoSettings, *, seed: int, log: Log):
         self.towers, self.config = towers, config
         self.texts = torch.zeros(0, towers.dim)
 
@@ -39,21 +45,14 @@ class ZeroShot:
             self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
 
     def forget(self, c: int) -> None:
-        self.texts = torch.cat([self.texts[:c], self.texts[c + 1 :]])
+        self.texts = without(self.texts, c)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)
 
     @property
     def class_matrix(self) -> Features:
-        """t_c, one unit row per class."""
         return self.texts
-
-    def cosine_form(self) -> CosineForm:
-        return CosineForm(self.towers.vision(), self.class_matrix)
-
-    def scores(self, features: Features) -> Scores:
-        return self.towers.logit_scale * unit(features) @ self.class_matrix.to(features.device).T
 
     def state_dict(self) -> State:
         return {"texts": self.texts}

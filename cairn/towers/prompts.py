@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.errors import ConfigError
+from cairn.maths.rows import without
 from cairn.towers.clip import spoken
 from cairn.towers.prefix import PromptTree, prompt_tree
 from cairn.towers.protocol import TextTower, Towers
@@ -135,7 +136,7 @@ class FixedTexts(nn.Module):
 
     def forget(self, c: int) -> None:
         """Without class number c."""
-        self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])
+        self.anchors = without(self.anchors, c)
 
     def trainable(self) -> list[nn.Parameter]:
         return []
@@ -225,7 +226,7 @@ class SoftPrompts(nn.Module):
         ends = list(accumulate(self.sizes))
         task = next(i for i, end in enumerate(ends) if c < end)
         del self.names[c]
-        self.cached = torch.cat([self.cached[:c], self.cached[c + 1 :]])
+        self.cached = without(self.cached, c)
         self.per_class, self.residuals = _without(self.per_class, c), _without(self.residuals, c)
         self.sizes[task] -= 1
         if not self.sizes[task]:

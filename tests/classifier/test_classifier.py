@@ -90,7 +90,7 @@ def test_every_method_learns_predicts_and_comes_back(method, pictures, towers_on
     refused = learner.predict(test, unknown_below=1.0)
     assert [name is None for name in refused] == (known < 1).tolist()
     assert None not in learner.predict(test, unknown_below=0.0)
-    if METHODS[method].keeps == "images":
+    if METHODS[method].card.keeps == "images":
         with pytest.raises(ConfigError, match="keeps images"):
             learner.save(tmp_path)
         return

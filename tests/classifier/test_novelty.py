@@ -21,13 +21,13 @@ from cairn.maths.shrinkage import Oas
 from cairn.memory.covariances import Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
-from cairn.methods.unit_rows import UnitRows
+from cairn.methods.protocol import GaussianScoring
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
 
-class Means(UnitRows):
+class Means(GaussianScoring):
     """Class means on the sphere."""
 
     def __init__(self, z, y):

@@ -829,7 +829,7 @@ def test_class_that_comes_back(root):
     method.learn(first)
     mean = method.means.means.clone()
     method.learn(replace(first, index=1, classes=range(1, 1), names=()))
-    assert method.counts.tolist() == [4]
+    assert method.means.counts.tolist() == [4]
     torch.testing.assert_close(method.means.means, mean)
 
 

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.config import NoSettings
 from cairn.data.loading import Loader
 from cairn.errors import ExemplarsKept
 from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.exemplar_check import looked_for
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
-from cairn.methods.catalogue import METHODS
-from cairn.methods.simplecil import Config, SimpleCIL
+from cairn.methods import catalogue
+from cairn.methods.catalogue import METHODS, Entry
+from cairn.methods.simplecil import SimpleCIL
 from cairn.training.log import Log
 
 
@@ -60,15 +62,17 @@ def evaluated(method, stream, towers, exemplar_free=True):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_method_that_keeps_images_is_refused_whatever_it_hides_them_in(way, small_stream, towers):
-    method = keeping(WAYS[way])(towers, Config(), seed=1, log=Log())
+    method = keeping(WAYS[way])(towers, NoSettings(), seed=1, log=Log())
     with pytest.raises(ExemplarsKept, match=r"Keeping holds .* of task 0 .*declare keeps="):
         evaluated(method, small_stream, towers)
-    assert evaluated(keeping(WAYS[way])(towers, Config(), seed=1, log=Log()), small_stream, towers, exemplar_free=False)
+    assert evaluated(
+        keeping(WAYS[way])(towers, NoSettings(), seed=1, log=Log()), small_stream, towers, exemplar_free=False
+    )
 
 
 def test_what_is_no_image_of_the_task_is_not_minded(small_stream, towers):
     kept = lambda method, task: (rows(method, task).float().mean(0), task.names, task.classes, np.arange(5), print)  # noqa: E731
-    assert evaluated(keeping(kept)(towers, Config(), seed=1, log=Log()), small_stream, towers)
+    assert evaluated(keeping(kept)(towers, NoSettings(), seed=1, log=Log()), small_stream, towers)
 
 
 def test_a_class_of_one_image_or_of_copies_is_not_looked_for(embedded_dataset, small_stream, towers):
@@ -79,11 +83,10 @@ def test_a_class_of_one_image_or_of_copies_is_not_looked_for(embedded_dataset, s
 
 
 def test_a_run_of_such_a_method_leaves_no_result(monkeypatch):
-    entry = replace(METHODS["simplecil"], name="sly", build=keeping(WAYS["loader"]))
-    monkeypatch.setitem(METHODS, "sly", entry)
+    sly = keeping(WAYS["loader"])
+    monkeypatch.setattr(catalogue, "METHODS", {**METHODS, "sly": Entry("sly", sly)})
     config = RunConfig(method="sly", data="shapes", step=20, limit_train=2, limit_test=1)
     with pytest.raises(ExemplarsKept):
         run_stream(config)
-    monkeypatch.setitem(METHODS, "sly", replace(entry, keeps="images"))
-    monkeypatch.setattr(entry.build, "remember", lambda self, tasks: None, raising=False)
+    sly.card = replace(sly.card, keeps="images")
     assert not run_stream(config).exemplar_free

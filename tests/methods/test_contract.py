@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cairn.config import settings, with_settings
+from cairn.config import settings, with_values
 from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
@@ -18,15 +18,11 @@ from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
+from cairn.methods.protocol import CAPABILITIES, CosineScoring, GaussianScoring
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.training.log import Log
 
-QUICK = {
-    "stage1.schedule.epochs": "1", "stage1.schedule.batch": "8", "stage1.schedule.lr": "1e-3",
-    "stage2.schedule.epochs": "2", "stage2.schedule.batch": "8", "stage2.text.shared": "4",
-    "schedule.epochs": "2", "schedule.batch": "4", "generator.steps": "20",
-}  # fmt: skip
 TOGETHER = {
     "spa": "the classes that look at an image make its local feature",
     "lda": "a pooled covariance is then shrunk as one of fewer images",
@@ -59,7 +55,7 @@ def world(request, towers, small_stream, embedded_dataset):
 def build(entry, towers, seed=1):
     config = entry.default_config(towers)
     known = {path for path, _, _ in settings(config)}
-    config = with_settings(config, [f"{key}={value}" for key, value in QUICK.items() if key in known])
+    config = with_values(config, [(key, value) for key, value in entry.card.quick.items() if key in known])
     return entry.build(towers, config, seed=seed, log=Log())
 
 
@@ -87,6 +83,28 @@ def test_columns_are_the_classes_seen_and_numbers_are_finite(world):
     assert method.memory_bytes >= 0
 
 
+def test_a_method_has_what_the_contract_names(world):
+    """And of the capabilities exactly those that its class inherits."""
+    entry, towers, stream = world
+    method = build(entry, towers)
+    method.learn(stream.tasks[0])
+    assert method.towers is towers
+    assert type(method.config) is entry.config
+    assert isinstance(method.encoder, str)
+    assert {kind for kind in CAPABILITIES if isinstance(method, kind)} == {*entry.capabilities}
+    features = method.embed(test_images(stream, towers)[:3])
+    if isinstance(method, CosineScoring):
+        W = method.class_matrix
+        torch.testing.assert_close(W.norm(dim=1), torch.ones(len(stream.tasks[0].names)))
+    if isinstance(method, GaussianScoring):
+        drawn, _ = method.memory.draw(2, torch.Generator().manual_seed(0))
+        rows = method.memory_rows(features)
+        assert rows.shape == (3, method.memory.dim)
+        assert method.row_scores(rows).shape == (3, len(stream.tasks[0].names))
+        assert method.row_scores(method.on_sphere(drawn)).isfinite().all()
+        assert method.memory.counts.tolist() == np.bincount(stream.tasks[0].train.labels).tolist()
+
+
 def test_the_same_seed_gives_the_same_scores_and_no_global_state_is_used(world):
     entry, towers, stream = world
     pixels, results = test_images(stream, towers), []
@@ -111,7 +129,7 @@ def test_the_seed_moves_what_is_trained_with_batches(world):
         for task in stream.tasks[:2]:
             method.learn(task)
         trained.append(scores(method, test_images(stream, towers)))
-    random = entry.trains != "nothing"
+    random = entry.card.trains != "nothing"
     assert torch.equal(*trained) != random
 
 
@@ -156,7 +174,7 @@ def test_state_round_trips_into_a_fresh_method(world):
 
 def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
     entry, towers, stream = world
-    if entry.keeps == "images":
+    if entry.card.keeps == "images":
         pytest.skip("keeps images, which a state does not hold")
     method, restored = build(entry, towers), build(entry, towers)
     method.learn(stream.tasks[0])
@@ -182,9 +200,9 @@ def test_a_class_that_comes_back_is_learned_on(world):
     assert torch.isfinite(after).all()
     method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
     assert scores(method, pixels).shape == (len(pixels), second.classes.stop)
-    if entry.keeps in ("means", "gaussians"):
-        counts = method.memory.counts if hasattr(method, "memory") else method.counts
-        assert counts.tolist()[: k + 1] == [
+    if entry.card.keeps in ("means", "gaussians"):
+        kept = method.memory if isinstance(method, GaussianScoring) else method.means
+        assert kept.counts.tolist()[: k + 1] == [
             3 * len(some),
             *[(first.train.labels == c).sum() for c in range(1, k)],
             (second.train.labels == k).sum(),
@@ -222,7 +240,7 @@ def test_images_of_other_tasks_are_never_opened(world):
     method = build(entry, towers)
     kept = []
     for task in stream.tasks:
-        if entry.keeps != "images":  # what was learned is taken away
+        if entry.card.keeps != "images":  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))
         own = replace(task, train=Subset(task.train, np.arange(len(task.train)), task.train.labels))
@@ -240,7 +258,7 @@ def test_a_method_that_says_so_keeps_no_image_and_no_embedding_of_one(world):
         with torch.no_grad():
             rows = towers.image(pixels)
         images = [*looked_for(task, towers), *pixels[:4], *rows[:4], *unit(rows)[:4]]
-        if entry.exemplar_free:
+        if entry.card.exemplar_free:
             refuse_exemplars(method, task, images)
         else:
             with pytest.raises(ExemplarsKept):
@@ -254,10 +272,10 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
         method.learn(task)
     k, counts = len(stream.class_names), [n for task in stream.tasks for n in np.bincount(task.train.labels) if n]
     # Of a class with fewer images than exemplars, all of them are kept
-    n = sum(min(count, method.config.exemplars) for count in counts) if entry.keeps == "exemplars" else sum(counts)
+    n = sum(min(count, method.config.exemplars) for count in counts) if entry.card.keeps == "exemplars" else sum(counts)
     i = towers.prepare(stream.tasks[0].train[0]).nbytes
     d = towers.dim / 2 if entry.name == "spa" and not towers.has_images else towers.dim  # rows without patches
-    assert method.memory_bytes == entry.bytes(k, d, n, i, towers.hidden_dim)
+    assert method.memory_bytes == entry.card.bytes(k, d, n, i, towers.hidden_dim)
 
 
 def test_an_equal_encoder_name_means_equal_embeddings(world):
@@ -287,7 +305,7 @@ def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(na
     moved = build(METHODS[name], towers)
     moved.load_state_dict({key: value.cpu() for key, value in learners[1].state_dict().items()})
     torch.testing.assert_close(scores(moved, pixels), there.cpu(), atol=2e-2, rtol=1e-3)
-    if METHODS[name].keeps != "images":
+    if METHODS[name].card.keeps != "images":
         moved.learn(small_stream.tasks[2])
 
 
@@ -311,9 +329,9 @@ def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
     after = scores(method, pixels)
     if entry.name not in TOGETHER:
         torch.testing.assert_close(after, torch.cat([before[:, :1], before[:, 2:]], 1), rtol=1e-5, atol=1e-4)
-    assert method.memory_bytes < kept or not kept or entry.keeps == "second-order"  # which no class has a part of
-    held = method.memory.classes if hasattr(method, "memory") else after.shape[1]
-    assert held == after.shape[1]
+    assert method.memory_bytes < kept or not kept or entry.card.keeps == "second-order"  # which no class has a part of
+    if isinstance(method, GaussianScoring):
+        assert method.memory.classes == after.shape[1]
     fresh = build(entry, towers)
     fresh.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
     torch.testing.assert_close(scores(fresh, pixels), after)
@@ -333,6 +351,6 @@ def test_every_class_may_be_forgotten_and_learned_again(world):
     method.learn(task)
     for _ in task.names:
         method.forget(0)
-    assert method.memory_bytes == 0 or entry.keeps in ("gaussians", "second-order")  # what is pooled stays
+    assert method.memory_bytes == 0 or entry.card.keeps in ("gaussians", "second-order")  # what is pooled stays
     method.learn(replace(task, index=1))
     assert scores(method, pixels).shape[1] == len(task.names)

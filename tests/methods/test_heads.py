@@ -50,7 +50,7 @@ def everything(stream):
 
 
 def test_lda_ranks_classes_as_scikit_learn_does(embedded, flat):
-    method = learned(lda.LDA, lda.Config(shrinkage=Ridge(eps=1e-12)), embedded, flat)
+    method = learned(lda.LDA, lda.LdaConfig(shrinkage=Ridge(eps=1e-12)), embedded, flat)
     x, y, test = everything(embedded)
     judge = LinearDiscriminantAnalysis(solver="eigen", priors=np.full(6, 1 / 6)).fit(
         unit(x).double().numpy(), y.numpy()
@@ -63,7 +63,7 @@ def test_lda_ranks_classes_as_scikit_learn_does(embedded, flat):
 
 def test_lda_scores_are_log_densities_up_to_one_constant(embedded, flat):
     for kind in ("shared", "full", "diagonal"):
-        method = learned(lda.LDA, lda.Config(covariance=kind), embedded, flat)
+        method = learned(lda.LDA, lda.LdaConfig(covariance=kind), embedded, flat)
         _, _, test = everything(embedded)
         naive = torch.stack(
             [
@@ -84,7 +84,7 @@ def test_lda_scores_are_log_densities_up_to_one_constant(embedded, flat):
 
 @pytest.mark.parametrize("width", [0, 40])
 def test_acil_is_joint_ridge_regression_after_every_task(width, embedded, flat):
-    config = acil.Config(width=width, ridge=0.3)
+    config = acil.AcilConfig(width=width, ridge=0.3)
     method, seen = acil.ACIL(flat, config, seed=5, log=Log()), []
     for task in embedded.tasks:
         method.learn(task)
@@ -114,7 +114,7 @@ def test_random_features_are_a_relu_of_a_projection_that_the_seed_decides(embedd
 def test_ranpac_solves_for_the_sums_over_all_tasks(width, embedded, flat):
     """With fewer and with more random features than images; at ridges above the rounding of sums in float32."""
     events = []
-    method = learned(ranpac.RanPAC, ranpac.Config(width=width, lowest=-1), embedded, flat, events)
+    method = learned(ranpac.RanPAC, ranpac.RanpacConfig(width=width, lowest=-1), embedded, flat, events)
     x, y, test = everything(embedded)
     H = torch.relu(unit(x) @ method.random.V).double()
     G, C = H.T @ H, H.T @ torch.nn.functional.one_hot(y, 6).double()
@@ -129,7 +129,7 @@ def test_ranpac_solves_for_the_sums_over_all_tasks(width, embedded, flat):
 
 
 def test_ranpac_chooses_the_ridge_on_held_out_images_of_the_task(embedded, flat):
-    events, config = [], ranpac.Config(width=60, lowest=-2, highest=2)
+    events, config = [], ranpac.RanpacConfig(width=60, lowest=-2, highest=2)
     method = learned(ranpac.RanPAC, config, embedded, flat, events)
     chosen = [event["chosen"] for event in events if event["event"] == "ridge"]
     first = embedded.tasks[0]
@@ -149,7 +149,7 @@ def test_near_the_last_ridge_ranpac_finds_what_trying_all_finds(embedded, flat):
     chosen = []
     for search in ("near", "all"):
         events = []
-        learned(ranpac.RanPAC, ranpac.Config(width=60, search=search), embedded, flat, events)
+        learned(ranpac.RanPAC, ranpac.RanpacConfig(width=60, search=search), embedded, flat, events)
         chosen.append([event["chosen"] for event in events if event["event"] == "ridge"])
     assert chosen[0] == chosen[1]
 
@@ -164,13 +164,13 @@ def test_a_descent_ends_at_the_minimum_of_what_has_one(start):
 
 def test_ranpac_tells_when_no_ridge_has_a_solution(embedded, flat):
     copies = replace(embedded.tasks[0], train=Concatenation([embedded.tasks[0].train] * 3))
-    method = ranpac.RanPAC(flat, ranpac.Config(width=500, lowest=-30, highest=-30), seed=1, log=Log())
+    method = ranpac.RanPAC(flat, ranpac.RanpacConfig(width=500, lowest=-30, highest=-30), seed=1, log=Log())
     with pytest.raises(NotFinite, match="none has a solution; raise highest"):
         method.learn(copies)
 
 
 def test_ranpac_tunes_the_encoder_on_the_first_task_alone(small_stream, towers):
-    config = ranpac.Config(width=50, tuning=Lora(), schedule=Schedule(epochs=1, batch=8, lr=0.01))
+    config = ranpac.RanpacConfig(width=50, tuning=Lora(), schedule=Schedule(epochs=1, batch=8, lr=0.01))
     method, states = ranpac.RanPAC(towers, config, seed=1, log=Log()), []
     assert method.encoder != "frozen"
     for task in small_stream.tasks:
@@ -189,7 +189,7 @@ def test_ranpac_tunes_the_encoder_on_the_first_task_alone(small_stream, towers):
 
 @pytest.mark.parametrize("tuning", [Bottleneck(width=8), Lora()], ids=lambda tuning: tuning.kind)
 def test_aper_compares_with_means_of_both_encoders_side_by_side(tuning, small_stream, towers):
-    config = aper.Config(tuning=tuning, schedule=Schedule(epochs=2, batch=8, lr=0.01))
+    config = aper.AperConfig(tuning=tuning, schedule=Schedule(epochs=2, batch=8, lr=0.01))
     method = learned(aper.APER, config, small_stream, towers)
     pixels = torch.cat([pixels for pixels, _ in Loader(small_stream.tests[0], towers.prepare, towers.pixels)])
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_aper_compares_with_means_of_both_encoders_side_by_side(tuning, small_st
 def test_full_tuning_of_the_first_session_has_its_own_rate_and_average(small_stream, towers):
     moved = []
     for tuning in (Full(lr=1e-7, average=None), Full(lr=1e-4, average=None), Full(lr=1e-4, average=0.5)):
-        config = aper.Config(tuning=tuning, schedule=Schedule(epochs=1, batch=8, lr=0.5))
+        config = aper.AperConfig(tuning=tuning, schedule=Schedule(epochs=1, batch=8, lr=0.5))
         method = aper.APER(towers, config, seed=1, log=Log())
         start = method.image.state_dict()
         method.learn(small_stream.tasks[0])
@@ -222,7 +222,7 @@ def test_full_tuning_of_the_first_session_has_its_own_rate_and_average(small_str
 
 
 def test_aper_adapts_once(small_stream, towers):
-    config = aper.Config(schedule=Schedule(epochs=1, batch=8, lr=0.01))
+    config = aper.AperConfig(schedule=Schedule(epochs=1, batch=8, lr=0.01))
     method = aper.APER(towers, config, seed=1, log=Log())
     method.learn(small_stream.tasks[0])
     then = method.image.state_dict()

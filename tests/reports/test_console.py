@@ -60,7 +60,9 @@ def test_no_word_of_the_list_is_broken_at_80_columns(monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
     printed = {word for line in lines for word in line.split()}
     for entry in METHODS.values():
-        assert {*f"{entry.name} {entry.trains} {entry.keeps} {', '.join(entry.uses)} {entry.source}".split()} <= printed
+        assert {
+            *f"{entry.name} {entry.card.trains} {entry.card.keeps} {', '.join(entry.uses)} {entry.card.source}".split()
+        } <= printed
     assert {*KNOWN} <= printed
 
 

@@ -314,7 +314,7 @@ def test_an_imported_config_is_the_same_run(cairn, tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({**THEIRS, "model_name": "coda"}, "model_name 'coda' is not here; methods: zero-shot, simplecil"),
+        ({**THEIRS, "model_name": "coda"}, "model_name 'coda' is not here; methods: acil, aper"),
         ({**THEIRS, "dataset": "tv100"}, "unknown dataset 'tv100'"),
         ({**THEIRS, "increment": "ten"}, "step = 'ten'"),
         ({**THEIRS, "seed": [[1]]}, "seed = [1]"),

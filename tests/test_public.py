@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -34,6 +35,23 @@ def test_no_pickle_anywhere():
     for path in (ROOT / "cairn").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"\bimport pickle\b|torch\.(load|save)\(|trust_remote_code\s*=\s*True", text), path
+
+
+DECLARED = {"method", "method_", "towers", "_towers", "images", "source", "batches", "loader", "learner", "encoder"}
+"""How variables with a declared contract are called."""
+
+
+def test_nothing_is_guessed_of_methods_towers_and_images():
+    """What they have stands in their protocols; what only some have is asked for with isinstance."""
+    for path in (ROOT / "cairn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("hasattr", "getattr")
+            ):
+                asked = re.split(r"\W", ast.unparse(node.args[0]))[-1]
+                assert asked not in DECLARED, f"{path}:{node.lineno}"
 
 
 def test_prompts_of_the_repository_name_no_machine():

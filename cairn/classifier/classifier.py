@@ -499,7 +499,7 @@ class IncrementalClassifier:
             "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
             "towers": {"name": towers.source if own else towers.name, "fingerprint": towers.fingerprint,
                        "precision": towers.precision if own else self.precision,
-                       "preprocess": self.preprocess, "revision": getattr(towers, "revision", None)},
+                       "preprocess": self.preprocess, "revision": towers.revision},
             "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
             "references": self.references_, "referenced_among": self.referenced_among_,
             "calibration": self.calibration_.model_dump(mode="json"),

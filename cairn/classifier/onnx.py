@@ -84,7 +84,7 @@ def export_onnx(learner: IncrementalClassifier, path: Path) -> float:
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
             )  # fmt: skip
         proto = program.model_proto
-        preprocessing = towers.preprocessing.model_dump(mode="json") if hasattr(towers, "preprocessing") else {}
+        preprocessing = towers.preprocessing.model_dump(mode="json") if towers.preprocessing else {}
         about = {
             "classes": list(map(str, learner.classes_)), "preprocessing": preprocessing, "method": learner.method,
             "towers": towers.fingerprint,

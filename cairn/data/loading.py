@@ -66,9 +66,6 @@ class Loader:
     a batch in an epoch each has a part of the rows. An item is kept by the process that its batch in order is for.
     """
 
-    shares = True
-    """`epochs` can be asked for a share of every batch."""
-
     def __init__(
         self,
         images: Images,

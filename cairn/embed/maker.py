@@ -42,7 +42,7 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker
     shards = shards_of(len(chosen.train), len(chosen.test), config.shard_rows)
     plan = Plan(
         config=config, split=stream.fingerprint,
-        towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=getattr(towers, "revision", None)),
+        towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=towers.revision),
         dim=towers.dim, logit_scale=towers.logit_scale, classes=dataset.classes, templates=dataset.templates,
         train=len(chosen.train), test=len(chosen.test), images=[chosen.identity(shard) for shard in shards],
         rows=chosen.sha256(), versions=versions(),

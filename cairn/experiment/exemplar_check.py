@@ -67,7 +67,7 @@ def _parts(task: Task) -> Iterator[Any]:
 
 def _reachable(method: Method) -> Iterator[Any]:
     """Everything that the method's attributes lead to."""
-    seen, left = {id(method.__dict__), id(getattr(method, "towers", None))}, list(method.__dict__.values())
+    seen, left = {id(method.__dict__), id(method.towers)}, list(method.__dict__.values())
     while left:
         held = left.pop()
         if id(held) in seen or isinstance(held, (type, ModuleType, Log, str, bytes, int, float)):

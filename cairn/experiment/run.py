@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration, rehearsed
@@ -196,7 +195,7 @@ def run_stream(
         run=config,
         data=stream.name,
         split=stream.fingerprint,
-        towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=getattr(towers, "revision", None)),
+        towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=towers.revision),
         class_order=list(stream.class_names),
         task_sizes=[len(task.classes) for task in stream.tasks],
         test_sizes=sizes,
@@ -224,7 +223,7 @@ def run_stream(
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
         calibration_passes=Passes(**course.passes["calibrating"]),
-        device=str(getattr(towers, "device", torch.device("cpu"))),
+        device=str(towers.device),
         precision=towers.precision,
         versions=versions(),
     )
@@ -310,7 +309,7 @@ class _Course:
             method = self.entry.build(self.towers, self.settings, seed=self.config.seed, log=Log())
             if done:
                 method.load_state_dict(state)
-            if self.entry.card.keeps == "images":
+            if isinstance(method, KeepsImages):
                 method.attach_images(self.stream.tasks[:done])
             return method
 

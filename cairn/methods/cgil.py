@@ -102,7 +102,7 @@ class CGIL(CosineScoring, GaussianScoring):
 
         # Stage 1: a generator per class of the task [P].
         self.memory = config.generator.learned(
-            self.memory, x, y, torch.device(self.towers.device), seeds.at(stage=1), log.at(stage=1), checkpoint
+            self.memory, x, y, self.towers.device, seeds.at(stage=1), log.at(stage=1), checkpoint
         )
 
         # Stage 2: class texts move; new classes are drawn like old ones [P].

@@ -144,7 +144,7 @@ class ENGINE(DescribedClasses):
         if config.descriptions != "template" and not towers.has_images:
             raise ConfigError("descriptions: a features file has no text tower; set descriptions=template")
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.device = torch.device(towers.device)
+        self.device = towers.device
         names = ("visual", "textual")
         self.units = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
         self.anchors = torch.zeros(0, towers.dim)

@@ -120,7 +120,7 @@ class PROOF:
 
     def __init__(self, towers: Towers, config: ProofConfig, *, seed: int, log: Log):
         self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.device = torch.device(towers.device)
+        self.device = towers.device
         names = ("visual", "textual")
         self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
         self.fusion = Fusion(towers.dim, towers.logit_scale).to(self.device)

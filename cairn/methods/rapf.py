@@ -132,7 +132,7 @@ class RAPF(GaussianScoring):
         x, y = encode(loader, lambda pixels, _: self.memory_rows(self.towers.image(pixels)), checkpoint, "X")
 
         # Cross entropy on new images and draws of old classes, and the hinge loss on what is drawn of neighbours [P].
-        old, device = self.memory, torch.device(self.towers.device)
+        old, device = self.memory, self.towers.device
         W, T = nn.Parameter(self.W.to(device, copy=True)), self.anchors.to(device)
         near = neighbours(T, task.classes.start, config.threshold)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from cairn.data.loading import Loader
 from cairn.errors import NotFinite
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint, State
@@ -27,10 +28,7 @@ from cairn.training.seeds import Seeds
 
 
 class Batches(Protocol):
-    """A source of batches: `(inputs, labels)` pairs.
-
-    One with `shares = True` takes one more argument for its epochs, (number, of how many), and gives that part of each batch.
-    """
+    """A source of batches: `(inputs, labels)` pairs. Those of a `Loader` can be shared out between processes."""
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -82,7 +80,7 @@ def fit(
         return
     name = "fit-" + "-".join(seeds.path)
     course = _Course(parameters, _optimiser(schedule, parameters, rates or [1.0] * len(parameters)), average)
-    opens_images = getattr(batches, "shares", False)
+    opens_images = isinstance(batches, Loader)
     if opens_images and (trained := checkpoint.trained(name)) is not None:
         return course.restore(trained)
     if (held := checkpoint.work(name)) is not None:

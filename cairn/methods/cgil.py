@@ -78,6 +78,7 @@ class CGIL(CosineScoring, GaussianScoring):
         trains="text",
         keeps="generators",
         bytes=lambda k, d, n, i, w: k * (4 * (64 * (16 + 1) + 66 * d) + 8),
+        needs="images; texts help",
         passes="one per image, can be cached",
         text=True,
         quick={"generator.steps": 20, "stage2.schedule.epochs": 2, "stage2.schedule.batch": 8, "stage2.text.shared": 4},

@@ -47,6 +47,7 @@ class CLIPood(FixedTextHead):
         stages=("stage 1: vision against class texts, with margins; the weights end as their Beta average",),
         trains="vision",
         keeps="nothing",
+        needs="images; texts help",
         passes="one per image and epoch, with gradients",
         text=True,
         moves=True,

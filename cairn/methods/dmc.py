@@ -53,6 +53,7 @@ class DMC(TwoStageState):
         trains="vision, then text",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        needs="images; texts help",
         passes="one per image and epoch, with gradients, and one more",
         text=True,
         moves=True,

@@ -104,6 +104,7 @@ class DMCOT(TwoStageState):
         trains="vision, then text",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        needs="images; texts help",
         passes="one per image and epoch, with gradients, one before and one after",
         text=True,
         moves=True,

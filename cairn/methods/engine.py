@@ -132,6 +132,7 @@ class ENGINE(DescribedClasses):
         trains="projectors",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * (4 * (d + w) + 16) + 2 * w * (w + 1),
+        needs="images; texts and descriptions help",
         passes="one per image and one for its altered copy",
         text=True,
         older={"stat": 0.0, "rerank": 0.5, "loss": "cross_entropy"},

@@ -34,6 +34,7 @@ class FineTune(FixedTextHead):
         stages=("stage 1: vision against class texts",),
         trains="vision",
         keeps="nothing",
+        needs="images; texts help",
         passes="one per image and epoch, with gradients",
         text=True,
         moves=True,

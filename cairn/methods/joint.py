@@ -58,6 +58,7 @@ class Joint(CosineScoring, KeepsImages):
         trains="vision, then text",
         keeps="images",
         bytes=lambda k, d, n, i, w: n * i,
+        needs="images, all of them, always; texts help",
         passes="one per image so far and epoch, with gradients",
         text=True,
         moves=True,

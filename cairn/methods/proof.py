@@ -111,6 +111,7 @@ class PROOF:
         trains="projectors",
         keeps="exemplars",
         bytes=lambda k, d, n, i, w: 4 * d * min(n, 20 * k) + k * (4 * d + 16),
+        needs="images; texts help",
         passes="one per image, can be cached",
         text=True,
         quick={"schedule.epochs": 2, "schedule.batch": 4},

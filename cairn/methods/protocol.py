@@ -48,12 +48,12 @@ class Card:
     bytes: Callable[[int, int, int, int, int], int] = lambda k, d, n, i, w: 0
     """The size of what is kept with default settings, for k classes, d numbers per embedding, n images learned from, i bytes
     of an image and w numbers before the projection."""
+    needs: str = "images"
+    """What it learns from, and what else helps."""
     passes: str
     """How often an image passes the image tower in learning."""
     text: bool = False
     """Whether class texts are used."""
-    needs_text: bool = False
-    """Whether it does not work without."""
     moves: bool = False
     """Whether the image encoder is trained, once or in every task."""
     older: Mapping[str, Any] = field(default_factory=dict)

@@ -107,6 +107,7 @@ class RAPF(GaussianScoring):
         trains="adapter",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        needs="images; texts that the towers can tell apart",
         passes="one per image, can be cached",
         text=True,
         older={"start": "identity", "unit_features": True, "hinge": "distance", "pair_draws": None, "mask": "ratio"},

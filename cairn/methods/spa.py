@@ -123,6 +123,7 @@ class SPA(CosineScoring, GaussianScoring, PatchReasons, DescribedClasses):
         trains="projectors",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * full_bytes(2 * d),
+        needs="images; descriptions help if the towers can read them",
         passes="one per image, can be cached",
         text=True,
         quick={"schedule.epochs": 2, "schedule.batch": 4},

@@ -24,13 +24,14 @@ class ZeroShot(CosineScoring):
     card = Card(
         title="Zero-shot CLIP",
         source="Radford et al. 2021",
-        citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.",
+        citation="Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021. "
+        "arXiv 2103.00020.",
         stages=("class texts from templates",),
         trains="nothing",
         keeps="nothing",
+        needs="class names that the towers know",
         passes="none",
         text=True,
-        needs_text=True,
     )
 
     encoder = FROZEN

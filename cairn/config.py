@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, Union, get_args, get_origin, runtime_checkable
+from typing import Any, Self, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,35 +15,27 @@ from cairn.errors import ConfigError, UnknownName
 from cairn.storage.files import read_yaml
 from cairn.storage.schema import reason_of
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class Settings(BaseModel):
-    """Settings are set once, and an unknown one is an error."""
+    """Settings of a method, or some of them: frozen, and an unknown one is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def alters_images(self) -> bool:
+        """Whether with these settings other images than the given ones pass the tower."""
+        return False
+
+    @classmethod
+    def embedding(cls) -> Self:
+        """The defaults on precomputed embeddings."""
+        return cls()
 
 
 class NoSettings(Settings):
     """Of a method that has none."""
-
-
-@runtime_checkable
-class EmbeddingForm(Protocol):
-    """Settings that have a form of their own for precomputed embeddings."""
-
-    @classmethod
-    def embedding(cls) -> BaseModel:
-        """The defaults of that form."""
-        ...
-
-
-@runtime_checkable
-class AltersImages(Protocol):
-    """Settings under which other images than the given ones may pass the tower."""
-
-    @property
-    def alters_images(self) -> bool:
-        """Whether they do."""
-        ...
 
 
 def kind_by_name(value: Any) -> Any:
@@ -73,7 +65,7 @@ def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, st
             yield path, value, field.description or ""
 
 
-def with_settings(config: BaseModel, assignments: Sequence[str]) -> BaseModel:
+def with_settings(config: Model, assignments: Sequence[str]) -> Model:
     """`with_values` of texts `path=value`; values are YAML scalars."""
     return with_values(config, parsed(assignments))
 
@@ -95,7 +87,7 @@ def parsed(assignments: Sequence[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def with_values(config: BaseModel, values: Iterable[tuple[str, Any]]) -> BaseModel:
+def with_values(config: Model, values: Iterable[tuple[str, Any]]) -> Model:
     """The config with each value, of the setting's own type, at its path, in order.
 
     Raises UnknownName for an unknown path (with the nearest ones) and ConfigError for a value that does not fit.
@@ -111,7 +103,7 @@ def with_values(config: BaseModel, values: Iterable[tuple[str, Any]]) -> BaseMod
     return config
 
 
-def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: BaseModel) -> BaseModel:
+def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: BaseModel) -> Any:
     name, *rest = keys
     if name not in type(node).model_fields:
         raise UnknownName("setting", path, _paths(root))

@@ -63,7 +63,7 @@ def test_what_does_not_fit_names_the_setting_and_the_remedy(assignment, error, s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_listed_setting_can_be_set_to_its_own_default(name):
-    for config in (METHODS[name].config(), METHODS[name].card.embedding_config()):
+    for config in (METHODS[name].config(), METHODS[name].config.embedding()):
         for path, value, _ in settings(config):
             text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
             assert with_settings(config, [f"{path}={text}"]) == config, path

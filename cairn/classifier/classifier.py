@@ -482,7 +482,7 @@ class IncrementalClassifier:
             preprocess=held.preprocess, revision=held.revision if towers in (None, held.name) else None,
         )  # fmt: skip
         entry, made_by = method_named(record.method), record.versions.get("cairn")
-        learner._stored_config = validated(entry.config, entry.card.completed(record.config), where, made_by)
+        learner._stored_config = validated(entry.config, entry.completed(record.config), where, made_by)
         learner.classes_ = np.array(record.classes, dtype=object)
         learner.counts_ = np.array(record.counts, dtype=np.int64)
         learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]

@@ -165,9 +165,9 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
         f"bytes kept: {card.bytes(*SOME) / 1e6:.1f} MB of 100 classes, 50 images each, 512 numbers per embedding"
     )
     console.note(f"file: {entry.build.__module__.replace('.', '/')}.py\n")
-    forms = [("Settings (--set key=value)", card.config())]
-    if card.has_embedding_form:
-        forms.append(("Settings on a features file (embedding form)", card.embedding_config()))
+    forms = [("Settings (--set key=value)", entry.config())]
+    if entry.has_embedding_form:
+        forms.append(("Settings on a features file (embedding form)", entry.config.embedding()))
     for title, config in forms:
         rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
         if rows:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration, rehearsed
-from cairn.config import AltersImages, choices, with_settings
+from cairn.config import Settings, choices, with_settings
 from cairn.config import settings as every_setting
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
     entry: Entry
     stream: TaskStream
     towers: Towers
-    settings: BaseModel
+    settings: Settings
 
 
 def prepared(config: RunConfig) -> Prepared:
@@ -93,11 +93,10 @@ def prepared(config: RunConfig) -> Prepared:
     return Prepared(entry, stream, towers, settings)
 
 
-def tower_stands(entry: Entry, settings: BaseModel) -> bool:
+def tower_stands(entry: Entry, settings: Settings) -> bool:
     """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
     tunings = {value for path, value, _ in every_setting(settings) if path.rpartition(".")[2] == "tuning"}
-    alters = isinstance(settings, AltersImages) and settings.alters_images
-    return tunings <= {"none", "adapter"} and not alters and entry.card.keeps != "images"
+    return tunings <= {"none", "adapter"} and not settings.alters_images and entry.card.keeps != "images"
 
 
 class Learned(NamedTuple):
@@ -141,7 +140,7 @@ def run_stream(
         else:
             reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
             log("notice", text=f"the cache is not used: {reason}")
-    if not towers.has_images and entry.card.has_embedding_form:
+    if not towers.has_images and entry.has_embedding_form:
         log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
             "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
     log(

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from cairn.config import Settings
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import LONE_VARIANCE
 from cairn.memory.generators import Decoders, GeneratorMemory
@@ -29,10 +30,8 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels
 
 
-class Vae(BaseModel):
+class Vae(Settings):
     """A variational autoencoder per class [P]; its decoder is kept."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["vae"] = "vae"
     latent: int = Field(16, ge=1, description="l, width of the latent [I]")

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeGuard
-
-from pydantic import BaseModel
+from typing import Any, TypeGuard
 
 from cairn import methods
+from cairn.config import Settings
 from cairn.errors import UnknownName, one_line
 from cairn.methods.protocol import CAPABILITIES, Card, DescribedClasses, Method
 from cairn.towers.protocol import Towers
@@ -53,11 +52,30 @@ class Entry:
         return tuple(what for what, holds in claims.items() if holds)
 
     @property
-    def config(self) -> type[BaseModel]:
+    def config(self) -> type[Settings]:
         return self.card.config
 
-    def default_config(self, towers: Towers) -> BaseModel:
-        return self.card.default_config(towers)
+    def default_config(self, towers: Towers) -> Settings:
+        return self.config() if towers.has_images else self.config.embedding()
+
+    @property
+    def has_embedding_form(self) -> bool:
+        """Whether the settings have other defaults on precomputed embeddings."""
+        return self.config.embedding() != self.config()
+
+    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a learner's record holds, all there were, with `Card.older` for those that came later."""
+        return _completed(config, self.card.older)
+
+
+def _completed(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` and, at whatever depth, what `older` has and it has not."""
+    nested = {
+        key: _completed(config[key], value)
+        for key, value in older.items()
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
+    }
+    return {**older, **config, **nested}
 
 
 class Methods(Mapping[str, Entry]):

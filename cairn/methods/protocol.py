@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from pydantic import BaseModel
 from torch import nn
 
-from cairn.config import EmbeddingForm, NoSettings
+from cairn.config import NoSettings, Settings
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
@@ -36,7 +35,7 @@ class Card:
     source: str
     """The paper in two words, as in a citation."""
     citation: str = ""
-    config: type[BaseModel] = NoSettings
+    config: type[Settings] = NoSettings
     """The class of its settings."""
     stages: tuple[str, ...]
     """What `learn` does, one line each."""
@@ -65,30 +64,6 @@ class Card:
     def exemplar_free(self) -> bool:
         return self.keeps not in ("exemplars", "images")
 
-    def default_config(self, towers: Towers) -> BaseModel:
-        """The default settings; on precomputed embeddings those of the embedding form, if there is one."""
-        return self.config() if towers.has_images else self.embedding_config()
-
-    @property
-    def has_embedding_form(self) -> bool:
-        """Whether the settings have a form of their own for precomputed embeddings."""
-        return issubclass(self.config, EmbeddingForm)
-
-    def embedding_config(self) -> BaseModel:
-        """The default settings on precomputed embeddings."""
-        return self.config.embedding() if issubclass(self.config, EmbeddingForm) else self.config()
-
-    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that a learner's record holds, all there were, with `older` for those that came later."""
-        return _completed(config, self.older)
-
-
-def _completed(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` and, at whatever depth, what `older` has and it has not."""
-    nested = {key: _completed(config[key], value) for key, value in older.items()
-              if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)}  # fmt: skip
-    return {**older, **config, **nested}
-
 
 class Method(Protocol):
     """A learner of tasks.
@@ -99,7 +74,7 @@ class Method(Protocol):
 
     card: ClassVar[Card]
     towers: Towers
-    config: BaseModel
+    config: Settings
 
     def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log): ...
 

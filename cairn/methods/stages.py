@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from cairn.config import kind_by_name
+from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy, margin_metric_softmax, mean_squared_cosine, text_anchor_contrast
@@ -28,10 +28,8 @@ from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 
 
-class VisionStage(BaseModel):
+class VisionStage(Settings):
     """Stage 1: the vision side moves, the class texts are its anchor."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tuning: Tuning = Field(
         Lora(), description="what is trained: lora, full, projection, adapter or none [I; K: MG-CLIP]"
@@ -68,10 +66,8 @@ BOUND = VisionStage(
 """How both bounds, `finetune` and `joint`, train the vision encoder: every linear layer, every class seen."""
 
 
-class TextStage(BaseModel):
+class TextStage(Settings):
     """Stage 2: the text side moves, the vision side stands; old classes are replayed from their Gaussians."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: ClassText = Field(Residual(), description="what is trained: prompts, residual or templates (nothing)")
     real_share: float | None = Field(

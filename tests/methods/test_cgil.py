@@ -187,7 +187,7 @@ def test_gaussians_are_those_of_the_unit_features(flat, stream):
 
 def test_generators_are_smaller_than_full_gaussians_at_clip_s_width():
     d = 512
-    vae, full = Vae().empty(d), GaussianMemory(d)
+    vae, full = Vae().memory(d), GaussianMemory(d)
     k1 = vae.add(
         torch.zeros(1, d), torch.zeros(1, dtype=torch.int64), lambda own: taught(own, steps=1), torch.Generator()
     )

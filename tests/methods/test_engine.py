@@ -321,7 +321,7 @@ def test_a_record_from_before_the_head_is_read_as_it_was():
               "candidates": 5, "schedule": {"epochs": 10, "batch": 64, "lr": 0.05, "optimizer": "sgd"}}  # fmt: skip
 
     def stored(name, record):
-        return METHODS[name].config.model_validate(METHODS[name].card.completed(record))
+        return METHODS[name].config.model_validate(METHODS[name].completed(record))
 
     config = stored("engine", record)
     assert (config.stat, config.loss, config.text_weight, config.replay) == (0.0, "cross_entropy", 1.0, None)

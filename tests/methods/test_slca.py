@@ -215,5 +215,5 @@ def test_tasks_of_classes_are_kept_through_forgetting_and_a_state_that_has_none_
     fresh.load_state_dict(state)
     assert fresh.tasks.tolist() == [0, 0, 0, 0]
     entry = METHODS["slca"]
-    before = entry.config.model_validate(entry.card.completed({"stage2": {"per_class": 9}})).stage2
+    before = entry.config.model_validate(entry.completed({"stage2": {"per_class": 9}})).stage2
     assert (before.per_class, before.normalise, before.shrink) == (9, "all", 0)

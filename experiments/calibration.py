@@ -18,30 +18,33 @@ from typing import Any
 
 import torch
 
-from cairn.classifier.calibration import rehearsed
+from cairn.classifier.calibration import AGEING, POWER, rehearsed
 from cairn.data.catalogue import open_dataset
+from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.experiment.metrics import calibration_error, mean_and_deviation
 from cairn.experiment.run import run_stream, towers_for
 from cairn.experiment.schema import RunConfig
-from cairn.maths.calibration import best_temperature, log_probabilities, loss_curve
+from cairn.maths.calibration import best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import Method
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions
+from cairn.towers.cached import kept
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.log import Log
+from cairn.types import Scores
 
 STREAMS: dict[str, dict[str, Any]] = {
     "ucf101": {"data": "data/clip-vit-b32-features/ucf101.safetensors"},
     "caltech51": {"data": "data/clip-vit-b32-features/caltech51.safetensors"},
     "cifar100": {"data": "data/cifar100", "towers": "data/mini-clip"},
 }
-SEEDS = {"ucf101": (1, 2, 3), "caltech51": (1, 2, 3), "cifar100": (1,)}
+SEEDS = {"ucf101": (1, 2, 3), "caltech51": (1, 2, 3), "cifar100": (1, 2, 3)}
 SETTINGS = {
     ("cifar100", "aper"): ("schedule.epochs=5",),
     ("cifar100", "slca"): ("stage1.schedule.epochs=2",),
@@ -53,13 +56,14 @@ SETTINGS = {
 
 FORM_STREAMS = {
     "shapes:dev": {"data": "shapes:dev", "step": 4},
-    "ucf101": {"data": STREAMS["ucf101"]["data"], "step": 10},
-    "caltech51": {"data": STREAMS["caltech51"]["data"], "step": 10},
+    "ucf101": {**STREAMS["ucf101"], "step": 10},
+    "caltech51": {**STREAMS["caltech51"], "step": 10},
+    "cifar100": {**STREAMS["cifar100"], "step": 10},
 }
-FORM_METHODS = ("lda", "simplecil", "acil")
-FORMS = {f"p={p}, row={row}": (p, row) for p in (0, 1) for row in (0, 0.5)}
-"""Losses of images scored among k of K classes weigh (k / K)^p, and `row` average rows are added that belong to the class
-with the second largest score."""
+FORM_METHODS, FORM_SEEDS = ("lda", "simplecil", "acil"), (1, 2, 3)
+QS, PS = (0.0, 0.25, 0.5, 0.75), (0, 1, 2, 4)
+FORMS = {f"q={q}, p={p}": (q, p) for q in QS for p in PS}
+"""q of `cairn.maths.calibration`; losses of images scored among k of K classes weigh (k / K)^p."""
 
 
 def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
@@ -71,7 +75,8 @@ def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
             seed=seed,
             settings=SETTINGS.get((stream, method), ()),
             **STREAMS[stream],
-        )
+        ),
+        store=FeatureStore.configured(),
     )
     return {
         "stream": stream,
@@ -88,54 +93,79 @@ def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
     }
 
 
-def forms_measured(stream: str, method: str) -> dict[str, Any]:
-    """Expected calibration error on training images kept apart, mean over tasks, of every form of the fit."""
-    how, entry = FORM_STREAMS[stream], METHODS[method]
+def forms_measured(stream: str, method: str, seed: int) -> dict[str, Any]:
+    """Expected calibration error on training images kept apart, mean over tasks: of every form of the fit, and of the best
+    temperature between half and twice that of the fit, which only those images tell."""
+    how, entry = dict(FORM_STREAMS[stream]), METHODS[method]
+    step = how.pop("step")
     dataset = open_dataset(how["data"])
-    tasks = task_stream(dataset, step=how["step"], order="seed:1993", validation=0.3)
-    towers = towers_for(RunConfig(method=method, data=how["data"]), dataset)
+    tasks = task_stream(dataset, step=step, order="seed:1993", validation=0.3)
+    towers = towers_for(RunConfig(method=method, **how), dataset)
+    fingerprint = towers.fingerprint
+    if towers.has_images:  # these encoders are frozen
+        tasks, towers = kept(tasks, towers, FeatureStore.configured())
 
     def built(state: State | None) -> Method:
-        made = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+        made = entry.build(towers, entry.default_config(towers), seed=seed, log=Log())
         if state is not None:
             made.load_state_dict(state)
         return made
 
-    learned, errors, lots, kept = built(None), {form: [] for form in FORMS}, [], []
+    learned, apart, lots = built(None), [], {q: [] for q in QS}
+    errors, least = {form: [] for form in FORMS}, {0.0: [], POWER: []}
     for task in tasks.tasks:
-        state, checkpoint = learned.state_dict() if task.index else None, Checkpoint()
+        state, checkpoint, K = learned.state_dict() if task.index else None, Checkpoint(), task.classes.stop
         learned.learn(task, checkpoint)
-        found = rehearsed(learned, lambda state=state: built(state), task, 1, checkpoint)
-        second = found.scores.topk(2, 1).indices[:, 1]
-        lots.append((task.classes.stop, len(second), *(loss_curve(found.scores, y) for y in (found.labels, second))))
-        apart = Loader(tasks.tests[task.index], towers.prepare, towers.pixels)
-        kept.append(encode(apart, lambda pixels, _: learned.embed(pixels)))  # these encoders are frozen
-        features, y = (torch.cat(column) for column in zip(*kept, strict=True))
+        found = rehearsed(learned, lambda state=state: built(state), task, seed, checkpoint)
+        loader = Loader(tasks.tests[task.index], towers.prepare, towers.pixels)
+        apart.append(encode(loader, lambda pixels, _: learned.embed(pixels)))
+        features, y = (torch.cat(column) for column in zip(*apart, strict=True))
         scores = learned.scores(features)
         right = (scores.argmax(1) == y).tolist()
-        for form, (p, row) in FORMS.items():
-            weights = [(k / task.classes.stop) ** p for k, *_ in lots]
-            n, L, R = (sum(w * lot[i] for w, lot in zip(weights, lots, strict=True)) for i in (1, 2, 3))
-            confidence = log_probabilities(scores, best_temperature(L + row * R / n)).exp().amax(1)
-            errors[form].append(calibration_error(confidence.tolist(), right))
+
+        def error(temperature: float, q: float, scores: Scores = scores, right: list[bool] = right) -> float:
+            confidence = log_probabilities(scores, temperature, q).exp().amax(1)
+            return calibration_error(confidence.tolist(), right)
+
+        for q in QS:
+            lots[q].append((K, len(found.labels), loss_curve(found.scores, found.labels, q)))
+        for form, (q, p) in FORMS.items():
+            n, loss = sum(n for _, n, _ in lots[q]), sum((k / K) ** p * L for k, _, L in lots[q])
+            temperature = best_temperature(loss, least_loss(n))
+            errors[form].append(error(temperature, q))
+            if p == AGEING and q in least:
+                least[q].append(min(error(temperature * 2**step, q) for step in torch.linspace(-1, 1, 21).tolist()))
     return {
         "stream": stream,
         "method": method,
+        "seed": seed,
         "split": tasks.fingerprint,
-        "towers": towers.fingerprint,
+        "towers": fingerprint,
         "images": len(y),
         "ece": {form: sum(found) / len(found) for form, found in errors.items()},
+        "least": {str(q): sum(found) / len(found) for q, found in least.items()},
     }
 
 
 def forms_table(rows: list[dict[str, Any]]) -> str:
-    head = [f"p = {p}, {'half a row' if row else 'no row'}" for p, row in FORMS.values()]
-    lines = [f"| stream | method | {' | '.join(head)} |", f"|---|---|{'---|' * len(head)}"]
-    for row in rows:
-        cells = (f"{100 * row['ece'][form]:.2f}" for form in FORMS)
-        lines.append(f"| {row['stream']} | {row['method']} | {' | '.join(cells)} |")
-    means = (f"{100 * sum(row['ece'][form] for row in rows) / len(rows):.2f}" for form in FORMS)
-    return "\n".join([*lines, f"| mean | | {' | '.join(means)} |"])
+    """Of all rows the mean; then of every stream and method, with the p that `cairn` takes, the means over seeds."""
+
+    def cell(values: list[float]) -> str:
+        return f"{100 * sum(values) / len(values):.2f}"
+
+    lines = ["| mean of all | " + " | ".join(f"p = {p}" for p in PS) + " |", "|---" * (1 + len(PS)) + "|"]
+    for q in QS:
+        cells = (cell([row["ece"][f"q={q}, p={p}"] for row in rows]) for p in PS)
+        lines.append(f"| q = {q:g} | {' | '.join(cells)} |")
+    head = [f"q = {q:g}" for q in QS] + ["best T, q = 0", f"best T, q = {POWER:g}"]
+    lines += ["", f"| stream | method | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    for stream, method in product(FORM_STREAMS, FORM_METHODS):
+        own = [row for row in rows if (row["stream"], row["method"]) == (stream, method)]
+        if own:
+            cells = [cell([row["ece"][f"q={q}, p={AGEING}"] for row in own]) for q in QS]
+            cells += [cell([row["least"][str(q)] for row in own]) for q in (0.0, POWER)]
+            lines.append(f"| {stream} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -168,14 +198,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def compare_forms(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    done = {(row["stream"], row["method"]) for row in rows}
-    for stream, method in product(FORM_STREAMS, FORM_METHODS):
-        if not args.table and (stream, method) not in done and args.only in (None, stream, f"{stream}/{method}"):
-            rows.append(forms_measured(stream, method))
+    done = {(row["stream"], row["method"], row["seed"]) for row in rows}
+    for stream, method, seed in product(FORM_STREAMS, FORM_METHODS, FORM_SEEDS):
+        wanted = args.only in (None, stream, f"{stream}/{method}") and not args.table
+        if wanted and (stream, method, seed) not in done:
+            rows.append(forms_measured(stream, method, seed))
             write_json(
                 args.out, {"command": "python experiments/calibration.py --forms", "rows": rows, "versions": versions()}
             )
-            print(stream, method, rows[-1]["ece"], flush=True)
+            print(stream, method, seed, rows[-1]["least"], flush=True)
     page = args.into.read_text(encoding="utf-8")
     args.into.write_text(replaced_block(page, "calibration-forms", forms_table(rows)), encoding="utf-8")
 

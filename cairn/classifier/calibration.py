@@ -4,7 +4,8 @@ Scores of different methods are cosines times CLIP's scale, log densities or out
 larger or smaller than the share of images that are classified correctly. After each task a second learner, the *rehearsal*,
 learns the same task without a fifth of its images, and scores them among all classes seen. Their loss as a function of the
 temperature (see `cairn.maths.calibration`) is added to that of the tasks before, and the temperature of the smallest sum
-divides the scores wherever probabilities are made. Which class is the likeliest never changes, nor does anything learned.
+makes probabilities of scores wherever they are asked for. Which class is the likeliest never changes, nor does anything
+learned.
 
 The rehearsal takes over what the method already did with those images, as a learner that was cut off would: passes of a
 tower, and what a tower was trained to (see `Checkpoint.handed_on`). Only what is fitted on embeddings is fitted anew. So an
@@ -27,9 +28,9 @@ from torch import Tensor
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, loss_curve
+from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
-from cairn.storage.schema import Count, Record
+from cairn.storage.schema import Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.seeds import Seeds
@@ -43,16 +44,23 @@ MOST = 512
 
 BATCH = 64
 
+POWER = 0.5
+"""q of `cairn.maths.calibration`, chosen on training images kept apart; see docs/calibration.md."""
+
+AGEING = 2
+"""Images scored among k of today's K classes weigh (k / K)^AGEING: how sure one may be among few classes tells less of many.
+Chosen as `POWER` was."""
+
 
 class Calibration(Record):
-    """Losses of all images left out so far, on the grid of inverse temperatures. Immutable: `with_rows` returns another.
-
-    Images scored among k classes weigh k / K where now there are K: how sure one may be among few classes tells less of many.
-    """
+    """Losses of all images left out so far, on the grid of inverse temperatures. Immutable: `with_images` returns another."""
 
     rows: Count = Field(0, description="images that were left out")
     classes: Count = Field(0, description="K, classes that the last of them were scored among")
     loss: list[float] = Field([], description="L: weighted losses of their labels, summed")
+    power: Share = Field(
+        0.0, description="q of `cairn.maths.calibration`; 0: one temperature for all images, as it once was"
+    )
 
     @model_validator(mode="after")
     def _one_loss_for_each_temperature(self) -> Calibration:
@@ -63,7 +71,7 @@ class Calibration(Record):
 
     @property
     def temperature(self) -> float:
-        """What scores are divided by; 1 before any image was left out."""
+        """T; 1 before any image was left out."""
         if not self.rows:
             return 1.0
         return best_temperature(torch.tensor(self.loss, dtype=torch.float64), least_loss(self.rows))
@@ -72,11 +80,18 @@ class Calibration(Record):
         """With these, scored among all classes seen."""
         if left_out is None or not len(left_out.labels):
             return self
-        k = left_out.scores.shape[1]
-        loss = loss_curve(left_out.scores.cpu(), left_out.labels.cpu())
+        k, power = left_out.scores.shape[1], self.power if self.rows else POWER
+        loss = loss_curve(left_out.scores.cpu(), left_out.labels.cpu(), power)
         if self.rows:
-            loss += min(1.0, self.classes / k) * torch.tensor(self.loss, dtype=torch.float64)
-        return Calibration(rows=self.rows + len(left_out.labels), classes=k, loss=loss.tolist())
+            loss += min(1.0, self.classes / k) ** AGEING * torch.tensor(self.loss, dtype=torch.float64)
+        return Calibration(rows=self.rows + len(left_out.labels), classes=k, loss=loss.tolist(), power=power)
+
+    def log_probabilities(self, scores: Scores) -> Scores:
+        """Of every class, in float64; before any image was left out those of the softmax of the scores as they are."""
+        return log_probabilities(scores.cpu(), self.temperature, self.power)
+
+
+UNCALIBRATED = Calibration()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from cairn.errors import (
     one_line,
     suggestion,
 )
-from cairn.maths.calibration import log_probabilities
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
 from cairn.methods.stored import restore_checked
@@ -274,9 +273,9 @@ class IncrementalClassifier:
         return found
 
     def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
-        """Softmax of the scores over a temperature, (n, k), columns in the order of `classes_`. The temperature is fitted on
-        images that were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many
-        are classified correctly as the largest probabilities say."""
+        """(n, k), columns in the order of `classes_`: softmax of the scores over a temperature, which is fitted on images that
+        were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many are
+        classified correctly as the largest probabilities say."""
         with self._lock.reading():
             return self._probabilities(self._scored(images)[0]).numpy()
 
@@ -337,7 +336,7 @@ class IncrementalClassifier:
         return _finite(method.scores(method.embed(pixels)).cpu(), lambda row: "the image")
 
     def _probabilities(self, scores: Scores) -> Scores:
-        return log_probabilities(scores, self.calibration_.temperature).exp()
+        return self.calibration_.log_probabilities(scores).exp()
 
     @torch.no_grad()
     def _scored(self, images: Item | Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
@@ -345,7 +344,7 @@ class IncrementalClassifier:
         method, items = self._fitted(), items_of(images, self._width)
         if known and self._novelty is None:
             self._novelty = Novelty(
-                method, self.seed, self.references_, self.referenced_among_, temperature=self.calibration_.temperature
+                method, self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
             )
         given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
         towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]

@@ -33,8 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cairn.classifier.calibration import UNCALIBRATED, Calibration
 from cairn.errors import ConfigError
-from cairn.maths.calibration import log_probabilities
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.shrinkage import Oas, Ridge
 from cairn.memory.gaussians import GaussianMemory
@@ -64,8 +64,8 @@ def require_threshold(value: float, name: str) -> None:
 
 
 class Novelty:
-    """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead, that of
-    softmax(scores / temperature). `among` says of each of the `references` how many classes were known when it was taken; all
+    """The known score of a method as it stands. One that keeps no Gaussians gets its largest probability instead, as
+    `calibration` makes it. `among` says of each of the `references` how many classes were known when it was taken; all
     weigh alike without it."""
 
     def __init__(
@@ -75,10 +75,10 @@ class Novelty:
         references: Sequence[float] = (),
         among: Sequence[int] = (),
         text_share: float = TEXT_SHARE,
-        temperature: float = 1.0,
+        calibration: Calibration = UNCALIBRATED,
         ageing: float = AGEING,
     ):
-        self._method, self._share, self._temperature = method, text_share, temperature
+        self._method, self._share, self._calibration = method, text_share, calibration
         self._memory = gaussians_of(method)
         if self._memory is None or not self._memory.classes:
             self._memory = None
@@ -98,7 +98,7 @@ class Novelty:
     def known(self, features: Features, scores: Scores) -> np.ndarray:
         """(n,) in [0, 1], from what the method made of the images; `scores` count where it keeps no Gaussians."""
         if self._memory is None:
-            return log_probabilities(scores, self._temperature).amax(1).exp().numpy()
+            return self._calibration.log_probabilities(scores).amax(1).exp().numpy()
         a = self.fit(self._method.memory_rows(features))
         among = self._shares[torch.searchsorted(self._references, a, right=True)]
         # Below all of them order still counts

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cairn.classifier.calibration import UNCALIBRATED, Calibration
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.experiment.metrics import calibration_error, negative_log_likelihood
-from cairn.maths.calibration import log_probabilities
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite
@@ -38,8 +38,8 @@ class Evaluation:
     """After one task: `accuracy[j]` on task j <= i, correct and total per class seen; `future`: zero-shot accuracy of the
     current image side on the classes still to come, among those classes (None if there are none); `zero_shot`: that of
     the towers as they came, on the classes seen. Both are None without class texts. `ece` and `nll`: calibration error and
-    negative log-likelihood of the probabilities softmax(scores / `temperature`), over all test images of classes seen; None
-    in what was kept before there were any."""
+    negative log-likelihood of the calibrated probabilities, whose T is `temperature`, over all test images of classes seen;
+    None in what was kept before there were any."""
 
     accuracy: list[float]
     correct: list[int]
@@ -77,9 +77,10 @@ class Evaluator:
         self._kept: dict[int, Tensor | None] = {}
         self._frozen: dict[int, Tensor | None] = {}
 
-    def after(self, task: int, method: Method, temperature: float = 1.0) -> Evaluation:
-        """The row of the table that follows learning task number `task`, probabilities being softmax(scores / temperature).
-        Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is not."""
+    def after(self, task: int, method: Method, calibration: Calibration = UNCALIBRATED) -> Evaluation:
+        """The row of the table that follows learning task number `task`, probabilities being what `calibration` makes of
+        scores. Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is
+        not."""
         if self.exemplar_free:
             learned = self.stream.tasks[task]
             refuse_exemplars(method, learned, looked_for(learned, self.towers))
@@ -90,7 +91,7 @@ class Evaluator:
         accuracy, figures = [], []
         for j in range(task + 1):
             labels = self.loaders[j].labels
-            found = self._figures(j, task, method, temperature)
+            found = self._figures(j, task, method, calibration)
             right = found[:, 0] > 0
             accuracy.append(_share(right))
             correct += torch.bincount(labels[right], minlength=seen)
@@ -103,17 +104,17 @@ class Evaluator:
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
             ece=calibration_error(confidence, right), nll=negative_log_likelihood(log_probability),
-            temperature=temperature,
+            temperature=calibration.temperature,
         )  # fmt: skip
 
-    def _figures(self, j: int, task: int, method: Method, temperature: float) -> Tensor:
+    def _figures(self, j: int, task: int, method: Method, calibration: Calibration) -> Tensor:
         """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken
         for, and the log-probability of its own."""
 
         def figures(rows: Tensor, y: Tensor) -> Tensor:
             scores = self._scores(task, method, rows)
             best = _likeliest(scores, f"task {task}: the scores of the method")
-            log_p = log_probabilities(scores.cpu(), temperature)
+            log_p = calibration.log_probabilities(scores)
             columns = (
                 (best == y).to(log_p),
                 log_p.gather(1, best[:, None])[:, 0].exp(),

@@ -169,7 +169,7 @@ def run_stream(
             left_out = rehearsed(method, before, task, config.seed, checkpoint)
             calibration = course.calibration.with_images(left_out)
         with course.passing("evaluating"):
-            found = evaluator.after(task.index, method, calibration.temperature)
+            found = evaluator.after(task.index, method, calibration)
         course.evaluations.append(found)
         course.calibration = calibration
         seen = sum(found.correct) / sum(found.total)

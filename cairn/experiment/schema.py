@@ -110,7 +110,9 @@ class RunResult(BaseModel):
         [], description="mean negative log-probability of the true class, after task i, over the same images; in nats"
     )
     temperature: list[Annotated[float, Field(gt=0)] | None] = Field(
-        [], description="what scores are divided by to make probabilities, after task i; fitted on training images"
+        [],
+        description="T of `cairn.maths.calibration`, by which scores become probabilities, after task i; fitted on training "
+        "images",
     )
     zero_shot_accuracy: list[Share | None] = Field(
         [], description="of the towers as they came, on the classes seen after task i; null without class texts"

@@ -1,16 +1,20 @@
 """Temperature scaling: how sure a softmax over scores should be, chosen by rows that the scores were not learned from.
 
-Letters: s scores (n x k), y labels, p = softmax(b s) probabilities, b = 1 / T the inverse temperature; B a grid of b.
+Letters: s scores (n x k), y labels; m_i = max_c s_ic - mean_c s_ic, how far row i's best class stands out; q in [0, 1];
+p_i = softmax(b s_i / m_i^q) probabilities, b = 1 / T the inverse temperature; B a grid of b.
 
     L(b) = sum_i -log p_{i, y_i}
 
-L is convex in b, and no b > 0 changes which class has the largest score. L on the grid is all that is needed of rows to
-choose b, so rows that come in several lots are added up without being kept. Where every row is classified correctly L falls
-for ever, which n rows do not justify: b goes no further than where L is that of n rows of probability (n + 1) / (n + 2),
-the share to expect after n successes in n trials.
+q = 0 is one temperature for all rows. Scores of a regression and log densities stand out much more in some rows than in
+others, and one temperature is then too sure of the former and not sure enough of the latter; with q > 0 a row has T m_i^q.
+L is convex in b, and neither b > 0 nor q changes which class has the largest score. L on the grid is all that is needed of
+rows to choose b, so rows that come in several lots are added up without being kept. Where every row is classified correctly
+L falls for ever, which n rows do not justify: b goes no further than where L is that of n rows of probability (n + 1) /
+(n + 2), the share to expect after n successes in n trials.
 
-Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2; the bound is Laplace's rule of succession.
-The grid and the bound are ours.
+Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2. That the temperature depends on the row is
+adaptive temperature scaling (Joy et al. 2023), there learned by a network; m^q, the grid and the bound, which is Laplace's
+rule of succession, are ours.
 """
 
 from __future__ import annotations
@@ -28,10 +32,16 @@ INVERSE_TEMPERATURES: Float[Tensor, " g"] = torch.logspace(
 """B: from 1e-4 to 1e4, each 12 % above the one before."""
 
 
-def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Float[Tensor, " g"]:
-    """L on the grid, in float64. With a single class it is zero."""
+def evened(s: Float[Tensor, "n k"], q: float) -> Float[Tensor, "n k"]:
+    """(s - max_c s) / m^q of each row, in float64; 0 where all scores of a row are equal."""
     s = s.double()
     s = s - s.amax(1, keepdim=True)
+    return s / (-s.mean(1, keepdim=True)).clamp_min(torch.finfo(s.dtype).tiny) ** q
+
+
+def loss_curve(s: Float[Tensor, "n k"], y: Int[Tensor, " n"], q: float = 0.0) -> Float[Tensor, " g"]:
+    """L on the grid, in float64. With a single class it is zero."""
+    s = evened(s, q)
     whole = torch.stack([torch.logsumexp(b * s, 1).sum() for b in INVERSE_TEMPERATURES])
     return whole - INVERSE_TEMPERATURES * s.gather(1, y[:, None]).sum()
 
@@ -63,6 +73,6 @@ def best_temperature(values: Float[Tensor, " g"], least: float = 0.0) -> float:
     return 1 / b.exp().item()
 
 
-def log_probabilities(s: Float[Tensor, "n k"], temperature: float) -> Float[Tensor, "n k"]:
-    """log softmax(s / T), in float64."""
-    return torch.log_softmax(s.double() / temperature, 1)
+def log_probabilities(s: Float[Tensor, "n k"], temperature: float, q: float = 0.0) -> Float[Tensor, "n k"]:
+    """log softmax(s / (T m^q)), in float64."""
+    return torch.log_softmax(evened(s, q) / temperature, 1)

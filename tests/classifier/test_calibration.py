@@ -42,10 +42,23 @@ def test_losses_of_fewer_classes_weigh_less():
     few, many = torch.randn(6, 2, generator=rng), torch.randn(3, 8, generator=rng)
     y, z = torch.tensor([0, 1, 1, 0, 0, 1]), torch.tensor([7, 0, 3])
     found = Calibration().with_images(LeftOut(few, y)).with_images(LeftOut(many, z))
-    expected = loss_curve(many, z) + loss_curve(few, y) * 2 / 8
+    expected = loss_curve(many, z, 0.5) + loss_curve(few, y, 0.5) * (2 / 8) ** 2
     np.testing.assert_allclose(found.loss, expected.numpy())
     assert (found.rows, found.classes) == (9, 8)
     assert Calibration().temperature == 1.0
+
+
+def test_what_was_fitted_with_one_temperature_for_all_images_stays_so():
+    """Records of before there was a power, and what is added to them."""
+    rng = torch.Generator().manual_seed(0)
+    s, y = torch.randn(30, 4, generator=rng), torch.randint(4, (30,), generator=rng)
+    old = Calibration.model_validate({"rows": 30, "classes": 4, "loss": loss_curve(s, y).tolist()})
+    T = old.temperature
+    torch.testing.assert_close(old.log_probabilities(s), torch.log_softmax(s.double() / T, 1))
+    more = old.with_images(LeftOut(2 * s, y))
+    np.testing.assert_allclose(more.loss, (loss_curve(s, y) + loss_curve(2 * s, y)).numpy())
+    torch.testing.assert_close(more.log_probabilities(s), torch.log_softmax(s.double() / more.temperature, 1))
+    torch.testing.assert_close(Calibration().log_probabilities(s), torch.log_softmax(s.double(), 1))
 
 
 @pytest.mark.parametrize("method", ["lda", "acil", "simplecil", "dmc", "proof"])
@@ -88,7 +101,7 @@ def test_ranpac_gives_what_it_holds_out_itself(features):
     found = Calibration().with_images(
         rehearsed(method, lambda: pytest.fail("needs no rehearsal"), stream.tasks[0], 1, Checkpoint())
     )
-    np.testing.assert_allclose(found.loss, loss_curve(scores, labels))
+    np.testing.assert_allclose(found.loss, loss_curve(scores, labels, 0.5))
 
 
 def test_a_class_that_is_held_out_whole_tells_ranpac_nothing(features):
@@ -122,8 +135,9 @@ def test_a_tower_that_was_trained_is_not_trained_again(towers, small_stream):
     assert all(torch.equal(value, method.state_dict()[key]) for key, value in state.items())
 
 
-def test_temperature_changes_no_class_and_no_accuracy(features, monkeypatch):
-    config = RunConfig(method="simplecil", data=features, step=2)
+@pytest.mark.parametrize("method", ["lda", "simplecil", "acil"])
+def test_temperature_changes_no_class_and_no_accuracy(method, features, monkeypatch):
+    config = RunConfig(method=method, data=features, step=2)
     result = run_stream(config)
     monkeypatch.setattr("cairn.experiment.run.rehearsed", lambda *_: None)
     plain = run_stream(config)
@@ -141,6 +155,22 @@ def test_probabilities_hold_on_photographs_embedded_by_clip(method, shared):
     result = run_stream(RunConfig(method=method, data=path, step=25, order="seed:1993", settings=settings))
     assert result.ece[-1] < 0.05
     assert sum(result.ece) / len(result.ece) < 0.05
+
+
+def test_probabilities_hold_where_images_stand_out_unequally(shared):
+    """With one temperature for all images they are 7 points off."""
+    found = run_stream(
+        RunConfig(
+            method="acil",
+            data=str(shared / "cifar100"),
+            towers=str(shared / "mini-clip"),
+            step=50,
+            order="seed:1993",
+            limit_train=30,
+            limit_test=10,
+        )
+    )
+    assert found.ece[-1] < 0.05
 
 
 def test_a_learner_and_a_run_have_the_same_temperature(features, tmp_path):

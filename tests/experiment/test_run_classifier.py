@@ -50,7 +50,8 @@ def test_it_answers_as_the_method_does_with_the_temperature_of_the_run(kept):
         pixels = towers.pixels(torch.stack([towers.prepare(image) for image in images]))
         scores = method.scores(method.embed(pixels)).double()
     assert learner.predict(images).tolist() == [result.class_order[c] for c in scores.argmax(1)]
-    p = torch.softmax(scores / result.temperature[-1], 1)
+    stands_out = scores.amax(1) - scores.mean(1)
+    p = torch.softmax(scores / (result.temperature[-1] * stands_out.sqrt()[:, None]), 1)
     assert learner.predict_proba(images) == pytest.approx(p.numpy(), abs=1e-6)
     assert ((learner.known_score(images) >= 0) & (learner.known_score(images) <= 1)).all()
 

@@ -206,10 +206,10 @@ def test_a_run_that_was_asked_to_track_goes_on_tracking(cairn, features, stand_i
 
     after = Evaluator.after
 
-    def stopped(self, task, method, temperature=1.0):
+    def stopped(self, task, method, *calibration):
         if task == 1:
             raise KeyboardInterrupt
-        return after(self, task, method, temperature)
+        return after(self, task, method, *calibration)
 
     call = (*DMC, "--data", features, "--out", "here", "--checkpoint-seconds", 0, "--log-lines")
     with monkeypatch.context() as patch:

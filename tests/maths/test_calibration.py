@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 from cairn.maths.calibration import (
     INVERSE_TEMPERATURES,
     best_temperature,
+    evened,
     least_loss,
     log_probabilities,
     loss_curve,
@@ -26,15 +27,19 @@ def scored(n=400, k=7, sharpness=1.0, seed=0):
     return torch.from_numpy(sharpness * logits), torch.from_numpy(labels)
 
 
-def plain_loss(s, y, b):
-    return -log_softmax(b * s.numpy(), axis=1)[np.arange(len(y)), y.numpy()].sum()
+def plain_loss(s, y, b, q=0.0):
+    total = 0.0
+    for row, label in zip(s.numpy(), y.tolist(), strict=True):
+        total -= log_softmax(b * row / (row.max() - row.mean()) ** q)[label]
+    return total
 
 
-def test_the_curve_is_the_loss_at_each_temperature():
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
+def test_the_curve_is_the_loss_at_each_temperature(q):
     s, y = scored(n=20)
-    L = loss_curve(s, y)
+    L = loss_curve(s, y, q)
     for i in (0, 57, 80, 100, 160):
-        assert L[i].item() == pytest.approx(plain_loss(s, y, INVERSE_TEMPERATURES[i].item()), rel=1e-9)
+        assert L[i].item() == pytest.approx(plain_loss(s, y, INVERSE_TEMPERATURES[i].item(), q), rel=1e-9)
 
 
 def test_curves_of_parts_add_up():
@@ -83,7 +88,31 @@ def test_a_single_class_says_nothing_of_temperatures():
 
 def test_probabilities_keep_the_order_of_scores():
     s = torch.tensor([[3.0, 1.0, 2.0]])
-    p = log_probabilities(s, 4.0).exp()
-    np.testing.assert_allclose(p.numpy(), torch.softmax(s.double() / 4, 1).numpy())
-    assert p.dtype == torch.float64
-    assert p.argsort(1).tolist() == s.argsort(1).tolist()
+    for q in (0.0, 0.5, 1.0):  # 3 stands out by 1
+        p = log_probabilities(s, 4.0, q).exp()
+        np.testing.assert_allclose(p.numpy(), torch.softmax(s.double() / 4, 1).numpy())
+        assert p.dtype == torch.float64
+        assert p.argsort(1).tolist() == s.argsort(1).tolist()
+
+
+@pytest.mark.parametrize("q", [0.5, 1.0])
+def test_rows_that_stand_out_more_are_not_surer_in_proportion(q):
+    s = torch.tensor([[3.0, 1.0, 2.0], [-7.0, 5.0, -1.0]])
+    np.testing.assert_allclose(evened(9 * s + 4, q).numpy(), 9 ** (1 - q) * evened(s, q).numpy())
+    assert evened(s, q)[1].tolist() == pytest.approx([-12 / 6**q, 0, -6 / 6**q])
+
+
+def test_rows_without_a_best_class_are_even():
+    assert log_probabilities(torch.full((2, 4), 3.0), 0.1, 0.5).exp().tolist() == [[0.25] * 4] * 2
+    assert log_probabilities(torch.tensor([[3.0]]), 0.1, 0.5).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("q", [0.25, 0.5])
+def test_temperature_finds_the_truth_of_rows_that_stand_out_unequally(q):
+    """Labels are drawn from softmax(s / m^q / T) of rows whose scale goes from 1 to 50."""
+    rng = torch.Generator().manual_seed(0)
+    s = torch.randn(4000, 7, generator=rng, dtype=torch.float64) * torch.linspace(1, 50, 4000)[:, None]
+    p = torch.softmax(s / (s.amax(1) - s.mean(1))[:, None] ** q / 1.7, 1)
+    y = torch.multinomial(p, 1, generator=rng)[:, 0]
+    assert best_temperature(loss_curve(s, y, q)) == pytest.approx(1.7, rel=0.05)
+    torch.testing.assert_close(log_probabilities(s, 1.7, q).exp(), p)

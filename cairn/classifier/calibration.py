@@ -30,7 +30,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
-from cairn.storage.schema import Count, Record, Share
+from cairn.storage.schema import Amount, Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.encode import encode
 from cairn.training.seeds import Seeds
@@ -61,6 +61,7 @@ class Calibration(Record):
     power: Share = Field(
         0.0, description="q of `cairn.maths.calibration`; 0: one temperature for all images, as it once was"
     )
+    ageing: Amount = Field(1.0, description="exponent of the weights, see `AGEING`; once 1")
 
     @model_validator(mode="after")
     def _one_loss_for_each_temperature(self) -> Calibration:
@@ -80,11 +81,12 @@ class Calibration(Record):
         """With these, scored among all classes seen."""
         if left_out is None or not len(left_out.labels):
             return self
-        k, power = left_out.scores.shape[1], self.power if self.rows else POWER
+        k, rows = left_out.scores.shape[1], self.rows + len(left_out.labels)
+        power, ageing = (self.power, self.ageing) if self.rows else (POWER, AGEING)
         loss = loss_curve(left_out.scores.cpu(), left_out.labels.cpu(), power)
         if self.rows:
-            loss += min(1.0, self.classes / k) ** AGEING * torch.tensor(self.loss, dtype=torch.float64)
-        return Calibration(rows=self.rows + len(left_out.labels), classes=k, loss=loss.tolist(), power=power)
+            loss += min(1.0, self.classes / k) ** ageing * torch.tensor(self.loss, dtype=torch.float64)
+        return Calibration(rows=rows, classes=k, loss=loss.tolist(), power=power, ageing=ageing)
 
     def log_probabilities(self, scores: Scores) -> Scores:
         """Of every class, in float64; before any image was left out those of the softmax of the scores as they are."""

@@ -55,8 +55,9 @@ def test_what_was_fitted_with_one_temperature_for_all_images_stays_so():
     old = Calibration.model_validate({"rows": 30, "classes": 4, "loss": loss_curve(s, y).tolist()})
     T = old.temperature
     torch.testing.assert_close(old.log_probabilities(s), torch.log_softmax(s.double() / T, 1))
-    more = old.with_images(LeftOut(2 * s, y))
-    np.testing.assert_allclose(more.loss, (loss_curve(s, y) + loss_curve(2 * s, y)).numpy())
+    wider = torch.randn(30, 8, generator=rng)
+    more = old.with_images(LeftOut(wider, y))
+    np.testing.assert_allclose(more.loss, (loss_curve(s, y) * 4 / 8 + loss_curve(wider, y)).numpy())
     torch.testing.assert_close(more.log_probabilities(s), torch.log_softmax(s.double() / more.temperature, 1))
     torch.testing.assert_close(Calibration().log_probabilities(s), torch.log_softmax(s.double(), 1))
 

@@ -85,7 +85,15 @@ class DataError(CairnError):
     """A data set that is missing, empty, damaged or of the wrong shape."""
 
 
-class UnreadableImages(DataError):
+class NotFitted(ConfigError, ValueError, AttributeError):
+    """A classifier is asked that has learned nothing; of the kinds that scikit-learn's NotFittedError is of."""
+
+
+class InvalidInput(DataError, ValueError):
+    """Images, rows or labels handed over in Python that cannot be used."""
+
+
+class UnreadableImages(InvalidInput):
     """Images that cannot be read; `reasons` says why, by position."""
 
     def __init__(self, message: str, reasons: Mapping[int, str]):

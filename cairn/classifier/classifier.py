@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +13,13 @@ from pydantic import BaseModel
 
 from cairn.classifier.calibration import Calibration, LeftOut, rehearsed
 from cairn.classifier.card import card
+from cairn.classifier.estimator import Estimator
+from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
+from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.record import LearnerRecord
 from cairn.config import with_values
-from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.identity import LearnedPictures
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, normal_form
@@ -29,13 +29,13 @@ from cairn.errors import (
     ConfigError,
     DataError,
     NotFinite,
+    NotFitted,
     ResultError,
     TowersError,
     UnknownName,
     UnreadableImages,
     counted,
     one_line,
-    suggestion,
 )
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
@@ -48,7 +48,7 @@ from cairn.storage.tensors import first_not_finite
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
-from cairn.towers.feature_file import is_features_file, open_features_towers
+from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
 from cairn.towers.features import FeatureTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
@@ -64,16 +64,16 @@ BATCH = 64
 REFERENCES = 256
 
 
-class IncrementalClassifier:
+class IncrementalClassifier(Estimator):
     """Learns classes as they come and keeps none of their images.
 
-    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, a features file, or a `Towers` object; `settings` are the
-    method's, as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one `{}` for the class name. `descriptions`
-    (for SPA) is a mapping of class names to sentences, or a file. The remaining arguments are as in `RunConfig`. Nothing is
-    loaded before it is needed.
+    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, a features file, `rows` for embeddings without any
+    text, or a `Towers` object; `settings` are the method's, as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one
+    `{}` for the class name. `descriptions` (for SPA) is a mapping of class names to sentences, or a file. The remaining arguments
+    are as in `RunConfig`. The constructor stores them, as scikit-learn has it: nothing is loaded or checked before it is needed.
 
-    After `partial_fit`: `classes_`, in order of arrival (columns of `predict_proba`), `counts_`, images learned per class,
-    `history_`, what was learned when, `method_`, the method itself, and `notices_`, what it had to say.
+    After `fit` or `partial_fit`, not before: `classes_`, in order of arrival (columns of `predict_proba`), `counts_`, images
+    learned per class, `history_`, what was learned when, `method_`, the method itself, and `notices_`, what it had to say.
 
     Predictions may be asked for from many threads; learning waits for them and they wait for it.
     """
@@ -85,7 +85,7 @@ class IncrementalClassifier:
         *,
         settings: Mapping[str, Any] | None = None,
         templates: Sequence[str] | str = DEFAULT,
-        descriptions: Mapping[str, Sequence[str] | str] | str | Path | None = None,
+        descriptions: Sentences = None,
         seed: int = 1,
         device: str = "auto",
         precision: str = "float32",
@@ -93,26 +93,88 @@ class IncrementalClassifier:
         revision: str | None = None,
     ):
         self.method, self.towers, self.settings = method, towers, settings
-        self.templates, self.descriptions, self.seed = prompt_templates(templates), descriptions, seed
+        self.templates, self.descriptions, self.seed = templates, descriptions, seed
         self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
         self._lock = ReadWriteLock()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing learned, nothing loaded."""
+        self._method: Method | None = None
+        self._learned = Learned()
+        self._config: BaseModel | None = None
+        """The settings that it was learned with: those given later are for another `fit`."""
         self._towers: Towers | None = None
         self._novelty: Novelty | None = None
-        self.method_: Method | None = None
-        self.classes_ = np.array([], dtype=object)
-        self.counts_ = np.array([], dtype=np.int64)
-        self.history_: list[dict[str, Any]] = []
-        self.references_: list[float] = []
-        self.referenced_among_: list[int] = []
-        self.calibration_ = Calibration()
+        self._notices: list[str] = []
         self._forgot = False
-        self._pictures = LearnedPictures()
-        self.notices_: list[str] = []
 
     def __repr__(self) -> str:
-        return f"IncrementalClassifier(method={self.method!r}, towers={self._towers_name()!r}, classes={len(self.classes_)})"
+        towers = self.towers if isinstance(self.towers, str) else self.towers.name
+        return f"IncrementalClassifier(method={self.method!r}, towers={towers!r}, classes={len(self._learned.classes)})"
+
+    # after learning
+
+    def _fitted(self) -> Method:
+        if self._method is None:
+            raise NotFitted("nothing was learned yet: call fit or partial_fit first, or load a learner")
+        return self._method
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._method is not None
+
+    def _known(self) -> Learned:
+        self._fitted()
+        return self._learned
+
+    @property
+    def method_(self) -> Method:
+        return self._fitted()
+
+    @property
+    def classes_(self) -> np.ndarray:
+        return self._known().classes
+
+    @property
+    def counts_(self) -> np.ndarray:
+        return self._known().counts
+
+    @property
+    def history_(self) -> Sequence[dict[str, Any]]:
+        return self._known().history
+
+    @property
+    def references_(self) -> Sequence[float]:
+        return self._known().references
+
+    @property
+    def referenced_among_(self) -> Sequence[int]:
+        return self._known().referenced_among
+
+    @property
+    def calibration_(self) -> Calibration:
+        return self._known().calibration
+
+    @property
+    def notices_(self) -> list[str]:
+        self._fitted()
+        return self._notices
+
+    @property
+    def n_features_in_(self) -> int:
+        """Numbers in a row. Raises AttributeError where images are learned."""
+        if (towers := self._fitted().towers).has_images:
+            raise AttributeError("images have no number of features")
+        return towers.dim
 
     # learning
+
+    def fit(self, images: Item | Iterable[Item], labels: str | Iterable[str], **options: Any) -> IncrementalClassifier:
+        """Forget everything, then `partial_fit`, whose options these are. If it fails, the classifier is as it was."""
+        learner = type(self)(**self.get_params()).partial_fit(images, labels, **options)
+        with self._lock.writing():
+            self.__dict__.update(learner.__dict__ | {"_lock": self._lock})
+        return self
 
     def partial_fit(
         self,
@@ -136,56 +198,30 @@ class IncrementalClassifier:
         with it.
         Raises UnreadableImages, a DataError; DataError for labels that are no text, ConfigError for unknown settings.
         """
-        items, names = self._labelled(images, labels)
-        kept = {name: class_name(name) for name in dict.fromkeys(names)}
-        names = [kept[name] for name in names]
-        log = self._noting(log or Log())
         with self._lock.writing():
-            known = self._numbers()
+            if self.towers == ROWS and self._method is None:
+                self._towers = row_towers(columns(images))
+            items, names = labelled(images, labels, self._width)
+            kept = {name: class_name(name) for name in dict.fromkeys(names)}
+            names, log = [kept[name] for name in names], self._noting(log or Log())
+            known, classes = self._learned.numbers(), list(map(str, self._learned.classes))
             new = [name for name in dict.fromkeys(names) if name not in known]
-            known |= {name: len(self.classes_) + i for i, name in enumerate(new)}
-            given = InMemoryImages(items, np.array([known[name] for name in names], dtype=np.int64), self._width)
-            if bad := unreadable(given):
-                named = named_unreadable(given, bad)
-                if on_bad_image == "stop":
-                    raise UnreadableImages(
-                        f"{named}; replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip",
-                        bad,
-                    )
-                rows = np.delete(np.arange(len(items)), list(bad))
-                for name in new:
-                    if known[name] not in given.labels[rows]:
-                        raise UnreadableImages(f"class '{name}': {named}, among them all of this class", bad)
-                log("notice", text=f"left out: {named}")
-                given = given.taken(rows)
-            for notice in alike([*map(str, self.classes_), *new], new):
+            numbers = known | {name: len(classes) + i for i, name in enumerate(new)}
+            given = InMemoryImages(items, np.array([numbers[name] for name in names], dtype=np.int64), self._width)
+            given = readable(given, {name: numbers[name] for name in new}, on_bad_image, log)
+            for notice in alike([*classes, *new], new):
                 log("notice", text=notice)
             # Class by class, as a stream has them: the order of arrival within a task must not matter
             given = given.taken(np.argsort(given.labels, kind="stable"))
             hashes = given.content_hashes()
-            found = self._pictures.compare(hashes, given.labels)
-            for text in found.notices(given, [*self.classes_, *new], again):
+            found = self._learned.pictures.compare(hashes, given.labels)
+            for text in found.notices(given, [*classes, *new], again):
                 log("notice", text=text)
             if not again:
                 given, hashes = given.taken(found.fresh), [hashes[row] for row in found.fresh]
             if len(given):
                 self._learn(given, hashes, new, log, checkpoint or Checkpoint(), archive)
         return self
-
-    def _labelled(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> tuple[list[Item], list[str]]:
-        """Images and a label for each, at least one. A single image and a single label may stand without a list."""
-        items = items_of(images, self._width)
-        names = [labels] if isinstance(labels, str) else list(labels)
-        if len(items) != len(names):
-            raise DataError(
-                f"{counted(len(items), 'image')} with {counted(len(names), 'label')}: give one label for each image"
-            )
-        if not items:
-            raise DataError("no image given")
-        for name in names:
-            if not isinstance(name, str):
-                raise DataError(f"label {name!r}: a class is called by a text, such as 'oak'")
-        return items, names
 
     def _learn(
         self,
@@ -196,31 +232,19 @@ class IncrementalClassifier:
         checkpoint: Checkpoint,
         archive: Archive | None,
     ) -> None:
-        k = len(self.classes_)
-        task = Task(len(self.history_), range(k, k + len(new)), tuple(new), self.templates, given, self._descriptions())
+        learned, config, k = self._learned, self._settings(), len(self._learned.classes)
+        task = Task(
+            len(learned.history), range(k, k + len(new)), tuple(new), prompt_templates(self.templates), given,
+            descriptions_of(self.descriptions),
+        )  # fmt: skip
         method = self._copy(log)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
         method.learn(task, checkpoint)
         left_out = rehearsed(method, lambda: self._copy(Log()), task, self.seed, checkpoint)
-        calibration, references = self.calibration_.with_images(left_out), self._references(left_out)
-        self.references_ = [*self.references_, *references]
-        self.referenced_among_ = [*self.referenced_among_, *[k + len(new)] * len(references)]
-        self.method_, self._novelty, self.calibration_ = method, None, calibration
-        self.classes_ = np.array([*self.classes_, *new], dtype=object)
-        counts = np.bincount(given.labels, minlength=len(self.classes_))
-        counts[:k] += self.counts_
-        again = [str(self.classes_[c]) for c in np.unique(given.labels[given.labels < k])]
-        self.counts_, self._pictures = counts, self._pictures.with_more(hashes, given.labels)
-        self.history_.append(
-            {
-                "date": str(date.today()),
-                "new": new,
-                "again": again,
-                "images": len(given),
-                "hashed": True,
-            }
-        )
+        calibration, references = learned.calibration.with_images(left_out), self._references(left_out)
+        self._learned = learned.with_task(task, hashes, calibration, references)
+        self._method, self._config, self._novelty = method, config, None
 
     def _references(self, left_out: LeftOut | None) -> list[float]:
         """What the known score is read against, at most REFERENCES values of a task: see `cairn.classifier.novelty`."""
@@ -233,7 +257,8 @@ class IncrementalClassifier:
 
     def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
         """Names the task, its images by their hashes, and the state that it is learned on."""
-        digest = hashlib.sha256(repr((task.index, task.names, list(self.classes_), self._config())).encode())
+        said = (task.index, task.names, list(self._learned.classes), self._settings().model_dump(mode="json"))
+        digest = hashlib.sha256(repr(said).encode())
         for label, value in zip(task.train.labels, hashes, strict=True):
             digest.update(label.tobytes() + value)
         return digest.hexdigest()
@@ -242,20 +267,14 @@ class IncrementalClassifier:
         """Without that class: its name, texts and statistics go. What shared weights learned of it stays. Raises DataError for
         a class that is not known."""
         with self._lock.writing():
-            c = self._number(name)
-            name = str(self.classes_[c])
+            c = self._learned.number(name)
+            name = str(self._learned.classes[c])
             method = self._copy(self._noting(Log()))
             method.forget(c)
-            self.method_, self._novelty = method, None
-            self.classes_, self.counts_ = np.delete(self.classes_, c), np.delete(self.counts_, c)
-            self._pictures = self._pictures.without_class(c)
+            self._method, self._novelty = method, None
+            self._learned, self._forgot = self._learned.without_class(c), True
             if isinstance(self.descriptions, Mapping):
                 self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
-            for entry in self.history_:
-                for key in ("new", "again"):
-                    entry[key] = [other for other in entry.get(key, []) if other != name]
-            self.history_.append({"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1})
-            self._forgot = True
         return self
 
     # predicting
@@ -303,7 +322,7 @@ class IncrementalClassifier:
 
     def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
         """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
-        items, names = self._labelled(images, labels)
+        items, names = labelled(images, labels, self._width)
         found = [normal_form(name) for name in self.predict(items)]
         return float(np.mean([name == normal_form(label) for name, label in zip(found, names, strict=True)]))
 
@@ -317,8 +336,8 @@ class IncrementalClassifier:
             pixels = self._pixels(items[0])
             scores = self._scores_of(pixels)[0]
             p = self._probabilities(scores[None])[0]
-            if isinstance(self.method_, PatchReasons) and self.method_.has_reasons:
-                found = self.method_.reasons(pixels, best)
+            if isinstance(self._method, PatchReasons) and self._method.has_reasons:
+                found = self._method.reasons(pixels, best)
             else:
                 top = scores.topk(min(best, len(scores))).indices.tolist()
                 found = [{"class": c, "score": scores[c].item()} for c in top]
@@ -381,11 +400,11 @@ class IncrementalClassifier:
             method = self._fitted()
             self.require_savable()
             # After forgetting, the state before must not stay beside this one
-            keep = 1 if self._forgot else 2
-            record = self._record()
-            stored = record.model_dump(mode="json", exclude_unset=True)
+            keep, record = 1 if self._forgot else 2, self._record()
             Archive(Path(folder), NAME).write(
-                stored, {"method": method.state_dict(), "pictures": self._pictures.state_dict()}, keep
+                record.model_dump(mode="json", exclude_unset=True),
+                {"method": method.state_dict(), "pictures": self._learned.pictures.state_dict()},
+                keep,
             )
             self._forgot = False
             with atomic_write(Path(folder) / CARD) as temporary:
@@ -395,8 +414,8 @@ class IncrementalClassifier:
     def load(
         cls, folder: str | Path, towers: str | Towers | None = None, device: str = "auto"
     ) -> IncrementalClassifier:
-        """The classifier that was saved there. `towers`, an object or where they are now, stand in for those it names, if they
-        are the same.
+        """The classifier that was saved there, by `save` or by a run with --keep-learner. `towers`, an object or where they are
+        now, stand in for those it names, if they are the same.
 
         Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now.
         """
@@ -407,10 +426,24 @@ class IncrementalClassifier:
         if not found.record:
             raise ResultError(f"'{folder}': kept by a run of an earlier version; run it again with --keep-learner")
         record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
-        learner = cls._described(record, f"'{folder}': settings of the learner", towers, device)
-        learner.notices_ += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
+        held, entry, made_by = record.towers, method_named(record.method), record.versions.get("cairn")
+        learner = cls(
+            record.method, towers or held.name, templates=tuple(record.templates), descriptions=record.descriptions,
+            seed=record.seed, device=device, precision=held.precision, preprocess=held.preprocess,
+            revision=held.revision if towers in (None, held.name) else None,
+        )  # fmt: skip
+        learner._config = validated(
+            entry.config, entry.completed(record.config), f"'{folder}': settings of the learner", made_by
+        )
+        learner._notices += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
         try:
-            held = learner._loaded_towers()
+            learner._learned = Learned.of_record(record, found.parts.get("pictures"))
+        except ValueError as error:
+            raise ResultError(f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy") from None
+        if learner.towers == ROWS:
+            learner._towers = row_towers_named(held.fingerprint)
+        try:
+            there = learner.open_towers()
         except (TowersError, UnknownName, DataError) as error:
             if towers is not None:
                 raise
@@ -418,17 +451,21 @@ class IncrementalClassifier:
                 f"{error}. The learner '{folder}' was learned on these: say where they are now with --towers, in Python with "
                 "towers="
             ) from None
-        if not same_towers(held.fingerprint, record.towers.fingerprint):
+        if not same_towers(there.fingerprint, held.fingerprint):
             raise ResultError(
-                f"'{folder}': learned on towers {record.towers.fingerprint}, '{held.name}' is "
-                f"{held.fingerprint} today; give the weights and the tokenizer that it was learned on"
+                f"'{folder}': learned on towers {held.fingerprint}, '{there.name}' is {there.fingerprint} today; give the "
+                "weights and the tokenizer that it was learned on"
             )
         method = learner._fresh(learner._noting(Log()))
         if "method" not in found.parts:
             raise ResultError(f"'{folder}': holds no state of a method; learn again")
-        restore_checked(method, found.parts["method"], folder, len(learner.classes_))
-        learner.method_ = method
-        learner._take_pictures(found.parts.get("pictures"), folder)
+        restore_checked(method, found.parts["method"], folder, len(record.classes))
+        learner._method = method
+        if unknown := learner._learned.unhashed:
+            learner._notices.append(
+                f"learned without hashes, by an earlier version or in a run: {counted(unknown, 'image')}, not known one by one; "
+                "given again, they count twice"
+            )
         return learner
 
     @classmethod
@@ -439,112 +476,63 @@ class IncrementalClassifier:
         """The classifier that `method`, which is called `name`, has become by learning `tasks`, as if it had been given them
         one after another. Its images are not known one by one, and its known score is read against draws."""
         learner = cls(name, towers, templates=tasks[0].templates, seed=seed, preprocess=preprocess)
-        learner.method_, learner._stored_config, learner.calibration_ = method, method.config, calibration
-        learner.classes_ = np.array([name for task in tasks for name in task.names], dtype=object)
-        labels = np.concatenate([task.train.labels for task in tasks])
-        learner.counts_ = np.bincount(labels, minlength=len(learner.classes_))
+        learner._method, learner._config = method, method.config
+        learner._learned = Learned.of_tasks(tasks, calibration)
         if (said := tasks[0].descriptions) is not None:
             learner.descriptions = {
                 name: list(said.classes[name].sentences) for name in learner.classes_ if name in said.classes
             }
-        today = str(date.today())
-        learner.history_ = [
-            {"date": today, "new": list(task.names), "again": [], "images": len(task.train), "hashed": False}
-            for task in tasks
-        ]
-        return learner
-
-    def _take_pictures(self, state: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
-        """The hashes of learned pictures, which learners of earlier versions do not have."""
-        if state is not None:
-            try:
-                self._pictures = LearnedPictures.from_state(state, len(self.classes_))
-            except ValueError as error:
-                raise ResultError(
-                    f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy"
-                ) from None
-        if unknown := sum(entry["images"] for entry in self.history_ if not entry.get("hashed")):
-            self.notices_.append(
-                f"learned without hashes, by an earlier version or in a run: {counted(unknown, 'image')}, not known one by one; "
-                "given again, they count twice"
-            )
-
-    @classmethod
-    def _described(
-        cls, record: LearnerRecord, where: str, towers: str | Towers | None, device: str
-    ) -> IncrementalClassifier:
-        """An untrained classifier with what a record says of it."""
-        held = record.towers
-        learner = cls(
-            record.method, towers or held.name, settings=None, templates=tuple(record.templates),
-            descriptions=record.descriptions, seed=record.seed, device=device, precision=held.precision,
-            preprocess=held.preprocess, revision=held.revision if towers in (None, held.name) else None,
-        )  # fmt: skip
-        entry, made_by = method_named(record.method), record.versions.get("cairn")
-        learner._stored_config = validated(entry.config, entry.completed(record.config), where, made_by)
-        learner.classes_ = np.array(record.classes, dtype=object)
-        learner.counts_ = np.array(record.counts, dtype=np.int64)
-        learner.history_ = [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history]
-        learner.references_, learner.calibration_ = record.references, record.calibration
-        learner.referenced_among_ = record.referenced_among or [len(record.classes)] * len(record.references)
         return learner
 
     def _record(self) -> LearnerRecord:
-        method, towers = self._fitted(), self._loaded_towers()
+        method, towers = self._fitted(), self.open_towers()
         own = isinstance(towers, (ClipTowers, FeatureTowers))  # others are named by who made them
-        spoken = self._descriptions()
+        spoken = descriptions_of(self.descriptions)
         record = {
-            "method": self.method, "config": self._config(), "seed": self.seed, "templates": list(self.templates),
+            "method": self.method, "config": self._settings().model_dump(mode="json"), "seed": self.seed,
+            "templates": list(prompt_templates(self.templates)),
             "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
             "towers": {"name": towers.source if own else towers.name, "fingerprint": towers.fingerprint,
                        "precision": towers.precision if own else self.precision,
                        "preprocess": self.preprocess, "revision": towers.revision},
-            "classes": list(self.classes_), "counts": self.counts_.tolist(), "history": self.history_,
-            "references": self.references_, "referenced_among": self.referenced_among_,
-            "calibration": self.calibration_.model_dump(mode="json"),
             "memory_bytes": method.memory_bytes,
             "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
-            "picture_hashes": len(self._pictures),
+            **self._learned.to_record(),
         }  # fmt: skip
         return validated(LearnerRecord, record, "this learner")
 
     # inside
 
-    _stored_config: BaseModel | None = None
-
     def _settings(self) -> BaseModel:
-        """The method's configuration. Sentences that nobody gave are made of the templates."""
-        entry, towers = method_named(self.method), self._loaded_towers()
-        if self._stored_config is not None:
-            return self._stored_config
-        config = entry.default_config(towers)
+        """The method's settings. Sentences that nobody gave are made of the templates."""
+        if self._config is not None:
+            return self._config
+        entry = method_named(self.method)
+        config = entry.default_config(self.open_towers())
         if DescribedClasses in entry.capabilities and self.descriptions is None:
             config = config.model_copy(update={"descriptions": "template"})
         return with_values(config, (self.settings or {}).items())
-
-    def _config(self) -> dict[str, Any]:
-        return self._settings().model_dump(mode="json")
 
     def _noting(self, log: Log) -> Log:
         """The log, with notices and warnings kept in `notices_`."""
 
         def keep(event: dict[str, Any]) -> None:
             if event["event"] in ("notice", "warning"):
-                self.notices_.append(event["text"])
+                self._notices.append(event["text"])
             log.keep(event)
 
         return Log(keep=keep, show=log.show)
 
     def _fresh(self, log: Log) -> Method:
-        return method_named(self.method).build(self._loaded_towers(), self._settings(), seed=self.seed, log=log)
+        return method_named(self.method).build(self.open_towers(), self._settings(), seed=self.seed, log=log)
 
     def _copy(self, log: Log) -> Method:
         """The method as it stands, apart from the one that predicts."""
-        return self._fresh(log) if self.method_ is None else self._restored(*self._learned(), log)
+        return self._fresh(log) if self._method is None else self._restored(*self._state(), log)
 
-    def _learned(self) -> tuple[State, Sequence[Task]]:
+    def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""
-        return self.method_.state_dict(), self.method_.tasks if isinstance(self.method_, KeepsImages) else ()
+        return self._method.state_dict(), self._method.tasks if isinstance(self._method, KeepsImages) else ()
 
     def _restored(self, state: State, tasks: Sequence[Task], log: Log) -> Method:
         method = self._fresh(log)
@@ -556,61 +544,37 @@ class IncrementalClassifier:
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method, which has a log."""
         with self._lock.reading():
-            learned = None if self.method_ is None else self._learned()
-            return self.__dict__ | {"method_": None, "_novelty": None, "learned": learned}
+            state = None if self._method is None else self._state()
+            return self.__dict__ | {"_method": None, "_novelty": None, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        learned = state.pop("learned")
+        learned = state.pop("state")
         self.__dict__.update(state)
         if learned is not None:
-            self.method_ = self._restored(*learned, self._noting(Log()))
+            self._method = self._restored(*learned, self._noting(Log()))
 
-    def _loaded_towers(self) -> Towers:
-        if self._towers is None and isinstance(self.towers, str):
-            if is_features_file(self.towers):
+    def open_towers(self) -> Towers:
+        """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""
+        if self._towers is None:
+            if not isinstance(self.towers, str):
+                self._towers = self.towers
+            elif is_features_file(self.towers):
                 self._towers = open_features_towers(self.towers)
             else:
                 self._towers = load_towers(
                     self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
                     revision=self.revision,
                 )  # fmt: skip
-            self.notices_ += self._towers.notices
-        return self._towers or self.towers
+            self._notices += self._towers.notices
+        return self._towers
 
     @property
     def _width(self) -> int | None:
         """How many numbers an item has, where embeddings are learned in place of images."""
-        if isinstance(self.towers, str) and not is_features_file(self.towers):
+        if isinstance(self.towers, str) and self.towers != ROWS and not is_features_file(self.towers):
             return None
-        towers = self._loaded_towers()
+        towers = self.open_towers()
         return None if towers.has_images else towers.dim
-
-    def _towers_name(self) -> str:
-        return self.towers if isinstance(self.towers, str) else self.towers.name
-
-    def _descriptions(self) -> Descriptions | None:
-        if self.descriptions is None:
-            return None
-        if isinstance(self.descriptions, (str, Path)):
-            return read_descriptions(self.descriptions)
-        return written_by("given", self.descriptions)
-
-    def _fitted(self) -> Method:
-        if self.method_ is None:
-            raise ConfigError("nothing was learned yet: call partial_fit first, or load a learner")
-        return self.method_
-
-    def _number(self, name: str) -> int:
-        numbers = self._numbers()
-        found = numbers.get(name, numbers.get(normal_form(str(name))))
-        if found is None:
-            raise DataError(f"class '{name}' is not known; {suggestion(str(name), map(str, self.classes_))}")
-        return found
-
-    def _numbers(self) -> dict[str, int]:
-        """The classes' numbers by name, and by its normal form: a learner made before names were normalised may hold others."""
-        exact = {str(name): i for i, name in enumerate(self.classes_)}
-        return {normal_form(name): i for name, i in exact.items()} | exact
 
 
 def _finite(scores: Scores, describe: Callable[[int], str]) -> Scores:

@@ -84,6 +84,7 @@ def learn(
         if Archive(learner, NAME):
             held = IncrementalClassifier.load(learner, towers, device)
             _require_same(held, method, settings, templates, seed)
+            notices, before, calls = held.notices_, len(held.classes_), len(held.history_)
         else:
             held = IncrementalClassifier(
                 method or METHOD,
@@ -94,13 +95,12 @@ def learn(
                 device=device,
             )
             held.require_savable()
-            held._loaded_towers()
+            notices, before, calls = held.open_towers().notices, 0, 0
         if found.descriptions is not None:
             own = {name: list(described.sentences) for name, described in found.descriptions.classes.items()}
             held.descriptions = {**(held.descriptions or {}), **own}
-        for notice in held.notices_:
+        for notice in notices:
             console.note(f"note: {notice}")
-        before, calls = len(held.classes_), len(held.history_)
         work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)

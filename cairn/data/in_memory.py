@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 
 from cairn.data.folders import check, decoded, reason, rgb
 from cairn.data.identity import content_hash
-from cairn.errors import DataError, one_line
+from cairn.errors import InvalidInput, one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,14 @@ class Reduced:
 Item = str | Path | Image.Image | np.ndarray | torch.Tensor | Reduced
 """A file, a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or where embeddings are learned a row (d,)."""
 
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """What NumPy takes for an array, such as a table of pandas."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
 CHANNELS = (3, 4)
 ONE_PICTURE = "give a picture as uint8 (h, w, 3), (h, w, 4) or (h, w)"
 
@@ -37,18 +45,22 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     """The single images or rows in what was given: one, or several in a list, a generator or an array.
 
     With `width` rows of embeddings are expected: (width,) is one, (n, width) are n. Otherwise an array (h, w) or (h, w, 3)
-    is one picture and (n, h, w, 3) are n. Raises DataError for anything else.
+    is one picture and (n, h, w, 3) are n. Raises InvalidInput for anything else.
     """
     if isinstance(given, (str, bytes, Path, Image.Image, Reduced)):
         return [given]
     if not isinstance(given, (np.ndarray, torch.Tensor)):
-        if not isinstance(given, Iterable):
-            raise DataError(
+        if not isinstance(given, (Iterable, ArrayLike)):
+            raise InvalidInput(
                 f"images: {_short(given)}; give a file, a PIL image, an array, or several of them in a list"
             )
-        return list(given)
+        if not isinstance(given, ArrayLike):
+            return list(given)
+        given = np.asarray(given)  # a table of pandas, whose items are its columns' names
+    if width is not None and np.iscomplexobj(given):
+        raise InvalidInput("rows: Complex data not supported; give rows of real numbers")
     numeric = isinstance(given, torch.Tensor) or given.dtype.kind in "fiub"
-    if not numeric:  # an array of paths
+    if not numeric and width is None:  # an array of paths
         return np.ravel(given).tolist()
     single = (1,) if width is not None else (2, 3)
     if given.ndim in single:
@@ -58,7 +70,7 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     expected = (
         f"rows of {width} numbers, (n, {width})" if width is not None else f"{ONE_PICTURE}, several as (n, h, w, 3)"
     )
-    raise DataError(f"images: an array of shape {tuple(given.shape)}; {expected}")
+    raise InvalidInput(f"images: an array of shape {tuple(given.shape)}; {expected}")
 
 
 class InMemoryImages:
@@ -80,7 +92,7 @@ class InMemoryImages:
         )
 
     def __getitem__(self, index: int) -> Any:
-        """A PIL image in RGB or a float32 row (width,). Raises DataError naming the item that is neither."""
+        """A PIL image in RGB or a float32 row (width,). Raises InvalidInput naming the item that is neither."""
         return self._picture(index) if self.width is None else self._row(index)
 
     def _picture(self, index: int) -> Image.Image:
@@ -89,7 +101,7 @@ class InMemoryImages:
             try:
                 return decoded(Path(item))
             except Exception as error:  # a decoder fed with damaged bytes may raise anything
-                raise DataError(
+                raise InvalidInput(
                     f"image '{one_line(str(item))}': cannot be read ({reason(error)}); replace or leave it out"
                 ) from None
         if isinstance(item, Image.Image):
@@ -97,13 +109,13 @@ class InMemoryImages:
         if isinstance(item, Reduced):
             return Image.fromarray(item.values)
         if not isinstance(item, (np.ndarray, torch.Tensor)):
-            raise DataError(f"image {index}: {_short(item)}; give a file, a PIL image or an array")
+            raise InvalidInput(f"image {index}: {_short(item)}; give a file, a PIL image or an array")
         array = np.asarray(item)
         pictured = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in CHANNELS)
         if pictured and array.dtype == np.uint8 and array.size:
             return rgb(Image.fromarray(array))
         hint = "channels last, as from transpose(1, 2, 0); " if array.ndim == 3 and array.shape[0] in CHANNELS else ""
-        raise DataError(f"image {index}: an array of {array.dtype} {array.shape}; {hint}{ONE_PICTURE}")
+        raise InvalidInput(f"image {index}: an array of {array.dtype} {array.shape}; {hint}{ONE_PICTURE}")
 
     def _row(self, index: int) -> np.ndarray:
         item = self.items[index]
@@ -112,15 +124,17 @@ class InMemoryImages:
                 raise ValueError
             row = np.asarray(item, dtype=np.float32)
         except (TypeError, ValueError):
-            raise DataError(
+            raise InvalidInput(
                 f"row {index}: {_short(item)}; this learner takes embeddings, rows of {self.width} numbers"
             ) from None
         if row.shape != (self.width,):
-            raise DataError(
+            raise InvalidInput(
                 f"row {index}: shape {row.shape}; this learner takes embeddings, rows of {self.width} numbers"
             )
         if not np.isfinite(row).all():
-            raise DataError(f"row {index}: an embedding that is not finite; embed it again or leave it out")
+            raise InvalidInput(
+                f"row {index}: an embedding that is not finite (NaN or inf); embed it again or leave it out"
+            )
         return row
 
     def check(self, index: int) -> None:

@@ -6,9 +6,13 @@ import os
 
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Dataset
+from cairn.errors import TowersError
 from cairn.towers.features import FeatureTowers
 
 SUFFIX = ".safetensors"
+
+ROWS = "rows"
+"""Names the towers of embeddings that come without a file and without texts."""
 
 
 def is_features_file(spec: str) -> bool:
@@ -33,3 +37,16 @@ def features_towers(dataset: Dataset, source: str) -> FeatureTowers:
 def open_features_towers(path: str) -> FeatureTowers:
     """Raises DataError for a file that is missing, damaged or none of features."""
     return features_towers(features_dataset(path), path)
+
+
+def row_towers(width: int) -> FeatureTowers:
+    """Towers of rows of so many numbers."""
+    return FeatureTowers(name=ROWS, dim=width, logit_scale=100.0, fingerprint=f"{ROWS}-{width}", names=(), text=None)
+
+
+def row_towers_named(fingerprint: str) -> FeatureTowers:
+    """Those of a fingerprint. Raises TowersError for one of other towers."""
+    kind, _, width = fingerprint.partition("-")
+    if kind != ROWS or not width.isdecimal() or not 0 < len(width) < 8:
+        raise TowersError(f"towers '{ROWS}': '{fingerprint}' is not their fingerprint")
+    return row_towers(int(width))

@@ -226,7 +226,8 @@ class SoftPrompts(nn.Module):
         ends = list(accumulate(self.sizes))
         task = next(i for i, end in enumerate(ends) if c < end)
         del self.names[c]
-        self.cached = without(self.cached, c)
+        if c < len(self.cached):  # of classes that still move nothing is cached
+            self.cached = without(self.cached, c)
         self.per_class, self.residuals = _without(self.per_class, c), _without(self.residuals, c)
         self.sizes[task] -= 1
         if not self.sizes[task]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_a_wrong_record_is_one_line(change, said, folder, towers, monkeypatch, c
 def test_a_number_that_is_none_is_refused(towers, folder):
     """JSON cannot hold it, a learner in memory can."""
     learner = IncrementalClassifier.load(folder, towers)
-    learner.references_ = [0.5, float("nan")]
+    learner._learned = replace(learner._learned, references=[0.5, float("nan")], referenced_among=[3, 3])
     before = sorted(folder.iterdir())
     with pytest.raises(ResultError, match=r"references\.1: must be a finite number, not nan"):
         learner.save(folder)

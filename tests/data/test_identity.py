@@ -119,7 +119,9 @@ def test_again_learns_them(learner, files):
     assert learner.counts_.tolist() == [7, 2]
     assert "3 of 3 images" in learner.notices_[-1]
     assert "once more" in learner.notices_[-1]
-    assert learner._pictures.compare(InMemoryImages(files, np.zeros(6, int)).content_hashes(), [0] * 6).repeated == [
+    assert learner._learned.pictures.compare(
+        InMemoryImages(files, np.zeros(6, int)).content_hashes(), [0] * 6
+    ).repeated == [
         0,
         1,
         2,
@@ -147,7 +149,7 @@ def test_one_picture_in_two_classes_of_a_call_is_said(files, towers):
 def test_forgetting_a_class_drops_its_hashes_alone(learner, files):
     learner.partial_fit([files[4]], ["oak"])
     learner.forget("oak")
-    assert len(learner._pictures) == 2
+    assert len(learner._learned.pictures) == 2
     learner.partial_fit(files[4:], ["elm"] * 2)
     assert learner.counts_.tolist() == [2]
     learner.partial_fit(files[:4], ["oak"] * 4)

@@ -1,0 +1,86 @@
+"""What a user hands over to a classifier: images or rows with a class name for each, as items and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cairn.data.descriptions import Descriptions, read_descriptions, written_by
+from cairn.data.folders import named_unreadable, unreadable
+from cairn.data.in_memory import InMemoryImages, Item, items_of
+from cairn.errors import InvalidInput, UnreadableImages, counted
+from cairn.training.log import Log
+
+SKIP = "replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip"
+
+Sentences = dict[str, Sequence[str] | str] | str | Path | None
+"""Descriptions of classes: by name, or where a file of them is."""
+
+
+def unlabelled(images: Item | Iterable[Item], width: int | None) -> InMemoryImages:
+    items = items_of(images, width)
+    return InMemoryImages(items, np.zeros(len(items), dtype=np.int64), width)
+
+
+def labelled(
+    images: Item | Iterable[Item], labels: str | Iterable[str], width: int | None
+) -> tuple[list[Item], list[str]]:
+    """Images and a label for each, at least one. A single image and a single label may stand without a list. Raises
+    InvalidInput."""
+    items = items_of(images, width)
+    if not isinstance(labels, Iterable):
+        raise InvalidInput(f"labels: {labels!r}; give one class name for each image")
+    names = [labels] if isinstance(labels, str) else list(labels)
+    if len(items) != len(names):
+        raise InvalidInput(
+            f"{counted(len(items), 'image')} with {counted(len(names), 'label')}: give one label for each image"
+        )
+    if not items:
+        raise InvalidInput("no image given")
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidInput(f"label {name!r}: a class is called by a text, such as 'oak'")
+    return items, names
+
+
+def readable(
+    given: InMemoryImages, classes: dict[str, int], on_bad_image: Literal["stop", "skip"], log: Log
+) -> InMemoryImages:
+    """Without the items that cannot be read, if they are to be skipped; a notice names them. Raises UnreadableImages for them
+    otherwise, and where none is left of one of `classes`."""
+    bad = unreadable(given)
+    if not bad:
+        return given
+    named = named_unreadable(given, bad)
+    if on_bad_image == "stop":
+        raise UnreadableImages(f"{named}; {SKIP}", bad)
+    rows = np.delete(np.arange(len(given)), list(bad))
+    for name, number in classes.items():
+        if number not in given.labels[rows]:
+            raise UnreadableImages(f"class '{name}': {named}, among them all of this class", bad)
+    log("notice", text=f"left out: {named}")
+    return given.taken(rows)
+
+
+def columns(images: Item | Iterable[Item]) -> int:
+    """Numbers in a row, where nothing else tells it. Raises InvalidInput for what are no rows."""
+    try:
+        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else np.asarray(images, dtype=np.float32).shape
+    except (TypeError, ValueError):
+        shape = ()
+    if len(shape) not in (1, 2) or not shape[-1]:
+        raise InvalidInput(
+            f"rows: {shape[-1] if shape else 0} feature(s) (shape={shape}) while a minimum of 1 is required; give rows of "
+            "numbers, (n, width), dense, not sparse"
+        )
+    return shape[-1]
+
+
+def descriptions_of(given: Sentences) -> Descriptions | None:
+    if given is None:
+        return None
+    return read_descriptions(given) if isinstance(given, (str, Path)) else written_by("given", given)

@@ -1,0 +1,132 @@
+"""What a classifier has learned, beside its method's state: one value, replaced whole after each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cairn.classifier.calibration import Calibration
+from cairn.classifier.record import LearnerRecord
+from cairn.data.identity import LearnedPictures
+from cairn.data.names import normal_form
+from cairn.data.stream import Task
+from cairn.errors import DataError, suggestion
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Classes in order of arrival, images learned of each, and what else predictions need. Without arguments: nothing yet."""
+
+    classes: np.ndarray = field(default_factory=lambda: np.array([], dtype=object))
+    counts: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+    history: Sequence[dict[str, Any]] = ()
+    references: Sequence[float] = ()
+    """What the known score is read against, and of each how many classes were known when it was taken."""
+    referenced_among: Sequence[int] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+    pictures: LearnedPictures = field(default_factory=LearnedPictures)
+
+    def numbers(self) -> dict[str, int]:
+        """The classes' numbers by name, and by its normal form: a learner made before names were normalised may hold others."""
+        exact = {str(name): i for i, name in enumerate(self.classes)}
+        return {normal_form(name): i for name, i in exact.items()} | exact
+
+    def number(self, name: str) -> int:
+        """Raises DataError for a class that is not known."""
+        numbers = self.numbers()
+        found = numbers.get(name, numbers.get(normal_form(str(name))))
+        if found is None:
+            raise DataError(f"class '{name}' is not known; {suggestion(str(name), map(str, self.classes))}")
+        return found
+
+    def with_task(
+        self, task: Task, hashes: Sequence[bytes], calibration: Calibration, references: Sequence[float]
+    ) -> Learned:
+        """After `task`, whose images have these hashes."""
+        k, labels = len(self.classes), task.train.labels
+        classes = np.array([*self.classes, *task.names], dtype=object)
+        counts = np.bincount(labels, minlength=len(classes))
+        counts[:k] += self.counts
+        again = [str(classes[c]) for c in np.unique(labels[labels < k])]
+        entry = {
+            "date": str(date.today()),
+            "new": list(task.names),
+            "again": again,
+            "images": len(labels),
+            "hashed": True,
+        }
+        return Learned(
+            classes,
+            counts,
+            [*self.history, entry],
+            [*self.references, *references],
+            [*self.referenced_among, *[len(classes)] * len(references)],
+            calibration,
+            self.pictures.with_more(hashes, labels),
+        )
+
+    def without_class(self, c: int) -> Learned:
+        """Nothing tells of the class any more; that one was forgotten stays in the history."""
+        name = str(self.classes[c])
+        history = [
+            entry | {key: [other for other in entry.get(key, []) if other != name] for key in ("new", "again")}
+            for entry in self.history
+        ]
+        forgotten = {"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1}
+        return replace(
+            self,
+            classes=np.delete(self.classes, c),
+            counts=np.delete(self.counts, c),
+            history=[*history, forgotten],
+            pictures=self.pictures.without_class(c),
+        )
+
+    @property
+    def unhashed(self) -> int:
+        """Images that are not known one by one."""
+        return sum(entry["images"] for entry in self.history if not entry.get("hashed"))
+
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[Task], calibration: Calibration) -> Learned:
+        """As if the tasks of a run had been given one after another, their images not known one by one."""
+        classes = np.array([name for task in tasks for name in task.names], dtype=object)
+        today = str(date.today())
+        return cls(
+            classes,
+            np.bincount(np.concatenate([task.train.labels for task in tasks]), minlength=len(classes)),
+            [
+                {"date": today, "new": list(task.names), "again": [], "images": len(task.train), "hashed": False}
+                for task in tasks
+            ],
+            calibration=calibration,
+        )
+
+    @classmethod
+    def of_record(cls, record: LearnerRecord, pictures: Mapping[str, Tensor] | None) -> Learned:
+        """As it was saved; learners of earlier versions have no hashes of pictures. Raises ValueError for hashes that are none."""
+        return cls(
+            np.array(record.classes, dtype=object),
+            np.array(record.counts, dtype=np.int64),
+            [entry.model_dump(mode="json", exclude_unset=True) for entry in record.history],
+            record.references,
+            record.referenced_among or [len(record.classes)] * len(record.references),
+            record.calibration,
+            LearnedPictures() if pictures is None else LearnedPictures.from_state(pictures, len(record.classes)),
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Its part of a LearnerRecord, as JSON holds it."""
+        return {
+            "classes": list(self.classes),
+            "counts": self.counts.tolist(),
+            "history": list(self.history),
+            "references": list(self.references),
+            "referenced_among": list(self.referenced_among),
+            "calibration": self.calibration.model_dump(mode="json"),
+            "picture_hashes": len(self.pictures),
+        }

@@ -7,5 +7,6 @@ from torch import Tensor
 
 
 def without(x: Tensor, c: int, dim: int = 0) -> Tensor:
-    """x less what stands at c of its dimension `dim`: less row c, or with dim = 1 less column c. A copy."""
-    return torch.cat([x.narrow(dim, 0, c), x.narrow(dim, c + 1, x.shape[dim] - c - 1)], dim)
+    """x less what stands at c of its dimension `dim`, if it reaches that far: less row c, or with dim = 1 less column c."""
+    kept = [i for i in range(x.shape[dim]) if i != c]
+    return x.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=x.device))

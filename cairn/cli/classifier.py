@@ -299,7 +299,7 @@ def _explained(held, files: list[Path], best: int, folder: Path) -> Iterator[Pat
         name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
         taken.add(name)
         seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None
-        if "patches" in reasons[0]:
+        if seen is not None and "patches" in reasons[0]:
             count = towers.image_and_patches(towers.pixels(towers.prepare(decoded(file))[None]))[1].shape[1]
             patch_figure(seen, round(count**0.5), reasons, folder / f"{name}.png")
         elif seen is not None:

@@ -127,7 +127,8 @@ def run(
     step = _step(step, data)
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     several = _seeds(seeds) if seeds is not None else None
-    if several is None and context.get_parameter_source("seed").name != "COMMANDLINE":
+    source = context.get_parameter_source("seed")
+    if several is None and (source is None or source.name != "COMMANDLINE"):
         several = asked.seeds
     config = checked(
         RunConfig,

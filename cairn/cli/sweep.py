@@ -88,8 +88,11 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
             view.note(f"{job.state:<9} {job.name}")
         if read.search is None:
             view.note(f"{counted(len(held.ledger.jobs), 'run')}: {counts(held.ledger)}{_same(held.same)}")
-        for point in points if read.search is not None else ():
-            view.note(f"{counted(read.search.trials, 'trial')} below {point.name}, runs of each: {len(point.seeds)}")
+        else:
+            for point in points:
+                view.note(
+                    f"{counted(read.search.trials, 'trial')} below {point.name}, runs of each: {len(point.seeds)}"
+                )
         return
     try:
         ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))

@@ -85,7 +85,8 @@ def _stream(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
     """Data set, classes per task, class order and seeds."""
     values: dict[str, Any] = {}
     name = str(left.pop("dataset", ""))
-    stem, base, step = re.fullmatch(r"(.*?)(?:_b(\d{1,6}))?(?:_inc(\d{1,6}))?", name, re.I | re.S).groups()
+    found = re.fullmatch(r"(.*?)(?:_b(\d{1,6}))?(?:_inc(\d{1,6}))?", name, re.I | re.S)
+    stem, base, step = found.groups() if found else (name, None, None)
     base, step = (number and int(number) for number in (base, step))
     values["data"] = DATA_NAMES.get(_plain(stem), name)
     row = CATALOGUE.get(values["data"])

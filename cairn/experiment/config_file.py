@@ -23,12 +23,12 @@ class RunFile(RunConfig):
     """Any of RunConfig's fields, the seeds of several runs, and where they go. What is not in `model_fields_set` is left to
     the command line and its defaults."""
 
-    method: str | None = None
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    method: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  may be left to the command line
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     out: Path | None = None
     # Of the reading, not of the file
-    notices: tuple[str, ...] = Field((), description="what whoever runs it should know")
-    problem: str | None = Field(None, description="why it names no method")
+    notices: tuple[str, ...] = Field(default=(), description="what whoever runs it should know")
+    problem: str | None = Field(default=None, description="why it names no method")
 
     @field_validator("seeds")
     @classmethod

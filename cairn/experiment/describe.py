@@ -40,15 +40,17 @@ class DescribeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("gpt-5", description="a vision language model")
-    sentences: int = Field(6, ge=1, le=64, description="sentences per class")
-    words: int = Field(15, ge=2, le=60, description="words per sentence at most")
-    name_free: bool = Field(True, description="sentences may not contain the class name")
-    representative: int = Field(4, ge=0, description="guide images nearest to the class mean")
-    diverse: int = Field(4, ge=0, description="guide images far from those and from each other")
-    attempts: int = Field(4, ge=1, description="answers asked for before a class is given up")
-    retries: int = Field(6, ge=0, description="retries of a request that the server or the line refused, with back-off")
-    timeout: float = Field(120.0, gt=0, description="seconds before a request counts as lost")
+    model: str = Field(default="gpt-5", description="a vision language model")
+    sentences: int = Field(default=6, ge=1, le=64, description="sentences per class")
+    words: int = Field(default=15, ge=2, le=60, description="words per sentence at most")
+    name_free: bool = Field(default=True, description="sentences may not contain the class name")
+    representative: int = Field(default=4, ge=0, description="guide images nearest to the class mean")
+    diverse: int = Field(default=4, ge=0, description="guide images far from those and from each other")
+    attempts: int = Field(default=4, ge=1, description="answers asked for before a class is given up")
+    retries: int = Field(
+        default=6, ge=0, description="retries of a request that the server or the line refused, with back-off"
+    )
+    timeout: float = Field(default=120.0, gt=0, description="seconds before a request counts as lost")
 
 
 class Described(NamedTuple):

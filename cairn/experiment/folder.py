@@ -53,16 +53,18 @@ class Call(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     run: RunConfig
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="one run each, in folders of their own")
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, description="one run each, in folders of their own"
+    )
     keep_learner: bool = False
     cache: bool = False
     checkpoint_seconds: float = Field(ge=0, allow_inf_nan=False)
     checkpoint_steps: int | None = None
-    track: list[str] = Field([], description="trackers that are told as well")
+    track: list[str] = Field(default=[], description="trackers that are told as well")
     log_lines: bool = False
-    notices: tuple[str, ...] = Field((), description="of the file that the call came from")
+    notices: tuple[str, ...] = Field(default=(), description="of the file that the call came from")
 
 
 def read_call(folder: Path) -> Call:
@@ -130,14 +132,15 @@ class RunFolder:
         done = (self.path / RESULT).exists()
         if not done and not self.archive:
             return None
-        stored = read_result(self.path) if done else read_call(self.path)
+        result = read_result(self.path) if done else None
+        stored = result or read_call(self.path)
         ours, theirs = (comparable_call(call.model_dump()) for call in (self.call.run, stored.run))
         if ours != theirs:
             key = next(key for key in ours if ours[key] != theirs[key])
             raise ResultError(
                 f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); give another --out or --overwrite"
             )
-        return stored if done else None
+        return result
 
     @property
     def closed(self) -> bool:
@@ -166,6 +169,8 @@ class RunFolder:
         return self._lock.stale
 
     def keep(self, event: dict[str, Any]) -> None:
+        if self._events is None:
+            raise RuntimeError(f"'{self.path}' is not open")
         try:
             self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
             self._events.flush()
@@ -232,10 +237,10 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ResultError(f"'{folder / RESULT}': its config does not make a {result.method}: {reason}") from None
-    parts = archive.read().parts
-    if "method" not in parts:
+    held = archive.read()
+    if held is None or "method" not in held.parts:
         raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
-    restore_checked(method, parts["method"], archive.folder, len(result.class_order))
+    restore_checked(method, held.parts["method"], archive.folder, len(result.class_order))
     return result, method
 
 

@@ -14,9 +14,13 @@ Table = Sequence[Sequence[float | None]]
 
 def seen_accuracy(A: Table, sizes: Sequence[int]) -> list[float]:
     """A_i = sum_{j <= i} n_j A[i][j] / sum_{j <= i} n_j: top-1 over all classes seen after each task."""
-    return [
-        sum(n * a for n, a in zip(sizes, row[: i + 1], strict=False)) / sum(sizes[: i + 1]) for i, row in enumerate(A)
-    ]
+    rows = _lower(A)
+    return [sum(n * a for n, a in zip(sizes, row, strict=False)) / sum(sizes[: len(row)]) for row in rows]
+
+
+def _lower(A: Table) -> list[list[float]]:
+    """A[i][j] for j <= i."""
+    return [[a for a in row[: i + 1] if a is not None] for i, row in enumerate(A)]
 
 
 def average_incremental(seen: Sequence[float]) -> float:
@@ -26,7 +30,7 @@ def average_incremental(seen: Sequence[float]) -> float:
 
 def forgetting(A: Table) -> float | None:
     """1/(B-1) sum_{j < B-1} (max_{j <= l < B-1} A[l][j] - A[B-1][j]); None with a single task."""
-    B = len(A)
+    B, A = len(A), _lower(A)
     if B < 2:
         return None
     return sum(max(A[i][j] for i in range(j, B - 1)) - A[B - 1][j] for j in range(B - 1)) / (B - 1)
@@ -34,7 +38,7 @@ def forgetting(A: Table) -> float | None:
 
 def backward_transfer(A: Table) -> float | None:
     """1/(B-1) sum_{j < B-1} (A[B-1][j] - A[j][j]); negative means forgetting; None with a single task."""
-    B = len(A)
+    B, A = len(A), _lower(A)
     if B < 2:
         return None
     return sum(A[B - 1][j] - A[j][j] for j in range(B - 1)) / (B - 1)

@@ -240,7 +240,7 @@ class CheckpointRecord(Record):
     evaluations: list[Evaluation] = Field(description="of every finished task")
     durations: list[Amount] = Field(description="seconds of learning per task, that in progress included")
     passes: dict[str, dict[str, Count]] = Field(description="through the towers, while learning and while evaluating")
-    calibration: Calibration = Field(Calibration(), description="what the temperature is fitted from")
+    calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
 
 
 PARTS = ("learning", "calibrating", "evaluating")

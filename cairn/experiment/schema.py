@@ -29,28 +29,32 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="name in the table of methods")
-    data: str = Field("shapes", description="data set, as written after --data")
+    data: str = Field(default="shapes", description="data set, as written after --data")
     towers: str = Field(
-        "auto", description="towers, as written after --towers; auto: tiny, or the features file itself"
+        default="auto", description="towers, as written after --towers; auto: tiny, or the features file itself"
     )
-    base: int = Field(0, description="classes of the first task; 0: like the others")
-    step: int = Field(10, description="classes per task")
-    order: str = Field("natural", description="natural, seed:N or a file of class names")
-    seed: int = Field(1, ge=0, description="moves every random choice but the class order")
-    settings: tuple[str, ...] = Field((), description="the method's settings that were changed, key=value")
-    limit_train: int | None = Field(None, description="training images per class at most")
-    limit_test: int | None = Field(None, description="test images per class at most")
+    base: int = Field(default=0, description="classes of the first task; 0: like the others")
+    step: int = Field(default=10, description="classes per task")
+    order: str = Field(default="natural", description="natural, seed:N or a file of class names")
+    seed: int = Field(default=1, ge=0, description="moves every random choice but the class order")
+    settings: tuple[str, ...] = Field(default=(), description="the method's settings that were changed, key=value")
+    limit_train: int | None = Field(default=None, description="training images per class at most")
+    limit_test: int | None = Field(default=None, description="test images per class at most")
     validation: float = Field(
-        0.0, description="share of the training images that stands in for the test split; 0: none"
+        default=0.0, description="share of the training images that stands in for the test split; 0: none"
     )
-    device: str = Field("auto", description="torch device")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the towers")
+    device: str = Field(default="auto", description="torch device")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] | None = Field(
-        None, description="how images become squares of the towers' size; unset: as the checkpoint says"
+        default=None, description="how images become squares of the towers' size; unset: as the checkpoint says"
     )
-    template: str | None = Field(None, description="one prompt, {} for the class name, in place of the data set's")
-    on_bad_image: OnBadImage = Field("error", description="image files that cannot be read: stop (error) or skip")
-    revision: str | None = Field(None, description="revision of the towers on the hub")
+    template: str | None = Field(
+        default=None, description="one prompt, {} for the class name, in place of the data set's"
+    )
+    on_bad_image: OnBadImage = Field(
+        default="error", description="image files that cannot be read: stop (error) or skip"
+    )
+    revision: str | None = Field(default=None, description="revision of the towers on the hub")
 
 
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Passes(BaseModel):
 
     images: Count = Field(description="images through the vision tower, forward")
     text_tokens: Count = Field(description="tokens through the text tower, forward")
-    stored: Count = Field(0, description="images whose embeddings a feature store held, in place of a pass")
+    stored: Count = Field(default=0, description="images whose embeddings a feature store held, in place of a pass")
 
 
 class RunResult(BaseModel):
@@ -104,18 +108,20 @@ class RunResult(BaseModel):
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
     future_accuracy: list[Share | None] = Field(description="zero-shot, after task i, among the classes still to come")
     ece: list[Share | None] = Field(
-        [], description="expected calibration error in 15 bins, after task i, over all test images of classes seen"
+        default=[],
+        description="expected calibration error in 15 bins, after task i, over all test images of classes seen",
     )
     nll: list[Amount | None] = Field(
-        [], description="mean negative log-probability of the true class, after task i, over the same images; in nats"
+        default=[],
+        description="mean negative log-probability of the true class, after task i, over the same images; in nats",
     )
     temperature: list[Annotated[float, Field(gt=0)] | None] = Field(
-        [],
+        default=[],
         description="T of `cairn.maths.calibration`, by which scores become probabilities, after task i; fitted on training "
         "images",
     )
     zero_shot_accuracy: list[Share | None] = Field(
-        [], description="of the towers as they came, on the classes seen after task i; null without class texts"
+        default=[], description="of the towers as they came, on the classes seen after task i; null without class texts"
     )
     average: Share = Field(description="average incremental accuracy, the mean of seen_accuracy")
     last: Share = Field(description="the last of seen_accuracy")
@@ -123,15 +129,15 @@ class RunResult(BaseModel):
     bwt: Difference | None = Field(description="backward transfer; null with a single task")
     seconds: Amount = Field(description="wall-clock time, learning and evaluation")
     seconds_per_task: list[Amount] = Field(description="of learning alone")
-    resumed: Count = Field(0, description="how often the run was cut off and gone on with")
-    processes: int = Field(1, ge=1, description="how many learned side by side, when it ended")
+    resumed: Count = Field(default=0, description="how often the run was cut off and gone on with")
+    processes: int = Field(default=1, ge=1, description="how many learned side by side, when it ended")
     peak_rss_bytes: Count = Field(description="largest resident memory of the process, of several the largest")
     memory_bytes: Count = Field(description="kept of old classes beyond trained parameters, after the last task")
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
-    calibration_passes: Passes | None = Field(None, description="while fitting the temperatures")
+    calibration_passes: Passes | None = Field(default=None, description="while fitting the temperatures")
     device: str
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="arithmetic that was used inside the towers; null: as the call says"
+        default=None, description="arithmetic that was used inside the towers; null: as the call says"
     )
     versions: dict[str, str]

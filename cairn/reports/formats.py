@@ -45,9 +45,10 @@ class Column:
 
 def estimate(values: Sequence[float | None], factor: float = 1) -> Estimate | None:
     """Over seeds; None if there are none, or one of them is missing."""
-    if not values or None in values:
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
         return None
-    mean, deviation = mean_and_deviation(values)
+    mean, deviation = mean_and_deviation(numbers)
     return Estimate(factor * mean, factor * deviation if len(values) > 1 else None)
 
 

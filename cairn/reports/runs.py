@@ -85,15 +85,18 @@ class _Stored(BaseModel):
         return self
 
 
-class _Error(BaseModel):
+class _Place(BaseModel):
     estimator: str
     seed: int
+
+
+class _Error(_Place):
     mean_error: Amount
     covariance_error: Amount
     bures_error: Amount
 
 
-class _Relative(_Error):
+class _Relative(_Place):
     mean_error: Amount | None
     covariance_error: Amount | None
     bures_error: Amount | None

@@ -104,8 +104,8 @@ def application(service: Service, rules: Rules) -> ASGIApp:
         if (file.size or 0) > rules.max_bytes:
             raise HTTPException(413, f"too large: a picture may have {rules.max_bytes / 1e6:g} MB")
 
-    def classes() -> dict[str, Any]:
-        return {"classes": service.classes()}
+    def classes() -> Classes:
+        return Classes.model_validate({"classes": service.classes()})
 
     @app.get("/api/health")
     async def health(request: Request) -> Health:
@@ -132,7 +132,7 @@ def application(service: Service, rules: Rules) -> ASGIApp:
     ) -> Prediction:
         """What a picture shows."""
         small(image)
-        return service.predict(image.file, topk)
+        return Prediction.model_validate(service.predict(image.file, topk))
 
     @app.post("/api/learn")
     async def learn(
@@ -236,7 +236,7 @@ def serve(
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise ConfigError(f"--host {one_line(host)}: {error.strerror}; give 127.0.0.1") from None
-    loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     rules = Rules(
         loopback=loopback, host=host, token=token, max_bytes=max_bytes, max_pixels=max_pixels, public_url=public_url
     )
@@ -250,7 +250,7 @@ def serve(
         # A token that was given is known to whoever gave it, and is not shown
         shown = f"[{host}]" if ":" in host else host
         where = rules.public_url or f"http://{shown}:{listening.getsockname()[1]}/"
-        ready(where if token is not None else f"{where}#token={quote(rules.token, safe='')}")
+        ready(where if token is not None else f"{where}#token={quote(rules.token or '', safe='')}")
         try:
             Server(config, service).run(sockets=[listening])
         finally:

@@ -34,8 +34,9 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._watch()
         if len(self.connections) > CONNECTIONS:
-            waiting = [one for one in self.connections if one.waiting_until is not None]
-            min(waiting, key=lambda one: one.waiting_until).close()
+            ours = [one for one in self.connections if isinstance(one, Connection)]
+            waiting = [(one.waiting_until, i) for i, one in enumerate(ours) if one.waiting_until is not None]
+            ours[min(waiting)[1]].close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()

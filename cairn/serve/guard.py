@@ -132,7 +132,10 @@ class Guard:
 
     def _knows_token(self, authorization: str) -> bool:
         kind, _, given = authorization.partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.rules.token.encode())
+        token = self.rules.token
+        if token is None or kind.lower() != "bearer":
+            return False
+        return hmac.compare_digest(given.strip().encode(), token.encode())
 
     def _limited(self, receive: Receive, limit: int) -> Receive:
         """Raises while the body comes in, not when it is there."""
@@ -173,15 +176,15 @@ def _forwarded(header: str) -> bool:
 
 def _public(url: str) -> str:
     """The address with a slash at its end."""
+    refused = ConfigError(f"--public-url {url}: must be an address such as https://cairn.example.org/")
     try:
         parts = urlsplit(url)
         usual = {"http": 80, "https": 443}[parts.scheme]
         port = "" if parts.port in (None, usual) else f":{parts.port}"
-        sound = parts.hostname and not (parts.username or parts.query or parts.fragment)
     except (ValueError, KeyError):
-        sound = False
-    if not sound:
-        raise ConfigError(f"--public-url {url}: must be an address such as https://cairn.example.org/")
+        raise refused from None
+    if not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise refused
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}/"
 

@@ -34,7 +34,7 @@ DECODED = 4
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
 
-Change = Callable[[IncrementalClassifier], Any]
+Change = Callable[[IncrementalClassifier, "Work"], Any]
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Service:
                 "classes": [{"name": n, "probability": p} for n, p in learner.predict_topk([image], best)[0]],
                 "known": float(learner.known_score([image])[0]),
                 "grid": self._grid if reasons else None,
-                "view": learner.method_.towers.preprocessing.mode,
+                "view": self.towers.preprocessing and self.towers.preprocessing.mode,
                 "reasons": reasons,
             }
 
@@ -111,13 +111,12 @@ class Service:
         name = _class_name(name)
         said = _sentences(sentences)
 
-        def change(copy: IncrementalClassifier) -> None:
+        def change(copy: IncrementalClassifier, work: Work) -> None:
             images = [self._whole(file, f"picture {i}") for i, file in enumerate(files, 1)]
             if self.describes and name not in copy.classes_:
                 if not said:
                     raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
                 copy.descriptions = {**(copy.descriptions or {}), name: said}
-            work = self.work
             calls = len(copy.history_)
             copy.partial_fit(images, [name] * len(images), log=Log(show=work.progress), checkpoint=work.checkpoint)
             if len(copy.history_) == calls:
@@ -128,7 +127,7 @@ class Service:
     async def forget(self, name: str) -> None:
         """Raises HTTPException: 404 for a class that is not known, 409 for the last one and while another change is made."""
 
-        def change(copy: IncrementalClassifier) -> None:
+        def change(copy: IncrementalClassifier, work: Work) -> None:
             if name not in copy.classes_:
                 raise HTTPException(404, f"class '{one_line(name)}' is not known")
             if len(copy.classes_) == 1:
@@ -154,17 +153,17 @@ class Service:
             raise HTTPException(
                 409, f"{now.what if now else 'something is being learned'}; try again when that is done"
             )
-        self.work = Work(what)
+        self.work = work = Work(what)
         # Not waited for by whoever asked, if they hang up: it is finished all the same
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, self._change, change))
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, self._change, change, work))
 
-    def _change(self, change: Change) -> None:
+    def _change(self, change: Change, work: Work) -> None:
         try:
             lock = Lock(self.folder).take()
             try:
                 # What is on disk, which another process may have taught meanwhile
                 copy = IncrementalClassifier.load(self.folder, self.towers)
-                change(copy)
+                change(copy, work)
                 if self.stopping is not None:
                     raise _stopped()
                 copy.save(self.folder)

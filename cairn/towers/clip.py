@@ -22,7 +22,7 @@ from cairn.towers.patches import Attention, embedded_tokens
 from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
-from cairn.towers.tokenizer import tokenizer_fingerprint
+from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
 from cairn.types import Features, Pixels
 
 
@@ -131,7 +131,7 @@ class ClipTowers:
         self.context_length = text.max_position_embeddings
         self.width = text.hidden_size
         # Older configs carry the wrong id 2; the tokenizer knows (transformers then looks for the largest id).
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.bos, self.eos = start_and_end(tokenizer)
         _require_finite(model, name)
         self.fingerprint = full_fingerprint(
             _weights_fingerprint(model, preprocessing), tokenizer_fingerprint(tokenizer)

@@ -79,6 +79,14 @@ def require_fit(tokenizer: PreTrainedTokenizerFast, vocab_size: int, config: CLI
             raise TowersError(f"towers '{where}': {key} is {found} in the tokenizer, {said} in config.json; {_ADVICE}")
 
 
+def start_and_end(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The ids of the tokens that CLIP puts before and behind a text. Raises TowersError for a tokenizer without them."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise TowersError(f"the tokenizer has no start or no end token; {_ADVICE}")
+    return start, end
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """16 hex digits over what decides the tokens of a text: normaliser, pre-tokenizer, vocabulary with its merges, added
     tokens, and the ids of start and end."""

@@ -55,13 +55,13 @@ Chosen as `POWER` was."""
 class Calibration(Record):
     """Losses of all images left out so far, on the grid of inverse temperatures. Immutable: `with_images` returns another."""
 
-    rows: Count = Field(0, description="images that were left out")
-    classes: Count = Field(0, description="K, classes that the last of them were scored among")
-    loss: list[float] = Field([], description="L: weighted losses of their labels, summed")
+    rows: Count = Field(default=0, description="images that were left out")
+    classes: Count = Field(default=0, description="K, classes that the last of them were scored among")
+    loss: list[float] = Field(default=[], description="L: weighted losses of their labels, summed")
     power: Share = Field(
-        0.0, description="q of `cairn.maths.calibration`; 0: one temperature for all images, as it once was"
+        default=0.0, description="q of `cairn.maths.calibration`; 0: one temperature for all images, as it once was"
     )
-    ageing: Amount = Field(1.0, description="exponent of the weights, see `AGEING`; once 1")
+    ageing: Amount = Field(default=1.0, description="exponent of the weights, see `AGEING`; once 1")
 
     @model_validator(mode="after")
     def _one_loss_for_each_temperature(self) -> Calibration:

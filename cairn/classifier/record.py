@@ -53,12 +53,12 @@ class HistoryEntry(Record):
     """What was learned, or forgotten, at once."""
 
     date: datetime.date
-    new: list[ClassName] = Field([], description="classes learned for the first time")
-    again: list[ClassName] = Field([], description="classes of which more was learned")
+    new: list[ClassName] = Field(default=[], description="classes learned for the first time")
+    again: list[ClassName] = Field(default=[], description="classes of which more was learned")
     images: Count
-    hashed: bool = Field(False, description="whether its images are known one by one, by their hashes")
+    hashed: bool = Field(default=False, description="whether its images are known one by one, by their hashes")
     given: str | None = Field(
-        None, description="in place of that in earlier versions: a hash of files and their classes"
+        default=None, description="in place of that in earlier versions: a hash of files and their classes"
     )
     forgotten: Count = 0
 
@@ -75,13 +75,13 @@ class LearnerRecord(Record):
     classes: list[ClassName] = Field(description="in order of arrival")
     counts: list[Annotated[int, Field(ge=1)]] = Field(description="images that each class was learned from")
     history: list[HistoryEntry]
-    references: list[float] = Field([], description="see `cairn.classifier.novelty`")
+    references: list[float] = Field(default=[], description="see `cairn.classifier.novelty`")
     referenced_among: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="of each reference, classes that were known when it was taken; empty: all weigh alike"
+        default=[], description="of each reference, classes that were known when it was taken; empty: all weigh alike"
     )
-    calibration: Calibration = Field(Calibration(), description="what the temperature is fitted from")
+    calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
     picture_hashes: Count = Field(
-        0, description="images that are known one by one, per class; see `cairn.data.identity`"
+        default=0, description="images that are known one by one, per class; see `cairn.data.identity`"
     )
     memory_bytes: Count
     bytes: Count

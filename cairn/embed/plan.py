@@ -40,9 +40,9 @@ class EmbedConfig(BaseModel):
     template: str | None = None
     on_bad_image: OnBadImage = "error"
     revision: str | None = None
-    dtype: Literal["float32", "float16"] = Field("float32", description="what the rows are stored in")
-    shard_rows: int = Field(2048, ge=1, description="images per shard")
-    batch: int = Field(128, ge=1, description="images in a pass through the tower")
+    dtype: Literal["float32", "float16"] = Field(default="float32", description="what the rows are stored in")
+    shard_rows: int = Field(default=2048, ge=1, description="images per shard")
+    batch: int = Field(default=128, ge=1, description="images in a pass through the tower")
 
     @property
     def run(self) -> RunConfig:
@@ -82,7 +82,7 @@ class Plan(BaseModel):
     rows: str = Field(description="SHA-256 of the file of rows")
     # No part of the key:
     versions: dict[str, str]
-    replaces: bool = Field(False, description="whether the file that is there is to be replaced by this one")
+    replaces: bool = Field(default=False, description="whether the file that is there is to be replaced by this one")
 
     @cached_property
     def key(self) -> str:

@@ -31,8 +31,10 @@ from cairn.types import Features, Pixels, Scores
 class AcilConfig(Settings):
     """The settings of ACIL."""
 
-    width: int = Field(2048, ge=0, description="m, random features; 0: the embeddings themselves [I; paper: thousands]")
-    ridge: float = Field(100.0, gt=0, description="lam, fixed for the whole stream [I]")
+    width: int = Field(
+        default=2048, ge=0, description="m, random features; 0: the embeddings themselves [I; paper: thousands]"
+    )
+    ridge: float = Field(default=100.0, gt=0, description="lam, fixed for the whole stream [I]")
 
 
 class ACIL:

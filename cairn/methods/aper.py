@@ -34,11 +34,11 @@ class AperConfig(Settings):
     """The settings of APER."""
 
     tuning: Tuning = Field(
-        Bottleneck(),
+        default=Bottleneck(),
         description="what is trained on the first task: bottleneck, lora, full, projection, adapter or none",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"), description="optimisation on the first task"
+        default=Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"), description="optimisation on the first task"
     )
 
     _kinds = field_validator("tuning", mode="before")(kind_by_name)

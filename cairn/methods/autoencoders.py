@@ -34,11 +34,11 @@ class Vae(Settings):
     """A variational autoencoder per class [P]; its decoder is kept."""
 
     kind: Literal["vae"] = "vae"
-    latent: int = Field(16, ge=1, description="l, width of the latent [I]")
-    hidden: int = Field(64, ge=1, description="hidden units of encoder and decoder [I]")
-    steps: int = Field(300, ge=1, description="steps of training, all classes of a task at once [I]")
-    batch: int = Field(32, ge=1, description="rows of each class and step [I]")
-    lr: float = Field(1e-2, gt=0, description="peak learning rate, Adam [I]")
+    latent: int = Field(default=16, ge=1, description="l, width of the latent [I]")
+    hidden: int = Field(default=64, ge=1, description="hidden units of encoder and decoder [I]")
+    steps: int = Field(default=300, ge=1, description="steps of training, all classes of a task at once [I]")
+    batch: int = Field(default=32, ge=1, description="rows of each class and step [I]")
+    lr: float = Field(default=1e-2, gt=0, description="peak learning rate, Adam [I]")
 
     def memory(self, dim: int) -> GeneratorMemory:
         """A memory that holds no class yet."""

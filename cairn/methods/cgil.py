@@ -51,8 +51,8 @@ Generator = Annotated[Vae | Gaussian, Field(discriminator="kind")]
 class CgilConfig(Settings):
     """The settings of CGIL."""
 
-    generator: Generator = Field(Vae(), description="what a class is drawn from: vae or gaussian [P: vae]")
-    stage2: TextStage = Field(TextStage(text=Prompts(), real_share=0.0))
+    generator: Generator = Field(default=Vae(), description="what a class is drawn from: vae or gaussian [P: vae]")
+    stage2: TextStage = Field(default=TextStage(text=Prompts(), real_share=0.0))
 
     _kinds = field_validator("generator", mode="before")(kind_by_name)
 

@@ -27,7 +27,7 @@ class ClipoodConfig(Settings):
     """lambda = .3, beta = .5, AdamW at 5e-6 and batches of 36 as the paper has them."""
 
     stage1: VisionStage = Field(
-        VisionStage(tuning=Full(), margin=0.3, schedule=Schedule(epochs=2, batch=36, lr=Full().lr))
+        default=VisionStage(tuning=Full(), margin=0.3, schedule=Schedule(epochs=2, batch=36, lr=Full().lr))
     )
 
     @classmethod

@@ -25,10 +25,10 @@ from cairn.training.checkpoint import Checkpoint
 class DmcConfig(GaussianSettings):
     """The settings of DMC."""
 
-    stage1: VisionStage = Field(VisionStage())
-    stage2: TextStage = Field(TextStage())
+    stage1: VisionStage = Field(default=VisionStage())
+    stage2: TextStage = Field(default=TextStage())
     template_weight: float = Field(
-        0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
+        default=0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
 
     @classmethod

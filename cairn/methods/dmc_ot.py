@@ -40,27 +40,29 @@ a residual per class that goes on giving way to later classes."""
 class DmcOtConfig(GaussianSettings):
     """The settings of DMC-OT: DMC's, the drift estimator and the separability of class texts."""
 
-    stage1: VisionStage = Field(VisionStage())
+    stage1: VisionStage = Field(default=VisionStage())
     drift: AnyDrift = Field(
-        LocalPairedMap(),
+        default=LocalPairedMap(),
         description="how old Gaussians follow the encoder: none, mean, sdc, bures [P, as read], sinkhorn, paired or local",
     )
     probes: int = Field(
-        0,
+        default=0,
         ge=0,
         description="altered copies of the task's images that pass both encoders too, to see the motion elsewhere [I]",
     )
     condition_limit: float = Field(
-        1e4, gt=1, description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]"
+        default=1e4,
+        gt=1,
+        description="largest condition number of a map; beyond it the mean shift is used, with a warning [I]",
     )
-    stage2: TextStage = Field(TextStage(text=PROMPTS))
+    stage2: TextStage = Field(default=TextStage(text=PROMPTS))
     separability: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="weight of the mean squared cosine between new and old class texts [K: STAR-Prompt, 0..30]",
     )
     template_weight: float = Field(
-        0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
+        default=0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
 
     _drift_kind = field_validator("drift", mode="before")(kind_by_name)

@@ -67,39 +67,46 @@ class EngineConfig(Settings):
     """The settings of ENGINE. [P] figures are those of CIFAR-100 where sets differ."""
 
     descriptions: str = Field(
-        "data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
+        default="data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
     )
     stat: float = Field(
-        0.8,
+        default=0.8,
         ge=0,
         le=1,
         description="share of the discriminant head in the scores; 0: no head "
         "[P: .8 on CIFAR-100 and ImageNet-R, .85 UCF, .95 CUB, .99 Aircraft]",
     )
     rerank: float = Field(
-        0.5, ge=0, le=1, description="share of re-ranking beside the cosines; 0: none [P: .5; .2 UCF, .8 Aircraft]"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of re-ranking beside the cosines; 0: none [P: .5; .2 UCF, .8 Aircraft]",
     )
-    candidates: int = Field(5, ge=1, description="likeliest classes that are ranked anew; 1: none is [P: 5]")
+    candidates: int = Field(default=5, ge=1, description="likeliest classes that are ranked anew; 1: none is [P: 5]")
     loss: Literal["contrast", "cross_entropy"] = Field(
-        "contrast",
+        default="contrast",
         description="contrast: images and texts of a batch, against each other; cross_entropy: of each image over the class "
         "texts, and cosines for L_t and L_i [P: contrast]",
     )
-    text_weight: float = Field(2.0, ge=0, description="weight of L_t, class texts towards descriptions; 0: off [P: 2]")
-    image_weight: float = Field(
-        0.5, ge=0, description="weight of L_i, images towards altered ones; 0: off [P: .5; 0 UCF]"
+    text_weight: float = Field(
+        default=2.0, ge=0, description="weight of L_t, class texts towards descriptions; 0: off [P: 2]"
     )
-    views: int = Field(1, ge=1, description="altered copies of each image, made and embedded once [I]")
+    image_weight: float = Field(
+        default=0.5, ge=0, description="weight of L_i, images towards altered ones; 0: off [P: .5; 0 UCF]"
+    )
+    views: int = Field(default=1, ge=1, description="altered copies of each image, made and embedded once [I]")
     noise: float = Field(
-        0.57,
+        default=0.57,
         ge=0,
         description="length of the noise on a class mean, as a share of the mean's [P: .25 per coordinate; I: a share]",
     )
     replay: int | None = Field(
-        1, ge=0, description="noisy means per old class and batch; null: as many as images of a new one; 0: none [P: 1]"
+        default=1,
+        ge=0,
+        description="noisy means per old class and batch; null: as many as images of a new one; 0: none [P: 1]",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=10, batch=64, lr=0.05, optimizer="sgd", weight_decay=0.05),
+        default=Schedule(epochs=10, batch=64, lr=0.05, optimizer="sgd", weight_decay=0.05),
         description="training of the units [P]",
     )
 

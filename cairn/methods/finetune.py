@@ -16,7 +16,7 @@ from cairn.methods.stages import BOUND, VisionStage
 class FinetuneConfig(Settings):
     """As joint training has it, with every class seen in the softmax: the plain thing to do."""
 
-    stage1: VisionStage = Field(BOUND)
+    stage1: VisionStage = Field(default=BOUND)
 
     @classmethod
     def embedding(cls) -> FinetuneConfig:

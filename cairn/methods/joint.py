@@ -35,10 +35,10 @@ from cairn.types import Features, Pixels
 class JointConfig(Settings):
     """Both stages of DMC, given everything at once."""
 
-    stage1: VisionStage = Field(BOUND)
-    stage2: TextStage = Field(TextStage(schedule=Schedule(epochs=3, batch=128, lr=0.2)))
+    stage1: VisionStage = Field(default=BOUND)
+    stage2: TextStage = Field(default=TextStage(schedule=Schedule(epochs=3, batch=128, lr=0.2)))
     restart: bool = Field(
-        False, description="start from the pretrained weights after each task; else train on from the last"
+        default=False, description="start from the pretrained weights after each task; else train on from the last"
     )
 
     @classmethod

@@ -32,7 +32,8 @@ class LdaConfig(GaussianSettings):
     """The settings of discriminant analysis."""
 
     covariance: Covariance = Field(
-        Shared(), description="shared: one for all classes, a linear head; full, low_rank or diagonal: one per class"
+        default=Shared(),
+        description="shared: one for all classes, a linear head; full, low_rank or diagonal: one per class",
     )
 
 

@@ -47,10 +47,12 @@ from cairn.types import Features, Pixels, Scores
 class ProofConfig(Settings):
     """The settings of PROOF."""
 
-    exemplars: int = Field(20, ge=0, description="embeddings kept per class, chosen by herding; 0: none [P: 20]")
-    prompts: int = Field(3, ge=0, description="context prompts that each task adds; 0: none [P: some; I: 3]")
+    exemplars: int = Field(
+        default=20, ge=0, description="embeddings kept per class, chosen by herding; 0: none [P: 20]"
+    )
+    prompts: int = Field(default=3, ge=0, description="context prompts that each task adds; 0: none [P: some; I: 3]")
     schedule: Schedule = Field(
-        Schedule(epochs=10, batch=64, lr=0.05, optimizer="sgd"),
+        default=Schedule(epochs=10, batch=64, lr=0.05, optimizer="sgd"),
         description="training of projections, attention and prompts [I]",
     )
 

@@ -42,18 +42,21 @@ from cairn.types import Features, Labels, Pixels, Scores
 class RanpacConfig(Settings):
     """The settings of RanPAC."""
 
-    width: int = Field(10_000, ge=0, description="m, random features; 0: the embeddings themselves")
-    lowest: int = Field(-8, ge=-30, le=30, description="lam is tried on each task from 10^lowest ...")
-    highest: int = Field(8, ge=-30, le=30, description="... to 10^highest, in powers of ten")
+    width: int = Field(default=10_000, ge=0, description="m, random features; 0: the embeddings themselves")
+    lowest: int = Field(default=-8, ge=-30, le=30, description="lam is tried on each task from 10^lowest ...")
+    highest: int = Field(default=8, ge=-30, le=30, description="... to 10^highest, in powers of ten")
     search: Literal["near", "all"] = Field(
-        "near",
+        default="near",
         description="from the ridge of the task before, while a neighbour is better; or all of them. The same where the "
         "error has one minimum [I; paper: all]",
     )
-    held_out: float = Field(0.2, gt=0, lt=1, description="share of a task's images that choose among them")
-    tuning: Tuning = Field(Frozen(), description="phase 1, on the first task: none, bottleneck, lora, full or adapter")
+    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of a task's images that choose among them")
+    tuning: Tuning = Field(
+        default=Frozen(), description="phase 1, on the first task: none, bottleneck, lora, full or adapter"
+    )
     schedule: Schedule = Field(
-        Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"), description="optimisation of phase 1, if it trains"
+        default=Schedule(epochs=20, batch=48, lr=0.01, optimizer="sgd"),
+        description="optimisation of phase 1, if it trains",
     )
 
     _kinds = field_validator("tuning", mode="before")(kind_by_name)

@@ -52,40 +52,42 @@ class RapfConfig(GaussianSettings):
     """The settings of RAPF."""
 
     start: Literal["random", "identity"] = Field(
-        "random", description="W before the first task: uniform in +-1/sqrt(d), or the identity [P: random]"
+        default="random", description="W before the first task: uniform in +-1/sqrt(d), or the identity [P: random]"
     )
-    unit_features: bool = Field(False, description="embeddings are brought to length 1 first [P: they are not]")
+    unit_features: bool = Field(default=False, description="embeddings are brought to length 1 first [P: they are not]")
     threshold: float = Field(
-        0.55,
+        default=0.55,
         ge=0,
         description="alpha: an old and a new class are neighbours if |t_i - t_j| is below it; 0: none are [P: .55]",
     )
-    separation: float = Field(1.0, ge=0, description="weight of the hinge loss between neighbours [P: 1]")
-    margin: float = Field(0.1, ge=0, description="by how much nearer the right text must be, in the hinge loss [P: .1]")
-    hinge: Literal["cosine", "distance"] = Field("cosine", description="what the hinge compares [P: cosine]")
+    separation: float = Field(default=1.0, ge=0, description="weight of the hinge loss between neighbours [P: 1]")
+    margin: float = Field(
+        default=0.1, ge=0, description="by how much nearer the right text must be, in the hinge loss [P: .1]"
+    )
+    hinge: Literal["cosine", "distance"] = Field(default="cosine", description="what the hinge compares [P: cosine]")
     pair_draws: int | None = Field(
-        40,
+        default=40,
         ge=1,
         description="fresh draws of the old class per pair of neighbours and step; null: its rows of the batch [P: 40]",
     )
     pairs: int = Field(
-        50, ge=1, description="pairs that are drawn in a step at most, in turn; the code has no limit [I]"
+        default=50, ge=1, description="pairs that are drawn in a step at most, in turn; the code has no limit [I]"
     )
     mask: Literal["clipped", "ratio"] = Field(
-        "clipped",
+        default="clipped",
         description="share of the new weights: min(1, D / max D + fusion), or D / (D + fusion mean D) [P: clipped]",
     )
     fusion: float = Field(
-        0.6, ge=0, description="the mask's constant; clipped: 1 is all new; ratio: 0 is all new [P: .6]"
+        default=0.6, ge=0, description="the mask's constant; clipped: 1 is all new; ratio: 0 is all new [P: .6]"
     )
     real_share: float | None = Field(
-        5 / 7,
+        default=5 / 7,
         ge=0,
         le=1,
         description="share of real rows in a batch; null: each class the same share [P: 100 beside 40 drawn]",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=15, batch=140, lr=1e-3, optimizer="adam", weight_decay=0, warmup=0, milestones=(4, 10)),
+        default=Schedule(epochs=15, batch=140, lr=1e-3, optimizer="adam", weight_decay=0, warmup=0, milestones=(4, 10)),
         description="training of the adapter [P]",
     )
 

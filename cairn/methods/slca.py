@@ -57,15 +57,16 @@ class SlowLearner(Settings):
     """Stage 1: encoder and classifier, each at its own rate."""
 
     tuning: Tuning = Field(
-        Full(lr=1e-4, average=None), description="what is trained of the encoder: full [P], lora, adapter, ... or none"
+        default=Full(lr=1e-4, average=None),
+        description="what is trained of the encoder: full [P], lora, adapter, ... or none",
     )
     slow: float = Field(
-        0.01,
+        default=0.01,
         gt=0,
         description="learning rate of the encoder, a multiple of the classifier's; `full` has its own [P; I: 1]",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"),
+        default=Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"),
         description="optimisation; lr is the classifier's [P: SGD, .01, 128; K: 20 epochs on CIFAR-100]",
     )
 
@@ -75,24 +76,25 @@ class SlowLearner(Settings):
 class Alignment(Settings):
     """Stage 3: the classifier alone, on draws."""
 
-    per_class: int = Field(256, ge=1, description="draws of each class in an epoch [K]")
-    temperature: float = Field(0.1, gt=0, description="tau of the normalised logits [P]")
+    per_class: int = Field(default=256, ge=1, description="draws of each class in an epoch [K]")
+    temperature: float = Field(default=0.1, gt=0, description="tau of the normalised logits [P]")
     normalise: Literal["tasks", "all"] = Field(
-        "tasks", description="logits by the mean over tasks of their length, or by their length [P: tasks]"
+        default="tasks", description="logits by the mean over tasks of their length, or by their length [P: tasks]"
     )
     shrink: float = Field(
-        0.1, ge=0, lt=1, description="means of task t of T are drawn shrunk by shrink (1 - t/T); 0: off [P: .1]"
+        default=0.1, ge=0, lt=1, description="means of task t of T are drawn shrunk by shrink (1 - t/T); 0: off [P: .1]"
     )
     schedule: Schedule = Field(
-        Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"), description="optimisation; epochs=0: no alignment [K]"
+        default=Schedule(epochs=5, batch=128, lr=0.01, optimizer="sgd"),
+        description="optimisation; epochs=0: no alignment [K]",
     )
 
 
 class SlcaConfig(GaussianSettings):
     """The settings of SLCA."""
 
-    stage1: SlowLearner = Field(SlowLearner())
-    stage2: Alignment = Field(Alignment())
+    stage1: SlowLearner = Field(default=SlowLearner())
+    stage2: Alignment = Field(default=Alignment())
 
     @classmethod
     def embedding(cls) -> SlcaConfig:

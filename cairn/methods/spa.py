@@ -62,25 +62,31 @@ from cairn.types import Features, Pixels, Scores
 class Local(Settings):
     """The patch branch: which patches and tokens meet, and what becomes of it."""
 
-    weight: float = Field(1.0, ge=0, description="lambda, weight of the local score; 0: no patches [I]")
+    weight: float = Field(default=1.0, ge=0, description="lambda, weight of the local score; 0: no patches [I]")
     score: Literal["feature", "plan"] = Field(
-        "feature",
+        default="feature",
         description="S_c: cos(g'(v), h'(d_c)), trained and replayed, or the plan's own sum P cos, as it is [I]",
     )
-    attention: Attention = Field("value", description="in the last block, for patches: native or value [K]")
+    attention: Attention = Field(default="value", description="in the last block, for patches: native or value [K]")
     tokens: Literal["sentences", "words"] = Field(
-        "sentences", description="one token per sentence, or one per word of it [I]"
+        default="sentences", description="one token per sentence, or one per word of it [I]"
     )
-    patches: int | None = Field(24, ge=2, description="K, patches chosen per class; null: all, no selection [I]")
-    guide: Literal["max", "mean"] = Field("max", description="a patch's score over the description tokens [I]")
-    transport: bool = Field(True, description="false: every patch to its best token, in place of the plan [P: true]")
-    eps: float = Field(0.1, gt=0, description="entropy of the plan; the cost is 1 - cos [I]")
-    iterations: int = Field(100, ge=1, description="Sinkhorn sweeps [I]")
+    patches: int | None = Field(
+        default=24, ge=2, description="K, patches chosen per class; null: all, no selection [I]"
+    )
+    guide: Literal["max", "mean"] = Field(default="max", description="a patch's score over the description tokens [I]")
+    transport: bool = Field(
+        default=True, description="false: every patch to its best token, in place of the plan [P: true]"
+    )
+    eps: float = Field(default=0.1, gt=0, description="entropy of the plan; the cost is 1 - cos [I]")
+    iterations: int = Field(default=100, ge=1, description="Sinkhorn sweeps [I]")
     best: int | None = Field(
-        5, ge=1, description="m, classes per image whose descriptions look at it, by the class token; null: all [I]"
+        default=5,
+        ge=1,
+        description="m, classes per image whose descriptions look at it, by the class token; null: all [I]",
     )
     training_guide: Literal["image", "label"] = Field(
-        "image", description="who names those classes in training: the image, as in testing, or its label [I]"
+        default="image", description="who names those classes in training: the image, as in testing, or its label [I]"
     )
 
 
@@ -88,16 +94,16 @@ class SpaConfig(GaussianSettings):
     """The settings of SPA."""
 
     descriptions: str = Field(
-        "data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
+        default="data", description="data: what the data set brings; template: its prompt templates; or a JSON file"
     )
-    local: Local = Field(Local())
+    local: Local = Field(default=Local())
     replay: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="pseudo-features per old class and batch; null: as many as of a new one; 0: none [K: AREA, 4]",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=20, batch=64, lr=0.05, optimizer="sgd"),
+        default=Schedule(epochs=20, batch=64, lr=0.05, optimizer="sgd"),
         description="training of the projectors; epochs=0: none [K: ENGINE, AREA, 10 epochs]",
     )
 

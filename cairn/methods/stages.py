@@ -32,22 +32,28 @@ class VisionStage(Settings):
     """Stage 1: the vision side moves, the class texts are its anchor."""
 
     tuning: Tuning = Field(
-        Lora(), description="what is trained: lora, full, projection, adapter or none [I; K: MG-CLIP]"
+        default=Lora(), description="what is trained: lora, full, projection, adapter or none [I; K: MG-CLIP]"
     )
     classes: Literal["current", "seen"] = Field(
-        "current", description="classes in the softmax: the task's, or all seen [I; K: MG-CLIP, SLCA for the first]"
+        default="current",
+        description="classes in the softmax: the task's, or all seen [I; K: MG-CLIP, SLCA for the first]",
     )
-    text_anchor_contrast: float = Field(0.0, ge=0, description="weight of texts against the batch's images [K: TPPT-V]")
+    text_anchor_contrast: float = Field(
+        default=0.0, ge=0, description="weight of texts against the batch's images [K: TPPT-V]"
+    )
     margin: float = Field(
-        0.0, ge=0, description="lambda of the margin that grows with the distance of the class texts [K: CLIPood, 0.3]"
+        default=0.0,
+        ge=0,
+        description="lambda of the margin that grows with the distance of the class texts [K: CLIPood, 0.3]",
     )
     average: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="beta of the Beta(beta, beta) average over the stage; null: `full` has its own, others none",
     )
     schedule: Schedule = Field(
-        Schedule(epochs=2, batch=128, lr=2e-4), description="optimisation [K: 1-2 epochs, at 1e-3; ours is gentler]"
+        default=Schedule(epochs=2, batch=128, lr=2e-4),
+        description="optimisation [K: 1-2 epochs, at 1e-3; ours is gentler]",
     )
 
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
@@ -69,12 +75,12 @@ BOUND = VisionStage(
 class TextStage(Settings):
     """Stage 2: the text side moves, the vision side stands; old classes are replayed from their Gaussians."""
 
-    text: ClassText = Field(Residual(), description="what is trained: prompts, residual or templates (nothing)")
+    text: ClassText = Field(default=Residual(), description="what is trained: prompts, residual or templates (nothing)")
     real_share: float | None = Field(
-        None, ge=0, le=1, description="share of real rows in a batch; null: each class the same share [I]"
+        default=None, ge=0, le=1, description="share of real rows in a batch; null: each class the same share [I]"
     )
     schedule: Schedule = Field(
-        Schedule(epochs=10, batch=128, lr=0.2), description="optimisation; lr in units of 1/s [I]"
+        default=Schedule(epochs=10, batch=128, lr=0.2), description="optimisation; lr in units of 1/s [I]"
     )
 
     _kinds = field_validator("text", mode="before")(kind_by_name)

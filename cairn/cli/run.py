@@ -236,7 +236,7 @@ def _run_one(
     """`opened` is called when the folder is there: when all input was found good."""
     from cairn.contrib.pycil import curve_lines
     from cairn.data.feature_store import FeatureStore
-    from cairn.experiment.folder import RESULT, RunFolder, write_learner
+    from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
     from cairn.experiment.run import run_stream
     from cairn.experiment.trackers import Tracking
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
@@ -257,7 +257,7 @@ def _run_one(
             if held is not None:
                 console.note(f"{folder}: {held} did not finish; taking over")
             opened()
-            tracking.begin(output.happened())
+            tracking.begin(events_in(output.path))
             for text in call.notices:
                 tell({"event": "notice", "text": text})
         tell(event)
@@ -267,7 +267,7 @@ def _run_one(
         console.event(event)
         tracking(event)
         if call.log_lines and event["event"] == "task":
-            seen = {past["task"]: past["seen"] for past in output.happened() if past["event"] == "task"}
+            seen = {past["task"]: past["seen"] for past in events_in(output.path) if past["event"] == "task"}
             for line in curve_lines(list(seen.values())):
                 console.note(line)
 

@@ -72,22 +72,20 @@ def sweep(
 def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dry_run: bool = False) -> None:
     """On the cluster, or without one here."""
     from cairn.errors import one_line
-    from cairn.sweep.conduct import Sweep, problem
     from cairn.sweep.file import read_sweep_file
-    from cairn.sweep.ledger import SWEEP, TABLE
-    from cairn.sweep.serial import Serial
-    from cairn.sweep.view import View, counts
+    from cairn.sweep.ledger import SWEEP, TABLE, View
+    from cairn.sweep.runner import Serial, Sweep, problem
 
     read = read_sweep_file(file)
     read = read.model_copy(update={"resources": _resources(read.resources, given)})
     folder, view = out or read.base.out or Path("runs") / file.stem, View()
     held = Sweep(read, folder, view)
     if dry_run:
-        points = held.planned()
+        points = held.plan()
         for job in held.ledger.jobs:
             view.note(f"{job.state:<9} {job.name}")
         if read.search is None:
-            view.note(f"{counted(len(held.ledger.jobs), 'run')}: {counts(held.ledger)}{_same(held.same)}")
+            view.note(f"{counted(len(held.ledger.jobs), 'run')}: {held.ledger.counts}{_same(held.same)}")
         else:
             for point in points:
                 view.note(
@@ -95,18 +93,19 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
                 )
         return
     try:
-        ledger = held.carry_out(Serial if cluster is None else _on(cluster, read, folder))
+        ledger = held.run(Serial if cluster is None else _on(cluster, read))
     except Interrupted:
-        view.note(counts(held.ledger))
+        view.note(held.ledger.counts)
         raise
+    table = ledger.table()
     view.note("")
-    view.table(held.table())
+    view.table(None, table.titles, table.texts())
     for best in ledger.best:
         view.note(
             f"\nbest {best['metric']} on held-out training images: {100 * best['value']:.2f} % of {best['trial']}\n"
             f"to test it: cairn run --config {one_line(folder / best['file'])}"
         )
-    view.note(f"\n{counts(ledger)}{_same(held.same)} -> {folder / SWEEP}, {TABLE}.md, {TABLE}.csv, runs.csv")
+    view.note(f"\n{ledger.counts}{_same(held.same)} -> {folder / SWEEP}, {TABLE}.md, {TABLE}.csv, runs.csv")
     if (bad := problem(ledger)) is not None:
         raise bad
 
@@ -132,22 +131,15 @@ def _resources(of_file: Any, given: dict[str, Any]) -> Any:
         raise ConfigError(f"--{option} {found['input']}: {reason_of(found)}") from None
 
 
-def _on(cluster: Any, file: Any, folder: Path) -> Callable[[], Any]:
-    """How the engine is made, once every run was found good. Raises ConfigError for a device that Ray is to hand out."""
-    from cairn.sweep.on_ray import OnRay
+def _on(cluster: Any, file: Any) -> Callable[[Any], Any]:
+    """How the pool is made, once every run was checked. Raises ConfigError for a device that Ray is to hand out."""
     from cairn.sweep.plan import points_of
+    from cairn.sweep.runner import OnRay
 
-    resources, devices = file.resources, {point.config.device for point in points_of(file)}
+    devices = {point.config.device for point in points_of(file)}
     for name in devices:
-        if ":" in name:
-            kind = name.partition(":")[0]
+        kind, colon, _ = name.partition(":")
+        if colon:
             raise ConfigError(f"device '{name}': Ray says which one a run gets; give device = \"{kind}\"")
-    gpus = 0 if resources.gpus is None and devices == {"cpu"} else resources.gpus
-    return lambda: OnRay(
-        cluster,
-        cpus=resources.cpus,
-        gpus=gpus,
-        memory=resources.memory,
-        parallel=resources.parallel,
-        log=folder / "ray.log",
-    )
+    gpus = 0 if file.resources.gpus is None and devices == {"cpu"} else file.resources.gpus
+    return lambda stop: OnRay(cluster, file.resources, gpus)

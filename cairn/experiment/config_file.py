@@ -57,19 +57,27 @@ def checked(path: Path, values: dict[str, Any]) -> RunFile:
         raise ConfigError(f"run file '{path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
 
 
-def read_run_file(path: Path) -> RunFile:
-    """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML or whose values do not fit,
-    UnknownName for a key that is none."""
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML."""
     content = read_bytes(path, BYTES, links=True)
     try:
         text = content.decode("utf-8-sig")
         if (longest := max(map(len, text.split("\n")))) > LINE:
             raise ValueError(f"a line of {longest} letters where at most {LINE} are expected")
-        stored = tomllib.loads(text)
-        if isinstance(stored.get("settings"), dict):
-            stored["settings"] = tuple(_assignments(stored["settings"]))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"run file '{path}': not TOML: {error}") from None
+        raise ConfigError(f"{kind} '{path}': not TOML: {error}") from None
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML or whose values do not fit,
+    UnknownName for a key that is none."""
+    stored = read_toml(path, "run file")
+    if isinstance(stored.get("settings"), dict):
+        try:
+            stored["settings"] = tuple(_assignments(stored["settings"]))
+        except RecursionError as error:
+            raise ConfigError(f"run file '{path}': not TOML: {error}") from None
     for key in stored:
         if key not in KEYS:
             raise UnknownName(f"key of run file '{path}':", key, KEYS)

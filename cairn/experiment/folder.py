@@ -91,11 +91,11 @@ class Lock:
         self.stale: str | None = None
         """Who held it and did not let go."""
 
-    def take(self) -> Lock:
-        """Raises ResultError naming the holder, if that is another process that lives."""
+    def take(self, patience: float = 0) -> Lock:
+        """Raises ResultError naming the holder, if that is another process that lives and keeps it for `patience` seconds."""
         path = self.folder / LOCK
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=patience)
         except Timeout:
             raise ResultError(
                 f"'{self.folder}' is being written by {self._holder() or 'another process'}; wait for it or give another folder"
@@ -118,14 +118,25 @@ class Lock:
         return None
 
 
+def events_in(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run so far, those before it was cut off too; a line that was cut short is left out."""
+    found = []
+    with suppress(OSError):
+        for line in (folder / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [event for event in found if isinstance(event, dict) and "event" in event]
+
+
 class RunFolder:
     """Where one run writes: `call.json` and `checkpoint/` until it is done, `events.jsonl` as it goes, then `result.json`."""
 
-    def __init__(self, path: Path, call: Call):
+    def __init__(self, path: Path, call: Call, lock: Lock | None = None):
+        """`lock` is the folder's, if the caller has taken it."""
         self.path, self.call = path, call
         self.archive = Archive(path / CHECKPOINT, "run")
         self._events: TextIO | None = None
-        self._lock = Lock(path)
+        self._lock = lock or Lock(path)
 
     def finished(self) -> RunResult | None:
         """The result that is already there. Raises ResultError if another call made it, or is under way here."""
@@ -176,15 +187,6 @@ class RunFolder:
             self._events.flush()
         except OSError as error:
             raise unwritable(self.path / EVENTS, error, "give another --out") from None
-
-    def happened(self) -> list[dict[str, Any]]:
-        """The events so far, those before the run was cut off too; a line that was cut short is left out."""
-        found = []
-        with suppress(OSError):
-            for line in (self.path / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, RecursionError):
-                    found.append(json.loads(line))
-        return [event for event in found if isinstance(event, dict) and "event" in event]
 
     def write(self, result: RunResult) -> None:
         """The result, in place of what was kept to come to it."""

@@ -123,7 +123,7 @@ class Console:
             parts.append(f"{key} {100 * mean:.2f} ± {100 * deviation:.2f} %")
         self.note(f"{results[0].method} over {counted(len(results), 'seed')}: {', '.join(parts)} -> {path}")
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, title: str | None, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._rich.print(word_table(header, rows, self._rich.width, title), soft_wrap=False)
         self._rich.print()
 

@@ -1,22 +1,19 @@
-"""Sweep files: a run file's keys as what all runs share, `[grid]` and `[search]` as what they differ in."""
+"""Sweep files: a run file that all runs share; `[grid]` and `[search]` say what they differ in."""
 
 from __future__ import annotations
 
 import json
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
-from cairn.experiment.config_file import BYTES, KEYS, LINE, RunFile, checked
+from cairn.experiment.config_file import KEYS, RunFile, checked, read_toml
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import method_named
-from cairn.storage.files import read_bytes
 from cairn.storage.schema import reason_of
 
 OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "settings"))
@@ -25,12 +22,9 @@ OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "se
 SEARCHED = ("method", "towers", "precision", "preprocess", "template")
 """Options that a search may choose. Any other would change what is measured."""
 
-LEAF = ("low", "high", "log", "choices")
-UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
 
 class Choice(NamedTuple):
-    """What one value of an axis stands for: values by option, texts (as after --set) by setting."""
+    """One value of an axis: values by option, texts (as after --set) by setting."""
 
     options: dict[str, Any]
     settings: dict[str, str]
@@ -38,10 +32,6 @@ class Choice(NamedTuple):
     @property
     def shown(self) -> dict[str, str]:
         return {key: text_of(value) for key, value in self.options.items()} | self.settings
-
-
-Grid = tuple[tuple[Choice, ...], ...]
-"""Axes: the runs are their product."""
 
 
 class Range(BaseModel):
@@ -56,13 +46,16 @@ class Range(BaseModel):
 
     @model_validator(mode="after")
     def _either(self) -> Range:
-        if (self.choices is None) == (self.low is None) or (self.low is None) != (self.high is None):
+        if self.choices is not None:
+            if self.low is not None or self.high is not None:
+                raise ValueError("must have low and high, or choices")
+            if self.log:
+                raise ValueError("log goes with low and high, not with choices")
+        elif self.low is None or self.high is None:
             raise ValueError("must have low and high, or choices")
-        if self.choices is not None and self.log:
-            raise ValueError("log goes with low and high, not with choices")
-        if self.low is not None and not self.low < self.high:
+        elif self.low >= self.high:
             raise ValueError("low must be less than high")
-        if self.log and self.low <= 0:
+        elif self.log and self.low <= 0:
             raise ValueError("low must be more than 0 with log")
         return self
 
@@ -78,27 +71,17 @@ class Search(BaseModel):
 
 
 class Resources(BaseModel):
-    """What a run is given, and how long it is held on to."""
+    """What a run is given, and how often it is retried."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     cpus: int = Field(1, ge=1, description="cores, and threads")
     gpus: float | None = Field(None, ge=0, description="a share of one, or several; None: one where there are any")
-    memory: int | None = Field(None, ge=1, description="bytes that Ray sets aside")
+    memory: ByteSize | None = Field(None, ge=1, description="bytes that Ray sets aside, such as 4 GB")
     parallel: int | None = Field(None, ge=1, description="runs at once; None: as many as there is room for")
     attempts: int = Field(3, ge=1, description="how often a run is begun if its worker is lost")
     checkpoint_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
     cache: bool = Field(False, description="as `cairn run --cache`")
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if found is None or found[2] not in UNITS:
-            raise ValueError("must be a size, such as 4 GB")
-        return round(float(found[1]) * UNITS[found[2]])
 
     @field_validator("gpus")
     @classmethod
@@ -109,17 +92,25 @@ class Resources(BaseModel):
 
 
 class SweepFile(BaseModel):
-    """What a sweep is made of."""
-
     model_config = ConfigDict(frozen=True)
 
     path: Path
     base: RunFile
-    base_settings: dict[str, str]
-    grid: Grid = ()
+    settings: dict[str, str] = Field(description="of all runs")
+    grid: tuple[tuple[Choice, ...], ...] = Field((), description="axes: the runs are their product")
     seeds: tuple[int, ...]
     search: Search | None = None
     resources: Resources = Resources()
+
+    @property
+    def methods(self) -> list[str]:
+        """Every method that a run may have. Raises ConfigError if there is none."""
+        found = [choice.options["method"] for axis in self.grid for choice in axis if "method" in choice.options]
+        if self.search is not None and "method" in self.search.space:
+            found = list(self.search.space["method"].choices or ())
+        if not found and not self.base.method:
+            raise ConfigError(f"sweep file '{self.path}': no method; give method = \"dmc\", or several in [grid]")
+        return found or [self.base.method]
 
 
 def text_of(value: Any) -> str:
@@ -127,149 +118,122 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def setting_path(path: str) -> str:
-    """A choice is set by its name: `drift` for `drift.kind`."""
-    return path.removesuffix(".kind")
-
-
 def read_sweep_file(path: Path) -> SweepFile:
     """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML or whose values do not fit,
     UnknownName for a key that is none."""
-    stored = _toml(path)
-    own = {key: stored.pop(key) for key in ("grid", "search") if key in stored}
+    stored = read_toml(path, "sweep file")
     resources = {key: stored.pop(key) for key in Resources.model_fields if key in stored}
-    known = (*KEYS, *Resources.model_fields, "grid", "search")
     for key in stored:
-        if key not in KEYS:
-            raise UnknownName(f"key of sweep file '{path}':", key, known)
-    for key, value in {**own, "settings": stored.get("settings", {})}.items():
+        if key not in (*KEYS, "grid", "search"):
+            raise UnknownName(f"key of sweep file '{path}':", key, (*KEYS, *Resources.model_fields, "grid", "search"))
+    tables = {key: stored.pop(key) for key in ("grid", "search", "settings") if key in stored}
+    for key, value in tables.items():
         if not isinstance(value, dict):
-            raise ConfigError(f"sweep file '{path}': {key}: must be a table, [{key}]")
-    shared = {setting_path(key): text_of(value) for key, value in _leaves(stored.pop("settings", {}))}
+            raise _wrong(path, f"{key}: must be a table, [{key}]")
     base = checked(path, stored)
-    axes, seeds = _axes(path, own.get("grid", {}))
-    if seeds is not None and base.model_fields_set & {"seed", "seeds"}:
-        raise ConfigError(f"sweep file '{path}': seeds are given twice; leave them out of [grid]")
-    if {"seed", "seeds"} <= base.model_fields_set:
-        raise ConfigError(f"sweep file '{path}': seed and seeds are given; leave one out")
-    search = None
-    if "search" in own:
-        table = own["search"]
-        space = {setting_path(key): value for key, value in _leaves(table.get("space", {}), stop=LEAF)}
-        for key, value in space.items():
-            if not isinstance(value, dict):
-                raise ConfigError(f"sweep file '{path}': search.space.{key}: must be {{low, high}} or {{choices}}")
-            _known(path, f"search.space.{key}", value, LEAF)
-        _known(path, "search", table, Search.model_fields)
-        search = _valid(path, Search, {**table, "space": space}, "search")
-        _different(path, axes, search)
+    axes, seeds = _axes(path, tables.get("grid", {}))
+    given = base.model_fields_set & {"seed", "seeds"}
+    if seeds is not None and given:
+        raise _wrong(path, "seeds are given twice; leave them out of [grid]")
+    if len(given) == 2:
+        raise _wrong(path, "seed and seeds are given; leave one out")
     file = SweepFile(
-        path=path, base=base, base_settings=shared, grid=axes, search=search,
-        seeds=seeds or base.seeds or (base.seed,), resources=_valid(path, Resources, resources),
-    )  # fmt: skip
-    _keys_exist(file)
+        path=path,
+        base=base,
+        settings=_settings(tables.get("settings", {})),
+        grid=axes,
+        seeds=seeds or base.seeds or (base.seed,),
+        search=_search(path, axes, tables["search"]) if "search" in tables else None,
+        resources=_valid(path, Resources, resources),
+    )
+    _require_known_settings(file)
     return file
 
 
-def methods_of(file: SweepFile) -> list[str]:
-    """Every method that a run may have. Raises ConfigError if there is none."""
-    found = [file.base.method] if file.base.method else []
-    found = [choice.options["method"] for axis in file.grid for choice in axis if "method" in choice.options] or found
-    if file.search is not None and "method" in file.search.space:
-        found = list(file.search.space["method"].choices or ())
-    if not found:
-        raise ConfigError(f"sweep file '{file.path}': no method; give method = \"dmc\", or several in [grid]")
-    return found
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    content = read_bytes(path, BYTES, links=True)
-    try:
-        text = content.decode("utf-8-sig")
-        if (longest := max(map(len, text.split("\n")))) > LINE:
-            raise ValueError(f"a line of {longest} letters where at most {LINE} are expected")
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"sweep file '{path}': not TOML: {error}") from None
+def _wrong(path: Path, problem: str) -> ConfigError:
+    return ConfigError(f"sweep file '{path}': {problem}")
 
 
 def _leaves(table: dict[str, Any], prefix: str = "", stop: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value. A table that holds one of the keys `stop` is a value itself."""
+    """Dotted path and value; `drift` for `drift.kind`. A table that holds one of the keys `stop` is a value itself."""
     for key, value in table.items():
         if isinstance(value, dict) and not any(word in value and not isinstance(value[word], dict) for word in stop):
             yield from _leaves(value, f"{prefix}{key}.", stop)
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}".removesuffix(".kind"), value
 
 
-def _axes(path: Path, table: dict[str, Any]) -> tuple[Grid, tuple[int, ...] | None]:
+def _settings(table: dict[str, Any]) -> dict[str, str]:
+    return {key: text_of(value) for key, value in _leaves(table)}
+
+
+def _axes(path: Path, table: dict[str, Any]) -> tuple[tuple[tuple[Choice, ...], ...], tuple[int, ...] | None]:
     """The axes of [grid] in its order, and the seeds if it has any."""
     axes: list[tuple[Choice, ...]] = []
     seeds = None
     for key, values in _leaves(table):
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"sweep file '{path}': grid.{key} = {values!r}: must be a list of values")
+            raise _wrong(path, f"grid.{key} = {values!r}: must be a list of values")
         if key in ("seed", "seeds"):
             seeds = checked(path, {"seeds": values}).seeds
         elif key == "settings":
             if not all(isinstance(value, dict) for value in values):
-                raise ConfigError(
-                    f"sweep file '{path}': grid.settings: must be a list of tables, each a set of settings"
-                )
-            sets = [{setting_path(inner): text_of(v) for inner, v in _leaves(value)} for value in values]
-            axes.append(tuple(Choice({}, one) for one in sets))
+                raise _wrong(path, "grid.settings: must be a list of tables, each a set of settings")
+            axes.append(tuple(Choice({}, _settings(value)) for value in values))
         elif key in OPTIONS:
             axes.append(tuple(Choice({key: value}, {}) for value in values))
         else:
-            setting = setting_path(key.removeprefix("settings."))
-            axes.append(tuple(Choice({}, {setting: text_of(value)}) for value in values))
-    names = [name for axis in axes for name in dict.fromkeys(name for choice in axis for name in choice.shown)]
+            axes.append(tuple(Choice({}, {key.removeprefix("settings."): text_of(value)}) for value in values))
+    names = [name for axis in axes for name in {name for choice in axis for name in choice.shown}]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"sweep file '{path}': grid varies '{twice[0]}' twice; leave one out")
+        raise _wrong(path, f"grid varies '{twice[0]}' twice; leave one out")
     return tuple(axes), seeds
 
 
-def _different(path: Path, grid: Grid, search: Search) -> None:
-    """A search leaves alone what the grid varies, and what decides on what its trials are measured."""
-    varied = {name for axis in grid for choice in axis for name in choice.shown}
-    for key in search.space:
+def _search(path: Path, axes: tuple[tuple[Choice, ...], ...], table: dict[str, Any]) -> Search:
+    """It leaves alone what the grid varies, and what decides on what its trials are measured."""
+    space = dict(_leaves(table.get("space", {}), stop=tuple(Range.model_fields)))
+    varied = {name for axis in axes for choice in axis for name in choice.shown}
+    for key, value in space.items():
+        if not isinstance(value, dict):
+            raise _wrong(path, f"search.space.{key}: must be {{low, high}} or {{choices}}")
         if key in varied:
-            raise ConfigError(f"sweep file '{path}': '{key}' is both in [grid] and in [search]; leave one out")
+            raise _wrong(path, f"'{key}' is both in [grid] and in [search]; leave one out")
         if key in (*OPTIONS, "seed", "seeds") and key not in SEARCHED:
-            raise ConfigError(
-                f"sweep file '{path}': search.space.{key}: trials would not be comparable; vary it in [grid]"
-            )
-        if key in SEARCHED and search.space[key].choices is None:
-            raise ConfigError(f"sweep file '{path}': search.space.{key}: must have choices")
+            raise _wrong(path, f"search.space.{key}: trials would not be comparable; vary it in [grid]")
+        if key in SEARCHED and "choices" not in value:
+            raise _wrong(path, f"search.space.{key}: must have choices")
+    return _valid(path, Search, {**table, "space": space}, "search")
 
 
-def _keys_exist(file: SweepFile) -> None:
+def _require_known_settings(file: SweepFile) -> None:
     """A key that is neither an option nor, by its first word, a setting of any method that takes part is a mistake."""
-    entries = [method_named(name) for name in methods_of(file)]
+    entries = [method_named(name) for name in file.methods]
     known = {name for entry in entries for name in entry.config.model_fields}
-    paths = [path for entry in entries for path, _, _ in every_setting(entry.config())]
-    places = {
-        "settings": file.base_settings, "grid": [key for axis in file.grid for choice in axis for key in choice.settings],
-        "search.space": [] if file.search is None else [key for key in file.search.space if key not in SEARCHED],
-    }  # fmt: skip
-    for place, keys in places.items():
+    searched = () if file.search is None else file.search.space.keys() - set(SEARCHED)
+    for place, keys, options in (
+        ("settings", file.settings, ()),
+        (
+            "grid",
+            [key for axis in file.grid for choice in axis for key in choice.settings],
+            (*OPTIONS, "seeds", "settings"),
+        ),
+        ("search.space", searched, SEARCHED),
+    ):
         for key in keys:
             if key.partition(".")[0] not in known:
-                options = {"settings": (), "grid": (*OPTIONS, "seeds", "settings"), "search.space": SEARCHED}[place]
+                paths = [path for entry in entries for path, _, _ in every_setting(entry.config())]
                 raise UnknownName(f"key of [{place}] in '{file.path}':", key, dict.fromkeys([*options, *paths]))
-
-
-def _known(path: Path, place: str, table: dict[str, Any], keys: Sequence[str]) -> None:
-    for key in table:
-        if key not in keys:
-            raise UnknownName(f"key of [{place}] in '{path}':", key, keys)
 
 
 def _valid(path: Path, form: type[BaseModel], values: dict[str, Any], place: str = "") -> Any:
     try:
         return form.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(part for part in (place, *map(str, problem["loc"])) if part)
+        problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        *above, key = (part for part in (place, *map(str, problem["loc"])) if part)
+        if problem["type"] == "extra_forbidden":
+            known = (Range if "space" in above else form).model_fields
+            raise UnknownName(f"key of [{'.'.join(above)}] in '{path}':", key, known) from None
         shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-        raise ConfigError(f"sweep file '{path}': {where}{shown}: {reason_of(problem)}") from None
+        raise _wrong(path, f"{'.'.join([*above, key])}{shown}: {reason_of(problem)}") from None

@@ -1,25 +1,40 @@
-"""What became of a sweep's runs: `sweep.json`, and tables of them."""
+"""What became of a sweep's runs: `sweep.json`, the tables, and what is shown while they go."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from rich.live import Live
+from rich.text import Text
 
-from cairn.errors import ResultError
+from cairn.errors import printable
+from cairn.experiment.folder import events_in
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.reports.formats import Cell, Column, Estimate, Table, estimate
-from cairn.storage.files import read_json, write_chunks, write_json
-from cairn.storage.schema import Count, validated
-from cairn.sweep.plan import Point, Run
+from cairn.experiment.schema import RunConfig
+from cairn.reports.console import Console, percent
+from cairn.reports.formats import Cell, Column, Table, estimate
+from cairn.storage.files import write_chunks, write_json
+from cairn.sweep.plan import Point
 
 SCHEMA_VERSION = 1
 SWEEP, TABLE, RUNS = "sweep.json", "table", "runs.csv"
-GATHERED = ("average", "last", "forgetting", "bwt", "seconds")
+SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
+SHOWN = {
+    "average": ("average %", 100, 2),
+    "last": ("last %", 100, 2),
+    "forgetting": ("forgetting", 100, 2),
+    "seconds": ("seconds", 1, 0),
+}
+"""Columns of tables: title, factor, digits."""
+
+ROWS = 12
+"""Running runs that the live view shows, at most."""
 
 State = Literal["waiting", "running", "finished", "failed", "lost"]
 
@@ -28,147 +43,150 @@ State = Literal["waiting", "running", "finished", "failed", "lost"]
 class Job:
     """A run of the sweep and how far it is. `lost`: its worker was gone as often as the sweep begins a run."""
 
-    run: Run
+    name: str
+    """Its folder below the sweep's."""
+    config: RunConfig
     point: Point
     state: State = "waiting"
     attempts: int = 0
-    tries: int = 0
-    """The attempts of this call; `attempts` are those of earlier ones too."""
     reason: str | None = None
     figures: dict[str, Any] | None = None
-    token: str = ""
 
     @property
-    def name(self) -> str:
-        return self.run.name
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def outcome(self) -> str:
+        if self.figures is None:
+            return f"{self.state}: {self.reason}"
+        average, last = percent(self.figures["average"]), percent(self.figures["last"])
+        return f"average {average} %, last {last} %, {self.figures['seconds']:.0f} s"
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "folder": self.name, "varies": self.point.varies, "seed": self.run.config.seed, "state": self.state,
-            "attempts": self.attempts, "reason": self.reason, **(self.figures or {}),
-        }  # fmt: skip
+        about = {"folder": self.name, "varies": self.point.varies, "seed": self.seed, "state": self.state}
+        return {**about, "attempts": self.attempts, "reason": self.reason, **(self.figures or {})}
 
 
 @dataclass
 class Ledger:
-    """Every run of a sweep. Written whole, whenever something happened and a second has passed."""
+    """Every run of a sweep."""
 
     folder: Path
     about: Mapping[str, Any]
     jobs: list[Job] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)
-    _written: float = -1.0
-    _began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)
 
     def count(self, *states: State) -> int:
         return sum(job.state in states for job in self.jobs)
 
-    def points(self) -> list[list[Job]]:
-        """Jobs that differ in their seed alone."""
+    @property
+    def counts(self) -> str:
+        states: tuple[State, ...] = ("waiting", "running", "finished", "failed", "lost")
+        return ", ".join(f"{self.count(state)} {state}" for state in states if state == "finished" or self.count(state))
+
+    def points(self) -> list[tuple[Point, list[Job], dict[str, list[Any]]]]:
+        """Jobs that differ in their seed alone, and their figures by name."""
         found: dict[str, list[Job]] = {}
         for job in self.jobs:
             found.setdefault(job.point.name, []).append(job)
-        return list(found.values())
-
-    def write(self, state: Literal["running", "stopped", "finished"], *, now: bool = False) -> None:
-        if not now and time.monotonic() - self._written < 1:
-            return
-        self._written = time.monotonic()
-        table = [
-            {
-                "varies": jobs[0].point.varies,
-                "seeds": [job.run.config.seed for job in jobs if job.figures],
-                "missing": [job.run.config.seed for job in jobs if not job.figures],
-                **{key: value for key in GATHERED if (value := gathered(jobs, key)) is not None},
-            }
-            for jobs in self.points()
+        return [
+            (jobs[0].point, jobs, {key: [job.figures[key] for job in jobs if job.figures] for key in SUMMARISED})
+            for jobs in found.values()
         ]
-        write_json(
-            self.folder / SWEEP,
-            {"schema_version": SCHEMA_VERSION, "state": state, "seconds": time.monotonic() - self._began, **self.about,
-             "runs": [job.as_json() for job in self.jobs], "table": table, "best": self.best},
-        )  # fmt: skip
+
+    def write(self, state: Literal["running", "stopped", "finished"]) -> None:
+        table = []
+        for point, jobs, figures in self.points():
+            row: dict[str, Any] = {"varies": point.varies, "seeds": [job.seed for job in jobs if job.figures]}
+            row["missing"] = [job.seed for job in jobs if not job.figures]
+            for key, values in figures.items():
+                if values and None not in values:
+                    row[key] = dict(zip(("mean", "deviation"), mean_and_deviation(values), strict=True)) | {
+                        "values": values
+                    }
+            table.append(row)
+        head = {"schema_version": SCHEMA_VERSION, "state": state, "seconds": time.monotonic() - self.began}
+        runs = [job.as_json() for job in self.jobs]
+        write_json(self.folder / SWEEP, {**head, **self.about, "runs": runs, "table": table, "best": self.best})
 
     def write_tables(self) -> None:
-        table = point_table(self.points())
-        write_chunks(self.folder / f"{TABLE}.md", [(table.markdown() + "\n").encode()])
-        write_chunks(self.folder / f"{TABLE}.csv", [(table.csv() + "\n").encode()])
-        write_chunks(self.folder / RUNS, [(run_table(self.jobs).csv() + "\n").encode()])
+        table = self.table()
+        texts = {f"{TABLE}.md": table.markdown(), f"{TABLE}.csv": table.csv(), RUNS: self.run_table().csv()}
+        for name, text in texts.items():
+            write_chunks(self.folder / name, [(text + "\n").encode()])
 
+    @property
+    def _varying(self) -> list[str]:
+        return list(dict.fromkeys(key for job in self.jobs for key in job.point.varies))
 
-class _Attempted(BaseModel):
-    """Of a run of `sweep.json`, what is read back; the rest of the file is for people."""
-
-    folder: str
-    attempts: Count
-    reason: str | None
-
-
-class _Stored(BaseModel):
-    runs: list[_Attempted]
-
-
-def earlier(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs that `sweep.json` told of when it was last written, by folder; none if it cannot be read."""
-    try:
-        stored = validated(_Stored, read_json(folder / SWEEP), f"'{folder / SWEEP}'")
-    except ResultError:
-        return {}
-    return {run.folder: {"attempts": run.attempts, "reason": run.reason} for run in stored.runs}
-
-
-def gathered(jobs: Sequence[Job], key: str) -> dict[str, Any] | None:
-    """Mean and sample standard deviation over seeds."""
-    values = [job.figures[key] for job in jobs if job.figures]
-    if not values or None in values:
-        return None
-    mean, deviation = mean_and_deviation(values)
-    return {"mean": mean, "deviation": deviation, "values": values}
-
-
-def varying(jobs: Iterable[Job]) -> list[str]:
-    return list(dict.fromkeys(key for job in jobs for key in job.point.varies))
-
-
-def point_table(points: Sequence[Sequence[Job]]) -> Table:
-    """A row per combination, in the file's order: what varies, mean ± sample standard deviation over seeds, in percent."""
-    keys = varying(job for jobs in points for job in jobs)
-    columns = [Column(key) for key in keys] or [Column("method")]
-    columns += [Column("average %"), Column("last %"), Column("forgetting"), Column("seconds", 0), Column("seeds"),
-                Column("not finished")]  # fmt: skip
-    rows: list[list[Cell]] = []
-    for jobs in points:
-        first, done = jobs[0], [job for job in jobs if job.figures]
-        left = [f"{job.run.config.seed} {job.state}" for job in jobs if not job.figures]
-        rows.append(
+    def table(self) -> Table:
+        """A row per combination, in the file's order: what varies, mean ± sample deviation over seeds, in percent."""
+        keys = self._varying
+        rows: list[list[Cell]] = [
             [
-                *([first.point.varies.get(key) for key in keys] or [first.run.config.method]),
-                *(estimate([job.figures[key] for job in done], 100) for key in ("average", "last", "forgetting")),
-                estimate([job.figures["seconds"] for job in done]),
-                ", ".join(str(job.run.config.seed) for job in done) or None,
-                ", ".join(left) or None,
+                *([point.varies.get(key) for key in keys] or [point.config.method]),
+                *(estimate(figures[key], factor) for key, (_, factor, _) in SHOWN.items()),
+                ", ".join(str(job.seed) for job in jobs if job.figures) or None,
+                ", ".join(f"{job.seed} {job.state}" for job in jobs if not job.figures) or None,
             ]
-        )
-    if not any(row[-1] for row in rows):
-        return Table(columns[:-1], [row[:-1] for row in rows])
-    return Table(columns, rows)
-
-
-def run_table(jobs: Sequence[Job]) -> Table:
-    """A row per run."""
-    keys = varying(jobs)
-    columns = [*map(Column, (*keys, "seed", "state", "attempts", "average %", "last %", "forgetting", "seconds", "folder",
-                             "reason"))]  # fmt: skip
-
-    def cell(job: Job, key: str, factor: float) -> Cell:
-        value = None if job.figures is None else job.figures[key]
-        return None if value is None else Estimate(factor * value)
-
-    rows = [
-        [
-            *(job.point.varies.get(key) for key in keys), str(job.run.config.seed), job.state, str(job.attempts),
-            *(cell(job, key, 100) for key in ("average", "last", "forgetting")), cell(job, "seconds", 1), job.name, job.reason,
+            for point, jobs, figures in self.points()
         ]
-        for job in jobs
-    ]  # fmt: skip
-    return Table(columns, rows)
+        columns = [Column(key) for key in keys or ["method"]]
+        columns += [Column(title, digits) for title, _, digits in SHOWN.values()]
+        columns += [Column("seeds"), Column("not finished")]
+        if any(row[-1] for row in rows):
+            return Table(columns, rows)
+        return Table(columns[:-1], [row[:-1] for row in rows])
+
+    def run_table(self) -> Table:
+        """A row per run."""
+        keys = self._varying
+        titles = [*keys, "seed", "state", "attempts", *(title for title, _, _ in SHOWN.values()), "folder", "reason"]
+        rows: list[list[Cell]] = []
+        for job in self.jobs:
+            about = [*(job.point.varies.get(key) for key in keys), str(job.seed), job.state, str(job.attempts)]
+            rows.append(
+                [
+                    *about,
+                    *(estimate([job.figures[key]], n) if job.figures else None for key, (_, n, _) in SHOWN.items()),
+                    *(job.name, job.reason),
+                ]
+            )
+        return Table([Column(title) for title in titles], rows)
+
+    def picture(self) -> str:
+        """What runs, and how far it is."""
+        running = [job.name for job in self.jobs if job.state == "running"]
+        lines = [f"{name}  {_progress(self.folder / name)}" for name in running[:ROWS]]
+        more = [f"... and {len(running) - ROWS} more"] if len(running) > ROWS else []
+        return printable("\n".join([*lines, *more, self.counts]))
+
+
+def _progress(folder: Path) -> str:
+    """Where a run is, by the last event that says so."""
+    for event in reversed(events_in(folder)):
+        if event["event"] == "epoch":
+            return f"task {event['task'] + 1}  stage {event['stage']}  epoch {event['epoch'] + 1}  loss {event['loss']:.3f}"
+        if event["event"] == "task":
+            return f"task {event['task'] + 1} done  seen {percent(event['seen'])} %"
+    return "begins"
+
+
+class View(Console):
+    """What runs, live on a terminal; a line for each run that ends."""
+
+    def __init__(self, file: Any = None):
+        super().__init__(file or sys.stdout)  # as it is now: what others print meanwhile may go elsewhere
+
+    def of(self, ledger: Ledger) -> AbstractContextManager[Any]:
+        if not self._rich.is_terminal:
+            return nullcontext()
+        return Live(
+            get_renderable=lambda: Text(ledger.picture()), console=self._rich, transient=True, redirect_stdout=False
+        )
+
+    def ended(self, job: Job, ledger: Ledger) -> None:
+        done = ledger.count("finished", "failed", "lost")
+        self.note(f"[{done}/{len(ledger.jobs)}] {job.name}: {job.outcome}")

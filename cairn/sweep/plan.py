@@ -1,4 +1,4 @@
-"""The runs of a sweep, named after what varies, and found good before the first of them is begun."""
+"""The runs of a sweep: named after what varies, and checked before the first of them begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cairn.experiment.run import Prepared, prepared
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call
 from cairn.methods.catalogue import method_named
 from cairn.storage.schema import reason_of
-from cairn.sweep.file import Choice, Range, SweepFile, methods_of
+from cairn.sweep.file import Choice, Range, SweepFile
 from cairn.training.log import Log
 
 NAME = 120
@@ -29,16 +29,6 @@ NAME = 120
 
 CORNERS = 256
 """Combinations of a search's choices that are tried before it begins."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, and its folder below the sweep's."""
-
-    name: str
-    config: RunConfig
-    result: RunResult | None = None
-    """What is there of it already."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +41,14 @@ class Point:
     seeds: tuple[int, ...]
     choices: tuple[Choice, ...] = ()
 
-    def runs(self) -> Iterator[Run]:
-        for seed in self.seeds:
-            yield Run(f"{self.name}/seed-{seed}", self.config.model_copy(update={"seed": seed}))
+    def runs(self) -> list[tuple[str, RunConfig]]:
+        """Folder, below the sweep's, and config of each."""
+        return [(f"{self.name}/seed-{seed}", self.config.model_copy(update={"seed": seed})) for seed in self.seeds]
 
 
 def points_of(file: SweepFile) -> list[Point]:
     """The product of the grid's axes; without a grid a single point. Raises ConfigError for a value that does not fit."""
-    found = {}
+    found: dict[str, Point] = {}
     for choices in itertools.product(*file.grid):
         point = point_with(file, choices)
         found.setdefault(point.name, point)
@@ -66,13 +56,13 @@ def points_of(file: SweepFile) -> list[Point]:
 
 
 def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Point:
-    options: dict[str, Any] = {key: value for key, value in file.base.options.items() if key not in ("out", "seed")}
-    settings, varies = dict(file.base_settings), {}
+    options = {key: value for key, value in file.base.options.items() if key not in ("out", "seed")}
+    settings, varies = dict(file.settings), {}
     for choice in choices:
         options |= choice.options
         settings |= choice.settings
         varies |= choice.shown
-    options.setdefault("method", methods_of(file)[0])
+    options.setdefault("method", file.methods[0])
     options.setdefault("step", usual_step(options.get("data", "shapes")))
     # What has parts comes before its parts: a choice is made before what was chosen is changed
     ordered = sorted(settings.items(), key=lambda item: item[0].count("."))
@@ -94,10 +84,10 @@ def usual_step(data: Any) -> int:
     return 5 if str(data).partition(":")[0] == "shapes" else 10
 
 
-def folder_name(method: str, varies: Mapping[str, str]) -> str:
-    """The method, or whatever else comes first, then what varies. What a folder cannot be called is replaced, and a hash
+def folder_name(first: str, varies: Mapping[str, str]) -> str:
+    """`first`, usually the method, then what varies. Characters that are not safe in a path are replaced, and then a hash
     keeps the name unique."""
-    parts = [method, *(f"{key}={text}" for key, text in varies.items() if key != "method")]
+    parts = [first, *(f"{key}={text}" for key, text in varies.items() if key != "method")]
     exact = ",".join(parts)
     plain = re.sub("[^A-Za-z0-9._+=,-]", "-", exact)
     if plain == exact and len(exact) <= NAME and not any("," in part for part in parts[1:]):
@@ -105,23 +95,35 @@ def folder_name(method: str, varies: Mapping[str, str]) -> str:
     return f"{plain[:NAME]}~{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
 
 
+def corners(space: Mapping[str, Range]) -> Iterator[dict[str, Any]]:
+    """Values for every key: all combinations of choices (the first CORNERS of them) with the lower and the upper ends."""
+    choices = {key: one.choices for key, one in space.items() if one.choices is not None}
+    ranges = {key: one for key, one in space.items() if one.choices is None}
+    for picked in itertools.islice(itertools.product(*choices.values()), CORNERS):
+        for ends in ({key: one.low for key, one in ranges.items()}, {key: one.high for key, one in ranges.items()}):
+            values = dict(zip(choices, picked, strict=True)) | ends
+            yield {key: values[key] for key in space}
+            if not ranges:
+                break
+
+
 class Checks:
-    """Finds runs good. Data and towers are opened once for all runs that share them, and let go with this object."""
+    """Checks runs before they begin. Data and towers are opened once for all runs that share them."""
 
     def __init__(self) -> None:
         self._opened: dict[str, Prepared] = {}
         self._settings: dict[tuple[str, str, tuple[str, ...]], BaseModel] = {}
 
     def settings(self, config: RunConfig, name: str) -> BaseModel:
-        """Every setting of the run's method. Raises a CairnError, naming the run, for whatever it would refuse."""
+        """Every setting of the run's method. Raises ConfigError, naming the run, for whatever it would refuse."""
         shared = config.model_copy(update={"method": "zero-shot", "settings": (), "seed": 0}).model_dump_json()
         key = (shared, config.method, config.settings)
         if key not in self._settings:
             try:
                 entry = method_named(config.method)
-                _named_device(config.device)
+                _require_device(config.device)
                 if shared not in self._opened:
-                    # On the processor: where this is planned there need be no accelerator
+                    # On the CPU: the machine that plans need not have an accelerator
                     self._opened[shared] = prepared(config.model_copy(update={"device": "cpu"}))
                 towers = self._opened[shared].towers
                 settings = with_settings(entry.default_config(towers), config.settings)
@@ -133,10 +135,13 @@ class Checks:
 
     def identity(self, config: RunConfig, name: str) -> str:
         """Equal for runs whose every setting is equal, however they were written."""
-        return identity(config, self.settings(config, name).model_dump(mode="json"))
+        return _identity(config, self.settings(config, name).model_dump(mode="json"))
+
+    def forget_data(self) -> None:
+        self._opened.clear()
 
 
-def _named_device(name: str) -> None:
+def _require_device(name: str) -> None:
     """Raises ConfigError for a device that torch does not know; whether it is there shows where the run is."""
     try:
         torch.device("cpu" if name == "auto" else name)
@@ -144,7 +149,7 @@ def _named_device(name: str) -> None:
         raise ConfigError(f"device '{name}': {str(error).splitlines()[0]}; try auto or cpu") from None
 
 
-def identity(config: RunConfig, settings: Mapping[str, Any]) -> str:
+def _identity(config: RunConfig, settings: Mapping[str, Any]) -> str:
     call = comparable_call(config.model_dump(mode="json", exclude={"settings"}))
     return json.dumps([call, settings], sort_keys=True)
 
@@ -153,48 +158,41 @@ def _call(config: RunConfig) -> str:
     return json.dumps(comparable_call(config.model_dump(mode="json")), sort_keys=True)
 
 
-class Kept:
+class Stored:
     """Runs that are below a folder already, finished or not. Raises ResultError for one that cannot be read."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._by_identity: dict[str, Run] = {}
-        self._by_call: dict[str, Run] = {}
+        self._folder = folder
+        self._names: dict[str, str] = {}
+        self._configs: dict[str, RunConfig] = {}
+        self.results: dict[str, RunResult] = {}
         for path in sorted(folder.rglob(RESULT)):
-            result, name = read_result(path), path.parent.relative_to(folder).as_posix()
-            run = Run(name, result.run, result)
-            self._by_identity.setdefault(identity(result.run, result.config), run)
-            self._by_call.setdefault(_call(result.run), run)
+            result = read_result(path)
+            name = self._keep(path, result.run, _identity(result.run, result.config))
+            self.results[name] = result
         for path in sorted(folder.rglob(CALL)):
-            call, name = read_call(path.parent), path.parent.relative_to(folder).as_posix()
+            call = read_call(path.parent)
             if call.seeds is None:
-                self._by_call.setdefault(_call(call.run), Run(name, call.run))
+                self._keep(path, call.run)
 
-    def taken_up(self, run: Run, identity: str) -> Run:
-        """The run as it is there, maybe by another name: a sweep that varies more calls its folders otherwise.
+    def _keep(self, path: Path, config: RunConfig, *keys: str) -> str:
+        name = path.parent.relative_to(self._folder).as_posix()
+        self._configs.setdefault(name, config)
+        for key in (_call(config), *keys):
+            self._names.setdefault(key, name)
+        return name
+
+    def name(self, name: str, config: RunConfig, identity: str) -> str:
+        """The folder of the run as it is there, maybe another one: a sweep that varies more names its folders otherwise.
 
         Raises ResultError if its folder holds another run.
         """
-        found = self._by_call.get(_call(run.config)) or self._by_identity.get(identity)
-        if found is not None:
-            return found
-        for known in (*self._by_call.values(), *self._by_identity.values()):
-            if known.name == run.name:
-                ours, theirs = (comparable_call(one.config.model_dump()) for one in (run, known))
-                key = next((key for key in ours if ours[key] != theirs[key]), "settings")
-                raise ResultError(
-                    f"'{self.folder / run.name}' holds another run ({key} {theirs[key]}, not {ours[key]}): what all runs "
-                    "share has changed; give another --out"
-                )
-        return run
-
-
-def corners(space: Mapping[str, Range]) -> Iterator[dict[str, Any]]:
-    """Values for every key: all combinations of choices (the first CORNERS of them) with the lower and the upper ends."""
-    choices = [[(key, value) for value in one.choices] for key, one in space.items() if one.choices is not None]
-    for picked in itertools.islice(itertools.product(*choices), CORNERS):
-        for end in ("low", "high"):
-            ends = {key: getattr(one, end) for key, one in space.items() if one.choices is None}
-            if ends or end == "low":
-                values = dict(picked) | ends
-                yield {key: values[key] for key in space}
+        found = self._names.get(_call(config)) or self._names.get(identity)
+        if found is None and name in self._configs:
+            ours, theirs = (comparable_call(one.model_dump()) for one in (config, self._configs[name]))
+            key = next((key for key in ours if ours[key] != theirs[key]), "settings")
+            raise ResultError(
+                f"'{self._folder / name}' holds another run ({key} {theirs[key]}, not {ours[key]}): what all runs share has "
+                "changed; give another --out"
+            )
+        return found or name

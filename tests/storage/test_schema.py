@@ -15,7 +15,6 @@ from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.storage.archive import Archive, digest
 from cairn.storage.files import read_json, write_json
-from cairn.sweep.ledger import SWEEP, earlier
 from cairn.training.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,18 +152,6 @@ def test_wrong_descriptions_are_one_line(tmp_path, change, said):
     with pytest.raises(DataError) as caught:
         read_descriptions(path)
     assert said in str(caught.value)
-
-
-def test_what_a_sweep_reads_back_is_checked(tmp_path):
-    def told(**run):
-        write_json(
-            tmp_path / SWEEP, {"schema_version": 1, "runs": [{"folder": "a", "attempts": 2, "reason": None} | run]}
-        )
-        return earlier(tmp_path)
-
-    assert told() == {"a": {"attempts": 2, "reason": None}}
-    for wrong in ({"attempts": -1}, {"attempts": "2"}, {"reason": ["x"]}, {"folder": 3}):
-        assert told(**wrong) == {}
 
 
 def test_a_plan_that_does_not_fit_is_nobody_s(tmp_path):

@@ -70,9 +70,8 @@ class OnRay:
         asked = {"CPU": resources.cpus, "GPU": gpus, "memory": int(resources.memory or 0)}
         self._needs = {key: amount for key, amount in asked.items() if amount}
         if not any(all(node.get(key, 0) >= amount for key, amount in self._needs.items()) for node in nodes):
-            shown = ", ".join(
-                f"{name} {amount:g}" for name, amount in zip(("cpus", "gpus", "memory"), asked.values(), strict=True)
-            )
+            words = zip(("cpus", "gpus", "memory"), asked.values(), strict=True)
+            shown = ", ".join(f"{word} {amount:g}" for word, amount in words if amount)
             raise ConfigError(f"{shown}: no node has that much; ask for less")
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "max_retries": resources.attempts - 1}
         self._task = ray.remote(**options, memory=asked["memory"] or None)(attempt_in_ray)

@@ -1,4 +1,4 @@
-"""Every row of the table of methods: what people do with a learner of it works, or is refused in one line."""
+"""Every method: what people do with a learner of it works, or is refused in one line."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="name in the table of methods")
+    method: str = Field(description="a name of `cairn list`")
     data: str = Field(default="shapes", description="data set, as written after --data")
     towers: str = Field(
         default="auto", description="towers, as written after --towers; auto: tiny, or the features file itself"

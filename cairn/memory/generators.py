@@ -169,7 +169,8 @@ class GeneratorMemory:
 
     def restored(self, state: dict[str, Tensor]) -> GeneratorMemory:
         """The memory whose `state_dict` this is, with the sizes of this one. Raises ResultError if it does not fit."""
-        return self.from_state(state, *self._decoders.A.shape[1:], self.dim)
+        _, latent, hidden = self._decoders.A.shape
+        return self.from_state(state, latent, hidden, self.dim)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], latent: int, hidden: int, dim: int) -> GeneratorMemory:

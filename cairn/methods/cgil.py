@@ -62,7 +62,7 @@ class CgilConfig(Settings):
         return cls(stage2=TextStage(real_share=0.0))
 
 
-class CGIL(CosineScoring, GaussianScoring):
+class CGIL(CosineScoring, GaussianScoring[ClassMemory]):
     """argmax_c s cos(f(x), t_c), t_c trained on draws of every class seen."""
 
     card = Card(

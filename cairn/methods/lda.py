@@ -37,7 +37,7 @@ class LdaConfig(GaussianSettings):
     )
 
 
-class LDA(GaussianScoring):
+class LDA(GaussianScoring[GaussianMemory]):
     """argmax_c log N(z; mu_c, S_c)."""
 
     card = Card(

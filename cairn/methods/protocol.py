@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
@@ -147,31 +147,34 @@ class CosineScoring(ABC):
     def scores(self, features: Features) -> Scores:
         return self.row_scores(unit(features))
 
-    def row_scores(self, z: Features) -> Scores:
+    def row_scores(self, z: Features, /) -> Scores:
         """Scores of unit rows."""
         return self.towers.logit_scale * z @ self.class_matrix.to(z.device).T
 
 
-class GaussianScoring(ABC):
+Memory = TypeVar("Memory", bound=ClassMemory)
+
+
+class GaussianScoring(ABC, Generic[Memory]):
     """Keeps statistics of rows, from which new ones are drawn, and scores rows that are no images. By default a row is the
     unit embedding of an image."""
 
-    memory: ClassMemory
+    memory: Memory
 
     @property
     def memory_bytes(self) -> int:
         return self.memory.bytes
 
-    def memory_rows(self, features: Features) -> Features:
+    def memory_rows(self, features: Features, /) -> Features:
         """Rows as the memory holds them."""
         return unit(features)
 
-    def on_sphere(self, drawn: Features) -> Features:
+    def on_sphere(self, drawn: Features, /) -> Features:
         """Draws from the memory, where rows of images lie."""
         return unit(drawn)
 
     @abstractmethod
-    def row_scores(self, z: Features) -> Scores:
+    def row_scores(self, z: Features, /) -> Scores:
         """One column per class seen."""
 
     def scores(self, features: Features) -> Scores:

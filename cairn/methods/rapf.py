@@ -92,7 +92,7 @@ class RapfConfig(GaussianSettings):
     )
 
 
-class RAPF(GaussianScoring):
+class RAPF(GaussianScoring[GaussianMemory]):
     """argmax_c s cos(W f(x), t_c)."""
 
     card = Card(

@@ -36,7 +36,7 @@ from cairn.data.stream import Task
 from cairn.maths.losses import normalised_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.protocol import Card, GaussianScoring
 from cairn.methods.stages import competing
@@ -102,7 +102,7 @@ class SlcaConfig(GaussianSettings):
         return cls(stage1=SlowLearner(tuning=Adapter(), slow=1.0))
 
 
-class SLCA(GaussianScoring):
+class SLCA(GaussianScoring[GaussianMemory]):
     """argmax_c H_c, H = sqrt(d) W z + b."""
 
     card = Card(

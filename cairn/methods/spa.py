@@ -113,7 +113,7 @@ class SpaConfig(GaussianSettings):
         return cls(local=Local(weight=0.0), descriptions="template")
 
 
-class SPA(CosineScoring, GaussianScoring, PatchReasons, DescribedClasses):
+class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, DescribedClasses):
     """argmax_c s (cos(g(z), h(t_c)) + lambda S_c)."""
 
     card = Card(

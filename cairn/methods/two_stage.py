@@ -12,6 +12,7 @@ from cairn.data.loading import Loader
 from cairn.data.probes import Probes
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
+from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.protocol import CosineScoring, GaussianScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
@@ -23,7 +24,7 @@ from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels
 
 
-class TwoStageState(CosineScoring, GaussianScoring):
+class TwoStageState(CosineScoring, GaussianScoring[GaussianMemory]):
     """State, scores and their storage; what `learn` does is the method's own.
 
     Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.

@@ -1,4 +1,4 @@
-"""What every row of the table of methods promises, on images and, where it can, on embeddings."""
+"""What every method promises, on images and, where it can, on embeddings."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ Sources: for the solution, Hoerl and Kennard, Ridge Regression (1970). The squar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 
 def one_hot(labels: Int[Tensor, " n"], k: int) -> Float[Tensor, "n k"]:
     """Row i is 1 in column labels_i, float64."""
-    return torch.nn.functional.one_hot(labels, k).double()
+    return torch.eye(k, dtype=torch.float64)[labels]
 
 
 def compressed(R: Float[Tensor, "r m"], D: Float[Tensor, "r k"]) -> tuple[Float[Tensor, "q m"], Float[Tensor, "q k"]]:
@@ -39,6 +41,14 @@ def solved(K: Float[Tensor, "r r"], D: Float[Tensor, "r k"], lam: float) -> Floa
     shifted.diagonal().add_(lam)
     L, failed = torch.linalg.cholesky_ex(shifted)
     return torch.full_like(D.double(), torch.nan) if failed else torch.cholesky_solve(D.double(), L)
+
+
+def descended(error: Callable[[int], float], start: int, stop: int) -> int:
+    """From `start`, the first place in range(stop) with no better neighbour."""
+    at = start
+    while better := [i for i in (at - 1, at + 1) if 0 <= i < stop and error(i) < error(at)]:
+        at = min(better, key=error)
+    return at
 
 
 def recursive_ridge(

@@ -11,7 +11,6 @@ G = sum H^T H = R^T R, C = sum H^T Y = R^T D; lam the ridge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -22,7 +21,7 @@ from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import NotFinite
-from cairn.maths.ridge import one_hot
+from cairn.maths.ridge import descended, one_hot
 from cairn.maths.rows import without
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.first_session import adapted
@@ -175,11 +174,3 @@ class RanPAC(HoldsOut):
         self.sums = SecondOrder.from_state(part(state, "sums"))
         self.random = RandomFeatures(self.towers.dim, self.config.width, int(state["seed"]))
         self.image.load_state_dict(part(state, "image"))
-
-
-def descended(error: Callable[[int], float], start: int, stop: int) -> int:
-    """From `start`, the first place in range(stop) with no better neighbour."""
-    at = start
-    while better := [i for i in (at - 1, at + 1) if 0 <= i < stop and error(i) < error(at)]:
-        at = min(better, key=error)
-    return at

@@ -26,6 +26,7 @@ from cairn.training.log import Log
 TOGETHER = {
     "spa": "the classes that look at an image make its local feature",
     "lda": "a pooled covariance is then shrunk as one of fewer images",
+    "joint": "what is fitted on all images at once is fitted again without those of the class",
     "proof": "classes are each other's context",
     "engine": "the likeliest classes are compared pair by pair",
 }

@@ -37,7 +37,7 @@ def learned(name, towers, dataset, tasks, *assignments):
     for task in stream.tasks[:tasks]:
         method.learn(task)
         with torch.no_grad():
-            rows.append(method.embed(x))
+            rows.append(method.embed(x)[:, -towers.dim :])  # joint has the frozen embedding before it
     return rows, [[e["text"] for e in said if e["event"] == "notice" and e["task"] == i] for i in range(tasks)]
 
 

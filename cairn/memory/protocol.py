@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ class ClassMemory(Protocol):
         """What is stored between tasks: the figure to declare."""
         ...
 
-    def add(self, features: Features, labels: Labels) -> Self:
+    def add(self, features: Features, labels: Labels) -> ClassMemory:
         """With these features learned: new classes are appended, known ones updated."""
         ...
 
@@ -58,11 +58,11 @@ class ClassMemory(Protocol):
         """The same for several generators at once."""
         ...
 
-    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> Self:
+    def moved(self, maps: AffineMap | Sequence[AffineMap]) -> ClassMemory:
         """With every class carried along by its affine map, or all by the same."""
         ...
 
-    def without(self, c: int) -> Self:
+    def without(self, c: int) -> ClassMemory:
         """With class c gone and later classes one number lower."""
         ...
 
@@ -74,6 +74,6 @@ class ClassMemory(Protocol):
         """What is stored, as a flat dictionary of contiguous tensors."""
         ...
 
-    def restored(self, state: dict[str, Tensor]) -> Self:
+    def restored(self, state: dict[str, Tensor]) -> ClassMemory:
         """The memory whose `state_dict` this is, with the settings of this one. Raises ResultError if it does not fit."""
         ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar, Union, get_args, get_origin
 
 import numpy as np
@@ -65,13 +66,14 @@ def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, st
             yield path, value, field.description or ""
 
 
-def with_settings(config: Model, assignments: Sequence[str]) -> Model:
-    """`with_values` of texts `path=value`; values are YAML scalars."""
-    return with_values(config, parsed(assignments))
+def with_settings(config: Model, given: Mapping[str, Any] | Sequence[str]) -> Model:
+    """`with_values` of values by path, or of texts `path=value` as on the command line."""
+    return with_values(config, given.items() if isinstance(given, Mapping) else parsed(given))
 
 
 def parsed(assignments: Sequence[str]) -> list[tuple[str, Any]]:
-    """Path and value of each `path=value`. Raises ConfigError for what is not of that form."""
+    """Path and value of each `path=value` of the command line; values are YAML scalars. Raises ConfigError for what is not of
+    that form."""
     found = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -83,8 +85,51 @@ def parsed(assignments: Sequence[str]) -> list[tuple[str, Any]]:
             value = text
         if isinstance(value, str) and _is_number(value):
             value = float(value)
+        elif not isinstance(value, str | int | float | list | dict | None):  # a date
+            value = text
         found.append((path.strip(), value))
     return found
+
+
+def values_by_path(given: Any) -> dict[str, Any]:
+    """Settings as a RunConfig holds them: JSON values by path, in the order in which they are applied.
+
+    `given` is a table, of which tables within are parts of a path, or, as older results have it, texts `path=value`. Raises
+    ValueError.
+    """
+    if isinstance(given, Mapping):
+        return merged({}, _leaves(given))
+    if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+        raise ValueError("must be a table of settings")
+    try:
+        return merged({}, parsed(given))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A choice comes before what it has to set."""
+    for key, value in sorted(table.items(), key=lambda item: item[0] != "kind"):
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            value = value.item() if isinstance(value, np.generic) else value
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def merged(values: Mapping[str, Any], more: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Settings and further ones, which go before. Of a choice that is made anew, what was set of the one before is dropped."""
+    found = dict(values)
+    for path, value in more:
+        if path in found and found[path] != value:
+            found = {other: kept for other, kept in found.items() if not f"{other}.".startswith(f"{path}.")}
+        found[path] = value
+    return found
+
+
+def texts(values: Mapping[str, Any]) -> list[str]:
+    """The settings as texts that may stand after --set."""
+    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in values.items()]
 
 
 def with_values(config: Model, values: Iterable[tuple[str, Any]]) -> Model:
@@ -115,13 +160,10 @@ def _assigned(node: BaseModel, keys: list[str], value: Any, path: str, root: Bas
         if rest == ["kind"] and kinds:
             return _assigned(node, [name], value, path, root)
         value = _assigned(current, rest, value, path, root)
-    elif kinds:
-        if value is None and type(None) not in get_args(field.annotation):
-            value = "none"  # YAML reads none as null
-        if isinstance(value, str):
-            if value not in kinds:
-                raise UnknownName(f"{path}", value, kinds)
-            value = current if current is not None and current.kind == value else kinds[value]()
+    elif kinds and isinstance(value, str):
+        if value not in kinds:
+            raise UnknownName(f"{path}", value, kinds)
+        value = current if current is not None and current.kind == value else kinds[value]()
     try:
         given = {key: getattr(node, key) for key in node.model_fields_set}
         return type(node).model_validate(given | {name: value})

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cairn.classifier.calibration import AGEING, POWER, rehearsed
+from cairn.config import texts
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
@@ -84,7 +85,7 @@ def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "split": result.split,
         "towers": result.towers.fingerprint,
-        "settings": list(result.run.settings),
+        "settings": texts(result.run.settings),
         "ece": result.ece,
         "nll": result.nll,
         "temperature": result.temperature,

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cairn.config import values_by_path
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
@@ -31,12 +32,12 @@ class Counted(Exception):
 
 def trained(result: dict[str, Any]) -> int:
     """Numbers trained in the second task, all stages together, each once."""
-    settings = list(result["run"]["settings"])
+    settings = values_by_path(result["run"]["settings"])
     for path in FEW:
         held: Any = result["config"]
         for key in path.split("."):
             held = held.get(key) if isinstance(held, dict) else None
-        settings += [f"{path}=1"] if held else []
+        settings |= {path: 1} if held else {}
     stages: dict[Any, int] = {}
 
     def count(event: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def trained(result: dict[str, Any]) -> int:
             case {"event": "task", "task": 1}:
                 raise Counted
 
-    few = {"settings": tuple(settings), "limit_train": 4, "limit_test": 1, "device": "cpu"}
+    few = {"settings": settings, "limit_train": 4, "limit_test": 1, "device": "cpu"}
     with suppress(Counted):
         run_stream(RunConfig(**(result["run"] | few)), Log(keep=count))
     return sum(stages.values())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from cairn.config import settings, with_settings, with_values
-from cairn.errors import ConfigError, UnknownName
+from cairn import IncrementalClassifier
+from cairn.config import merged, parsed, settings, texts, with_settings, with_values
+from cairn.contrib.pycil import read_config
+from cairn.errors import ConfigError, ResultError, UnknownName
+from cairn.experiment.config_file import read_run_file, run_file_text
+from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.methods.dmc import DmcConfig
+from cairn.storage.schema import validated
 from cairn.towers.tuning import Full, Lora
 
 
@@ -79,3 +86,79 @@ def test_every_value_of_python_is_taken_as_it_is(method):
     config = METHODS[method].config()
     for path, value, _ in settings(config):
         assert with_values(config, [(path, value)]) == config, path
+
+
+# --- the doors --------------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "stage1.schedule.epochs": 3, "stage1.schedule.lr": 1e-3, "stage1.schedule.cosine": False, "stage1.tuning": "lora",
+    "stage1.tuning.targets": "12", "stage2.text": "prompts", "stage2.text.init": "null and 1e-3", "stage2.real_share": None,
+}  # fmt: skip
+"""A text that looks like a number, and one that holds words of other languages, stay texts."""
+
+
+def changed():
+    """DMC's settings with these values, put in by hand."""
+    return with_values(DmcConfig(), VALUES.items())
+
+
+def test_values_of_toml_are_values(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        "method = 'dmc'\n[settings.stage1]\ntuning.targets = '12'\ntuning.kind = 'lora'\n"
+        "schedule = {epochs = 3, lr = 1e-3, cosine = false}\n"
+        "[settings.stage2]\ntext.init = 'null and 1e-3'\ntext.kind = 'prompts'\nreal_share = 'null'\n"
+    )
+    file = read_run_file(tmp_path / "run.toml")
+    assert with_settings(DmcConfig(), file.settings) == changed()
+    (tmp_path / "again.toml").write_text(run_file_text(file, "again"))
+    assert read_run_file(tmp_path / "again.toml").settings == file.settings
+
+
+def test_values_of_python_and_json_are_values():
+    run = RunConfig(method="dmc", settings=VALUES)
+    assert with_settings(DmcConfig(), run.settings) == changed()
+    stored = json.loads(json.dumps(run.model_dump(mode="json")))
+    assert validated(RunConfig, stored, "here") == run
+    assert stored["settings"] == VALUES
+    learner = IncrementalClassifier("dmc", "tiny", settings=VALUES)
+    assert learner._settings() == changed()
+
+
+def test_values_of_another_toolboxs_json_are_values(tmp_path):
+    (tmp_path / "theirs.json").write_text(
+        '{"model_name": "finetune", "epochs": 3, "lrate": 0.001, "scheduler": "constant"}'
+    )
+    expected = {"stage1.schedule.epochs": 3, "stage1.schedule.lr": 0.001, "stage1.schedule.cosine": False}
+    assert read_config(tmp_path / "theirs.json").settings == expected
+
+
+def test_texts_of_the_command_line_are_parsed():
+    given = ["a=1", "b=1e-3", "c=false", "d=null", "e=[1, 2]", "f=a photo", "g=2020-01-01", "h=", "i={x"]
+    expected = {
+        "a": 1,
+        "b": 1e-3,
+        "c": False,
+        "d": None,
+        "e": [1, 2],
+        "f": "a photo",
+        "g": "2020-01-01",
+        "h": "",
+        "i": "{x",
+    }
+    found = merged({}, parsed(given))
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+    assert merged({}, parsed(texts(found))) == found
+
+
+def test_texts_of_older_results_are_values():
+    stored = RunConfig(method="dmc").model_dump(mode="json") | {"settings": ["stage1.schedule.lr=1e-3", "drift=none"]}
+    assert validated(RunConfig, stored, "here").settings == {"stage1.schedule.lr": 1e-3, "drift": "none"}
+    with pytest.raises(ResultError, match=r"settings: --set junk: must be key=value"):
+        validated(RunConfig, stored | {"settings": ["junk"]}, "here")
+
+
+def test_what_is_said_later_counts_and_a_choice_drops_what_was_said_of_the_one_before():
+    first = merged({}, [("stage1.tuning", "full"), ("stage1.tuning.lr", 1e-5), ("probes", 1)])
+    assert merged(first, [("stage1.tuning", "full"), ("probes", 2)]) == first | {"probes": 2}
+    assert merged(first, [("stage1.tuning", "lora")]) == {"probes": 1, "stage1.tuning": "lora"}

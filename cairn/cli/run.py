@@ -107,6 +107,7 @@ def run(
 ) -> None:
     """Learn a class stream with one method. The result is DIR/result.json. The same call again goes on where it was cut
     off. Several processes that torchrun starts share the images out."""
+    from cairn.config import merged, parsed
     from cairn.experiment.config_file import RunFile
     from cairn.experiment.folder import Call, read_call
     from cairn.experiment.schema import RunConfig
@@ -139,7 +140,7 @@ def run(
         step=step,
         order=order,
         seed=several[0] if several else seed,
-        settings=(*asked.settings, *(set_ or ())),
+        settings=merged(asked.settings, parsed(set_ or ())),
         limit_train=limit_train,
         limit_test=limit_test,
         validation=validation,
@@ -348,6 +349,7 @@ def drift(
 ) -> None:
     """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
     the images of old tasks."""
+    from cairn.config import merged, parsed
     from cairn.experiment.run import drift_report
     from cairn.experiment.schema import RunConfig
     from cairn.reports.drift import drift_figure, drift_table
@@ -364,7 +366,7 @@ def drift(
         base=base,
         step=_step(step, data),
         order=order,
-        settings=tuple(set_ or ()),
+        settings=merged({}, parsed(set_ or ())),
         limit_train=limit_train,
         limit_test=limit_test,
         validation=validation,

@@ -45,9 +45,9 @@ SCHEDULE_KEYS = {
 }  # fmt: skip
 """What a schedule takes, and the keys that say it for every task; the first found counts."""
 SCHEDULE_WORDS = {
-    ("optimizer", "sgd"): "optimizer=sgd", ("optimizer", "adam"): "optimizer=adam",
-    ("optimizer", "adamw"): "optimizer=adamw", ("scheduler", "cosine"): "cosine=true",
-    ("scheduler", "constant"): "cosine=false",
+    ("optimizer", "sgd"): ("optimizer", "sgd"), ("optimizer", "adam"): ("optimizer", "adam"),
+    ("optimizer", "adamw"): ("optimizer", "adamw"), ("scheduler", "cosine"): ("cosine", True),
+    ("scheduler", "constant"): ("cosine", False),
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def read_config(path: Path) -> RunFile:
     values: dict[str, Any] = {"preprocess": "squash", **_stream(left, notices), **_towers(left, notices)}
     if _plain(name) in METHOD_NAMES:
         entry = METHODS[METHOD_NAMES[_plain(name)]]
-        values |= {"method": entry.name, "settings": tuple(_schedule(entry, left))}
+        values |= {"method": entry.name, "settings": _schedule(entry, left)}
         notices += _memory(entry, left)
     else:
         values["problem"] = f"'{path}': model_name '{name}' is not here; methods: {', '.join(METHODS)}"
@@ -129,20 +129,20 @@ def _towers(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
     return {"towers": towers, "device": device}
 
 
-def _schedule(entry: Entry, left: dict[str, Any]) -> list[str]:
+def _schedule(entry: Entry, left: dict[str, Any]) -> dict[str, Any]:
     """Settings of the method's schedule, if it has a single one: with two stages it is not clear which is meant."""
     paths = [path for path, _, _ in settings(entry.config()) if path.endswith("schedule.epochs")]
     if len(paths) != 1:
-        return []
-    found = []
+        return {}
+    found = {}
     for name, keys in SCHEDULE_KEYS.items():
-        said = [key for key in keys if key in left]
-        found += [f"{name}={left.pop(key)}" for key in said[:1]]
-    for (key, word), setting in SCHEDULE_WORDS.items():
+        if said := [key for key in keys if key in left]:
+            found[name] = left.pop(said[0])
+    for (key, word), (name, value) in SCHEDULE_WORDS.items():
         if str(left.get(key)).lower() == word:
             del left[key]
-            found.append(setting)
-    return [paths[0].removesuffix("epochs") + setting for setting in found]
+            found[name] = value
+    return {paths[0].removesuffix("epochs") + name: value for name, value in found.items()}
 
 
 def _memory(entry: Entry, left: dict[str, Any]) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from cairn.config import values_by_path
 from cairn.errors import ConfigError, UnknownName, one_line
 from cairn.experiment.schema import RunConfig
 from cairn.storage.files import read_bytes
@@ -17,6 +17,15 @@ from cairn.storage.schema import reason_of
 
 BYTES, LINE = 2**16, 2**11
 """Longest run file, and line of one, that is read: the parser's memory grows with the square of a key's dots."""
+
+
+NULL = "null"
+"""How a setting is null in TOML, which has no word for it."""
+
+
+def toml_value(value: Any) -> Any:
+    """A setting's value as a run holds it."""
+    return None if value == NULL else value
 
 
 class RunFile(RunConfig):
@@ -75,9 +84,10 @@ def read_run_file(path: Path) -> RunFile:
     stored = read_toml(path, "run file")
     if isinstance(stored.get("settings"), dict):
         try:
-            stored["settings"] = tuple(_assignments(stored["settings"]))
+            values = values_by_path(stored["settings"])
         except RecursionError as error:
             raise ConfigError(f"run file '{path}': not TOML: {error}") from None
+        stored["settings"] = {key: toml_value(value) for key, value in values.items()}
     for key in stored:
         if key not in KEYS:
             raise UnknownName(f"key of run file '{path}':", key, KEYS)
@@ -90,28 +100,8 @@ def run_file_text(file: RunFile, title: str) -> str:
     lines += [f"{key} = {_toml(getattr(file, key))}" for key in KEYS if key in file.model_fields_set - {"settings"}]
     if file.settings:
         lines += ["", "[settings]"]
-        lines += [
-            f"{path} = {_toml(_scalar(text))}" for path, _, text in (item.partition("=") for item in file.settings)
-        ]
+        lines += [f"{path} = {_toml(NULL if value is None else value)}" for path, value in file.settings.items()]
     return "\n".join(lines) + "\n"
-
-
-def _assignments(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """`path=value`, as after --set. A choice comes before what it has to set."""
-    for key, value in sorted(table.items(), key=lambda item: item[0] != "kind"):
-        if isinstance(value, dict):
-            yield from _assignments(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-
-
-def _scalar(text: str) -> Any:
-    """The number or truth value that a text after --set stands for; else the text."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int | float) else text
 
 
 def _toml(value: Any) -> str:

@@ -145,7 +145,7 @@ class RunFolder:
             return None
         result = read_result(self.path) if done else None
         stored = result or read_call(self.path)
-        ours, theirs = (comparable_call(call.model_dump()) for call in (self.call.run, stored.run))
+        ours, theirs = (comparable_call(call.model_dump(mode="json")) for call in (self.call.run, stored.run))
         if ours != theirs:
             key = next(key for key in ours if ours[key] != theirs[key])
             raise ResultError(

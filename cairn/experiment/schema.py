@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+from cairn.config import values_by_path
 from cairn.storage.schema import Amount, Count, Difference, Share
 
 SCHEMA_VERSION = 1
@@ -23,6 +24,10 @@ OnBadImage = Annotated[Literal["error", "skip"], BeforeValidator(_bad_image)]
 first `error`, which is taken as well."""
 
 
+SettingValues = Annotated[dict[str, JsonValue], BeforeValidator(values_by_path)]
+"""Values by path, such as `{"stage1.schedule.epochs": 4}`. Older results hold texts, `["stage1.schedule.epochs=4"]`."""
+
+
 class RunConfig(BaseModel):
     """Everything that decides a run's numbers. Two runs with equal configs and versions give equal results on a CPU."""
 
@@ -37,7 +42,7 @@ class RunConfig(BaseModel):
     step: int = Field(default=10, description="classes per task")
     order: str = Field(default="natural", description="natural, seed:N or a file of class names")
     seed: int = Field(default=1, ge=0, description="moves every random choice but the class order")
-    settings: tuple[str, ...] = Field(default=(), description="the method's settings that were changed, key=value")
+    settings: SettingValues = Field(default={}, description="the method's settings that were changed, by path")
     limit_train: int | None = Field(default=None, description="training images per class at most")
     limit_test: int | None = Field(default=None, description="test images per class at most")
     validation: float = Field(
@@ -61,11 +66,14 @@ def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
-    otherwise, and there unset is not the same.
+    otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
+    call = dict(call)
+    if "settings" in call:
+        call["settings"] = values_by_path(call["settings"])
     if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
-        return {**call, "preprocess": "crop"}
-    return dict(call)
+        call["preprocess"] = "crop"
+    return call
 
 
 class TowersUsed(BaseModel):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cairn.errors import ResultError, one_line
 from cairn.experiment.schema import SCHEMA_VERSION
 from cairn.reports.formats import Estimate, estimate
-from cairn.reports.tables import Result, files_below, label, stream_keys
+from cairn.reports.tables import Result, files_below, label, settings_of, stream_keys
 from cairn.storage.files import read_bytes, read_json
 from cairn.storage.schema import Amount, Difference, Share, validated
 
@@ -34,7 +34,7 @@ class _Towers(BaseModel):
 class _Call(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    settings: list[str] = []
+    settings: list[str] | dict[str, Any] = []
     precision: str = "float32"
 
 
@@ -223,7 +223,7 @@ def streams_of(results: Sequence[Result]) -> list[Stream]:
     found: dict[tuple, dict[str, list[Result]]] = {}
     for result, key in zip(results, stream_keys(results), strict=True):
         groups = found.setdefault((*key.values(), *result["task_sizes"]), {})
-        learner = json.dumps([result["method"], result["run"]["settings"], result["config"]], sort_keys=True)
+        learner = json.dumps([result["method"], settings_of(result), result["config"]], sort_keys=True)
         groups.setdefault(learner, []).append(result)
     streams = []
     for number, groups in enumerate(found.values(), start=1):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn.config import texts
 from cairn.errors import ConfigError, ResultError, counted
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.reports.formats import Column, Estimate, Interval, Table, estimate
@@ -72,9 +73,15 @@ def comparable(results: Sequence[Result]) -> list[str]:
     return [what for what in keys[0] if len({key[what] for key in keys}) > 1] if keys else []
 
 
+def settings_of(result: Result) -> list[str]:
+    """What was changed, as texts: older results hold these themselves."""
+    held = result["run"]["settings"]
+    return texts(held) if isinstance(held, dict) else list(held)
+
+
 def label(result: Result) -> str:
     """The method and what was changed of its settings."""
-    changed = ", ".join(result["run"]["settings"])
+    changed = ", ".join(settings_of(result))
     return f"{result['method']} ({changed})" if changed else result["method"]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
-from cairn.experiment.config_file import KEYS, RunFile, checked, read_toml
+from cairn.experiment.config_file import KEYS, RunFile, checked, read_toml, toml_value
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import method_named
 from cairn.storage.schema import reason_of
@@ -24,14 +24,14 @@ SEARCHED = ("method", "towers", "precision", "preprocess", "template")
 
 
 class Choice(NamedTuple):
-    """One value of an axis: values by option, texts (as after --set) by setting."""
+    """One value of an axis: values by option, and by setting."""
 
     options: dict[str, Any]
-    settings: dict[str, str]
+    settings: dict[str, Any]
 
     @property
     def shown(self) -> dict[str, str]:
-        return {key: text_of(value) for key, value in self.options.items()} | self.settings
+        return {key: text_of(value) for key, value in (self.options | self.settings).items()}
 
 
 class Range(BaseModel):
@@ -96,7 +96,7 @@ class SweepFile(BaseModel):
 
     path: Path
     base: RunFile
-    settings: dict[str, str] = Field(description="of all runs")
+    settings: dict[str, Any] = Field(description="of all runs")
     grid: tuple[tuple[Choice, ...], ...] = Field((), description="axes: the runs are their product")
     seeds: tuple[int, ...]
     search: Search | None = None
@@ -163,8 +163,8 @@ def _leaves(table: dict[str, Any], prefix: str = "", stop: Sequence[str] = ()) -
             yield f"{prefix}{key}".removesuffix(".kind"), value
 
 
-def _settings(table: dict[str, Any]) -> dict[str, str]:
-    return {key: text_of(value) for key, value in _leaves(table)}
+def _settings(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: toml_value(value) for key, value in _leaves(table)}
 
 
 def _axes(path: Path, table: dict[str, Any]) -> tuple[tuple[tuple[Choice, ...], ...], tuple[int, ...] | None]:
@@ -183,7 +183,7 @@ def _axes(path: Path, table: dict[str, Any]) -> tuple[tuple[tuple[Choice, ...], 
         elif key in OPTIONS:
             axes.append(tuple(Choice({key: value}, {}) for value in values))
         else:
-            axes.append(tuple(Choice({}, {key.removeprefix("settings."): text_of(value)}) for value in values))
+            axes.append(tuple(Choice({}, {key.removeprefix("settings."): toml_value(value)}) for value in values))
     names = [name for axis in axes for name in {name for choice in axis for name in choice.shown}]
     if twice := [name for name in names if names.count(name) > 1]:
         raise _wrong(path, f"grid varies '{twice[0]}' twice; leave one out")

@@ -66,7 +66,7 @@ def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Po
     options.setdefault("step", usual_step(options.get("data", "shapes")))
     # What has parts comes before its parts: a choice is made before what was chosen is changed
     ordered = sorted(settings.items(), key=lambda item: item[0].count("."))
-    options["settings"] = tuple(f"{path}={text}" for path, text in ordered)
+    options["settings"] = dict(ordered)
     try:
         config = RunConfig.model_validate({**options, "seed": file.seeds[0]})
     except ValidationError as error:
@@ -112,12 +112,12 @@ class Checks:
 
     def __init__(self) -> None:
         self._opened: dict[str, Prepared] = {}
-        self._settings: dict[tuple[str, str, tuple[str, ...]], BaseModel] = {}
+        self._settings: dict[tuple[str, str, str], BaseModel] = {}
 
     def settings(self, config: RunConfig, name: str) -> BaseModel:
         """Every setting of the run's method. Raises ConfigError, naming the run, for whatever it would refuse."""
-        shared = config.model_copy(update={"method": "zero-shot", "settings": (), "seed": 0}).model_dump_json()
-        key = (shared, config.method, config.settings)
+        shared = config.model_copy(update={"method": "zero-shot", "settings": {}, "seed": 0}).model_dump_json()
+        key = (shared, config.method, json.dumps(config.settings))
         if key not in self._settings:
             try:
                 entry = method_named(config.method)

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cairn.errors import ConfigError, ResultError
+from cairn.experiment.config_file import toml_value
 from cairn.storage.distribution import extra_remedy
-from cairn.sweep.file import SEARCHED, Choice, Range, SweepFile, text_of
+from cairn.sweep.file import SEARCHED, Choice, Range, SweepFile
 from cairn.sweep.plan import Point, folder_name, point_with
 
 JOURNAL = "search.journal"
@@ -45,7 +46,7 @@ def require_held_out(points: list[Point]) -> None:
 
 def chosen(params: Mapping[str, Any]) -> Choice:
     options = {key: value for key, value in params.items() if key in SEARCHED}
-    return Choice(options, {key: text_of(value) for key, value in params.items() if key not in SEARCHED})
+    return Choice(options, {key: toml_value(value) for key, value in params.items() if key not in SEARCHED})
 
 
 class Study:

@@ -275,7 +275,7 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
     # Of a class with fewer images than exemplars, all of them are kept
     n = sum(min(count, method.config.exemplars) for count in counts) if entry.card.keeps == "exemplars" else sum(counts)
     i = towers.prepare(stream.tasks[0].train[0]).nbytes
-    d = towers.dim / 2 if entry.name == "spa" and not towers.has_images else towers.dim  # rows without patches
+    d = towers.dim // 2 if entry.name == "spa" and not towers.has_images else towers.dim  # rows without patches
     assert method.memory_bytes == entry.card.bytes(k, d, n, i, towers.hidden_dim)
 
 

@@ -42,7 +42,7 @@ from cairn.methods.two_stage import TwoStageState
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 SIZES = {
@@ -134,7 +134,7 @@ def tower_speed(
         settled(device)
 
     def trained(encoder: ImageEncoder) -> None:
-        align_vision(stage, encoder, anchors, batches, own.logit_scale, Seeds(1), Log())
+        align_vision(stage, encoder, anchors, batches, own.logit_scale, Context(Seeds(1)))
         settled(device)
 
     def multiplied(a: Tensor) -> None:
@@ -223,14 +223,14 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
     names = tuple(f"class {c}" for c in range(classes))
     stream = task_stream(Dataset("noise", names, train, test, ("a photo of a {}.",)), step=classes // tasks)
     entry = METHODS["dmc-ot"]
-    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    method = entry.build(towers, entry.default_config(towers), seed=1)
     evaluator = Evaluator(stream, towers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with parts(device) as spent:
         began = time.perf_counter()
         for task in stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
             evaluator.after(task.index, method)
         seconds = time.perf_counter() - began
     waited = spent.pop("waiting for data")

@@ -24,6 +24,7 @@ from cairn.methods.catalogue import METHODS
 from cairn.methods.dmc_ot import Motion
 from cairn.methods.stages import TextStage, align_text
 from cairn.towers.features import FeatureTowers
+from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
@@ -61,7 +62,7 @@ def measured_at(k: int, repeats: int) -> dict[str, Any]:
 
     towers = FeatureTowers(name="none", dim=DIM, logit_scale=100.0, fingerprint="none", names=(), text=None)
     entry = METHODS["dmc-ot"]
-    learner = entry.build(towers, entry.config.embedding(), seed=1, log=Log())
+    learner = entry.build(towers, entry.config.embedding(), seed=1)
     learner.memory = memory
     anchors, names = class_rows(k + NEW, DIM, 1, seed=3)[0], [f"class {c}" for c in range(k + NEW)]
     seen: list[int] = []
@@ -72,7 +73,7 @@ def measured_at(k: int, repeats: int) -> dict[str, Any]:
         texts.grow(names, anchors, torch.Generator().manual_seed(0))
         seen.clear()
         log = Log(show=lambda event: seen.append(event["step"]))
-        align_text(stage, texts, z, y, memory, towers.logit_scale, Seeds(1), log)
+        align_text(stage, texts, z, y, memory, towers.logit_scale, Context(Seeds(1), log))
 
     found = in_turns({"step": epoch, "add": lambda: memory.add(z, y).bytes}, repeats)
     found |= in_turns({"calibration": lambda: learner.calibrated(motion, Log()).bytes}, 1, warm=False)

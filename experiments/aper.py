@@ -25,7 +25,9 @@ from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions
 from cairn.towers.tuning import Beside
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 STREAM = {"data": "data/cifar100", "towers": "data/mini-clip", "step": 10, "order": "seed:1993", "validation": 0.2}
 RUNS = {
@@ -41,8 +43,8 @@ def measured(run: str, seed: int) -> dict[str, Any]:
     config = RunConfig(method="aper", settings=RUNS[run], seed=seed, **STREAM)
     entry, stream, towers, settings = prepared(config)
     keep = Log(keep=lambda event: losses.append(event["loss"]) if event["event"] == "epoch" else None)
-    method = entry.build(towers, settings, seed=seed, log=keep)
-    method.learn(stream.tasks[0])
+    method = entry.build(towers, settings, seed=seed)
+    method.learn(stream.tasks[0], Context(Seeds(seed), keep))
     shares: list[torch.Tensor] = []
 
     def share(module: Beside, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:

@@ -36,8 +36,9 @@ from cairn.storage.versions import versions
 from cairn.towers.cached import kept
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 from cairn.types import Scores
 
 STREAMS: dict[str, dict[str, Any]] = {
@@ -107,7 +108,7 @@ def forms_measured(stream: str, method: str, seed: int) -> dict[str, Any]:
         tasks, towers = kept(tasks, towers, FeatureStore.configured())
 
     def built(state: State | None) -> Method:
-        made = entry.build(towers, entry.default_config(towers), seed=seed, log=Log())
+        made = entry.build(towers, entry.default_config(towers), seed=seed)
         if state is not None:
             made.load_state_dict(state)
         return made
@@ -116,8 +117,8 @@ def forms_measured(stream: str, method: str, seed: int) -> dict[str, Any]:
     errors, least = {form: [] for form in FORMS}, {0.0: [], POWER: []}
     for task in tasks.tasks:
         state, checkpoint, K = learned.state_dict() if task.index else None, Checkpoint(), task.classes.stop
-        learned.learn(task, checkpoint)
-        found = rehearsed(learned, lambda state=state: built(state), task, seed, checkpoint)
+        learned.learn(task, ctx := Context(Seeds(seed), checkpoint=checkpoint))
+        found = rehearsed(learned, lambda state=state: built(state), task, ctx)
         loader = Loader(tasks.tests[task.index], towers.prepare, towers.pixels)
         apart.append(encode(loader, lambda pixels, _: learned.embed(pixels)))
         features, y = (torch.cat(column) for column in zip(*apart, strict=True))

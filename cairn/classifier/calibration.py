@@ -32,8 +32,8 @@ from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, leas
 from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
 from cairn.storage.schema import Amount, Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 SHARE = 0.2
@@ -107,16 +107,14 @@ class LeftOut:
     """What `method` remembers of them, where it keeps statistics (`GaussianScoring`)."""
 
 
-def rehearsed(
-    method: Method, before: Callable[[], Method], task: Task, seed: int, checkpoint: Checkpoint
-) -> LeftOut | None:
+def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut | None:
     """Images left out of `task`, which `method` just learned. `before()` makes a method as it was before that.
 
     None where there are too few images to leave one out.
     """
     if isinstance(method, HoldsOut):
         return None if method.held_out is None else LeftOut(*method.held_out)
-    out = left_out(task.train.labels, Seeds(seed).at(task=task.index).generator("calibration"))
+    out = left_out(task.train.labels, ctx.seeds.at(task=task.index).generator("calibration"))
     if not len(out):
         return None
     kept = np.setdiff1d(np.arange(len(task.train)), out)
@@ -124,8 +122,8 @@ def rehearsed(
     other = before()
     # Without a tower nothing is costly, and all of it is done anew
     with_tower = other.towers.has_images
-    handed_on = checkpoint.handed_on(torch.from_numpy(kept), len(task.train)) if with_tower else None
-    other.learn(replace(task, train=Subset(task.train, kept, labels[kept])), handed_on)
+    checkpoint = ctx.checkpoint.handed_on(torch.from_numpy(kept), len(task.train)) if with_tower else Checkpoint()
+    other.learn(replace(task, train=Subset(task.train, kept, labels[kept])), Context(ctx.seeds, checkpoint=checkpoint))
     towers, images = other.towers, Subset(task.train, out, labels[out])
     loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
 

@@ -54,7 +54,9 @@ from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 from cairn.types import Scores
 
 NAME, WORK, CARD = "learner", "work", "CARD.md"
@@ -237,11 +239,11 @@ class IncrementalClassifier(Estimator):
             len(learned.history), range(k, k + len(new)), tuple(new), prompt_templates(self.templates), given,
             descriptions_of(self.descriptions),
         )  # fmt: skip
-        method = self._copy(log)
+        method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
-        method.learn(task, checkpoint)
-        left_out = rehearsed(method, lambda: self._copy(Log()), task, self.seed, checkpoint)
+        method.learn(task, ctx)
+        left_out = rehearsed(method, self._copy, task, ctx)
         calibration, references = learned.calibration.with_images(left_out), self._references(left_out)
         self._learned = learned.with_task(task, hashes, calibration, references)
         self._method, self._config, self._novelty = method, config, None
@@ -269,7 +271,7 @@ class IncrementalClassifier(Estimator):
         with self._lock.writing():
             c = self._learned.number(name)
             name = str(self._learned.classes[c])
-            method = self._copy(self._noting(Log()))
+            method = self._copy()
             method.forget(c)
             self._method, self._novelty = method, None
             self._learned, self._forgot = self._learned.without_class(c), True
@@ -456,7 +458,7 @@ class IncrementalClassifier(Estimator):
                 f"'{folder}': learned on towers {held.fingerprint}, '{there.name}' is {there.fingerprint} today; give the "
                 "weights and the tokenizer that it was learned on"
             )
-        method = learner._fresh(learner._noting(Log()))
+        method = learner._fresh()
         if "method" not in found.parts:
             raise ResultError(f"'{folder}': holds no state of a method; learn again")
         restore_checked(method, found.parts["method"], folder, len(record.classes))
@@ -523,26 +525,26 @@ class IncrementalClassifier(Estimator):
 
         return Log(keep=keep, show=log.show)
 
-    def _fresh(self, log: Log) -> Method:
-        return method_named(self.method).build(self.open_towers(), self._settings(), seed=self.seed, log=log)
+    def _fresh(self) -> Method:
+        return method_named(self.method).build(self.open_towers(), self._settings(), seed=self.seed)
 
-    def _copy(self, log: Log) -> Method:
+    def _copy(self) -> Method:
         """The method as it stands, apart from the one that predicts."""
-        return self._fresh(log) if self._method is None else self._restored(*self._state(), log)
+        return self._fresh() if self._method is None else self._restored(*self._state())
 
     def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""
         return self._method.state_dict(), self._method.tasks if isinstance(self._method, KeepsImages) else ()
 
-    def _restored(self, state: State, tasks: Sequence[Task], log: Log) -> Method:
-        method = self._fresh(log)
+    def _restored(self, state: State, tasks: Sequence[Task]) -> Method:
+        method = self._fresh()
         method.load_state_dict(state)
         if isinstance(method, KeepsImages):
             method.attach_images(tasks)
         return method
 
     def __getstate__(self) -> dict[str, Any]:
-        """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method, which has a log."""
+        """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method."""
         with self._lock.reading():
             state = None if self._method is None else self._state()
             return self.__dict__ | {"_method": None, "_novelty": None, "state": state}
@@ -551,7 +553,7 @@ class IncrementalClassifier(Estimator):
         learned = state.pop("state")
         self.__dict__.update(state)
         if learned is not None:
-            self._method = self._restored(*learned, self._noting(Log()))
+            self._method = self._restored(*learned)
 
     def open_towers(self) -> Towers:
         """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""

@@ -1,8 +1,8 @@
 """The drift laboratory: does a calibration put old Gaussians where the old classes really are?
 
 For research only. It opens the images of old tasks, which no method may do, to measure what accuracy cannot show: the
-distance between each old class's stored Gaussian and its true statistics under the new encoder. All estimators share one
-training of the encoder: stage 1 does not depend on what is kept of old classes.
+distance between each old class's stored Gaussian and its true statistics under the new encoder. Stage 1 does not depend on
+what is kept of old classes: the encoder is trained once per task, and all estimators go on with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from cairn.maths.drift import Drift
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.dmc_ot import DMCOT, DmcOtConfig, Motion
 from cairn.towers.protocol import Towers
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 Row = dict[str, Any]
 
@@ -50,26 +53,23 @@ def drift_rows(
     split into its mean part, equal to `mean_error`, and its covariance part `bures_error`. The second has a row per
     estimator, and one for the truth itself: `average` and `last` accuracy of DMC-OT with it.
     """
-    learners: dict[str, DMCOT] = {
-        name: DMCOT(towers, config.model_copy(update={"drift": drift}), seed=seed, log=log)
-        for name, drift in estimators.items()
+    learners = {
+        name: DMCOT(towers, config.model_copy(update={"drift": drift}), seed=seed) for name, drift in estimators.items()
     }
-    learners[TRUTH] = oracle = _Truthful(towers, config, seed=seed, log=log)
-    leader = next(iter(learners.values()))
-    for learner in learners.values():  # one encoder, trained once
-        learner.image = leader.image
+    learners[TRUTH] = oracle = _Truthful(towers, config, seed=seed)
     evaluator = Evaluator(stream, towers)
     rows: list[Row] = []
     accuracies: dict[str, list[list[float]]] = {name: [] for name in learners}
     for task in stream.tasks:
-        moved = leader.move(task)
-        oracle.truth = truth = _truth(stream, leader, task.index)
-        for name, learner in learners.items():
-            learner.anchors = leader.anchors
-            learner.settle(task, *moved)
-            rows += [
-                row | {"estimator": name, "task": task.index, "seed": seed} for row in _errors(learner.memory, truth)
-            ]
+        done = Checkpoint()
+        for number, (name, learner) in enumerate(learners.items()):
+            # The first trains the encoder; the others are handed what it was trained to and what it made of the images
+            checkpoint = done.handed_on(torch.arange(len(task.train)), len(task.train)) if number else done
+            learner.learn(task, Context(Seeds(seed), log, checkpoint))
+            if not number:
+                oracle.truth = truth = _truth(stream, learner, task.index)
+            errors = _errors(learner.memory, truth)
+            rows += [row | {"estimator": name, "task": task.index, "seed": seed} for row in errors]
             accuracies[name].append(evaluator.after(task.index, learner).accuracy)
         log("laboratory", task=task.index, tasks=len(stream.tasks))
     sizes = [len(test) for test in stream.tests]

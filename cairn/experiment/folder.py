@@ -28,7 +28,6 @@ from cairn.storage.files import make_folder, open_append, read_bytes, read_json,
 from cairn.storage.schema import validated
 from cairn.towers.catalogue import load_towers
 from cairn.towers.fingerprint import same_towers
-from cairn.training.log import Log
 
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
@@ -233,7 +232,7 @@ def read_learner(folder: Path) -> tuple[RunResult, Method]:
         )
     entry = method_named(result.method)
     try:
-        method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed, log=Log())
+        method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed)
     except CairnError:
         raise
     except Exception as error:

@@ -42,8 +42,10 @@ from cairn.towers.features import FeatureTowers
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint, State
+from cairn.training.context import Context
 from cairn.training.distributed import World
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 
 def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTowers:
@@ -155,18 +157,18 @@ def run_stream(
     course = _Course(config, entry, stream, towers, settings, log, world)
     if archive is not None:
         course.keep(checkpoint, archive)
-    method = course.method
+    method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     for task in stream.tasks[course.done :]:
         before = course.before()
         with course.learning():
             try:
-                method.learn(task, checkpoint)
+                method.learn(task, ctx)
             except NotFinite as error:
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
         with course.passing("calibrating"):
-            left_out = rehearsed(method, before, task, config.seed, checkpoint)
+            left_out = rehearsed(method, before, task, ctx)
             calibration = course.calibration.with_images(left_out)
         with course.passing("evaluating"):
             found = evaluator.after(task.index, method, calibration)
@@ -254,7 +256,7 @@ class _Course:
     ):  # fmt: skip
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
         self.settings, self.world = settings, world
-        self.method: Method = entry.build(towers, settings, seed=config.seed, log=log)
+        self.method: Method = entry.build(towers, settings, seed=config.seed)
         self.evaluations: list[Evaluation] = []
         self.calibration = Calibration()
         self.durations: list[float] = []
@@ -305,7 +307,7 @@ class _Course:
         state, done = self.method.state_dict(), self.done
 
         def same() -> Method:
-            method = self.entry.build(self.towers, self.settings, seed=self.config.seed, log=Log())
+            method = self.entry.build(self.towers, self.settings, seed=self.config.seed)
             if done:
                 method.load_state_dict(state)
             if isinstance(method, KeepsImages):

@@ -22,9 +22,8 @@ from cairn.methods.protocol import FROZEN, Card
 from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
 
@@ -55,8 +54,8 @@ class ACIL:
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: AcilConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log = towers, config, log
+    def __init__(self, towers: Towers, config: AcilConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self.random = RandomFeatures(towers.dim, config.width, seed)
         m = self.random.width
         self.P = torch.eye(m, dtype=torch.float64) / config.ridge
@@ -66,9 +65,9 @@ class ACIL:
     def memory_bytes(self) -> int:
         return self.P.nbytes
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), ctx, "Z")
         k = max(task.classes.stop, self.W.shape[1])
         for rows in torch.arange(len(z)).split(self.random.width):
             H = self.random(z[rows]).double()

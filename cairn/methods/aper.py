@@ -22,9 +22,8 @@ from cairn.methods.protocol import Card
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
@@ -67,9 +66,9 @@ class APER:
         quick={"schedule.epochs": 2, "schedule.batch": 4},
     )
 
-    def __init__(self, towers: Towers, config: AperConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
+    def __init__(self, towers: Towers, config: AperConfig, *, seed: int):
+        self.towers, self.config = towers, config
+        self.image = ImageEncoder(towers, config.tuning, Seeds(seed).generator("encoder"))
         self.means = ClassMeans.empty(2 * towers.dim)
 
     @property
@@ -80,13 +79,13 @@ class APER:
     def memory_bytes(self) -> int:
         return self.means.bytes
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+    def learn(self, task: Task, ctx: Context) -> None:
+        ctx = ctx.at(task=task.index)
         schedule = self.config.schedule
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=schedule.batch)
-        z, y = adapted(self.image, self.towers, loader, schedule, seeds.at(stage=1), log.at(stage=1), checkpoint)
+        z, y = adapted(self.image, self.towers, loader, schedule, ctx.at(stage=1))
         with self.image.inference():
-            z1, _ = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+            z1, _ = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z1")
         self.means = self.means.add(torch.cat([z, z1], 1), y)
 
     def forget(self, c: int) -> None:

@@ -22,11 +22,9 @@ from cairn.config import Settings
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import LONE_VARIANCE
 from cairn.memory.generators import Decoders, GeneratorMemory
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels
 
 
@@ -45,15 +43,14 @@ class Vae(Settings):
         return GeneratorMemory.empty(self.latent, self.hidden, dim)
 
     def learned(
-        self, memory: GeneratorMemory, x: Features, y: Labels, device: torch.device, seeds: Seeds, log: Log,
-        checkpoint: Checkpoint | None,
-    ) -> GeneratorMemory:  # fmt: skip
+        self, memory: GeneratorMemory, x: Features, y: Labels, device: torch.device, ctx: Context
+    ) -> GeneratorMemory:
         """`memory` with these rows learned."""
 
         def train(rows: list[Features]) -> Decoders:
-            return trained(self, [unit(own) for own in rows], device, seeds, log, checkpoint)
+            return trained(self, [unit(own) for own in rows], device, ctx)
 
-        return memory.add(x, y, train, seeds.generator("returned"))
+        return memory.add(x, y, train, ctx.seeds.generator("returned"))
 
 
 def negative_elbo(
@@ -73,10 +70,7 @@ def negative_elbo(
     return likelihood + 0.5 * (p**2 + log_r2.exp() - 1 - log_r2).sum(-1)
 
 
-def trained(
-    choice: Vae, rows: Sequence[Features], device: torch.device, seeds: Seeds, log: Log,
-    checkpoint: Checkpoint | None = None,
-) -> Decoders:  # fmt: skip
+def trained(choice: Vae, rows: Sequence[Features], device: torch.device, ctx: Context) -> Decoders:
     """A decoder for the rows of each class, all trained side by side and none depending on another.
 
     Training sees (x - mean) / scale, scale^2 the average of a dimension's variance and all dimensions' together; what comes
@@ -92,7 +86,7 @@ def trained(
     scale = torch.where(flat, lone, (variance + total) / 2).sqrt()
     standard = [(own - mean[c]) / scale[c] for c, own in enumerate(rows)]
 
-    weights = _start(choice, len(rows), mean.shape[1], seeds.generator("weights"), device)
+    weights = _start(choice, len(rows), mean.shape[1], ctx.seeds.generator("weights"), device)
 
     def loss(inputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         x, noise = (tensor.to(device) for tensor in inputs)
@@ -100,7 +94,7 @@ def trained(
 
     # Without a limit on the gradient's norm, which all classes share, none depends on another.
     schedule = Schedule(epochs=1, lr=choice.lr, optimizer="adam", weight_decay=0.0, clip=math.inf)
-    fit(loss, weights, _Rows(standard, choice), schedule, seeds, log, checkpoint)
+    fit(loss, weights, _Rows(standard, choice), schedule, ctx)
     *_, A, a, B, b, log_v = (w.detach().cpu() for w in weights)
     B, b, log_v = (torch.where(flat[..., None], 0.0, w) for w in (B, b, log_v))
     return Decoders(A, a[:, 0], B * scale[:, None], mean + scale * b[:, 0], scale * torch.exp(0.5 * log_v[:, 0]))

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's name and its class, which is called as `build(towers, config, seed=..., log=...)`."""
+    """A method's name and its class, which is called as `build(towers, config, seed=...)`."""
 
     name: str
     build: type[Method]

@@ -28,10 +28,8 @@ from cairn.methods.stages import TextStage, align_text, class_anchors
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels
 
 
@@ -86,28 +84,26 @@ class CGIL(CosineScoring, GaussianScoring[ClassMemory]):
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: CgilConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+    def __init__(self, towers: Towers, config: CgilConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self.texts = config.stage2.text.build(towers).to(towers.device)
         self.memory: ClassMemory = config.generator.memory(towers.dim)
         self._class_texts = torch.zeros(0, towers.dim)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         config, s = self.config, self.towers.logit_scale
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage2.schedule.batch)
-        anchors = class_anchors(self.towers, task, loader, log)
+        anchors = class_anchors(self.towers, task, loader, ctx.log)
         if task.names:
-            self.texts.grow(task.names, anchors, seeds.generator("texts"))
-        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+            self.texts.grow(task.names, anchors, ctx.seeds.generator("texts"))
+        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "X")
 
         # Stage 1: a generator per class of the task [P].
-        self.memory = config.generator.learned(
-            self.memory, x, y, self.towers.device, seeds.at(stage=1), log.at(stage=1), checkpoint
-        )
+        self.memory = config.generator.learned(self.memory, x, y, self.towers.device, ctx.at(stage=1))
 
         # Stage 2: class texts move; new classes are drawn like old ones [P].
-        align_text(config.stage2, self.texts, x, y, self.memory, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
+        align_text(config.stage2, self.texts, x, y, self.memory, s, ctx.at(stage=2))
         self._remember_texts()
 
     @torch.no_grad()

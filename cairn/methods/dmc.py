@@ -10,16 +10,15 @@ Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scal
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.memory.gaussians import GaussianSettings, full_bytes
 from cairn.methods.protocol import Card
-from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision
 from cairn.methods.two_stage import TwoStageState
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 
 
 class DmcConfig(GaussianSettings):
@@ -66,24 +65,18 @@ class DMC(TwoStageState):
         },
     )
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        config, s = self.config, self.towers.logit_scale
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+    def learn(self, task: Task, ctx: Context) -> None:
+        ctx, config, s = ctx.at(task=task.index), self.config, self.towers.logit_scale
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
-
-        new = class_anchors(self.towers, task, loader, log)
-        self.anchors = torch.cat([self.anchors, new.cpu()])
-        if task.names:
-            self.texts.grow(task.names, new, seeds.generator("texts"))
+        self.add_texts(task, loader, ctx)
 
         # Stage 1: vision moves, the template texts are its anchor [P].
-        align_vision(config.stage1, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
+        align_vision(config.stage1, self.image, self.anchors, loader, s, ctx.at(stage=1))
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
-        z, y = self.features(loader, checkpoint, "Z")
-        old = self.memory
-        self.memory = old.add(z, y)
+        z, y = self.features(loader, ctx, "Z")
+        old, self.memory = self.memory, self.memory.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
-        align_text(config.stage2, self.texts, z, y, old, s, seeds.at(stage=2), log.at(stage=2), checkpoint)
+        align_text(config.stage2, self.texts, z, y, old, s, ctx.at(stage=2))
         self.cache_texts()

@@ -24,11 +24,11 @@ from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.protocol import Card
-from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision, class_anchors
+from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision
 from cairn.methods.two_stage import TwoStageState
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.types import Features, Labels
 
@@ -120,65 +120,42 @@ class DMCOT(TwoStageState):
         },
     )
 
-    def __init__(self, towers: Towers, config: DmcOtConfig, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: DmcOtConfig, *, seed: int):
         if config.probes and not towers.has_images:
             raise ConfigError("probes: a features file has no images to alter; set probes=0")
-        super().__init__(towers, config, seed=seed, log=log)
+        super().__init__(towers, config, seed=seed)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        self.settle(task, *self.move(task, checkpoint), checkpoint)
-
-    def move(self, task: Task, checkpoint: Checkpoint | None = None) -> tuple[Motion | None, Features, Labels]:
-        """Stage 1: vision moves, the template texts are its anchor [P]. The motion seen (None if nothing of old classes
-        depends on it), and the features after and the labels of the task's images."""
-        stage, seeds, log = self.config.stage1, self.seeds.at(task=task.index), self.log.at(task=task.index)
-        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
+    def learn(self, task: Task, ctx: Context) -> None:
+        ctx, config, s = ctx.at(task=task.index), self.config, self.towers.logit_scale
+        loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
+        self.add_texts(task, loader, ctx)
 
         # Z0 describes what the old Gaussians describe. Taken before f_old is gone, it needs no second encoder.
-        moves = self.memory.classes > 0 and stage.tuning.kind != "none"
-        probes = Probes(loader, self.config.probes, lambda copy: seeds.at(copy=copy).generator("probes"))
-        Z0 = self._seen(loader, probes, checkpoint, "Z0")[0] if moves else None
+        moves = self.memory.classes > 0 and config.stage1.tuning.kind != "none"
+        copies = config.probes if moves else 0
+        probes = Probes(loader, copies, lambda copy: ctx.seeds.at(copy=copy).generator("probes"))
+        Z0 = self._encoded(loader, probes, ctx, "Z0")[0] if moves else None
 
-        s = self.towers.logit_scale
-        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
-        if Z0 is None:
-            return None, *self.features(loader, checkpoint, "Z1")
-        Z1, y = self._seen(loader, probes, checkpoint, "Z1")
-        own = len(task.train)
-        return Motion(Z0, Z1, y), Z1[:own], y[:own]
-
-    def _seen(
-        self, loader: Loader, probes: Probes, checkpoint: Checkpoint | None, name: str
-    ) -> tuple[Features, Labels]:
-        """Unit features and labels of the task's images, and behind them of the probes, under the encoder as it stands."""
-        z, y = self.features(loader, checkpoint, name)
-        if not probes.copies:
-            return z, y
-        more, labels = self.features(probes, checkpoint, f"{name}-probes")
-        return torch.cat([z, more]), torch.cat([y, labels])
-
-    def settle(
-        self, task: Task, motion: Motion | None, Z1: Features, y: Labels, checkpoint: Checkpoint | None = None
-    ) -> None:
-        """What follows stage 1: calibration, statistics, stage 2."""
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        # Stage 1: vision moves, the class texts are its anchor [P].
+        align_vision(config.stage1, self.image, self.anchors, loader, s, ctx.at(stage=1))
+        Z1, y = self._encoded(loader, probes, ctx, "Z1")
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
-        old = self.memory if motion is None else self.calibrated(motion, log)
-
-        # Statistics of the new classes under the new encoder.
-        self.memory = old.add(Z1, y)
+        old = self.memory if Z0 is None else self.calibrated(Motion(Z0, Z1, y), ctx.log)
+        z, y = Z1[: len(task.train)], y[: len(task.train)]
+        self.memory = old.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
-        if task.names:
-            new = self.anchors[task.classes.start :].to(self.towers.device)
-            self.texts.grow(task.names, new, seeds.generator("texts"))
-        align_text(
-            self.config.stage2, self.texts, Z1, y, old, self.towers.logit_scale, seeds.at(stage=2), log.at(stage=2),
-            checkpoint, separability=self.config.separability,
-        )  # fmt: skip
+        align_text(config.stage2, self.texts, z, y, old, s, ctx.at(stage=2), separability=config.separability)
         self.cache_texts()
+
+    def _encoded(self, loader: Loader, probes: Probes, ctx: Context, name: str) -> tuple[Features, Labels]:
+        """Unit features and labels of the task's images, and behind them of the probes, under the encoder as it stands."""
+        passes = [self.features(loader, ctx, name)]
+        if probes.copies:
+            passes.append(self.features(probes, ctx, f"{name}-probes"))
+        z, y = zip(*passes, strict=True)
+        return torch.cat(z), torch.cat(y)
 
     def calibrated(self, motion: Motion, log: Log) -> GaussianMemory:
         """mu' = A mu + b, S' = A S A^T for every old class; an unusable map is replaced by the mean shift, and said."""

@@ -54,12 +54,11 @@ from cairn.methods.protocol import FROZEN, Card, DescribedClasses
 from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
 
 
@@ -148,10 +147,10 @@ class ENGINE(DescribedClasses):
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: EngineConfig, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: EngineConfig, *, seed: int):
         if config.descriptions != "template" and not towers.has_images:
             raise ConfigError("descriptions: a features file has no text tower; set descriptions=template")
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.towers, self.config = towers, config
         self.device = towers.device
         names = ("visual", "textual")
         self.units = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
@@ -174,14 +173,14 @@ class ENGINE(DescribedClasses):
     def memory_bytes(self) -> int:
         return self.means.bytes + (self.head.bytes if self.config.stat else 0)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         config, s, d = self.config, self.towers.logit_scale, self.towers.dim
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
-        new = class_anchors(self.towers, task, loader, log).cpu()
+        new = class_anchors(self.towers, task, loader, ctx.log).cpu()
         self.anchors = torch.cat([self.anchors, new])
-        self.sentences = self.sentences + self._embedded(task, new, log)
-        rows, y = self._with_views(task, seeds, checkpoint)
+        self.sentences = self.sentences + self._embedded(task, new, ctx.log)
+        rows, y = self._with_views(task, ctx)
         x, h = rows[:, : -self.towers.hidden_dim], rows[:, -self.towers.hidden_dim :]
 
         # Units of this task; those before stand still, and all of them are added up [P].
@@ -208,7 +207,7 @@ class ENGINE(DescribedClasses):
         replay = share if config.replay is None else config.replay
         batches = _Batches(x, y, self.means.means, config.noise, config.schedule.batch, replay)
         current = [projector.current for projector in self.units.values()]
-        fit(loss, current, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
+        fit(loss, current, batches, config.schedule, ctx.logged_at(stage=1))
         self.means = self.means.add(x[:, :d], y)
         if config.stat:
             self.tasks += 1
@@ -221,18 +220,16 @@ class ENGINE(DescribedClasses):
         said = sentences_of(self.config.descriptions, task, log)
         return [unit(self.towers.text(sentences)).cpu() for sentences in said]
 
-    def _with_views(
-        self, task: Task, seeds: Seeds, checkpoint: Checkpoint | None
-    ) -> tuple[Float[Tensor, "n w"], Labels]:
+    def _with_views(self, task: Task, ctx: Context) -> tuple[Float[Tensor, "n w"], Labels]:
         """Unit embeddings of each image, of its altered copies, and its unit features before the projection, in one row; and
         the labels."""
         n, views = len(task.train), self.config.views
         numbered = Subset(task.train, np.arange(n), np.arange(n))
         loader = Loader(numbered, self.towers.prepare, self.towers.pixels, batch=self.config.schedule.batch)
-        rng = seeds.generator("views")
+        rng = ctx.seeds.generator("views")
         y = torch.as_tensor(task.train.labels)
         if not self.towers.has_images:
-            x, _ = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+            x, _ = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "X")
             return torch.cat([x, *(noisy(x, self.config.noise, rng) for _ in range(views)), x], 1), y
         chances = torch.rand(n, views, CHANCES, generator=rng)
 
@@ -241,7 +238,7 @@ class ENGINE(DescribedClasses):
             x, h = self.towers.image_and_hidden(pixels)
             return torch.cat([unit(part) for part in (x, *altered, h)], 1)
 
-        return encode(loader, rows, checkpoint, "X")[0], y
+        return encode(loader, rows, ctx, "X")[0], y
 
     def _described(self) -> Float[Tensor, "k d"]:
         """d_c."""

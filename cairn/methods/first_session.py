@@ -16,28 +16,25 @@ from cairn.maths.similarity import unit
 from cairn.methods.stages import as_tuned, competing
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels
 
 
 def adapted(
-    encoder: ImageEncoder, towers: Towers, loader: Loader, schedule: Schedule, seeds: Seeds, log: Log,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[Features, Labels]:  # fmt: skip
+    encoder: ImageEncoder, towers: Towers, loader: Loader, schedule: Schedule, ctx: Context
+) -> tuple[Features, Labels]:
     """Tune the encoder: CE(s unit(f(x)) unit(w)^T, y) over f and the classifier w. Frozen embeddings and labels of the images.
 
     Nothing is tuned if the encoder has nothing to train, or has been trained before.
     """
-    z, y = encode(loader, lambda pixels, _: towers.image(pixels), checkpoint, "Z")
+    z, y = encode(loader, lambda pixels, _: towers.image(pixels), ctx, "Z")
     if encoder.parameters() and not encoder.version and schedule.epochs:
         encoder.version = 1
         classes, which = y.unique(return_inverse=True)
-        if len(competing(classes, len(classes), log)) < 2:
+        if len(competing(classes, len(classes), ctx.log)) < 2:
             return z, y
         w = nn.Parameter(torch.stack([unit(z[which == i]).mean(0) for i in range(len(classes))]).to(encoder.device))
 
@@ -47,5 +44,5 @@ def adapted(
 
         schedule, average = as_tuned(encoder, schedule)
         trained = [*encoder.parameters(), w]
-        fit(loss, trained, loader, schedule, seeds, log, checkpoint, average=average, model=encoder)
+        fit(loss, trained, loader, schedule, ctx, average=average, model=encoder)
     return z, y

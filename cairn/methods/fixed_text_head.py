@@ -16,8 +16,7 @@ from cairn.methods.stages import align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels
 
@@ -27,23 +26,23 @@ class FixedTextHead(CosineScoring):
 
     memory_bytes = 0
 
-    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+    def __init__(self, towers: Towers, config: Any, *, seed: int):
+        self.towers, self.config = towers, config
+        self.image = ImageEncoder(towers, config.stage1.tuning, Seeds(seed).generator("encoder"))
         self.anchors = torch.zeros(0, towers.dim)
 
     @property
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         stage = self.config.stage1
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index, stage=1)
+        ctx = ctx.at(task=task.index).at(stage=1)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
-        new = class_anchors(self.towers, task, loader, log).cpu()
+        new = class_anchors(self.towers, task, loader, ctx.log).cpu()
         self.anchors = torch.cat([self.anchors, new])
         s = self.towers.logit_scale
-        align_vision(stage, self.image, self.anchors, loader, s, seeds.at(stage=1), log, checkpoint)
+        align_vision(stage, self.image, self.anchors, loader, s, ctx)
 
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)

@@ -36,9 +36,8 @@ from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, alig
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -90,32 +89,32 @@ class Joint(KeepsImages, HoldsOut):
         },
     )
 
-    def __init__(self, towers: Towers, config: JointConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+    def __init__(self, towers: Towers, config: JointConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self.tasks: list[Task] = []
         self.out: list[Tensor] = []
         """Of each task, which of its images are held out."""
         self._frozen: list[Features] = []
         """z0 of each task, as they can be made again from its images."""
         self.anchors = torch.zeros(0, towers.dim)
-        self._start()
+        self._start(Seeds(seed))
         self.moves = bool(self.image.parameters())
         self.ridges = [KernelRidge(towers.dim) for _ in range(1 + self.moves)]
         """On z0, and on z where the encoder moves."""
         self.weights = torch.zeros(0)
         self.held_out: tuple[Scores, Labels] | None = None
 
-    def _start(self) -> None:
+    def _start(self, seeds: Seeds) -> None:
         """The pretrained weights."""
-        self.image = ImageEncoder(self.towers, self.config.stage1.tuning, self.seeds.generator("encoder"))
+        self.image = ImageEncoder(self.towers, self.config.stage1.tuning, seeds.generator("encoder"))
         self.texts = self.config.stage2.text.build(self.towers).to(self.towers.device)
         for task in self.tasks:
-            self._grow(task)
+            self._grow(task, seeds.at(task=task.index))
 
-    def _grow(self, task: Task) -> None:
+    def _grow(self, task: Task, seeds: Seeds) -> None:
         rows = self.anchors[task.classes.start : task.classes.stop].to(self.towers.device)
         if task.names:
-            self.texts.grow(task.names, rows, self.seeds.at(task=task.index).generator("texts"))
+            self.texts.grow(task.names, rows, seeds.generator("texts"))
 
     @property
     def encoder(self) -> str:
@@ -127,28 +126,26 @@ class Joint(KeepsImages, HoldsOut):
         tasks = [task for task in self.tasks if len(task.train)]
         return sum(self.towers.prepare(task.train[0]).nbytes * len(task.train) for task in tasks)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         stage1, stage2, s = self.config.stage1, self.config.stage2, self.towers.logit_scale
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        seeds, ctx = ctx.seeds, ctx.at(task=task.index)
         own = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, own, log).cpu()])
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, own, ctx.log).cpu()])
         if self.config.restart:
-            self._start()
+            self._start(seeds)
         self.tasks.append(task)
-        self._grow(task)
-        self.out.append(chosen(task.train.labels, self.config.held_out, seeds.generator("held-out")))
+        self._grow(task, ctx.seeds)
+        self.out.append(chosen(task.train.labels, self.config.held_out, ctx.seeds.generator("held-out")))
         everything, out = Concatenation([seen.train for seen in self.tasks]), torch.cat(self.out)
         y, kept = torch.as_tensor(everything.labels), np.flatnonzero((~out).numpy())
 
         # Stages 1 and 2, on all images but those held out.
         learned = Subset(everything, kept, everything.labels[kept])
         loader = Loader(learned, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
-        align_vision(stage1, self.image, self.anchors, loader, s, seeds.at(stage=1), log.at(stage=1), checkpoint)
-        rows = self._embedded(everything, checkpoint)
+        align_vision(stage1, self.image, self.anchors, loader, s, ctx.at(stage=1))
+        rows = self._embedded(everything, ctx)
         nothing = GaussianMemory(self.towers.dim)
-        align_text(
-            stage2, self.texts, rows[-1][~out], y[~out], nothing, s, seeds.at(stage=2), log.at(stage=2), checkpoint
-        )
+        align_text(stage2, self.texts, rows[-1][~out], y[~out], nothing, s, ctx.at(stage=2))
 
         # The ridges and the weights by images held out; the regressions learn these, too.
         k = len(self.anchors)
@@ -157,9 +154,11 @@ class Joint(KeepsImages, HoldsOut):
         every = range(len(scores))
         self.weights = best_pool(scores, y[out], [every, every[-len(fitted) :]])
         self.held_out = (pooled(self.weights, scores), y[out]) if out.any() else None
-        log("pool", weights=self.weights.tolist(), ridges=[ridge.lam for ridge in self.ridges], held_out=int(out.sum()))
+        ctx.log(
+            "pool", weights=self.weights.tolist(), ridges=[ridge.lam for ridge in self.ridges], held_out=int(out.sum())
+        )
 
-    def _embedded(self, everything: Concatenation, checkpoint: Checkpoint | None) -> list[Features]:
+    def _embedded(self, everything: Concatenation, ctx: Context) -> list[Features]:
         """z0 of all images, and z where the encoder moves."""
         for task in self.tasks[len(self._frozen) :]:
             loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
@@ -168,7 +167,7 @@ class Joint(KeepsImages, HoldsOut):
         if self.moves:
             loader = Loader(everything, self.towers.prepare, self.towers.pixels)
             with self.image.inference():
-                z, _ = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
+                z, _ = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z")
             found.append(unit(z))
         return found
 

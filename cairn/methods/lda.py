@@ -22,9 +22,8 @@ from cairn.memory.gaussians import GaussianMemory, GaussianSettings
 from cairn.methods.protocol import FROZEN, Card, GaussianScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
 
@@ -55,17 +54,17 @@ class LDA(GaussianScoring[GaussianMemory]):
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: LdaConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log = towers, config, log
+    def __init__(self, towers: Towers, config: LdaConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self._set(config.memory(towers.dim))
 
     def _set(self, memory: GaussianMemory) -> None:
         self.memory = memory
         self._whiteners: list[Tensor] = []
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "Z")
         self._set(self.memory.add(z, y))
 
     def forget(self, c: int) -> None:

@@ -35,12 +35,10 @@ from cairn.methods.protocol import FROZEN, Card
 from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
 
 
@@ -121,8 +119,8 @@ class PROOF:
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: ProofConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+    def __init__(self, towers: Towers, config: ProofConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self.device = towers.device
         names = ("visual", "textual")
         self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
@@ -136,18 +134,18 @@ class PROOF:
     def memory_bytes(self) -> int:
         return self.means.bytes + self.exemplars.bytes
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         config, d = self.config, self.towers.dim
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), checkpoint, "X")
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
+        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "X")
         self.means = self.means.add(x, y)
 
         # This task's projections [P] and prompts [I] are new, those before stand still; T is trained on.
         for projector in self.projectors.values():
             projector.grow()
-        fresh = 0.02 * torch.randn(config.prompts, d, generator=seeds.generator("prompts"))
+        fresh = 0.02 * torch.randn(config.prompts, d, generator=ctx.seeds.generator("prompts"))
         prompts = nn.Parameter(fresh.to(self.device))
         trained = [projector.current for projector in self.projectors.values()] + [*self.fusion.parameters(), prompts]
 
@@ -158,7 +156,7 @@ class PROOF:
         # The task's images and the exemplars of all others, as one set [P].
         rows, labels = torch.cat([x, self.exemplars.rows]), torch.cat([y, self.exemplars.labels])
         batches = ReplayBatches(rows, labels, GaussianMemory(d), batch=config.schedule.batch, real_share=None)
-        fit(loss, trained, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
+        fit(loss, trained, batches, config.schedule, ctx.logged_at(stage=1))
         self.prompts = torch.cat([self.prompts, prompts.detach().cpu()])
         self.exemplars = self.exemplars.add(x, y, self.means.means, config.exemplars)
 

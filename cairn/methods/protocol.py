@@ -19,8 +19,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.types import Features, Labels, Pixels, Scores
 
 FROZEN = "frozen"
@@ -76,7 +75,7 @@ class Method(Protocol):
     towers: Towers
     config: Settings
 
-    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log): ...
+    def __init__(self, towers: Towers, config: Any, *, seed: int): ...
 
     @property
     def encoder(self) -> str:
@@ -88,9 +87,10 @@ class Method(Protocol):
         """Bytes kept of old classes beyond trained parameters."""
         ...
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         """Learn a task's classes from its training images; later tasks are never seen. Images of classes seen before are
-        learned on. Called again with the state from before the task, it takes up what `checkpoint` knows of it."""
+        learned on. Everything random comes from the seeds of `ctx`, the place of the whole run. Called again with the state from
+        before the task, it takes up the work that the checkpoint of `ctx` knows of."""
         ...
 
     def embed(self, pixels: Pixels) -> Features:

@@ -30,9 +30,8 @@ from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -91,9 +90,9 @@ class RanPAC(HoldsOut):
         quick={"schedule.epochs": 2, "schedule.batch": 4},
     )
 
-    def __init__(self, towers: Towers, config: RanpacConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.tuning, self.seeds.generator("encoder"))
+    def __init__(self, towers: Towers, config: RanpacConfig, *, seed: int):
+        self.towers, self.config = towers, config
+        self.image = ImageEncoder(towers, config.tuning, Seeds(seed).generator("encoder"))
         self.random = RandomFeatures(towers.dim, config.width, seed)
         m = self.random.width
         self.sums, self.W, self.lam = SecondOrder.empty(m), torch.zeros(m, 0), 0.0
@@ -107,22 +106,22 @@ class RanPAC(HoldsOut):
     def memory_bytes(self) -> int:
         return self.sums.bytes
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        config, seeds, log = self.config, self.seeds.at(task=task.index), self.log.at(task=task.index)
+    def learn(self, task: Task, ctx: Context) -> None:
+        config, ctx = self.config, ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
 
         # Phase 1, before the first task alone: the encoder is adapted.
         if self.image.parameters() and not self.image.version:
-            adapted(self.image, self.towers, loader, config.schedule, seeds.at(stage=1), log.at(stage=1), checkpoint)
+            adapted(self.image, self.towers, loader, config.schedule, ctx.at(stage=1))
 
         # Phase 2: the ridge is the one that fits held-out images of the task best; then all of them count.
         with self.image.inference():
-            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z1")
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z1")
         Y = one_hot(y, max(task.classes.stop, self.sums.D.shape[1])).float()
-        self.lam = self._chosen(z, Y, seeds)
-        self.sums = self._joined(z, Y, seeds.generator("rotation"))
+        self.lam = self._chosen(z, Y, ctx.seeds)
+        self.sums = self._joined(z, Y, ctx.seeds.generator("rotation"))
         self.W = self.sums.solution(self.lam)
-        log("ridge", chosen=self.lam, rows=len(self.sums.R))
+        ctx.log("ridge", chosen=self.lam, rows=len(self.sums.R))
 
     def _joined(self, z: Features, Y: Scores, rng: torch.Generator | None = None) -> SecondOrder:
         """The sums with these images learned, some at a time."""

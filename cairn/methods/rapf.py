@@ -39,10 +39,9 @@ from cairn.methods.protocol import FROZEN, Card, GaussianScoring
 from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -118,21 +117,21 @@ class RAPF(GaussianScoring[GaussianMemory]):
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: RapfConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+    def __init__(self, towers: Towers, config: RapfConfig, *, seed: int):
+        self.towers, self.config = towers, config
         self.W = torch.eye(towers.dim)
         if config.start == "random":
-            drawn = torch.rand(towers.dim, towers.dim, generator=self.seeds.generator("start"))
+            drawn = torch.rand(towers.dim, towers.dim, generator=Seeds(seed).generator("start"))
             self.W = (2 * drawn - 1) / towers.dim**0.5
         self.anchors = torch.zeros(0, towers.dim)
         self.memory = config.memory(towers.dim)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         config, s = self.config, self.towers.logit_scale
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
-        x, y = encode(loader, lambda pixels, _: self.memory_rows(self.towers.image(pixels)), checkpoint, "X")
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
+        x, y = encode(loader, lambda pixels, _: self.memory_rows(self.towers.image(pixels)), ctx, "X")
 
         # Cross entropy on new images and draws of old classes, and the hinge loss on what is drawn of neighbours [P].
         old, device = self.memory, self.towers.device
@@ -154,8 +153,8 @@ class RAPF(GaussianScoring[GaussianMemory]):
         )
         pairs = near.nonzero() if config.pair_draws and config.separation else near.nonzero()[:0]
         batches = _WithPairs(batches, old, pairs.cpu(), config.pair_draws or 0, config.pairs, self.on_sphere)
-        fit(loss, [W], batches, config.schedule, seeds, log, checkpoint)
-        old.tell_repairs(log)
+        fit(loss, [W], batches, config.schedule, ctx)
+        old.tell_repairs(ctx.log)
 
         # Decomposed parameter fusion [P]. The first task has no older weights to hold on to.
         new = W.detach().cpu()

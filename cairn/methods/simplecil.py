@@ -13,9 +13,8 @@ from cairn.memory.means import ClassMeans
 from cairn.methods.protocol import FROZEN, Card, CosineScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.types import Features, Pixels
 
 
@@ -35,17 +34,17 @@ class SimpleCIL(CosineScoring):
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: NoSettings, *, seed: int, log: Log):
-        self.towers, self.config, self.log = towers, config, log
+    def __init__(self, towers: Towers, config: NoSettings, *, seed: int):
+        self.towers, self.config = towers, config
         self.means = ClassMeans.empty(towers.dim)
 
     @property
     def memory_bytes(self) -> int:
         return self.means.bytes
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), checkpoint, "Z")
+        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), ctx, "Z")
         self.means = self.means.add(z, y)
 
     def forget(self, c: int) -> None:

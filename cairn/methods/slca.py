@@ -44,10 +44,9 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
 from cairn.training.averaging import BetaAverage
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -131,9 +130,9 @@ class SLCA(GaussianScoring[GaussianMemory]):
         },
     )
 
-    def __init__(self, towers: Towers, config: SlcaConfig, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+    def __init__(self, towers: Towers, config: SlcaConfig, *, seed: int):
+        self.towers, self.config = towers, config
+        self.image = ImageEncoder(towers, config.stage1.tuning, Seeds(seed).generator("encoder"))
         self.memory = config.memory(towers.dim)
         self.head = torch.zeros(0, towers.dim + 1)
         """Row c is W_c and behind it b_c."""
@@ -144,8 +143,8 @@ class SLCA(GaussianScoring[GaussianMemory]):
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+    def learn(self, task: Task, ctx: Context) -> None:
+        ctx = ctx.at(task=task.index)
         stage1, stage2 = self.config.stage1, self.config.stage2
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
         head = torch.cat([self.head, torch.zeros(len(task.names), self.towers.dim + 1)])
@@ -155,7 +154,7 @@ class SLCA(GaussianScoring[GaussianMemory]):
         # 1. Slow learner: the task's classes compete among themselves, and old rows stand still.
         present, encoder = loader.labels.unique(), self.image.parameters()
         rows = nn.Parameter(head[present].to(self.image.device))
-        classes = competing(present, len(head), log.at(stage=1))
+        classes = competing(present, len(head), ctx.log.at(stage=1))
         others = head[classes[~torch.isin(classes, present)]].to(rows.device)
 
         def slow_loss(pixels: Pixels, y: Labels) -> Tensor:
@@ -170,7 +169,7 @@ class SLCA(GaussianScoring[GaussianMemory]):
         rates = [rate] * len(encoder) + [1.0]
         schedule = stage1.schedule if len(classes) > 1 else stage1.schedule.model_copy(update={"epochs": 0})
         fit(
-            slow_loss, [*encoder, rows], loader, schedule, seeds.at(stage=1), log.at(stage=1), checkpoint,
+            slow_loss, [*encoder, rows], loader, schedule, ctx.at(stage=1),
             rates=rates, average=average, model=self.image,
         )  # fmt: skip
         if encoder and schedule.epochs:
@@ -179,7 +178,7 @@ class SLCA(GaussianScoring[GaussianMemory]):
 
         # 2. Statistics of the task's classes under the encoder as it now is.
         with self.image.inference():
-            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, "Z")
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z")
         self.memory = self.memory.add(unit(z), y)
 
         # 3. Classifier alignment: all classes seen, each drawn as often as any other.
@@ -191,8 +190,8 @@ class SLCA(GaussianScoring[GaussianMemory]):
             return normalised_cross_entropy(H, y.to(rows.device), stage2.temperature, groups)
 
         draws = _Draws(self.memory, self._shrunk(stage2.shrink), stage2.per_class, stage2.schedule.batch)
-        fit(alignment_loss, [rows], draws, stage2.schedule, seeds.at(stage=2), log.at(stage=2), checkpoint)
-        self.memory.tell_repairs(log)
+        fit(alignment_loss, [rows], draws, stage2.schedule, ctx.at(stage=2))
+        self.memory.tell_repairs(ctx.log)
         self.head = rows.detach().cpu()
 
     def _shrunk(self, shrink: float) -> Float[Tensor, "k d"]:

@@ -50,12 +50,10 @@ from cairn.methods.stages import class_anchors
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels, Scores
 
 
@@ -137,10 +135,10 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
 
     encoder = FROZEN
 
-    def __init__(self, towers: Towers, config: SpaConfig, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: SpaConfig, *, seed: int):
         if config.local.weight and not towers.has_images:
             raise ConfigError("local.weight: a features file has no patches; set local.weight=0")
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
+        self.towers, self.config = towers, config
         # Whether rows are [z ; v]; otherwise they are z alone.
         self.two = config.local.weight > 0 and config.local.score == "feature"
         names = ("visual", "textual", "local_visual", "local_textual")[: 4 if self.two else 2]
@@ -152,16 +150,16 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         self._tokens: list[Tensor] = []
         self._padded = self._nothing_said()
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         config, s = self.config, self.towers.logit_scale
-        seeds, log = self.seeds.at(task=task.index), self.log.at(task=task.index)
+        ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, log).cpu()])
+        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
         if config.local.weight:
-            self._describe(sentences_of(config.descriptions, task, log))
+            self._describe(sentences_of(config.descriptions, task, ctx.log))
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
-        x, S, y = encode(loader, lambda pixels, y: self._seen(self.embed(pixels), y), checkpoint, "rows")
+        x, S, y = encode(loader, lambda pixels, y: self._seen(self.embed(pixels), y), ctx, "rows")
         x, S, y = (column.to(self.towers.device) for column in (x, S, y))
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
@@ -177,8 +175,8 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         replay = share if config.replay is None else config.replay
         batches = _Batches(x, S, y, old, config.schedule.batch, replay, self.on_sphere)
         current = [projector.current for projector in self.projectors.values()]
-        fit(loss, current, batches, config.schedule, seeds, log.at(stage=1), checkpoint)
-        old.tell_repairs(log)
+        fit(loss, current, batches, config.schedule, ctx.logged_at(stage=1))
+        old.tell_repairs(ctx.log)
 
         # Statistics of the new classes. Their z never moves [P]; their v does, with the candidates of `_seen`.
         self.memory = old.add(x.cpu(), y.cpu())

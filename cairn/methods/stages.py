@@ -20,12 +20,11 @@ from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.averaging import BetaAverage
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 
 
 class VisionStage(Settings):
@@ -129,9 +128,7 @@ def align_vision(
     anchors: Float[Tensor, "k d"],
     batches: Loader,
     s: float,
-    seeds: Seeds,
-    log: Log,
-    checkpoint: Checkpoint | None = None,
+    ctx: Context,
 ) -> None:
     """Stage 1. Minimise CE(s (z - lambda t_y) T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
@@ -142,7 +139,7 @@ def align_vision(
     if not encoder.parameters() or not stage.schedule.epochs:
         return
     seen = torch.arange(len(anchors))
-    classes = competing(batches.labels.unique() if stage.classes == "current" else seen, len(anchors), log)
+    classes = competing(batches.labels.unique() if stage.classes == "current" else seen, len(anchors), ctx.log)
     if len(classes) < 2:
         return
     T = anchors[classes].to(encoder.device)
@@ -155,7 +152,7 @@ def align_vision(
         return value
 
     schedule, average = as_tuned(encoder, stage.schedule, stage.average)
-    fit(loss, encoder.parameters(), batches, schedule, seeds, log, checkpoint, average=average, model=encoder)
+    fit(loss, encoder.parameters(), batches, schedule, ctx, average=average, model=encoder)
     encoder.version += 1
 
 
@@ -166,9 +163,7 @@ def align_text(
     labels: Tensor,
     old: ClassMemory,
     s: float,
-    seeds: Seeds,
-    log: Log,
-    checkpoint: Checkpoint | None = None,
+    ctx: Context,
     separability: float = 0.0,
 ) -> None:
     """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
@@ -189,5 +184,5 @@ def align_text(
     if isinstance(stage.text, Prompts):
         schedule = schedule.model_copy(update={"lr": stage.text.lr})
     batches = ReplayBatches(features, labels, old, batch=schedule.batch, real_share=stage.real_share)
-    fit(loss, texts.trainable(), batches, schedule, seeds, log, checkpoint)
-    old.tell_repairs(log)
+    fit(loss, texts.trainable(), batches, schedule, ctx)
+    old.tell_repairs(ctx.log)

@@ -10,16 +10,17 @@ from torch import nn
 
 from cairn.data.loading import Loader
 from cairn.data.probes import Probes
+from cairn.data.stream import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.protocol import CosineScoring, GaussianScoring
+from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels
 
@@ -30,9 +31,9 @@ class TwoStageState(CosineScoring, GaussianScoring[GaussianMemory]):
     Scores are s cos(f(x), t_c), t_c the learned class text with `config.template_weight` of the template text in it.
     """
 
-    def __init__(self, towers: Towers, config: Any, *, seed: int, log: Log):
-        self.towers, self.config, self.log, self.seeds = towers, config, log, Seeds(seed)
-        self.image = ImageEncoder(towers, config.stage1.tuning, self.seeds.generator("encoder"))
+    def __init__(self, towers: Towers, config: Any, *, seed: int):
+        self.towers, self.config = towers, config
+        self.image = ImageEncoder(towers, config.stage1.tuning, Seeds(seed).generator("encoder"))
         self.texts = config.stage2.text.build(towers).to(towers.device)
         self.anchors = torch.zeros(0, towers.dim)
         self.memory = config.memory(towers.dim)
@@ -42,12 +43,17 @@ class TwoStageState(CosineScoring, GaussianScoring[GaussianMemory]):
     def encoder(self) -> str:
         return f"vision-{self.image.version}"
 
-    def features(
-        self, loader: Loader | Probes, checkpoint: Checkpoint | None = None, name: str = ""
-    ) -> tuple[Features, Labels]:
+    def add_texts(self, task: Task, loader: Loader, ctx: Context) -> None:
+        """The template texts of new classes, and the learned ones, which start from them."""
+        new = class_anchors(self.towers, task, loader, ctx.log)
+        self.anchors = torch.cat([self.anchors, new.cpu()])
+        if task.names:
+            self.texts.grow(task.names, new, ctx.seeds.generator("texts"))
+
+    def features(self, loader: Loader | Probes, ctx: Context | None = None, name: str = "") -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
         with self.image.inference():
-            z, y = encode(loader, lambda pixels, _: self.image(pixels), checkpoint, name)
+            z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, name)
         return unit(z), y
 
     @torch.no_grad()

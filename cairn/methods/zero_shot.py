@@ -13,8 +13,7 @@ from cairn.maths.rows import without
 from cairn.methods.protocol import FROZEN, Card, CosineScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.types import Features, Pixels
 
 
@@ -37,11 +36,11 @@ class ZeroShot(CosineScoring):
     encoder = FROZEN
     memory_bytes = 0
 
-    def __init__(self, towers: Towers, config: NoSettings, *, seed: int, log: Log):
+    def __init__(self, towers: Towers, config: NoSettings, *, seed: int):
         self.towers, self.config = towers, config
         self.texts = torch.zeros(0, towers.dim)
 
-    def learn(self, task: Task, checkpoint: Checkpoint | None = None) -> None:
+    def learn(self, task: Task, ctx: Context) -> None:
         if task.names:
             self.texts = torch.cat([self.texts, self.towers.class_texts(task.names, task.templates).cpu()])
 

@@ -22,7 +22,6 @@ from cairn.experiment.schema import RunConfig, RunResult, comparable_call
 from cairn.methods.catalogue import method_named
 from cairn.storage.schema import reason_of
 from cairn.sweep.file import Choice, Range, SweepFile
-from cairn.training.log import Log
 
 NAME = 120
 """Longest name of a folder."""
@@ -127,7 +126,7 @@ class Checks:
                     self._opened[shared] = prepared(config.model_copy(update={"device": "cpu"}))
                 towers = self._opened[shared].towers
                 settings = with_settings(entry.default_config(towers), config.settings)
-                entry.build(towers, settings, seed=config.seed, log=Log())
+                entry.build(towers, settings, seed=config.seed)
             except CairnError as error:
                 raise ConfigError(f"run '{name}': {error}") from None
             self._settings[key] = settings

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cairn.training.checkpoint import Checkpoint, State
+from cairn.training.context import Context
 
 
 class Ordered(Protocol):
@@ -24,14 +25,14 @@ class Ordered(Protocol):
 def encode(
     batches: Ordered,
     rows: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-    checkpoint: Checkpoint | None = None,
+    ctx: Context | None = None,
     name: str = "",
 ) -> tuple[Tensor, ...]:
     """Rows of every item, as `rows(pixels, labels)` gives them, one tensor or several, and its label; on the CPU.
 
-    What `checkpoint` knows of the pass called `name` is not computed again.
+    What the checkpoint of `ctx` knows of the pass called `name` is not computed again. Without `ctx` this process makes it alone.
     """
-    checkpoint = checkpoint or Checkpoint()
+    checkpoint = ctx.checkpoint if ctx else Checkpoint()
     held = checkpoint.work(name)
     columns: list[list[Tensor]] = [] if held is None else [[held[f"column-{i}"]] for i in range(len(held) - 1)]
     done = 0 if held is None else int(held["batches"])

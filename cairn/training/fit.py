@@ -20,11 +20,10 @@ from torch.nn.utils import clip_grad_norm_
 from cairn.data.loading import Loader
 from cairn.errors import NotFinite
 from cairn.training.averaging import BetaAverage
-from cairn.training.checkpoint import Checkpoint, State
+from cairn.training.checkpoint import State
+from cairn.training.context import Context
 from cairn.training.distributed import World
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
 
 
 class Batches(Protocol):
@@ -55,9 +54,7 @@ def fit(
     parameters: Sequence[nn.Parameter],
     batches: Batches,
     schedule: Schedule,
-    seeds: Seeds,
-    log: Log,
-    checkpoint: Checkpoint | None = None,
+    ctx: Context,
     *,
     rates: Sequence[float] | None = None,
     average: BetaAverage | None = None,
@@ -65,20 +62,20 @@ def fit(
 ) -> None:
     """Minimise the mean of `loss(inputs, labels)` over the batches; with `average`, its parameters end as their average.
 
-    `loss` is computed with `model` in training mode; what it draws in step i comes from `seeds.at(step=i)`, in each process
+    `loss` is computed with `model` in training mode; what it draws in step i comes from `ctx.seeds.at(step=i)`, in each process
     apart where batches are shared out.
     Where batches are shared out between processes, the loss must be a mean over rows, none of which depends on another.
 
     `rates` are multiples of the schedule's learning rate, one for each parameter; 1 for all of them if None.
-    Epoch e draws its order from `seeds.at(epoch=e)`. What `checkpoint` knows of this stage, named by `seeds`, is taken up
+    Epoch e draws its order from `ctx.seeds.at(epoch=e)`. What the checkpoint knows of this stage, named by the seeds, is taken up
     where it stood.
     Raises NotFinite, naming the step, if a loss is not a number; the parameters then are those of the step before.
     """
-    parameters, checkpoint = list(parameters), checkpoint or Checkpoint()
+    parameters, checkpoint = list(parameters), ctx.checkpoint
     steps = schedule.epochs * len(batches)
     if not parameters or not steps:
         return
-    name = "fit-" + "-".join(seeds.path)
+    name = "fit-" + "-".join(ctx.seeds.path)
     course = _Course(parameters, _optimiser(schedule, parameters, rates or [1.0] * len(parameters)), average)
     opens_images = isinstance(batches, Loader)
     if opens_images and (trained := checkpoint.trained(name)) is not None:
@@ -89,18 +86,18 @@ def fit(
             raise ValueError(f"{name}: step {course.step} of {steps}")
         if course.step == steps:
             return checkpoint.found_finished(name, course.finished())
-    world = checkpoint.world
+    world = ctx.world
     shared = world.world_size > 1 and opens_images
     part = {"rank": world.rank} if shared else {}
 
     def training(step: int) -> AbstractContextManager[None]:
         if model is None:
             return nullcontext()
-        return model.training(seeds.at(step=step, **part).generator("dropout", model.device))
+        return model.training(ctx.seeds.at(step=step, **part).generator("dropout", model.device))
 
     waited, start, begun = 0.0, time.perf_counter(), course.step
     done, skip = divmod(course.step, len(batches))
-    rngs = [seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
+    rngs = [ctx.seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
     epochs = batches.epochs(rngs, skip, (world.rank, world.world_size)) if shared else batches.epochs(rngs, skip)
     for epoch, source in enumerate(epochs, start=done):
         mark = began = time.perf_counter()
@@ -121,7 +118,7 @@ def fit(
                 value, number = _summed(parameters, value, number, world)
             if not math.isfinite(value):
                 raise NotFinite(
-                    f"{log.place}, epoch {epoch}, step {course.step}: the loss is {value}; lower the learning rate"
+                    f"{ctx.log.place}, epoch {epoch}, step {course.step}: the loss is {value}; lower the learning rate"
                 )
             clip_grad_norm_(parameters, schedule.clip)
             course.optimiser.step()
@@ -129,14 +126,14 @@ def fit(
                 average.update(course.step, steps)
             course.count(number, value)
             mark = time.perf_counter()
-            log.progress(
+            ctx.log.progress(
                 epoch=epoch, epochs=schedule.epochs, step=course.step, steps=steps, loss=course.loss / course.rows,
                 rate=(course.rows - rows) / (mark - began),
                 remaining=(mark - start) / (course.step - begun) * (steps - course.step),
             )  # fmt: skip
             if course.step % len(batches):
                 checkpoint.step(name, course.state)
-        log(
+        ctx.log(
             "epoch", epoch=epoch, loss=course.loss / max(1, course.rows), rows=course.rows,
             seconds=time.perf_counter() - began, waited=waited, parameters=sum(p.numel() for p in parameters),
         )  # fmt: skip

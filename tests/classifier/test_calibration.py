@@ -20,13 +20,13 @@ from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import INVERSE_TEMPERATURES, loss_curve
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 
 def built(method, towers, settings=None):
     entry = METHODS[method]
-    return entry.build(towers, settings or entry.default_config(towers), seed=1, log=Log())
+    return entry.build(towers, settings or entry.default_config(towers), seed=1)
 
 
 def test_left_out_are_a_fifth_of_each_class_and_never_all_of_one():
@@ -80,11 +80,13 @@ def test_left_out_images_were_not_learned_from(method, features):
             return other
 
         alone = before()
-        learned.learn(task, checkpoint)
-        calibration = calibration.with_images(rehearsed(learned, before, task, 5, checkpoint))
-        out = left_out(task.train.labels, Seeds(5).at(task=task.index).generator("calibration"))
+        learned.learn(task, Context(Seeds(1), checkpoint=checkpoint))
+        calibration = calibration.with_images(
+            rehearsed(learned, before, task, Context(Seeds(1), checkpoint=checkpoint))
+        )
+        out = left_out(task.train.labels, Seeds(1).at(task=task.index).generator("calibration"))
         kept = np.setdiff1d(np.arange(len(task.train)), out)
-        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])))
+        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])), Context(Seeds(1)))
         rows = next(iter(Loader(Subset(task.train, out, task.train.labels[out]), towers.prepare, towers.pixels)))
         expected = expected.with_images(LeftOut(alone.scores(alone.embed(rows[0])), rows[1]))
     assert calibration == expected
@@ -95,12 +97,12 @@ def test_ranpac_gives_what_it_holds_out_itself(features):
     dataset = open_dataset(features)
     towers = towers_for(RunConfig(method="ranpac", data=features), dataset)
     stream, method = task_stream(dataset, step=3, order="seed:1"), built("ranpac", towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     scores, labels = method.held_out
     assert scores.shape == (len(labels), 3)
     assert len(labels) == round(method.config.held_out * len(stream.tasks[0].train))
     found = Calibration().with_images(
-        rehearsed(method, lambda: pytest.fail("needs no rehearsal"), stream.tasks[0], 1, Checkpoint())
+        rehearsed(method, lambda: pytest.fail("needs no rehearsal"), stream.tasks[0], Context(Seeds(1)))
     )
     np.testing.assert_allclose(found.loss, loss_curve(scores, labels, 0.5))
 
@@ -110,7 +112,7 @@ def test_a_class_that_is_held_out_whole_tells_ranpac_nothing(features):
     towers = towers_for(RunConfig(method="ranpac", data=features), dataset)
     (task, *_), method = task_stream(dataset, step=6, order="seed:1").tasks, built("ranpac", towers)
     one_each = np.array([int(np.flatnonzero(task.train.labels == c)[0]) for c in range(6)])
-    method.learn(replace(task, train=Subset(task.train, one_each, np.arange(6))))
+    method.learn(replace(task, train=Subset(task.train, one_each, np.arange(6))), Context(Seeds(1)))
     assert len(method.held_out[1]) == 0
 
 
@@ -126,9 +128,9 @@ def test_a_tower_that_was_trained_is_not_trained_again(towers, small_stream):
         rehearsals.append(built("dmc", towers, config))
         return rehearsals[-1]
 
-    method.learn(task, checkpoint)
+    method.learn(task, Context(Seeds(1), checkpoint=checkpoint))
     state, passes = {k: v.clone() for k, v in method.state_dict().items()}, towers.passes["images"]
-    rehearsed(method, before, task, 1, checkpoint)
+    rehearsed(method, before, task, Context(Seeds(1), checkpoint=checkpoint))
     assert towers.passes["images"] - passes <= len(left_out(task.train.labels, torch.Generator()))
     own, other = method.image.state_dict(), rehearsals[0].image.state_dict()
     assert all(torch.equal(own[key], other[key]) for key in own)

@@ -20,6 +20,8 @@ PROGRAM = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import numpy as np, torch
+from cairn.training.seeds import Seeds
+from cairn.training.context import Context
 from cairn.data.images import Dataset
 from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
@@ -27,7 +29,8 @@ from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.config import with_settings
 from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 torch.set_num_threads(1)
 name, tasks, warm, d = sys.argv[1], *map(int, sys.argv[2:])
@@ -42,7 +45,7 @@ entry = METHODS[name]
 known = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1, "schedule.epochs": 1}
 config = entry.default_config(towers)
 fields = [f"{key}={value}" for key, value in known.items() if hasattr(config, key.split(".")[0])]
-method = entry.build(towers, with_settings(config, fields), seed=1, log=Log())
+method = entry.build(towers, with_settings(config, fields), seed=1)
 stream = task_stream(data, step=1)
 evaluator = Evaluator(stream, towers)
 
@@ -54,7 +57,7 @@ def resident():
 
 marks = {}
 for task in stream.tasks:
-    method.learn(task)
+    method.learn(task, Context(Seeds(1)))
     if task.index % 20 == 19:
         evaluator.after(task.index, method)
     if task.index + 1 in (warm, tasks):

@@ -23,7 +23,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import GaussianScoring
 from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 
@@ -93,11 +93,11 @@ def test_references_are_of_a_method_that_did_not_learn_the_images(features):
     dataset = open_dataset(features)
     towers = towers_for(RunConfig(method="lda", data=features), dataset)
     learner, expected, among, entry = IncrementalClassifier("lda", towers, seed=5), [], [], METHODS["lda"]
-    alone = entry.build(towers, entry.default_config(towers), seed=5, log=Log())
+    alone = entry.build(towers, entry.default_config(towers), seed=5)
     for task in task_stream(dataset, step=3).tasks:
         out = left_out(task.train.labels, Seeds(5).at(task=task.index).generator("calibration"))
         kept = np.setdiff1d(np.arange(len(task.train)), out)
-        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])))
+        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])), Context(Seeds(5)))
         rows = torch.stack([torch.as_tensor(task.train[int(i)]) for i in out])
         expected += Novelty(alone, 5).fit(alone.memory_rows(rows)).tolist()
         among += [task.classes.stop] * len(out)

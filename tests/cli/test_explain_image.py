@@ -15,7 +15,9 @@ from cairn.experiment.folder import LEARNER, Call, RunFolder, read_learner, writ
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,8 @@ def test_reasons_add_up_to_the_score(kept):
 def test_every_token_knows_its_sentence(towers, small_stream, tokens):
     entry = METHODS["spa"]
     config = entry.config.model_validate({"local": {"tokens": tokens}, "schedule": {"epochs": 0}})
-    method = entry.build(towers, config, seed=1, log=Log())
-    method.learn(small_stream.tasks[0])
+    method = entry.build(towers, config, seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
     said = [method._sentence(1, token) for token in range(len(method._tokens[1]))]
     assert list(dict.fromkeys(said)) == list(method.sentences[1])
 
@@ -105,6 +107,6 @@ def test_what_cannot_be_explained_is_said(kept, tmp_path, towers):
     with pytest.raises(ValueError, match="2 images: one at a time"):
         method.reasons(pixels(method).expand(2, -1, -1, -1))
     plain = METHODS["spa"]
-    flat = plain.build(towers, plain.config.model_validate({"local": {"weight": 0}}), seed=1, log=Log())
+    flat = plain.build(towers, plain.config.model_validate({"local": {"weight": 0}}), seed=1)
     with pytest.raises(ConfigError, match=r"local\.weight is 0"):
         flat.reasons(pixels(method))

@@ -33,7 +33,9 @@ from cairn.experiment.schema import RunConfig
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled
 from cairn.towers.features import FeatureTowers
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hard-inputs.md"
 QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
@@ -824,11 +826,11 @@ def test_array_that_is_no_picture(root):
 def test_class_that_comes_back(root):
     """What every method does with it is in the contract tests; here the count of images of one that keeps means."""
     entry, stream, towers, settings = prepared(config(root, method="simplecil"))
-    method = entry.build(towers, settings, seed=1, log=Log())
+    method = entry.build(towers, settings, seed=1)
     first = stream.tasks[0]
-    method.learn(first)
+    method.learn(first, Context(Seeds(1)))
     mean = method.means.means.clone()
-    method.learn(replace(first, index=1, classes=range(1, 1), names=()))
+    method.learn(replace(first, index=1, classes=range(1, 1), names=()), Context(Seeds(1)))
     assert method.means.counts.tolist() == [4]
     torch.testing.assert_close(method.means.means, mean)
 

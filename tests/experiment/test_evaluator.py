@@ -12,7 +12,8 @@ from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
 from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 
 @pytest.mark.parametrize("name", ["simplecil", "spa"])
@@ -20,10 +21,10 @@ def test_what_does_not_fit_in_memory_lies_in_a_file_and_changes_nothing(towers, 
     mapped, from_file = [], torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda file, **how: mapped.append(file) or from_file(file, **how))
     entry = METHODS[name]
-    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    method = entry.build(towers, entry.default_config(towers), seed=1)
     plain, tight = Evaluator(small_stream, towers), Evaluator(small_stream, towers, keep_bytes=5000)
     for task in small_stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         assert plain.after(task.index, method) == tight.after(task.index, method)
     assert len(mapped) >= 1
     assert not any(Path(name).exists() for name in mapped)
@@ -35,8 +36,8 @@ def test_what_does_not_fit_in_memory_lies_in_a_file_and_changes_nothing(towers, 
 def test_scores_that_are_not_finite_are_no_accuracy(towers, small_stream, monkeypatch):
     """Of the method, and of the class texts that it is compared with."""
     entry = METHODS["simplecil"]
-    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
-    method.learn(small_stream.tasks[0])
+    method = entry.build(towers, entry.default_config(towers), seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
     evaluator = Evaluator(small_stream, towers)
     evaluator._texts[1, 0] = float("nan")
     with pytest.raises(NotFinite, match="zero-shot scores: those of test image 0 are not finite"):
@@ -64,12 +65,12 @@ def share_of_texts(tests, texts, classes):
 def test_classes_to_come_are_asked_among_themselves_and_seen_ones_among_the_seen(flat, blurred_dataset):
     stream = task_stream(blurred_dataset, step=2)
     method, texts = (
-        METHODS["simplecil"].build(flat, None, seed=1, log=Log()),
+        METHODS["simplecil"].build(flat, None, seed=1),
         torch.as_tensor(blurred_dataset.embeddings.text),
     )
     evaluator = Evaluator(stream, flat)
     for task, seen in enumerate((2, 4, 6)):
-        method.learn(stream.tasks[task])
+        method.learn(stream.tasks[task], Context(Seeds(1)))
         found = evaluator.after(task, method)
         coming = stream.tests[task + 1 :]
         assert found.future == (share_of_texts(coming, texts, range(seen, 6)) if coming else None)
@@ -84,8 +85,8 @@ def test_classes_to_come_are_asked_of_the_adapted_encoder(flat, blurred_dataset)
     entry = METHODS["aper"]
     config = entry.default_config(flat)
     config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"lr": 1.0})})
-    method = entry.build(flat, config, seed=1, log=Log())
-    method.learn(stream.tasks[0])
+    method = entry.build(flat, config, seed=1)
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     found = Evaluator(stream, flat).after(0, method)
     with torch.no_grad():
         adapted = [Rows(method.image(rows_of([test])[0]).numpy(), test.labels, "adapted") for test in stream.tests]
@@ -97,9 +98,9 @@ def test_classes_to_come_are_asked_of_the_adapted_encoder(flat, blurred_dataset)
 def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):
     """Of tasks and of classes with unequal numbers of test images."""
     stream = task_stream(blurred_dataset, step=2)
-    method, evaluator = METHODS["simplecil"].build(flat, None, seed=1, log=Log()), Evaluator(stream, flat)
+    method, evaluator = METHODS["simplecil"].build(flat, None, seed=1), Evaluator(stream, flat)
     for task in range(2):
-        method.learn(stream.tasks[task])
+        method.learn(stream.tasks[task], Context(Seeds(1)))
         found = evaluator.after(task, method)
     correct, total = [0] * 4, [0] * 4
     for j, test in enumerate(stream.tests[:2]):

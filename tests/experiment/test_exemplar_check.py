@@ -18,15 +18,16 @@ from cairn.experiment.schema import RunConfig
 from cairn.methods import catalogue
 from cairn.methods.catalogue import METHODS, Entry
 from cairn.methods.simplecil import SimpleCIL
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 
 def keeping(what):
     """SimpleCIL that keeps `what(method, task)` beside its means."""
 
     class Keeping(SimpleCIL):
-        def learn(self, task, checkpoint=None):
-            super().learn(task, checkpoint)
+        def learn(self, task, ctx):
+            super().learn(task, ctx)
             self.kept = what(self, task)
 
     return Keeping
@@ -56,23 +57,21 @@ WAYS = {
 
 
 def evaluated(method, stream, towers, exemplar_free=True):
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     return Evaluator(stream, towers, exemplar_free=exemplar_free).after(0, method)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_method_that_keeps_images_is_refused_whatever_it_hides_them_in(way, small_stream, towers):
-    method = keeping(WAYS[way])(towers, NoSettings(), seed=1, log=Log())
+    method = keeping(WAYS[way])(towers, NoSettings(), seed=1)
     with pytest.raises(ExemplarsKept, match=r"Keeping holds .* of task 0 .*declare keeps="):
         evaluated(method, small_stream, towers)
-    assert evaluated(
-        keeping(WAYS[way])(towers, NoSettings(), seed=1, log=Log()), small_stream, towers, exemplar_free=False
-    )
+    assert evaluated(keeping(WAYS[way])(towers, NoSettings(), seed=1), small_stream, towers, exemplar_free=False)
 
 
 def test_what_is_no_image_of_the_task_is_not_minded(small_stream, towers):
     kept = lambda method, task: (rows(method, task).float().mean(0), task.names, task.classes, np.arange(5), print)  # noqa: E731
-    assert evaluated(keeping(kept)(towers, NoSettings(), seed=1, log=Log()), small_stream, towers)
+    assert evaluated(keeping(kept)(towers, NoSettings(), seed=1), small_stream, towers)
 
 
 def test_a_class_of_one_image_or_of_copies_is_not_looked_for(embedded_dataset, small_stream, towers):

@@ -21,7 +21,7 @@ from cairn.methods import stages
 from cairn.methods.autoencoders import Vae, negative_elbo, trained
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def build(towers, *assignments):
     entry = METHODS["cgil"]
     config = entry.default_config(towers)
     known = [item for item in FAST if not (item.startswith("generator.") and "generator=gaussian" in assignments)]
-    return entry.build(towers, with_settings(config, [*known, *assignments]), seed=1, log=Log())
+    return entry.build(towers, with_settings(config, [*known, *assignments]), seed=1)
 
 
 def rows(images):
@@ -48,7 +48,7 @@ def scattered(n, seed, d=6):
 
 
 def taught(groups, seed=1, **settings):
-    return trained(Vae(**settings), groups, CPU, Seeds(seed), Log())
+    return trained(Vae(**settings), groups, CPU, Context(Seeds(seed)))
 
 
 # --- the autoencoders -------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def seen(monkeypatch):
 def test_texts_see_draws_of_every_class_and_of_real_rows_the_share_asked_for(flat, stream, seen, share):
     method = build(flat, f"stage2.real_share={share}")
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     real = {tuple(row.tolist()) for row in unit(rows(stream.tasks[1].train))}
     batches = [batch for epoch in seen[1].epochs([torch.Generator().manual_seed(0)]) for batch in epoch]
     inputs = [tuple(row.tolist()) in real for x, _ in batches for row in x]
@@ -154,12 +154,12 @@ def test_texts_see_draws_of_every_class_and_of_real_rows_the_share_asked_for(fla
 
 def test_the_tower_stands_and_the_texts_move(flat, stream):
     method = build(flat)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     pixels = rows(stream.tests[0])
     assert torch.equal(method.embed(pixels), pixels)
     assert not torch.allclose(method._class_texts, flat._text[:2], atol=1e-4)
     still = build(flat, "stage2.text=templates")
-    still.learn(stream.tasks[0])
+    still.learn(stream.tasks[0], Context(Seeds(1)))
     assert torch.equal(still._class_texts, flat._text[:2])
 
 
@@ -169,7 +169,7 @@ def test_learning_is_for_the_better(flat, stream, generator):
     if generator == "vae":
         method = build(flat, "generator.steps=100", "stage2.schedule.epochs=20")
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     x = torch.cat([rows(test) for test in stream.tests])
     y = np.concatenate([test.labels for test in stream.tests])
     accuracy, before = (np.mean(scores.argmax(1).numpy() == y) for scores in (method.scores(x), unit(x) @ flat._text.T))
@@ -179,7 +179,7 @@ def test_learning_is_for_the_better(flat, stream, generator):
 
 def test_gaussians_are_those_of_the_unit_features(flat, stream):
     method = build(flat, "generator=gaussian", "generator.covariance=diagonal")
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     x, y = unit(rows(stream.tasks[0].train)).double(), torch.as_tensor(stream.tasks[0].train.labels)
     torch.testing.assert_close(method.memory.mean(1), x[y == 1].mean(0), atol=1e-6, rtol=0)
     assert method.memory.kind.kind == "diagonal"
@@ -202,13 +202,13 @@ def test_old_classes_alone_and_single_images_are_learned(flat, stream, text, gen
     first, second = stream.tasks[:2]
     one = [np.flatnonzero(first.train.labels == c)[:1] for c in range(2)]
     few = np.concatenate([one[0], np.flatnonzero(first.train.labels == 1)])
-    method.learn(replace(first, train=Subset(first.train, few, first.train.labels[few])))
+    method.learn(replace(first, train=Subset(first.train, few, first.train.labels[few])), Context(Seeds(1)))
     again = Subset(first.train, one[0], first.train.labels[one[0]])
     before, kept = method._class_texts, method.memory.means[1]
-    method.learn(replace(first, index=1, classes=range(2, 2), names=(), train=again))
+    method.learn(replace(first, index=1, classes=range(2, 2), names=(), train=again), Context(Seeds(1)))
     assert not torch.equal(before, method._class_texts)
     assert torch.equal(kept, method.memory.means[1])
-    method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
+    method.learn(replace(second, index=2, train=Concatenation([again, second.train])), Context(Seeds(1)))
     assert method.memory.counts.tolist() == [3, 18, 30, 46]
     assert torch.isfinite(method.scores(method.embed(rows(stream.tests[0])))).all()
 
@@ -227,9 +227,9 @@ class Cut(BaseException):
 def test_a_task_cut_off_at_any_step_ends_where_an_untouched_one_does(flat, stream):
     whole = build(flat)
     for task in stream.tasks[:2]:
-        whole.learn(task)
+        whole.learn(task, Context(Seeds(1)))
     start = build(flat)
-    start.learn(stream.tasks[0])
+    start.learn(stream.tasks[0], Context(Seeds(1)))
     work, pieces = {}, 0
     while True:
         kept = Checkpoint(steps=1)
@@ -245,7 +245,7 @@ def test_a_task_cut_off_at_any_step_ends_where_an_untouched_one_does(flat, strea
         method = build(flat)
         method.load_state_dict({key: value.clone() for key, value in start.state_dict().items()})
         try:
-            method.learn(stream.tasks[1], kept)
+            method.learn(stream.tasks[1], Context(Seeds(1), checkpoint=kept))
             break
         except Cut:
             pieces += 1

@@ -11,7 +11,9 @@ from cairn.config import with_settings
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.towers.tuning import Full
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 STEP = (
     "stage1.schedule.epochs=1", "stage1.schedule.batch=1000", "stage1.schedule.optimizer=sgd", "stage1.schedule.lr=0.1",
@@ -20,10 +22,10 @@ STEP = (
 """One plain step down the gradient over the whole task."""
 
 
-def build(towers, *assignments, name="clipood", log=None):
+def build(towers, *assignments, name="clipood"):
     entry = METHODS[name]
     config = with_settings(entry.default_config(towers), assignments)
-    return entry.build(towers, config, seed=1, log=log or Log())
+    return entry.build(towers, config, seed=1)
 
 
 def rows(images):
@@ -40,7 +42,7 @@ def test_the_defaults_are_the_paper_s(towers, flat):
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 def test_a_step_goes_down_the_written_loss(flat, stream, margin):
     method, task = build(flat, *STEP, f"stage1.margin={margin}"), stream.tasks[0]
-    method.learn(task)
+    method.learn(task, Context(Seeds(1)))
     x, y, T, s = rows(task.train), task.train.labels, flat.class_texts(task.names, task.templates), flat.logit_scale
     D = torch.zeros(flat.dim, flat.dim, requires_grad=True)
     total = 0.0
@@ -58,10 +60,10 @@ def test_the_weights_end_as_the_beta_average_of_a_task_s_trajectory(flat, stream
     some, tasks = (flat, stream.tasks) if form == "embeddings" else (towers, small_stream.tasks)
     seen = []
     log = Log(show=lambda event: seen.append([p.detach().clone() for p in method.image.parameters()]))
-    method = build(some, "stage1.schedule.epochs=2", "stage1.schedule.batch=8", log=log)
+    method = build(some, "stage1.schedule.epochs=2", "stage1.schedule.batch=8")
     for task in tasks[:2]:
         seen[:] = [[p.detach().clone() for p in method.image.parameters()]]
-        method.learn(task)
+        method.learn(task, Context(Seeds(1), log))
         T = len(seen) - 1
         assert 2 * -(-len(task.train) // 8) == T
         beta = torch.distributions.Beta(0.5, 0.5)
@@ -75,7 +77,7 @@ def test_the_weights_end_as_the_beta_average_of_a_task_s_trajectory(flat, stream
 def test_every_weight_of_the_tower_is_trained(towers, small_stream):
     method = build(towers, "stage1.schedule.epochs=1")
     before = method.image.state_dict()
-    method.learn(small_stream.tasks[0])
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
     after = method.image.state_dict()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert sum(p.numel() for p in method.image.parameters()) == sum(p.numel() for p in towers.vision().parameters())
@@ -87,10 +89,10 @@ def test_old_texts_matter_to_a_new_task_where_all_classes_stand_in_the_softmax(f
     ends = []
     for turned in (False, True):
         method = build(flat, f"stage1.classes={classes}")
-        method.learn(stream.tasks[0])
+        method.learn(stream.tasks[0], Context(Seeds(1)))
         if turned:
             method.anchors = unit(method.anchors.flip(1))
-        method.learn(stream.tasks[1])
+        method.learn(stream.tasks[1], Context(Seeds(1)))
         ends.append(method.image.module.map.weight.detach().clone())
     assert torch.equal(*ends) != matter
 
@@ -99,7 +101,7 @@ def test_without_margin_and_average_it_is_fine_tuning(flat, stream):
     plain = build(flat, "stage1.margin=0", "stage1.average=null", "stage1.classes=seen"), build(flat, name="finetune")
     for method in plain:
         for task in stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
     x = rows(stream.tests[0])
     a, b = (method.scores(method.embed(x)) for method in plain)
     assert torch.equal(a, b)

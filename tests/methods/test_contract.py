@@ -21,7 +21,8 @@ from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import CAPABILITIES, CosineScoring, GaussianScoring
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 TOGETHER = {
     "spa": "the classes that look at an image make its local feature",
@@ -57,7 +58,7 @@ def build(entry, towers, seed=1):
     config = entry.default_config(towers)
     known = {path for path, _, _ in settings(config)}
     config = with_values(config, [(key, value) for key, value in entry.card.quick.items() if key in known])
-    return entry.build(towers, config, seed=seed, log=Log())
+    return entry.build(towers, config, seed=seed)
 
 
 def test_images(stream, towers):
@@ -76,7 +77,7 @@ def test_columns_are_the_classes_seen_and_numbers_are_finite(world):
     entry, towers, stream = world
     method, pixels = build(entry, towers), test_images(stream, towers)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         got = scores(method, pixels)
         assert got.shape == (len(pixels), task.classes.stop)
         assert torch.isfinite(got).all()
@@ -88,7 +89,7 @@ def test_a_method_has_what_the_contract_names(world):
     """And of the capabilities exactly those that its class inherits."""
     entry, towers, stream = world
     method = build(entry, towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     assert method.towers is towers
     assert type(method.config) is entry.config
     assert isinstance(method.encoder, str)
@@ -115,7 +116,7 @@ def test_the_same_seed_gives_the_same_scores_and_no_global_state_is_used(world):
         before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
         method = build(entry, towers)
         for task in stream.tasks[:2]:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         results.append(scores(method, pixels))
         assert torch.equal(before, torch.get_rng_state())
         assert np.array_equal(before_np, np.random.get_state()[1])  # noqa: NPY002
@@ -128,7 +129,7 @@ def test_the_seed_moves_what_is_trained_with_batches(world):
     for seed in (1, 2):
         method = build(entry, towers, seed)
         for task in stream.tasks[:2]:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         trained.append(scores(method, test_images(stream, towers)))
     random = entry.card.trains != "nothing"
     assert torch.equal(*trained) != random
@@ -137,7 +138,7 @@ def test_the_seed_moves_what_is_trained_with_batches(world):
 def test_the_batch_an_image_comes_in_does_not_matter(world):
     entry, towers, stream = world
     method, pixels = build(entry, towers), test_images(stream, towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     one_by_one = torch.cat([scores(method, pixel[None]) for pixel in pixels[:5]])
     torch.testing.assert_close(scores(method, pixels)[:5], one_by_one, atol=2e-4, rtol=1e-4)
 
@@ -154,7 +155,7 @@ def test_learning_leaves_task_and_towers_as_they_were(world):
         return hashlib.sha256(b"".join([*rows, *weights, task.train.labels.tobytes()])).hexdigest()
 
     before, texts = digest(), towers.class_texts(task.names, task.templates)
-    build(entry, towers).learn(task)
+    build(entry, towers).learn(task, Context(Seeds(1)))
     assert digest() == before
     assert torch.equal(towers.class_texts(task.names, task.templates), texts)
 
@@ -163,7 +164,7 @@ def test_state_round_trips_into_a_fresh_method(world):
     entry, towers, stream = world
     method, pixels = build(entry, towers), test_images(stream, towers)
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     state = {key: value.clone() for key, value in method.state_dict().items()}
     fresh = build(entry, towers, seed=7)
     fresh.load_state_dict(state)
@@ -178,11 +179,11 @@ def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
     if entry.card.keeps == "images":
         pytest.skip("keeps images, which a state does not hold")
     method, restored = build(entry, towers), build(entry, towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     restored.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
     pixels = test_images(stream, towers)
     for learner in (method, restored):
-        learner.learn(stream.tasks[1])
+        learner.learn(stream.tasks[1], Context(Seeds(1)))
     assert torch.equal(scores(method, pixels), scores(restored, pixels))
 
 
@@ -191,15 +192,15 @@ def test_a_class_that_comes_back_is_learned_on(world):
     entry, towers, stream = world
     method, pixels = build(entry, towers), test_images(stream, towers)
     first, second = stream.tasks[:2]
-    method.learn(first)
+    method.learn(first, Context(Seeds(1)))
     before, k = scores(method, pixels), first.classes.stop
     some = np.flatnonzero(first.train.labels == 0)
     again = Subset(first.train, some, first.train.labels[some])
-    method.learn(replace(first, index=1, classes=range(k, k), names=(), train=again))
+    method.learn(replace(first, index=1, classes=range(k, k), names=(), train=again), Context(Seeds(1)))
     after = scores(method, pixels)
     assert after.shape == before.shape
     assert torch.isfinite(after).all()
-    method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
+    method.learn(replace(second, index=2, train=Concatenation([again, second.train])), Context(Seeds(1)))
     assert scores(method, pixels).shape == (len(pixels), second.classes.stop)
     if entry.card.keeps in ("means", "gaussians"):
         kept = method.memory if isinstance(method, GaussianScoring) else method.means
@@ -213,10 +214,10 @@ def test_a_class_that_comes_back_is_learned_on(world):
 def test_what_was_kept_of_a_state_does_not_change_with_learning(world):
     entry, towers, stream = world
     method = build(entry, towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     state = method.state_dict()
     copy = {key: value.clone() for key, value in state.items()}
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     assert not [key for key in copy if not torch.equal(copy[key], state[key])]
 
 
@@ -246,7 +247,7 @@ def test_images_of_other_tasks_are_never_opened(world):
                 object.__setattr__(old.train, "source", Sealed(old.train))
         own = replace(task, train=Subset(task.train, np.arange(len(task.train)), task.train.labels))
         kept.append(own)
-        method.learn(own)
+        method.learn(own, Context(Seeds(1)))
     assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)
 
 
@@ -254,7 +255,7 @@ def test_a_method_that_says_so_keeps_no_image_and_no_embedding_of_one(world):
     entry, towers, stream = world
     method = build(entry, towers)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         pixels = torch.cat([pixels for pixels, _ in Loader(task.train, towers.prepare, towers.pixels).ordered()])
         with torch.no_grad():
             rows = towers.image(pixels)
@@ -270,7 +271,7 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
     entry, towers, stream = world
     method = build(entry, towers)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     k, counts = len(stream.class_names), [n for task in stream.tasks for n in np.bincount(task.train.labels) if n]
     # Of a class with fewer images than exemplars, all of them are kept
     n = sum(min(count, method.config.exemplars) for count in counts) if entry.card.keeps == "exemplars" else sum(counts)
@@ -284,7 +285,7 @@ def test_an_equal_encoder_name_means_equal_embeddings(world):
     method, pixels = build(entry, towers), test_images(stream, towers)[:4]
     known = {}
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         with torch.no_grad():
             embedded = method.embed(pixels)
         assert torch.equal(known.setdefault(method.encoder, embedded), embedded)
@@ -298,7 +299,7 @@ def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(na
     for own in (towers, load_towers("tiny", device="cuda")):
         learners.append(build(METHODS[name], own))
         for task in small_stream.tasks[:2]:
-            learners[-1].learn(task)
+            learners[-1].learn(task, Context(Seeds(1)))
     pixels = test_images(small_stream, towers)
     plain, there = scores(learners[0], pixels), scores(learners[1], pixels.cuda())
     assert there.device.type == "cuda"
@@ -307,13 +308,13 @@ def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(na
     moved.load_state_dict({key: value.cpu() for key, value in learners[1].state_dict().items()})
     torch.testing.assert_close(scores(moved, pixels), there.cpu(), atol=2e-2, rtol=1e-3)
     if METHODS[name].card.keeps != "images":
-        moved.learn(small_stream.tasks[2])
+        moved.learn(small_stream.tasks[2], Context(Seeds(1)))
 
 
 def test_the_evaluator_takes_the_method(world):
     entry, towers, stream = world
     method, evaluator = build(entry, towers), Evaluator(stream, towers)
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     first = evaluator.after(0, method)
     assert len(first.accuracy) == 1
     assert sum(first.total) == len(stream.tests[0])
@@ -324,7 +325,7 @@ def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
     entry, towers, stream = world
     method, pixels = build(entry, towers), test_images(stream, towers)
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     before, kept = scores(method, pixels), method.memory_bytes
     method.forget(1)
     after = scores(method, pixels)
@@ -342,16 +343,16 @@ def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
     moved = replace(
         last, classes=range(start, start + len(last.names)), train=Subset(last.train, np.arange(len(labels)), labels)
     )
-    method.learn(moved)
+    method.learn(moved, Context(Seeds(1)))
     assert scores(method, pixels).shape[1] == len(stream.class_names) - 1
 
 
 def test_every_class_may_be_forgotten_and_learned_again(world):
     entry, towers, stream = world
     method, pixels, task = build(entry, towers), test_images(stream, towers), stream.tasks[0]
-    method.learn(task)
+    method.learn(task, Context(Seeds(1)))
     for _ in task.names:
         method.forget(0)
     assert method.memory_bytes == 0 or entry.card.keeps in ("gaussians", "second-order")  # what is pooled stays
-    method.learn(replace(task, index=1))
+    method.learn(replace(task, index=1), Context(Seeds(1)))
     assert scores(method, pixels).shape[1] == len(task.names)

@@ -20,7 +20,9 @@ from cairn.maths.similarity import unit
 from cairn.methods import engine
 from cairn.methods.catalogue import METHODS
 from cairn.methods.described import sentences_of
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 FAST = ("schedule.epochs=1", "schedule.batch=16")
 
@@ -28,13 +30,13 @@ FAST = ("schedule.epochs=1", "schedule.batch=16")
 def build(towers, *assignments):
     entry = METHODS["engine"]
     config = with_settings(entry.default_config(towers), [*FAST, *assignments])
-    return entry.build(towers, config, seed=1, log=Log())
+    return entry.build(towers, config, seed=1)
 
 
 def learned(towers, tasks, *assignments):
     method = build(towers, *assignments)
     for task in tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     return method
 
 
@@ -79,7 +81,7 @@ def test_the_loss_is_the_sum_of_its_three_parts(form, kind, towers, small_stream
     world, tasks = (towers, small_stream.tasks) if form == "images" else (flat, stream.tasks)
     method = learned(world, tasks[:1], "views=2", "text_weight=0.5", "image_weight=2", f"loss={kind}")
     monkeypatch.setattr(engine, "fit", spy)
-    method.learn(tasks[1])
+    method.learn(tasks[1], Context(Seeds(1)))
     (A, B), s, d = units(method), world.logit_scale, world.dim
     said = unit(torch.stack([sum(unit(own)) for own in method.sentences]))
     x, y, total = seen["x"], seen["y"].tolist(), 0.0
@@ -130,7 +132,7 @@ def test_noise_is_measured_by_the_length_of_what_it_is_added_to():
 def test_the_means_are_those_of_unit_embeddings_and_units_of_finished_tasks_stand_still(flat, stream):
     method = learned(flat, stream.tasks[:1])
     finished = units(method)
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     for side, before in zip(("visual", "textual"), finished, strict=True):
         torch.testing.assert_close(torch.eye(16) + method.units[side].finished, before, atol=0, rtol=0)
         assert method.units[side].current.abs().max() > 0

@@ -19,8 +19,10 @@ from cairn.memory.means import ClassMeans
 from cairn.methods import acil, aper, lda, ranpac
 from cairn.methods.random_features import RandomFeatures
 from cairn.towers.tuning import Bottleneck, Full, Lora
+from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
+from cairn.training.seeds import Seeds
 
 
 @pytest.fixture
@@ -30,9 +32,9 @@ def embedded(embedded_dataset):
 
 def learned(build, config, stream, towers, events=None):
     log = Log() if events is None else Log(keep=events.append)
-    method = build(towers, config, seed=5, log=log)
+    method = build(towers, config, seed=5)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(5), log))
     return method
 
 
@@ -85,9 +87,9 @@ def test_lda_scores_are_log_densities_up_to_one_constant(embedded, flat):
 @pytest.mark.parametrize("width", [0, 40])
 def test_acil_is_joint_ridge_regression_after_every_task(width, embedded, flat):
     config = acil.AcilConfig(width=width, ridge=0.3)
-    method, seen = acil.ACIL(flat, config, seed=5, log=Log()), []
+    method, seen = acil.ACIL(flat, config, seed=5), []
     for task in embedded.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         seen.append(task.train)
         x, y = rows_of(Concatenation(seen))
         H = method.random(x).double()
@@ -135,7 +137,7 @@ def test_ranpac_chooses_the_ridge_on_held_out_images_of_the_task(embedded, flat)
     first = embedded.tasks[0]
     x, y = rows_of(first.train)
     H, Y = method.random(x).double(), torch.nn.functional.one_hot(y, 2).double()
-    order = torch.randperm(len(x), generator=method.seeds.at(task=0).generator("held-out"))
+    order = torch.randperm(len(x), generator=Seeds(5).at(task=0).generator("held-out"))
     out, rest = order[:12], order[12:]  # a fifth of 60
 
     def error(lam):
@@ -164,22 +166,22 @@ def test_a_descent_ends_at_the_minimum_of_what_has_one(start):
 
 def test_ranpac_tells_when_no_ridge_has_a_solution(embedded, flat):
     copies = replace(embedded.tasks[0], train=Concatenation([embedded.tasks[0].train] * 3))
-    method = ranpac.RanPAC(flat, ranpac.RanpacConfig(width=500, lowest=-30, highest=-30), seed=1, log=Log())
+    method = ranpac.RanPAC(flat, ranpac.RanpacConfig(width=500, lowest=-30, highest=-30), seed=1)
     with pytest.raises(NotFinite, match="none has a solution; raise highest"):
-        method.learn(copies)
+        method.learn(copies, Context(Seeds(1)))
 
 
 def test_ranpac_tunes_the_encoder_on_the_first_task_alone(small_stream, towers):
     config = ranpac.RanpacConfig(width=50, tuning=Lora(), schedule=Schedule(epochs=1, batch=8, lr=0.01))
-    method, states = ranpac.RanPAC(towers, config, seed=1, log=Log()), []
+    method, states = ranpac.RanPAC(towers, config, seed=1), []
     assert method.encoder != "frozen"
     for task in small_stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         states.append(method.image.state_dict())
     assert method.image.version == 1
     assert any(
         not torch.equal(states[0][key], value)
-        for key, value in ranpac.RanPAC(towers, config, seed=1, log=Log()).image.state_dict().items()
+        for key, value in ranpac.RanPAC(towers, config, seed=1).image.state_dict().items()
     )
     assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
@@ -213,9 +215,9 @@ def test_full_tuning_of_the_first_session_has_its_own_rate_and_average(small_str
     moved = []
     for tuning in (Full(lr=1e-7, average=None), Full(lr=1e-4, average=None), Full(lr=1e-4, average=0.5)):
         config = aper.AperConfig(tuning=tuning, schedule=Schedule(epochs=1, batch=8, lr=0.5))
-        method = aper.APER(towers, config, seed=1, log=Log())
+        method = aper.APER(towers, config, seed=1)
         start = method.image.state_dict()
-        method.learn(small_stream.tasks[0])
+        method.learn(small_stream.tasks[0], Context(Seeds(1)))
         end = method.image.state_dict()
         moved.append(sum((end[name] - start[name]).double().norm().item() for name in start if name != "version"))
     assert 100 * moved[0] < moved[2] < moved[1]
@@ -223,10 +225,10 @@ def test_full_tuning_of_the_first_session_has_its_own_rate_and_average(small_str
 
 def test_aper_adapts_once(small_stream, towers):
     config = aper.AperConfig(schedule=Schedule(epochs=1, batch=8, lr=0.01))
-    method = aper.APER(towers, config, seed=1, log=Log())
-    method.learn(small_stream.tasks[0])
+    method = aper.APER(towers, config, seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
     then = method.image.state_dict()
-    method.learn(small_stream.tasks[1])
+    method.learn(small_stream.tasks[1], Context(Seeds(1)))
     assert all(torch.equal(then[key], value) for key, value in method.image.state_dict().items())
 
 

@@ -21,7 +21,8 @@ from cairn.methods.joint import chosen
 from cairn.methods.kernel_ridge import RIDGES, KernelRidge
 from cairn.methods.pooled import best_pool, pool_weights, pooled
 from cairn.towers.feature_file import features_towers
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 SIZES = torch.tensor([60, 9, 25])
 
@@ -125,7 +126,7 @@ def test_a_share_of_each_class_is_held_out_and_never_all_of_it():
 
 def build(towers, *assignments):
     entry = METHODS["joint"]
-    return entry.build(towers, with_settings(entry.default_config(towers), assignments), seed=1, log=Log())
+    return entry.build(towers, with_settings(entry.default_config(towers), assignments), seed=1)
 
 
 def test_no_training_by_descent_sees_an_image_held_out(towers, small_stream, monkeypatch):
@@ -141,7 +142,7 @@ def test_no_training_by_descent_sees_an_image_held_out(towers, small_stream, mon
     monkeypatch.setattr("cairn.methods.joint.align_text", text)
     method = build(towers)
     for task in small_stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     images = torch.cat([
         pixels for task in small_stream.tasks[:2]
         for pixels, _ in Loader(task.train, towers.prepare, towers.pixels).ordered()
@@ -175,7 +176,7 @@ def test_training_that_ruins_the_encoder_does_no_harm(towers, small_stream):
     ruined = build(towers, "stage1.schedule.lr=0.3", "stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
     for method in (plain, ruined):
         for task in small_stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
     reached = right(ruined, small_stream, towers)
     assert reached >= right(plain, small_stream, towers) - 0.05
     assert right(alone(ruined, 1), small_stream, towers) < reached - 0.2
@@ -203,7 +204,7 @@ def test_scores_are_the_weighed_sum_of_texts_and_ridges(embeddings):
     flat, stream = embeddings
     method = build(flat)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     x = torch.stack([torch.as_tensor(stream.tests[0][i]) for i in range(8)])
     train = torch.cat([torch.stack([torch.as_tensor(t.train[i]) for i in range(len(t.train))]) for t in stream.tasks])
     y = torch.cat([torch.as_tensor(task.train.labels) for task in stream.tasks])
@@ -227,8 +228,8 @@ def test_on_a_world_of_embeddings_no_method_tells_more_right(embeddings):
     reached = {}
     for name in ("joint", "zero-shot", "simplecil", "lda", "acil", "ranpac"):
         entry = METHODS[name]
-        method = entry.build(flat, entry.default_config(flat), seed=1, log=Log())
+        method = entry.build(flat, entry.default_config(flat), seed=1)
         for task in stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         reached[name] = right(method, stream, flat)
     assert reached["joint"] >= max(reached.values()) - 0.005

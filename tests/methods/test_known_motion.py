@@ -13,7 +13,8 @@ from cairn.experiment.schema import RunConfig
 from cairn.maths.drift import BuresMap, MeanShift, NoDrift, PairedMap
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 
 @pytest.fixture(params=[("caltech51", 10, 41), ("ucf101", 50, 51)], ids=lambda p: p[0])
@@ -26,7 +27,7 @@ def motion(request, shared):
     towers = towers_for(config, dataset)
     entry = METHODS["dmc-ot"]
     settings = ("stage1.schedule.epochs=2", "stage1.schedule.lr=1e-3", "stage2.schedule.epochs=0")
-    method = entry.build(towers, with_settings(entry.default_config(towers), settings), seed=1, log=Log())
+    method = entry.build(towers, with_settings(entry.default_config(towers), settings), seed=1)
     first, second = stream.tasks
 
     @torch.no_grad()
@@ -34,9 +35,9 @@ def motion(request, shared):
         rows = torch.stack([torch.as_tensor(task.train[i]) for i in range(len(task.train))])
         return method.embed(rows).clone(), torch.as_tensor(task.train.labels)
 
-    method.learn(first)
+    method.learn(first, Context(Seeds(1)))
     before = [embedded(task) for task in stream.tasks]
-    method.move(second)
+    method.learn(second, Context(Seeds(1)))
     return before, [embedded(task) for task in stream.tasks]
 
 

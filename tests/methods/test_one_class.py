@@ -8,7 +8,9 @@ import torch
 from cairn.config import settings, with_settings
 from cairn.data.stream import task_stream
 from cairn.methods.catalogue import METHODS
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 QUICK = {
     "stage1.schedule.epochs": "2", "stage1.schedule.lr": "1e-2", "stage1.schedule.batch": "8",
@@ -29,13 +31,12 @@ def learned(name, towers, dataset, tasks, *assignments):
     config = entry.default_config(towers)
     known = {path for path, _, _ in settings(config)}
     quick = [f"{key}={value}" for key, value in QUICK.items() if key in known]
-    method = entry.build(
-        towers, with_settings(config, [*quick, *assignments]), seed=1, log=Log(keep=lambda event: said.append(event))
-    )
+    method = entry.build(towers, with_settings(config, [*quick, *assignments]), seed=1)
+    ctx = Context(Seeds(1), Log(keep=said.append))
     stream, rows = task_stream(dataset, step=1), []
     x = torch.as_tensor(dataset.test.values[:5])
     for task in stream.tasks[:tasks]:
-        method.learn(task)
+        method.learn(task, ctx)
         with torch.no_grad():
             rows.append(method.embed(x)[:, -towers.dim :])  # joint has the frozen embedding before it
     return rows, [[e["text"] for e in said if e["event"] == "notice" and e["task"] == i] for i in range(tasks)]

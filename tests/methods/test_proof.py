@@ -16,7 +16,8 @@ from cairn.memory.exemplars import Exemplars, herded
 from cairn.methods import proof
 from cairn.methods.catalogue import METHODS
 from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 FAST = ("schedule.epochs=2", "schedule.batch=16")
 
@@ -24,13 +25,13 @@ FAST = ("schedule.epochs=2", "schedule.batch=16")
 def build(towers, *assignments):
     entry = METHODS["proof"]
     config = with_settings(entry.default_config(towers), [*FAST, *assignments])
-    return entry.build(towers, config, seed=1, log=Log())
+    return entry.build(towers, config, seed=1)
 
 
 def learned(towers, tasks, *assignments):
     method = build(towers, *assignments)
     for task in tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     return method
 
 
@@ -181,7 +182,7 @@ def test_the_loss_is_the_sum_of_three_cross_entropies_on_images_and_exemplars(fl
     method = learned(flat, stream.tasks[:1], "prompts=2")
     before = method.exemplars
     monkeypatch.setattr(proof, "fit", spy)
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     # The spy trained nothing, so the prompts that were kept are those the loss was taken with.
     three = method._three(seen["x"])
     torch.testing.assert_close(seen["loss"], sum(cross_entropy(scores, seen["y"]) for scores in three))
@@ -195,7 +196,7 @@ def test_the_loss_is_the_sum_of_three_cross_entropies_on_images_and_exemplars(fl
 def test_finished_projections_and_prompts_stand_still_and_the_attention_is_trained_on(flat, stream):
     method = learned(flat, stream.tasks[:1])
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     after = method.state_dict()
     for side in ("visual", "textual"):
         whole = before[f"projectors.{side}.finished"] + before[f"projectors.{side}.current"]

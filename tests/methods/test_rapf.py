@@ -17,14 +17,14 @@ from cairn.memory.replay import ReplayBatches
 from cairn.methods.catalogue import METHODS
 from cairn.methods.rapf import _WithPairs, fused, hinge, neighbours
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 
 def build(towers, *assignments):
     entry = METHODS["rapf"]
     config = with_settings(entry.default_config(towers), ["schedule.epochs=2", "schedule.batch=16", *assignments])
-    return entry.build(towers, config, seed=1, log=Log())
+    return entry.build(towers, config, seed=1)
 
 
 def rows(images):
@@ -153,9 +153,9 @@ DESCENT = ("schedule.epochs=1", "schedule.optimizer=sgd", "schedule.lr=1e-3", "s
 def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
     """One step of plain descent, against gradients of the loss as written, on the batch that the seed says."""
     method = build(flat, *DESCENT, "schedule.batch=200", "real_share=0.5", "fusion=1")
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     before, old, task = method.W.clone(), method.memory, stream.tasks[1]
-    method.learn(task)
+    method.learn(task, Context(Seeds(1)))
 
     x, y = rows(task.train), torch.as_tensor(task.train.labels)
     pairs = torch.tensor([[i, j] for i in (0, 1) for j in (2, 3)])
@@ -178,9 +178,9 @@ def test_the_first_form_hinges_on_the_rows_of_the_batch(flat, stream):
     method = build(flat, *DESCENT, "schedule.batch=200", "real_share=null", "fusion=0", "mask=ratio", "start=identity",
                    "unit_features=true", "hinge=distance", "pair_draws=null")  # fmt: skip
     assert torch.equal(method.W, torch.eye(16))
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     before, old, task = method.W.clone(), method.memory, stream.tasks[1]
-    method.learn(task)
+    method.learn(task, Context(Seeds(1)))
     x, y = unit(rows(task.train)), torch.as_tensor(task.train.labels)
     rng = Seeds(1).at(task=1).at(epoch=0).generator("batches")
     torch.randint(2**62, (), generator=rng)
@@ -201,11 +201,11 @@ def test_the_first_form_hinges_on_the_rows_of_the_batch(flat, stream):
 def test_the_first_task_keeps_its_weights_and_the_next_are_fused(flat, stream):
     plain, mixed = build(flat, "fusion=1"), build(flat, "fusion=0.2")
     for method in (plain, mixed):
-        method.learn(stream.tasks[0])
+        method.learn(stream.tasks[0], Context(Seeds(1)))
     assert torch.equal(plain.W, mixed.W)
     before = plain.W
     for method in (plain, mixed):
-        method.learn(stream.tasks[1])
+        method.learn(stream.tasks[1], Context(Seeds(1)))
     torch.testing.assert_close(mixed.W, fused(before, plain.W, 0.2), rtol=1e-4, atol=1e-6)
     assert (mixed.W - before).norm() < 0.9 * (plain.W - before).norm()
 
@@ -215,7 +215,7 @@ def test_the_start_is_uniform_and_the_seed_s_alone(flat):
     assert torch.equal(one, other)
     assert 0.2 < one.abs().max() <= 16**-0.5
     assert one.mean().abs() < 0.05
-    assert not torch.equal(METHODS["rapf"].build(flat, METHODS["rapf"].config(), seed=2, log=Log()).W, one)
+    assert not torch.equal(METHODS["rapf"].build(flat, METHODS["rapf"].config(), seed=2).W, one)
 
 
 def test_without_neighbours_the_hinge_has_no_say(flat, stream):
@@ -223,7 +223,7 @@ def test_without_neighbours_the_hinge_has_no_say(flat, stream):
     for assignments in (("threshold=0",), ("separation=0",), ("threshold=9",)):
         method = build(flat, "margin=1", *assignments)
         for task in stream.tasks[:2]:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         learned.append(method.W)
     assert torch.equal(learned[0], learned[1])
     assert not torch.allclose(learned[0], learned[2], atol=1e-5)
@@ -244,7 +244,7 @@ def test_separation_puts_old_images_further_from_the_texts_of_new_neighbours(fla
             "fusion=1",
         )
         for task in stream.tasks[:2]:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         z, y = unit(unit(rows(stream.tests[0])) @ method.W.T), torch.as_tensor(stream.tests[0].labels)
         short.append(sum(hinge(z, method.anchors, y, torch.full_like(y, new), 1).item() for new in (2, 3)))
     assert short[1] < 0.9 * short[0]
@@ -254,7 +254,7 @@ def test_separation_puts_old_images_further_from_the_texts_of_new_neighbours(fla
 def test_the_gaussians_describe_features_of_the_frozen_tower(flat, stream, units):
     method = build(flat, f"unit_features={units}")
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     x, y = rows(stream.tasks[0].train).double(), torch.as_tensor(stream.tasks[0].train.labels)
     x = unit(x) if units else x
     for c in range(2):
@@ -274,12 +274,12 @@ def test_old_classes_alone_single_images_and_no_texts_are_learned(embedded_datas
         np.concatenate([one[0], np.flatnonzero(first.train.labels == 1)]),
         np.concatenate([[0], first.train.labels[first.train.labels == 1]]),
     )
-    method.learn(replace(first, train=lone))
+    method.learn(replace(first, train=lone), Context(Seeds(1)))
     again = Subset(first.train, one[0], first.train.labels[one[0]])
     before = method.W
-    method.learn(replace(first, index=1, classes=range(2, 2), names=(), train=again))
+    method.learn(replace(first, index=1, classes=range(2, 2), names=(), train=again), Context(Seeds(1)))
     assert not torch.equal(before, method.W)
-    method.learn(replace(second, index=2, train=Concatenation([again, second.train])))
+    method.learn(replace(second, index=2, train=Concatenation([again, second.train])), Context(Seeds(1)))
     assert method.memory.counts.tolist() == [3, 18, 30, 46]
     assert torch.isfinite(method.scores(method.embed(rows(stream.tests[0])))).all()
 
@@ -291,9 +291,9 @@ class Cut(BaseException):
 def test_a_task_cut_off_at_any_step_ends_where_an_untouched_one_does(flat, stream):
     whole = build(flat)
     for task in stream.tasks[:2]:
-        whole.learn(task)
+        whole.learn(task, Context(Seeds(1)))
     start = build(flat)
-    start.learn(stream.tasks[0])
+    start.learn(stream.tasks[0], Context(Seeds(1)))
     work, pieces = {}, 0
     while True:
         kept = Checkpoint(steps=1)
@@ -309,7 +309,7 @@ def test_a_task_cut_off_at_any_step_ends_where_an_untouched_one_does(flat, strea
         method = build(flat)
         method.load_state_dict({key: value.clone() for key, value in start.state_dict().items()})
         try:
-            method.learn(stream.tasks[1], kept)
+            method.learn(stream.tasks[1], Context(Seeds(1), checkpoint=kept))
             break
         except Cut:
             pieces += 1

@@ -17,7 +17,8 @@ from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream
 from cairn.methods.catalogue import METHODS
 from cairn.towers.features import FeatureTowers
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 QUICK = {
     r"(.*\.)?schedule\.epochs": "2", r"(.*\.)?schedule\.batch": "4", r"(.*\.)?schedule\.lr": "0.01",
@@ -167,9 +168,9 @@ def run(towers, embedded_dataset):
             config, [f"{path}={value}" for path in sorted(paths()) if (value := matching(QUICK, path)) is not None]
         )
         config = with_settings(config, [a for a in assignments if a not in kinds])
-        method, stream = entry.build(held, config, seed=1, log=Log()), task_stream(data, step=2)
+        method, stream = entry.build(held, config, seed=1), task_stream(data, step=2)
         for task in stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         with torch.no_grad():
             rows = [
                 method.scores(method.embed(pixels))

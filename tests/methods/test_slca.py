@@ -9,7 +9,7 @@ from cairn.config import with_settings
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.slca import _Draws
-from cairn.training.log import Log
+from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 
@@ -26,10 +26,10 @@ def step(stage, lr=0.01):
     )
 
 
-def build(towers, *assignments, log=None):
+def build(towers, *assignments):
     entry = METHODS["slca"]
     config = with_settings(entry.default_config(towers), assignments)
-    return entry.build(towers, config, seed=1, log=log or Log())
+    return entry.build(towers, config, seed=1)
 
 
 def rows(images):
@@ -45,7 +45,7 @@ def logits(f, head):
 def test_scores_are_the_linear_classifier_s(flat, stream):
     method = build(flat)
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     with torch.no_grad():
         f = method.embed(rows(stream.tests[1])[:6])
         expected = torch.stack([logits(row, method.head) for row in f])
@@ -57,12 +57,12 @@ def test_a_slow_step_goes_down_the_written_loss_each_part_at_its_own_rate(flat, 
     """In the second task: rows start where they are, its classes compete among themselves, old rows stand still."""
     method = build(flat, *step(1), "stage1.slow=0.02", "stage2.schedule.epochs=0")
     task = stream.tasks[1]
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     method.head = torch.cat([method.head, torch.randn(2, 17, generator=torch.Generator().manual_seed(0))])
     method.tasks = torch.tensor([0, 0, 1, 1])
     D0, c0 = (p.detach().clone() for p in (method.image.module.map.weight, method.image.module.map.bias))
     before = method.head.clone()
-    method.learn(type(task)(1, range(4, 4), (), task.templates, task.train))
+    method.learn(type(task)(1, range(4, 4), (), task.templates, task.train), Context(Seeds(1)))
 
     D, c = D0.clone().requires_grad_(), c0.clone().requires_grad_()
     head = before[2:].clone().requires_grad_()
@@ -86,7 +86,7 @@ def test_full_tuning_has_its_own_rate_and_average(towers, small_stream):
         settings = (f"stage1.tuning.lr={lr}", f"stage1.tuning.average={average}", "stage1.schedule.epochs=2")
         method = build(towers, *step(1), *settings, "stage2.schedule.epochs=0")
         start = method.image.state_dict()
-        method.learn(small_stream.tasks[0])
+        method.learn(small_stream.tasks[0], Context(Seeds(1)))
         end = method.image.state_dict()
         name = max((n for n in start if n != "version"), key=lambda n: (end[n] - start[n]).double().norm())
         found.append((method.head, (end[name].double() - start[name].double()).norm().item()))
@@ -101,7 +101,7 @@ def test_full_tuning_has_its_own_rate_and_average(towers, small_stream):
 def test_gaussians_are_those_of_the_encoder_at_their_task_and_stay(flat, stream):
     method = build(flat, "stage1.slow=10")
     for task in stream.tasks[:2]:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
         with torch.no_grad():
             z = unit(method.embed(rows(task.train))).double()
         for c in task.classes:
@@ -130,10 +130,10 @@ def test_an_alignment_step_goes_down_the_written_loss_on_draws_of_all_classes(
     )
     aligned = build(flat, "stage1.schedule.epochs=1", *step(2, lr=0.03), *settings)
     plain = build(flat, "stage1.schedule.epochs=1", "stage2.schedule.epochs=0")
-    aligned.learn(stream.tasks[0])
+    aligned.learn(stream.tasks[0], Context(Seeds(1)))
     plain.load_state_dict({key: value.clone() for key, value in aligned.state_dict().items()})
     for method in (aligned, plain):
-        method.learn(stream.tasks[1])
+        method.learn(stream.tasks[1], Context(Seeds(1)))
     assert all(torch.equal(a, b) for a, b in zip(aligned.image.parameters(), plain.image.parameters(), strict=True))
     assert aligned.memory == plain.memory
 
@@ -158,7 +158,7 @@ def test_alignment_settles_what_tasks_that_never_met_left_open(flat, stream):
     for epochs in (0, 5):
         method = build(flat, f"stage2.schedule.epochs={epochs}")
         for task in stream.tasks:
-            method.learn(task)
+            method.learn(task, Context(Seeds(1)))
         x, y = rows(stream.tests[-1]), torch.as_tensor(stream.tests[-1].labels)
         for test in stream.tests[:-1]:
             x, y = torch.cat([x, rows(test)]), torch.cat([y, torch.as_tensor(test.labels)])
@@ -169,7 +169,7 @@ def test_alignment_settles_what_tasks_that_never_met_left_open(flat, stream):
 def test_an_epoch_of_draws_is_balanced_mixed_and_can_be_taken_up(flat, stream):
     method = build(flat, "stage2.schedule.epochs=0")
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     draws = _Draws(method.memory, torch.zeros(6, 16), per_class=7, batch=10)
 
     def epochs(skip):
@@ -191,7 +191,7 @@ def test_an_epoch_of_draws_is_balanced_mixed_and_can_be_taken_up(flat, stream):
 def test_a_classifier_of_zeros_can_be_aligned(flat, stream):
     """Without a slow learner all logits are 0, and so is their length."""
     method = build(flat, "stage1.schedule.epochs=0")
-    method.learn(stream.tasks[0])
+    method.learn(stream.tasks[0], Context(Seeds(1)))
     x, y = rows(stream.tests[0]), torch.as_tensor(stream.tests[0].labels)
     scores = method.scores(method.embed(x))
     assert torch.isfinite(scores).all()
@@ -201,7 +201,7 @@ def test_a_classifier_of_zeros_can_be_aligned(flat, stream):
 def test_tasks_of_classes_are_kept_through_forgetting_and_a_state_that_has_none_is_read_as_one_task(flat, stream):
     method = build(flat, "stage2.schedule.epochs=0")
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     assert method.tasks.tolist() == [0, 0, 1, 1, 2, 2]
     method.forget(2)
     method.forget(2)

@@ -15,21 +15,23 @@ from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.spa import Projector
 from cairn.towers.features import FeatureTowers
+from cairn.training.context import Context
 from cairn.training.log import Log
+from cairn.training.seeds import Seeds
 
 FAST = ("schedule.epochs=1", "schedule.batch=8")
 
 
-def build(towers, *assignments, log=None):
+def build(towers, *assignments):
     entry = METHODS["spa"]
     config = with_settings(entry.default_config(towers), [*FAST, *assignments])
-    return entry.build(towers, config, seed=1, log=log or Log())
+    return entry.build(towers, config, seed=1)
 
 
 def learned(towers, stream, *assignments):
     method = build(towers, *assignments)
     for task in stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     return method
 
 
@@ -126,15 +128,16 @@ def test_descriptions_from_a_file_must_cover_the_classes(towers, small_stream, t
     file = tmp_path / "said.json"
     file.write_text(json.dumps({"schema_version": 1, "classes": entries}))
     method = build(towers, f"descriptions={file}")
-    method.learn(small_stream.tasks[0])
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
     assert method.sentences == [("the colour red", "a round disc")] * 2
     with pytest.raises(DataError, match=f"none for 1 of 2 classes: '{names[-1]}'"):
-        method.learn(small_stream.tasks[-1])
+        method.learn(small_stream.tasks[-1], Context(Seeds(1)))
 
 
 def test_templates_in_place_of_descriptions_are_said(towers, small_stream):
     events = []
-    build(towers, "descriptions=template", log=Log(keep=events.append)).learn(small_stream.tasks[0])
+    method = build(towers, "descriptions=template")
+    method.learn(small_stream.tasks[0], Context(Seeds(1), Log(keep=events.append)))
     assert any("descriptions=template" in event.get("text", "") for event in events)
 
 

@@ -11,16 +11,17 @@ from cairn.maths.alignment import aligned
 from cairn.maths.similarity import unit
 from cairn.methods import spa
 from cairn.methods.catalogue import METHODS
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 
 def learned(towers, tasks, *assignments):
     entry = METHODS["spa"]
     quick = ("schedule.epochs=1", "schedule.batch=8", "local.patches=6", "local.best=3")
     config = with_settings(entry.default_config(towers), [*quick, *assignments])
-    method = entry.build(towers, config, seed=1, log=Log())
+    method = entry.build(towers, config, seed=1)
     for task in tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     return method
 
 

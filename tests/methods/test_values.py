@@ -15,7 +15,8 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot, stages
 from cairn.methods.catalogue import METHODS
-from cairn.training.log import Log
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
 
 QUICK = {
     "stage1.schedule.epochs": "2", "stage1.schedule.lr": "1e-2", "stage1.schedule.batch": "8",
@@ -36,13 +37,13 @@ def build(name, towers, *assignments):
     config = with_settings(config, kinds)
     known = {path for path, _, _ in settings(config)}
     quick = [f"{key}={value}" for key, value in QUICK.items() if key in known]
-    return entry.build(towers, with_settings(config, [*quick, *assignments]), seed=1, log=Log())
+    return entry.build(towers, with_settings(config, [*quick, *assignments]), seed=1)
 
 
 def learned(name, towers, tasks, *assignments):
     method = build(name, towers, *assignments)
     for task in tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     return method
 
 
@@ -71,7 +72,7 @@ def test_every_old_class_is_replayed_as_often_as_any_other(name, towers, stream,
     method = build(name, towers)
     for task in stream.tasks:
         seen.clear()
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     epoch = next(seen[-1].epochs([torch.Generator().manual_seed(0)]))
     labels = torch.cat([y for _, y in epoch])
     if labels.ndim > 1:  # behind the rows of the batch come draws of pairs, each with its rival
@@ -92,7 +93,7 @@ def test_stage_2_of_dmc_ot_draws_from_the_calibrated_gaussians(drift, towers, st
     )
     method = learned("dmc-ot", towers, stream.tasks[:1], f"drift={drift}")
     before = method.memory
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     assert torch.equal(drawn_from[-1].means, method.memory.means[:2])
     assert torch.equal(drawn_from[-1].covariance(1), method.memory.covariance(1))
     assert (drawn_from[-1].means - before.means).abs().max() > 1e-3
@@ -120,7 +121,7 @@ def test_template_weight_is_the_share_of_the_template(name, towers, stream):
 def test_freeze_old_says_whether_residuals_of_finished_tasks_train(freeze, moves, towers, stream):
     method = learned("dmc", towers, stream.tasks[:1], f"stage2.text.freeze_old={freeze}")
     before = method.texts.residuals[0].detach().clone()
-    method.learn(stream.tasks[1])
+    method.learn(stream.tasks[1], Context(Seeds(1)))
     assert (not torch.equal(method.texts.residuals[0], before)) == moves
     assert method.texts.residuals[1].abs().max() > 0
 

@@ -89,10 +89,10 @@ PLANTS = (
     # training
     Plant("dropout stays on", "towers/lora.py", "            layer.generator = None\n", "            pass\n", TUNING),
     Plant("dropout does not scale", "towers/lora.py", "x * kept / (1 - self.p)", "x * kept", TUNING),
-    Plant("dropout of every step alike", "training/fit.py", "seeds.at(step=step, **part)", "seeds.at(step=0, **part)", FIT),
+    Plant("dropout of every step alike", "training/fit.py", "ctx.seeds.at(step=step, **part)", "ctx.seeds.at(step=0, **part)", FIT),
     Plant("average with even weights", "training/averaging.py", "(x * (1 - x)) ** (self.beta - 1)", "1.0", FIT),
     Plant("start of the trajectory not averaged", "training/averaging.py", "        if step == 0:\n", "        if step < 0:\n", FIT),
-    Plant("every epoch in the same order", "training/fit.py", "seeds.at(epoch=epoch).generator(\"batches\")", "seeds.at(epoch=0).generator(\"batches\")", FIT),
+    Plant("every epoch in the same order", "training/fit.py", "ctx.seeds.at(epoch=epoch).generator(\"batches\")", "ctx.seeds.at(epoch=0).generator(\"batches\")", FIT),
     Plant("rates forgotten", "training/fit.py", "group[\"rate\"] * schedule.lr", "schedule.lr", FIT),
     Plant("warm-up from nothing", "training/schedule.py", "return (step + 1) / warm", "return step / warm", FIT),
     Plant("a resumed stage begins its epoch again", "training/fit.py", "done, skip = divmod(course.step, len(batches))", "done, skip = course.step // len(batches), 0", FIT),

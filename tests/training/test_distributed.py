@@ -19,6 +19,7 @@ from cairn.experiment import evaluator
 from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.distributed import ALONE, ProcessLost, SyncSchedule, World
 from cairn.training.encode import encode
 from cairn.training.fit import fit
@@ -196,7 +197,7 @@ def learned(number, optimizer="adamw", work=None, steps=None, rows=43):
         def loss(x, y):
             return nn.functional.cross_entropy(x @ theta[0] + theta[1], y)
 
-        fit(loss, theta, loader(Items(rows)), schedule, Seeds(3), Log(keep=events.append), checkpoint)
+        fit(loss, theta, loader(Items(rows)), schedule, Context(Context(Seeds(3), Log(keep=events.append), checkpoint)))
         return [p.detach() for p in theta], events, kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]
@@ -249,7 +250,7 @@ def test_batches_of_features_are_gone_through_by_each():
         def loss(x, y):
             return nn.functional.cross_entropy(x @ theta, y)
 
-        fit(loss, [theta], Rows(), Schedule(epochs=2, lr=0.1), Seeds(1), Log(), Checkpoint(world=world))
+        fit(loss, [theta], Rows(), Schedule(epochs=2, lr=0.1), Context(Seeds(1), checkpoint=Checkpoint(world=world)))
         return theta.detach()
 
     alone = act(ALONE)
@@ -267,7 +268,7 @@ def passed(number, work=None):
         checkpoint = Checkpoint(seconds=1e9, steps=1, world=world)
         checkpoint.kept_by(lambda state: kept.append(copy.deepcopy(state)))
         checkpoint.begin(copy.deepcopy(work))
-        x, y = encode(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), checkpoint, "X")
+        x, y = encode(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), Context(Seeds(1), checkpoint=checkpoint), "X")
         return x, y, sorted(items.opened), kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]
@@ -297,9 +298,9 @@ def test_a_pass_is_gone_on_with_by_another_number(before, after):
 def test_scoring_is_shared_out_and_tells_the_same(towers, small_stream, name, monkeypatch):
     """Every figure, to the bit. Tasks have 7, 7 and 10 images in batches of 3: the last of four has no batch but in the last task."""
     entry = METHODS[name]
-    method = entry.build(towers, entry.default_config(towers), seed=1, log=Log())
+    method = entry.build(towers, entry.default_config(towers), seed=1)
     for task in small_stream.tasks:
-        method.learn(task)
+        method.learn(task, Context(Seeds(1)))
     embed, turn = method.embed, threading.Lock()  # a tower is for one thread at a time
     monkeypatch.setattr(evaluator, "BATCH", 3)
     alone = Evaluator(small_stream, towers).after(2, method)

@@ -13,6 +13,7 @@ from torch import nn
 from cairn.errors import NotFinite
 from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.context import Context
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
@@ -48,7 +49,7 @@ def test_fit_finds_the_least_squares_solution(regression, optimizer):
     theta = nn.Parameter(torch.zeros(3))
     lr = 0.3 if optimizer == "sgd" else 0.1
     schedule = Schedule(epochs=80, lr=lr, optimizer=optimizer, weight_decay=0.0, clip=100.0)
-    fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, schedule, Seeds(0), Log())
+    fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, schedule, Context(Seeds(0)))
     torch.testing.assert_close(theta.detach(), w, atol=2e-2, rtol=0)
 
 
@@ -63,7 +64,7 @@ def test_the_seed_alone_decides(regression):
     for seed, noise in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(noise)
         theta.data.zero_()
-        fit(loss, [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(seed), Log())
+        fit(loss, [theta], batches, Schedule(epochs=2, lr=0.05), Context(Seeds(seed)))
         ends.append(theta.detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
@@ -76,7 +77,7 @@ def three(batches, schedule, rates, checkpoint=None):
     def loss(x, y):
         return sum((x[:, i] * theta[i] - y) ** 2 for i in range(3)).mean()
 
-    fit(loss, theta, batches, schedule, Seeds(0), Log(), checkpoint, rates=rates)
+    fit(loss, theta, batches, schedule, Context(Seeds(0), checkpoint=checkpoint or Checkpoint()), rates=rates)
     return torch.cat(theta).detach()
 
 
@@ -125,7 +126,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(regression):
 
     log = Log().at(task=4, stage=1)
     with pytest.raises(NotFinite, match=r"task 4, stage 1, epoch 0, step 2: the loss is nan"):
-        fit(loss, [theta], batches, Schedule(epochs=1, lr=0.1), Seeds(0), log)
+        fit(loss, [theta], batches, Schedule(epochs=1, lr=0.1), Context(Context(Seeds(0), log)))
     assert torch.isfinite(theta).all()
 
 
@@ -136,8 +137,8 @@ def test_nothing_to_train_or_no_epoch_is_no_step(regression):
     def loss(x, y):
         raise AssertionError("called")
 
-    fit(loss, [], batches, Schedule(epochs=3), Seeds(0), Log())
-    fit(loss, [theta], batches, Schedule(epochs=0), Seeds(0), Log())
+    fit(loss, [], batches, Schedule(epochs=3), Context(Seeds(0)))
+    fit(loss, [theta], batches, Schedule(epochs=0), Context(Seeds(0)))
     assert torch.equal(theta, torch.ones(3))
 
 
@@ -145,7 +146,13 @@ def test_events_and_progress_say_where_they_are(regression):
     batches, _ = regression
     theta, kept, shown = nn.Parameter(torch.zeros(3)), [], []
     log = Log(keep=kept.append, show=shown.append).at(task=2, stage=1)
-    fit(lambda x, y: ((x @ theta - y) ** 2).mean(), [theta], batches, Schedule(epochs=2, lr=0.05), Seeds(0), log)
+    fit(
+        lambda x, y: ((x @ theta - y) ** 2).mean(),
+        [theta],
+        batches,
+        Schedule(epochs=2, lr=0.05),
+        Context(Context(Seeds(0), log)),
+    )
     assert [(e["event"], e["task"], e["stage"], e["epoch"], e["rows"]) for e in kept] == [
         ("epoch", 2, 1, 0, 200),
         ("epoch", 2, 1, 1, 200),

@@ -37,8 +37,8 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot
 from cairn.methods.catalogue import METHODS
-from cairn.methods.stages import VisionStage, align_vision
-from cairn.methods.two_stage import TwoStageState
+from cairn.methods.parts.stages import VisionStage, align_vision
+from cairn.methods.parts.two_stage import TwoStageState
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.tuning import ImageEncoder

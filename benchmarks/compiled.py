@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
-from cairn.methods.stages import VisionStage
+from cairn.methods.parts.stages import VisionStage
 from cairn.towers.catalogue import load_towers
 from cairn.towers.tuning import ImageEncoder
 

@@ -22,7 +22,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full, LowRank
 from cairn.methods.catalogue import METHODS
 from cairn.methods.dmc_ot import Motion
-from cairn.methods.stages import TextStage, align_text
+from cairn.methods.parts.stages import TextStage, align_text
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
 from cairn.training.log import Log

@@ -18,6 +18,7 @@ from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelle
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.record import LearnerRecord
+from cairn.classifier.stored import restore_checked
 from cairn.config import with_values
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
@@ -39,7 +40,6 @@ from cairn.errors import (
 )
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
-from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
 from cairn.storage.files import atomic_write
 from cairn.storage.locks import ReadWriteLock

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.classifier.classifier import IncrementalClassifier
+from cairn.classifier.stored import restore_checked
 from cairn.data.catalogue import open_dataset
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.metrics import mean_and_deviation
@@ -22,7 +23,6 @@ from cairn.experiment.run import Learned, towers_for
 from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import Method
-from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated

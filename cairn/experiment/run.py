@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration, rehearsed
+from cairn.classifier.stored import restore_checked
 from cairn.config import Settings, choices, with_settings
 from cairn.config import settings as every_setting
 from cairn.data.catalogue import open_dataset
@@ -30,7 +31,6 @@ from cairn.experiment.metrics import average_incremental, backward_transfer, cla
 from cairn.experiment.schema import SCHEMA_VERSION, Passes, RunConfig, RunResult, TowersUsed, comparable_call
 from cairn.methods.catalogue import Entry, method_named
 from cairn.methods.protocol import KeepsImages, Method
-from cairn.methods.stored import restore_checked
 from cairn.storage.archive import Archive
 from cairn.storage.schema import Amount, Count, Record, validated
 from cairn.storage.versions import versions

@@ -18,8 +18,8 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.ridge import one_hot, recursive_ridge
 from cairn.maths.rows import without
+from cairn.methods.parts.random_features import RandomFeatures
 from cairn.methods.protocol import FROZEN, Card
-from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context

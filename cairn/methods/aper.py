@@ -17,7 +17,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
-from cairn.methods.first_session import adapted
+from cairn.methods.parts.first_session import adapted
 from cairn.methods.protocol import Card
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part

@@ -22,9 +22,9 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
 from cairn.memory.protocol import ClassMemory
-from cairn.methods.autoencoders import Vae
+from cairn.methods.parts.autoencoders import Vae
+from cairn.methods.parts.stages import TextStage, align_text, class_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring
-from cairn.methods.stages import TextStage, align_text, class_anchors
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part

@@ -15,9 +15,9 @@ from pydantic import Field
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.memory.gaussians import GaussianSettings, full_bytes
+from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
+from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
-from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision
-from cairn.methods.two_stage import TwoStageState
 from cairn.training.context import Context
 
 

@@ -23,9 +23,9 @@ from cairn.data.stream import Task
 from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
+from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
-from cairn.methods.stages import TextStage, VisionStage, align_text, align_vision
-from cairn.methods.two_stage import TwoStageState
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.training.context import Context

@@ -48,10 +48,10 @@ from cairn.maths.similarity import unit
 from cairn.memory.covariances import Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
-from cairn.methods.described import sentences_of
-from cairn.methods.projector import Projector
+from cairn.methods.parts.described import sentences_of
+from cairn.methods.parts.projector import Projector
+from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import FROZEN, Card, DescribedClasses
-from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context

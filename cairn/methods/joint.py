@@ -29,10 +29,10 @@ from cairn.data.stream import Task, without_class
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods.kernel_ridge import KernelRidge
-from cairn.methods.pooled import best_pool, pooled
+from cairn.methods.parts.kernel_ridge import KernelRidge
+from cairn.methods.parts.pooled import best_pool, pooled
+from cairn.methods.parts.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.methods.protocol import Card, HoldsOut, KeepsImages
-from cairn.methods.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder

@@ -30,9 +30,9 @@ from cairn.memory.exemplars import Exemplars
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.memory.replay import ReplayBatches
-from cairn.methods.projector import Projector
+from cairn.methods.parts.projector import Projector
+from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import FROZEN, Card
-from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context

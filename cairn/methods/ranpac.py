@@ -24,9 +24,9 @@ from cairn.errors import NotFinite
 from cairn.maths.ridge import descended, one_hot
 from cairn.maths.rows import without
 from cairn.memory.second_order import SecondOrder
-from cairn.methods.first_session import adapted
+from cairn.methods.parts.first_session import adapted
+from cairn.methods.parts.random_features import RandomFeatures
 from cairn.methods.protocol import FROZEN, Card, HoldsOut
-from cairn.methods.random_features import RandomFeatures
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning

@@ -35,8 +35,8 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.replay import ReplayBatches
+from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import FROZEN, Card, GaussianScoring
-from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context

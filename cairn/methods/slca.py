@@ -38,8 +38,8 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
+from cairn.methods.parts.stages import competing
 from cairn.methods.protocol import Card, GaussianScoring
-from cairn.methods.stages import competing
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning

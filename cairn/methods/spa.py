@@ -35,8 +35,9 @@ from cairn.maths.alignment import aligned, local_features, local_scores, padded_
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
-from cairn.methods.described import sentences_of
-from cairn.methods.projector import Projector, UnitLength
+from cairn.methods.parts.described import sentences_of
+from cairn.methods.parts.projector import Projector, UnitLength
+from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import (
     FROZEN,
     Card,
@@ -46,7 +47,6 @@ from cairn.methods.protocol import (
     GaussianScoring,
     PatchReasons,
 )
-from cairn.methods.stages import class_anchors
 from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words

@@ -18,8 +18,8 @@ from cairn.errors import NotFinite, ResultError
 from cairn.experiment.folder import CALL, CHECKPOINT, EVENTS, LOCK, RESULT, Call, Lock, RunFolder
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
-from cairn.methods import stages
 from cairn.methods.catalogue import METHODS
+from cairn.methods.parts import stages
 from cairn.storage.archive import Archive
 from cairn.storage.files import read_json
 from cairn.training.checkpoint import Checkpoint

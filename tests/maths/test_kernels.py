@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cairn.maths.kernels import arc_cosine
-from cairn.methods.random_features import RandomFeatures
+from cairn.methods.parts.random_features import RandomFeatures
 
 
 @pytest.mark.parametrize(

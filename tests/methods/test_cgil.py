@@ -17,9 +17,9 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.generators import GeneratorMemory
 from cairn.memory.replay import ReplayBatches
-from cairn.methods import stages
-from cairn.methods.autoencoders import Vae, negative_elbo, trained
 from cairn.methods.catalogue import METHODS
+from cairn.methods.parts import stages
+from cairn.methods.parts.autoencoders import Vae, negative_elbo, trained
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds

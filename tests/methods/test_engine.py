@@ -19,7 +19,7 @@ from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.similarity import unit
 from cairn.methods import engine
 from cairn.methods.catalogue import METHODS
-from cairn.methods.described import sentences_of
+from cairn.methods.parts.described import sentences_of
 from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds

@@ -17,7 +17,7 @@ from cairn.maths.shrinkage import Ridge
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods import acil, aper, lda, ranpac
-from cairn.methods.random_features import RandomFeatures
+from cairn.methods.parts.random_features import RandomFeatures
 from cairn.towers.tuning import Bottleneck, Full, Lora
 from cairn.training.context import Context
 from cairn.training.log import Log

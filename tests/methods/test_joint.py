@@ -18,8 +18,8 @@ from cairn.maths.kernels import arc_cosine
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.joint import chosen
-from cairn.methods.kernel_ridge import RIDGES, KernelRidge
-from cairn.methods.pooled import best_pool, pool_weights, pooled
+from cairn.methods.parts.kernel_ridge import RIDGES, KernelRidge
+from cairn.methods.parts.pooled import best_pool, pool_weights, pooled
 from cairn.towers.feature_file import features_towers
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds

@@ -13,8 +13,9 @@ from cairn.config import settings, with_settings
 from cairn.data.images import Subset
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
-from cairn.methods import dmc_ot, stages
+from cairn.methods import dmc_ot
 from cairn.methods.catalogue import METHODS
+from cairn.methods.parts import stages
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 

@@ -78,12 +78,12 @@ PLANTS = (
     Plant("generator moved without its offset", "memory/generators.py", "(T @ m[..., None])[..., 0] + b", "(T @ m[..., None])[..., 0]", GENERATORS),
     # methods
     Plant("stage 2 draws from Gaussians that stayed behind", "methods/dmc_ot.py", "self.memory = old.add(Z1, y)", "old, self.memory = self.memory, old.add(Z1, y)", VALUES),
-    Plant("template share reversed", "methods/two_stage.py", "unit((1 - w) * self.texts().cpu() + w * self.anchors)", "unit(w * self.texts().cpu() + (1 - w) * self.anchors)", VALUES),
-    Plant("forgets the wrong anchor", "methods/two_stage.py", "self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])", "self.anchors = self.anchors[:-1]", VALUES),
+    Plant("template share reversed", "methods/parts/two_stage.py", "unit((1 - w) * self.texts().cpu() + w * self.anchors)", "unit(w * self.texts().cpu() + (1 - w) * self.anchors)", VALUES),
+    Plant("forgets the wrong anchor", "methods/parts/two_stage.py", "self.anchors = torch.cat([self.anchors[:c], self.anchors[c + 1 :]])", "self.anchors = self.anchors[:-1]", VALUES),
     Plant("residuals freeze the wrong way round", "towers/prompts.py", "list(self.residuals)[-1:] if self.choice.freeze_old else list(self.residuals)", "list(self.residuals) if self.choice.freeze_old else list(self.residuals)[-1:]", VALUES),
     Plant("dmc draws its new classes too", "methods/dmc.py", "align_text(config.stage2, self.texts, z, y, old,", "align_text(config.stage2, self.texts, z, y, self.memory,", VALUES),
-    Plant("softmax over one class", "methods/stages.py", "    if len(present) > 1:\n", "    if len(present) > 0:\n", ("methods/test_one_class.py",)),
-    Plant("texts of old classes repel each other", "methods/stages.py", "mean_squared_cosine(T[old.classes :], T[: old.classes])", "mean_squared_cosine(T[: old.classes], T[: old.classes])", ("methods/test_dmc.py",)),
+    Plant("softmax over one class", "methods/parts/stages.py", "    if len(present) > 1:\n", "    if len(present) > 0:\n", ("methods/test_one_class.py",)),
+    Plant("texts of old classes repel each other", "methods/parts/stages.py", "mean_squared_cosine(T[old.classes :], T[: old.classes])", "mean_squared_cosine(T[: old.classes], T[: old.classes])", ("methods/test_dmc.py",)),
     Plant("spa replays the last two classes alone", "methods/spa.py", "self.old.draw(self.per_class, rng)", "self.old.draw(self.per_class, rng, range(max(0, self.old.classes - 2), self.old.classes))", VALUES),
     Plant("discriminant without the volume", "methods/lda.py", "W.diagonal().log().sum() - ((x", "0 * W.diagonal().log().sum() - ((x", HEADS),
     # training

@@ -14,8 +14,8 @@ from cairn.data.stream import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import CosineScoring, GaussianScoring
-from cairn.methods.stages import class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder

@@ -11,8 +11,8 @@ from torch import nn
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.rows import without
+from cairn.methods.parts.stages import align_vision, class_anchors
 from cairn.methods.protocol import CosineScoring
-from cairn.methods.stages import align_vision, class_anchors
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cairn.data.loading import Loader
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
-from cairn.methods.stages import as_tuned, competing
+from cairn.methods.parts.stages import as_tuned, competing
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context

@@ -207,8 +207,8 @@ def test_tensors_of_another_learner_are_refused_whatever_their_hash(content, lea
 
 def test_a_learner_that_was_not_touched_is_read(learner):
     sealed(learner, part_of(learner).read_bytes())
-    result, method = read_learner(learner)
-    assert method.means.means.shape == (len(result.class_order), 16)
+    result, found = read_learner(learner)
+    assert found.method_.means.means.shape == (len(result.class_order), 16)
 
 
 def test_a_learner_whose_hash_does_not_fit_is_refused(learner):
@@ -249,7 +249,7 @@ def test_a_learner_of_two_stages_is_tried_before_it_is_trusted(key, change, feat
     sealed(folder, b"".join(map(bytes, serialized(content))))
     if (found := read_or_refused(lambda: read_learner(folder))) is not None:
         with torch.no_grad():
-            scores = found[1].scores(found[1].embed(torch.randn(4, 16)))
+            scores = found[1].method_.scores(found[1].method_.embed(torch.randn(4, 16)))
         assert scores.shape == (4, 6)
         assert torch.isfinite(scores).all()
 
@@ -358,7 +358,7 @@ def test_results_of_other_types_are_refused_or_right(data, learner):
     path.write_text(json.dumps(changes(json.loads(sound), data)))
     read_or_refused(lambda: read_result(learner))
     found = read_or_refused(lambda: read_learner(learner))
-    assert found is None or found[1].means.means.shape == (len(found[0].class_order), 16)
+    assert found is None or found[1].method_.means.means.shape == (len(found[0].class_order), 16)
     path.write_text(sound)
 
 
@@ -371,7 +371,7 @@ def test_manifests_of_other_types_are_refused_or_right(data, learner):
     document.pop("sha256", None)
     path.write_text(json.dumps(document | {"sha256": digest(document)}))
     found = read_or_refused(lambda: read_learner(learner))
-    assert found is None or found[1].means.means.shape == (6, 16)
+    assert found is None or found[1].method_.means.means.shape == (6, 16)
     path.write_text(sound)
 
 

@@ -272,7 +272,8 @@ def explain_image(
         picture = decoded(image)
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         raise DataError(f"image '{image}': cannot be read: {(str(error) or 'empty').splitlines()[0]}") from None
-    result, method = read_learner(run)
+    result, learner = read_learner(run)
+    method = learner.method_
     if not isinstance(method, PatchReasons):
         raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
     prepared = method.towers.prepare(picture)

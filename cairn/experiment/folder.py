@@ -14,20 +14,15 @@ from typing import Annotated, Any, TextIO
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from cairn.classifier.classifier import IncrementalClassifier
-from cairn.classifier.stored import restore_checked
-from cairn.data.catalogue import open_dataset
-from cairn.errors import CairnError, ResultError
+from cairn.classifier.classifier import NAME, IncrementalClassifier
+from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.experiment.run import Learned, towers_for
+from cairn.experiment.run import Learned
 from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
-from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import Method
 from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated
-from cairn.towers.catalogue import load_towers
-from cairn.towers.fingerprint import same_towers
+from cairn.towers.feature_file import is_features_file
 
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
@@ -210,39 +205,20 @@ def write_learner(folder: Path, learned: Learned) -> None:
     ).save(folder / LEARNER)  # fmt: skip
 
 
-def read_learner(folder: Path) -> tuple[RunResult, Method]:
-    """A run's result and its method as it was after the last task, ready to score images.
+def read_learner(folder: Path) -> tuple[RunResult, IncrementalClassifier]:
+    """A run's result and the classifier that it kept.
 
-    Raises ResultError where the run kept no learner, the file is damaged, or today's towers are not those of the run.
+    Raises ResultError where the run kept no learner, it is damaged, or today's towers are not those of the run.
     """
-    result, archive = read_result(folder), Archive(folder / LEARNER, "learner")
-    if not archive:
+    result = read_result(folder)
+    if not Archive(folder / LEARNER, NAME):
         raise ResultError(f"'{folder}': the run kept no learner; run it again with --keep-learner")
-    run = result.run
-    if run.data.endswith(".safetensors"):
-        towers = towers_for(run, open_dataset(run.data))
-    else:
-        spec = "tiny" if run.towers == "auto" else run.towers
-        towers = load_towers(
-            spec, device="auto", precision=run.precision, preprocess=run.preprocess, revision=run.revision
-        )
-    if not same_towers(towers.fingerprint, result.towers.fingerprint):
-        raise ResultError(
-            f"'{folder}': learned on towers {result.towers.fingerprint}, '{towers.name}' is {towers.fingerprint} today"
-        )
-    entry = method_named(result.method)
-    try:
-        method = entry.build(towers, entry.config.model_validate(result.config), seed=run.seed)
-    except CairnError:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ResultError(f"'{folder / RESULT}': its config does not make a {result.method}: {reason}") from None
-    held = archive.read()
-    if held is None or "method" not in held.parts:
-        raise ResultError(f"'{archive.folder}': holds no learner; run again with --keep-learner")
-    restore_checked(method, held.parts["method"], archive.folder, len(result.class_order))
-    return result, method
+    # The features file may lie elsewhere than when the run was made; a path of the call is found from here
+    towers = result.run.data if is_features_file(result.run.data) else None
+    learner = IncrementalClassifier.load(folder / LEARNER, towers)
+    if learner.classes_.tolist() != result.class_order:
+        raise ResultError(f"'{folder}': {RESULT} and {LEARNER} are of other classes; run it again with --keep-learner")
+    return result, learner
 
 
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:

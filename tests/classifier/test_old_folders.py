@@ -69,9 +69,9 @@ def test_a_learner_of_pictures(old):
 
 
 def test_a_run_with_its_learner(old):
-    result, method = read_learner(old / "run")
+    result, learner = read_learner(old / "run")
     assert (result.method, result.seed, len(result.class_order)) == ("dmc", 3, 6)
-    scores = method.scores(torch.from_numpy(load_file(old / "rows.safetensors")["test_features"]))
+    scores = learner.method_.scores(torch.from_numpy(load_file(old / "rows.safetensors")["test_features"]))
     torch.testing.assert_close(scores.detach(), torch.tensor(EXPECTED["run"]["scores"]), atol=TOLERANCE, rtol=1e-4)
 
 

@@ -46,7 +46,8 @@ def pixels(method, index=0):
 
 def test_a_learner_comes_back_as_it_was(kept):
     folder, method = kept
-    result, restored = read_learner(folder)
+    result, learner = read_learner(folder)
+    restored = learner.method_
     assert result.method == "spa"
     x = pixels(method)
     assert torch.equal(restored.scores(restored.embed(x)), method.scores(method.embed(x)))

@@ -84,9 +84,9 @@ def test_the_service_and_the_reader_of_run_folders_take_it(kept):
     finally:
         service.close()
     (folder.parent / "result.json").write_text(result.model_dump_json())
-    found, method = read_learner(folder.parent)
+    found, learner = read_learner(folder.parent)
     assert found.method == "dmc"
-    assert method.memory.classes == 40
+    assert learner.method_.memory.classes == 40
 
 
 def test_every_command_takes_it(cairn, tmp_path):

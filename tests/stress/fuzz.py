@@ -158,7 +158,8 @@ def _json(value: Any) -> bytes:
 
 
 def _learner(folder: Path) -> None:
-    result, method = read_learner(folder)
+    result, learner = read_learner(folder)
+    method = learner.method_
     stream = task_stream(features_dataset(result.run.data), step=2)
     pixels = next(iter(Loader(stream.tests[0], method.towers.prepare, method.towers.pixels)))[0]
     with torch.no_grad():

@@ -120,7 +120,21 @@ def test_export_is_exact_or_refused_in_one_line(learner, pictures, towers):
     pixels = towers.pixels(torch.stack([towers.prepare(image) for image in pictures[2]]))
     with torch.no_grad():
         found = image_scores(learner)(pixels)
-    torch.testing.assert_close(found, learner._scores_of(pixels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, learner.predictions(pictures[2]).scores, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_is_told_of_an_image_from_one_pass(learner, pictures, towers):
+    """Scores, probabilities, known scores and reasons: m images cost m passes, of whatever method."""
+    tests, before = pictures[2], dict(towers.passes)
+    found = learner.predictions(tests, known=True, reasons=2)
+    passes = 2 if learner.method in ("aper", "joint") else 1  # of the trained encoder and of the original
+    assert towers.passes["images"] - before["images"] == passes * len(tests)
+    np.testing.assert_array_equal(found.labels(), learner.predict(tests))
+    np.testing.assert_allclose(found.probabilities, learner.predict_proba(tests), rtol=1e-6)
+    np.testing.assert_allclose(found.known, learner.known_score(tests), rtol=1e-6)
+    assert [[told["name"] for told in reasons] for reasons in found.reasons] == [
+        [name for name, _ in best] for best in learner.predict_topk(tests, 2)
+    ]
 
 
 def test_explain_names_the_likeliest_classes(learner, pictures):

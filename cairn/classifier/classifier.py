@@ -17,6 +17,7 @@ from cairn.classifier.estimator import Estimator
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
+from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import LearnerRecord
 from cairn.classifier.stored import restore_checked
 from cairn.config import with_values
@@ -57,7 +58,7 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-from cairn.types import Scores
+from cairn.types import Features, Scores
 
 NAME, WORK, CARD = "learner", "work", "CARD.md"
 BATCH = 64
@@ -281,36 +282,82 @@ class IncrementalClassifier(Estimator):
 
     # predicting
 
+    @torch.no_grad()
+    def predictions(
+        self,
+        images: Item | Iterable[Item],
+        *,
+        known: bool = False,
+        reasons: int = 0,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> Predictions:
+        """Everything that is to be said of images, from one pass of the tower: scores and probabilities; with `known`, how
+        well each fits the classes that are known; with `reasons`, why it looks like so many of its likeliest classes.
+
+        With `on_bad_image="skip"` images that cannot be read have no row and are listed in `unreadable`, unless that is all of
+        them. Raises UnreadableImages, with all such files, otherwise.
+        """
+        with self._lock.reading():
+            method, items = self._fitted(), items_of(images, self._width)
+            given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
+            rows, unreadable_rows = np.arange(len(items)), {}
+            scores, fits, why, grid = [torch.zeros(0, len(self.classes_))], [np.zeros(0)], [], None
+            towers, done = method.towers, 0
+            while done < len(rows):
+                part = given.taken(rows[done:])
+                try:
+                    for pixels, _ in Loader(part, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
+                        features, here = method.embed(pixels), rows[done:]
+                        scores.append(
+                            _finite(method.scores(features).cpu(), lambda i, here=here: given.describe(here[i]))
+                        )
+                        if known:
+                            fits.append(self._known_scores(features, scores[-1]))
+                        if reasons:
+                            why += self._reasons(features, scores[-1], reasons)
+                            if isinstance(method, PatchReasons) and method.has_reasons:
+                                grid = method.patch_grid(features)
+                        done += len(features)
+                except DataError:
+                    bad = {int(rows[done:][row]): said for row, said in unreadable(part, whole=True).items()}
+                    bad = {row: said for row, said in bad.items() if isinstance(items[row], (str, Path))}
+                    if not bad:
+                        raise
+                    unreadable_rows |= bad
+                    if on_bad_image == "stop" or len(unreadable_rows) == len(items):
+                        raise UnreadableImages(
+                            f"{named_unreadable(given, unreadable_rows)}; replace or leave them out", unreadable_rows
+                        ) from None
+                    rows = np.setdiff1d(rows, list(bad))
+            found = torch.cat(scores)
+            return Predictions(
+                self.classes_,
+                found,
+                self.calibration_.log_probabilities(found).exp(),
+                np.concatenate(fits) if known else None,
+                why if reasons else None,
+                grid,
+                unreadable_rows,
+            )
+
     def predict(self, images: Item | Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
         """The likeliest class of each image; of a single one, too, an array. With `unknown_below` in [0, 1], None where
         `known_score` is below it."""
         if unknown_below is not None:
             require_threshold(unknown_below, "unknown_below")
-        with self._lock.reading():
-            scores, known = self._scored(images, known=unknown_below is not None)
-            found = self.classes_[scores.argmax(1).numpy()] if len(scores) else np.array([], dtype=object)
-            if unknown_below is not None:
-                found[known < unknown_below] = None
-        return found
+        return self.predictions(images, known=unknown_below is not None).labels(unknown_below)
 
     def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
         """(n, k), columns in the order of `classes_`: softmax of the scores over a temperature, which is fitted on images that
         were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many are
         classified correctly as the largest probabilities say."""
-        with self._lock.reading():
-            return self._probabilities(self._scored(images)[0]).numpy()
+        return self.predictions(images).probabilities.numpy()
 
     def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image its k likeliest classes with their probabilities, the likeliest first."""
         if k < 1:
             raise ConfigError(f"k {k}: must be at least 1")
-        with self._lock.reading():
-            p = self._probabilities(self._scored(images)[0])
-            best = p.topk(min(k, p.shape[1]), 1)
-            return [
-                [(str(self.classes_[c]), value) for c, value in zip(row, values, strict=True)]
-                for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
+        return self.predictions(images).topk(k)
 
     def known_score(self, images: Item | Iterable[Item]) -> np.ndarray:
         """How well each image fits the classes that are known, (n,) in [0, 1]; see `cairn.classifier.novelty`.
@@ -319,8 +366,9 @@ class IncrementalClassifier(Estimator):
         about `t` of the images of known classes fall below `t`, if they are like those that were learned. Of other methods:
         the largest probability, which promises nothing of the kind.
         """
-        with self._lock.reading():
-            return self._scored(images, known=True)[1]
+        known = self.predictions(images, known=True).known
+        assert known is not None
+        return known
 
     def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
         """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
@@ -334,57 +382,33 @@ class IncrementalClassifier(Estimator):
         items = items_of(image, self._width)
         if len(items) != 1:
             raise DataError(f"{len(items)} images: explain takes one at a time")
-        with self._lock.reading():
-            pixels = self._pixels(items[0])
-            scores = self._scores_of(pixels)[0]
-            p = self._probabilities(scores[None])[0]
-            if isinstance(self._method, PatchReasons) and self._method.has_reasons:
-                found = self._method.reasons(pixels, best)
-            else:
-                top = scores.topk(min(best, len(scores))).indices.tolist()
-                found = [{"class": c, "score": scores[c].item()} for c in top]
-            for reason in found:
-                reason |= {"name": str(self.classes_[reason["class"]]), "probability": p[reason["class"]].item()}
-        return found
+        reasons = self.predictions(items, reasons=best).reasons
+        assert reasons is not None
+        return reasons[0]
 
-    def _pixels(self, image: Item) -> torch.Tensor:
-        towers = self._fitted().towers
-        return towers.pixels(towers.prepare(InMemoryImages([image], np.zeros(1, dtype=np.int64), self._width)[0])[None])
-
-    @torch.no_grad()
-    def _scores_of(self, pixels: torch.Tensor) -> Scores:
-        method = self._fitted()
-        return _finite(method.scores(method.embed(pixels)).cpu(), lambda row: "the image")
-
-    def _probabilities(self, scores: Scores) -> Scores:
-        return self.calibration_.log_probabilities(scores).exp()
-
-    @torch.no_grad()
-    def _scored(self, images: Item | Iterable[Item], known: bool = False) -> tuple[Scores, np.ndarray]:
-        """Scores of every image, and how well it fits what is known, if that is asked for."""
-        method, items = self._fitted(), items_of(images, self._width)
-        if known and self._novelty is None:
+    def _known_scores(self, features: Features, scores: Scores) -> np.ndarray:
+        """The known score of each row."""
+        if self._novelty is None:
             self._novelty = Novelty(
-                method, self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
+                self._fitted(), self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
             )
-        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
-        towers, scores, fits = method.towers, [torch.zeros(0, len(self.classes_))], [np.zeros(0)]
-        try:
-            for pixels, _ in Loader(given, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
-                features = method.embed(pixels)
-                done = sum(map(len, scores))
-                scores.append(_finite(method.scores(features).cpu(), lambda row, done=done: given.describe(done + row)))
-                if known:
-                    fits.append(self._novelty.known(features, scores[-1]))
-        except DataError:
-            # All of the files, not the first alone
-            bad = {
-                row: why for row, why in unreadable(given, whole=True).items() if isinstance(items[row], (str, Path))
-            }
-            if bad:
-                raise UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad) from None
-            raise
-        return torch.cat(scores), np.concatenate(fits)
+        return self._novelty.known(features, scores)
+
+    def _reasons(self, features: Features, scores: Scores, best: int) -> list[list[dict[str, Any]]]:
+        """For each row its `best` likeliest classes and what speaks for them."""
+        method, p = self._fitted(), self.calibration_.log_probabilities(scores).exp()
+        found: list[list[dict[str, Any]]] = []
+        for row, own in enumerate(scores):
+            if isinstance(method, PatchReasons) and method.has_reasons:
+                classes = method.reasons(features[row : row + 1], best)
+            else:
+                top = own.topk(min(best, len(own))).indices.tolist()
+                classes = [{"class": c, "score": own[c].item()} for c in top]
+            names = [
+                {"name": str(self.classes_[c["class"]]), "probability": p[row, c["class"]].item()} for c in classes
+            ]
+            found.append([told | name for told, name in zip(classes, names, strict=True)])
+        return found
 
     # on disk
 

@@ -277,11 +277,12 @@ def explain_image(
     if not isinstance(method, PatchReasons):
         raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
     prepared = method.towers.prepare(picture)
-    reasons = method.reasons(method.towers.pixels(prepared[None]), best)
+    features = method.embed(method.towers.pixels(prepared[None]))
+    reasons = method.reasons(features, best)
     for reason in reasons:
         reason["name"] = result.class_order[reason["class"]]
     target = out or Path(f"{image.stem}-reasons.png")
-    grid = round(method.towers.patches(method.towers.pixels(prepared[None])).shape[1] ** 0.5)
+    grid = method.patch_grid(features)
     patch_figure(np.asarray(prepared.permute(1, 2, 0)), grid, reasons, target)
     write_json(target.with_suffix(".json"), {"image": image.name, "grid": grid, "classes": reasons})
     console = Console()

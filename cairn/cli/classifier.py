@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cairn.cli.run import BadImages, checked_bad_image
-from cairn.errors import ConfigError, DataError, Interrupted, UnreadableImages, counted, one_line, printable
+from cairn.errors import ConfigError, DataError, Interrupted, counted, one_line, printable
 from cairn.reports.console import Console
 from cairn.reports.formats import csv_text
 
 if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.classifier.predictions import Predictions
+    from cairn.towers.protocol import Towers
 
 METHOD, TOWERS = "dmc-ot", "openai/clip-vit-base-patch16"
 Weights = Annotated[
@@ -186,21 +188,26 @@ def predict(
     checked_bad_image(on_bad_image)
     files, errors = _files(images), Console(sys.stderr)
     answered = explained = 0
-    bad: dict[int, str] = {}
     try:
         held = IncrementalClassifier.load(learner, towers, device)
-        try:
-            rows = _predicted(held, files, topk, unknown_below)
-        except UnreadableImages as error:
-            bad = error.reasons
-            if on_bad_image == "stop" or len(bad) == len(files):
-                raise
-            for row, reason in bad.items():
-                errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
-            rows = _predicted(held, _without(files, bad), topk, unknown_below)
+        reasons = 0 if explain is None else max(topk, 3)
+        found = held.predictions(files, known=True, reasons=reasons, on_bad_image=on_bad_image)
+        bad = found.unreadable
+        for row, reason in bad.items():
+            errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
+        read = [file for row, file in enumerate(files) if row not in bad]
+        rows = [
+            {
+                "image": str(file),
+                "known": float(score),
+                "unknown": bool(score < unknown_below),
+                "classes": [{"name": name, "probability": p} for name, p in best],
+            }
+            for file, score, best in zip(read, found.known, found.topk(topk), strict=True)
+        ]
         for _ in _printed(rows, "json" if as_json else "csv" if as_csv else "text", unknown_below):
             answered += 1
-        for _ in () if explain is None else _explained(held, _without(files, bad), max(topk, 3), explain):
+        for _ in () if explain is None else _explained(held.method_.towers, read, found, explain):
             explained += 1
     except KeyboardInterrupt:
         done = f"answered: {answered} of {counted(len(files), 'image')}"
@@ -239,23 +246,6 @@ def _line(row: dict[str, Any], unknown_below: float) -> str:
     return f"{one_line(row['image'])}: {unsure}{best}"
 
 
-def _without(files: Sequence[Path], bad: Collection[int]) -> list[Path]:
-    return [file for row, file in enumerate(files) if row not in bad]
-
-
-def _predicted(held, files: list[Path], topk: int, unknown_below: float) -> list[dict[str, Any]]:
-    known = held.known_score(files)
-    return [
-        {
-            "image": str(file),
-            "known": float(score),
-            "unknown": bool(score < unknown_below),
-            "classes": [{"name": name, "probability": p} for name, p in best],
-        }
-        for file, score, best in zip(files, known, held.predict_topk(files, topk), strict=True)
-    ]
-
-
 def _json(value: Any) -> str:
     """JSON that is safe to print: letters as they are, what `one_line` escapes as JSON escapes it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -284,7 +274,7 @@ def _files(images: list[Path]) -> list[Path]:
     return found
 
 
-def _explained(held, files: list[Path], best: int, folder: Path) -> Iterator[Path]:
+def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Path) -> Iterator[Path]:
     """A picture and a JSON per image, called after it. Files are handed out when theirs are there."""
     import numpy as np
 
@@ -293,15 +283,13 @@ def _explained(held, files: list[Path], best: int, folder: Path) -> Iterator[Pat
     from cairn.storage.files import make_folder, write_json
 
     make_folder(folder)
-    towers, taken = held.method_.towers, set()
-    for file in files:
-        reasons = held.explain(file, best)
+    taken: set[str] = set()
+    for file, reasons in zip(files, found.reasons, strict=True):
         name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
         taken.add(name)
         seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None
-        if seen is not None and "patches" in reasons[0]:
-            count = towers.image_and_patches(towers.pixels(towers.prepare(decoded(file))[None]))[1].shape[1]
-            patch_figure(seen, round(count**0.5), reasons, folder / f"{name}.png")
+        if seen is not None and found.patch_grid is not None:
+            patch_figure(seen, found.patch_grid, reasons, folder / f"{name}.png")
         elif seen is not None:
             bar_figure(seen, reasons, folder / f"{name}.png")
         write_json(folder / f"{name}.json", {"image": str(file), "classes": reasons})

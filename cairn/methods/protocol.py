@@ -190,8 +190,13 @@ class PatchReasons(ABC):
         """Whether it does so with its settings."""
 
     @abstractmethod
-    def reasons(self, pixels: Pixels, best: int = 3) -> list[dict[str, Any]]:
-        """For one image, its `best` classes: `class`, `score` and `patches`. Raises ConfigError without `has_reasons`."""
+    def reasons(self, features: Features, best: int = 3) -> list[dict[str, Any]]:
+        """For one image, as `embed` gives it, its `best` classes: `class`, `score` and `patches`. Raises ConfigError without
+        `has_reasons`."""
+
+    @abstractmethod
+    def patch_grid(self, features: Features) -> int:
+        """Patches along a side of an image."""
 
 
 class DescribedClasses(ABC):

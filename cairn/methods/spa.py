@@ -17,6 +17,7 @@ description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -252,9 +253,13 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         """Whether patches are looked at."""
         return self.config.local.weight > 0
 
+    def patch_grid(self, features: Features) -> int:
+        """Patches along a side of the images behind the features."""
+        return math.isqrt(features.shape[1] // self.towers.dim - 1)
+
     @torch.no_grad()
-    def reasons(self, pixels: Pixels, best: int = 3) -> list[dict[str, Any]]:
-        """Why one image (1 x 3 x h x w) looks like each of its `best` classes, the likeliest first.
+    def reasons(self, features: Features, best: int = 3) -> list[dict[str, Any]]:
+        """Why one image, as `embed` gives it (1 x w), looks like each of its `best` classes, the likeliest first.
 
         Per class: `class` (arrival number), `score`, `global` (cosine of the class token), `local` (S), and `patches`:
         the number of each chosen patch (row by row from the top left), its share of all transported likeness (sums to
@@ -264,9 +269,8 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         """
         if not self.has_reasons:
             raise ConfigError("local.weight is 0: without patches there is nothing to show")
-        if len(pixels) != 1:
-            raise ValueError(f"{len(pixels)} images: one at a time")
-        features = self.embed(pixels)
+        if len(features) != 1:
+            raise ValueError(f"{len(features)} images: one at a time")
         d, s, how = self.towers.dim, self.towers.logit_scale, self._how()
         p, scores = features[0, d:].view(-1, d), self.scores(features)[0]
         cls = self._global(unit(features[:, :d]))[0]

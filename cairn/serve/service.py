@@ -84,15 +84,16 @@ class Service:
         """Raises HTTPException 415 for what is no image."""
         with self._slots:
             learner, image = self.learner, self._seen(file)
+            found = learner.predictions([image], known=True, reasons=EXPLAINED)
             reasons = [
-                {key: found[key] for key in ("name", "probability", "patches")}
-                for found in learner.explain(image, EXPLAINED)
-                if "patches" in found
+                {key: told[key] for key in ("name", "probability", "patches")}
+                for told in found.reasons[0]
+                if "patches" in told
             ]
             return {
-                "classes": [{"name": n, "probability": p} for n, p in learner.predict_topk([image], best)[0]],
-                "known": float(learner.known_score([image])[0]),
-                "grid": self._grid if reasons else None,
+                "classes": [{"name": n, "probability": p} for n, p in found.topk(best)[0]],
+                "known": float(found.known[0]),
+                "grid": found.patch_grid,
                 "view": self.towers.preprocessing and self.towers.preprocessing.mode,
                 "reasons": reasons,
             }
@@ -194,11 +195,6 @@ class Service:
         except Exception as error:  # a decoder fed with hostile bytes may raise anything
             raise _unreadable(what, error) from None
         return self.towers.prepare(image).permute(1, 2, 0).numpy()
-
-    @cached_property
-    def _grid(self) -> int:
-        """Patches along a side."""
-        return round(self.towers.patches(self.towers.pixels(self._blank[None])).shape[1] ** 0.5)
 
     @cached_property
     def _blank(self) -> Tensor:

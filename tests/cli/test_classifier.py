@@ -22,6 +22,7 @@ from cairn.cli.app import main
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, ResultError
 from cairn.experiment.folder import LOCK, Lock
+from cairn.reports import patches
 from cairn.training.checkpoint import Checkpoint
 
 QUICK = [
@@ -185,14 +186,14 @@ def test_an_interrupted_predict_says_how_far_it_came(learner, pictures, monkeypa
 
 
 def test_an_interrupt_while_reasons_are_written(learner, pictures, tmp_path, monkeypatch, capsys):
-    explain = IncrementalClassifier.explain
+    bar_figure = patches.bar_figure
 
-    def interrupted(self, image, best):
-        if image.name == "3.png":
+    def interrupted(image, reasons, path):
+        if path.name == "3.png":
             raise KeyboardInterrupt
-        return explain(self, image, best)
+        bar_figure(image, reasons, path)
 
-    monkeypatch.setattr(IncrementalClassifier, "explain", interrupted)
+    monkeypatch.setattr(patches, "bar_figure", interrupted)
     why = tmp_path / "why"
     with pytest.raises(SystemExit) as stop:
         called(monkeypatch, "predict", learner, pictures / "test", "--explain", why, "--device", "cpu")
@@ -318,7 +319,7 @@ def test_onnx_scores_are_the_learners(method, settings, pictures, tmp_path, towe
     pixels = towers.pixels(torch.stack([towers.prepare(image) for image in images]))
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     found = session.run(None, {"pixels": pixels.numpy()})[0]
-    expected = learner._scores_of(pixels).numpy()
+    expected = learner.predictions(images).scores.numpy()
     assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["cairn.classes"]) == list(learner.classes_)

@@ -58,7 +58,7 @@ def test_reasons_add_up_to_the_score(kept):
     _, method = kept
     x = pixels(method)
     scores = method.scores(method.embed(x))[0]
-    reasons = method.reasons(x, best=4)
+    reasons = method.reasons(method.embed(x), best=4)
     assert [reason["class"] for reason in reasons] == scores.topk(4).indices.tolist()
     for reason in reasons:
         total = method.towers.logit_scale * (reason["global"] + method.config.local.weight * reason["local"])
@@ -106,8 +106,8 @@ def test_what_cannot_be_explained_is_said(kept, tmp_path, towers):
     with pytest.raises(ResultError, match="not JSON"):
         read_learner(tmp_path)
     with pytest.raises(ValueError, match="2 images: one at a time"):
-        method.reasons(pixels(method).expand(2, -1, -1, -1))
+        method.reasons(method.embed(pixels(method)).expand(2, -1))
     plain = METHODS["spa"]
     flat = plain.build(towers, plain.config.model_validate({"local": {"weight": 0}}), seed=1)
     with pytest.raises(ConfigError, match=r"local\.weight is 0"):
-        flat.reasons(pixels(method))
+        flat.reasons(flat.embed(pixels(method)))

@@ -1,0 +1,57 @@
+"""What a classifier makes of images in one pass: scores, probabilities, known scores and reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cairn.classifier.novelty import require_threshold
+from cairn.errors import ConfigError
+from cairn.types import Scores
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of n images among k classes. Every image went through the tower once, whatever is read from here."""
+
+    classes: np.ndarray
+    """(k,), names in the order of the columns."""
+    scores: Scores
+    """(n, k), as the method gives them; higher is likelier."""
+    probabilities: Scores
+    """(n, k), rows sum to 1; see `cairn.classifier.calibration`."""
+    known: np.ndarray | None = None
+    """(n,) in [0, 1]: how well each image fits the classes that are known, if that was asked for."""
+    reasons: list[list[dict[str, Any]]] | None = None
+    """For each image its likeliest classes, if they were asked for: `name`, `score`, `probability`, and of SPA `patches`."""
+    patch_grid: int | None = None
+    """Patches along a side of an image, where reasons name patches."""
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """Images that have no row here, by their position among those given, and why they cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def labels(self, unknown_below: float | None = None) -> np.ndarray:
+        """(n,), the likeliest class; with `unknown_below` in [0, 1], None where the known score is below it."""
+        found = self.classes[self.scores.argmax(1).numpy()] if len(self) else np.array([], dtype=object)
+        if unknown_below is not None:
+            require_threshold(unknown_below, "unknown_below")
+            if self.known is None:
+                raise ConfigError(
+                    "unknown_below: known scores were not asked for; call predictions(images, known=True)"
+                )
+            found[self.known < unknown_below] = None
+        return found
+
+    def topk(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each image its k likeliest classes with their probabilities, the likeliest first."""
+        if k < 1:
+            raise ConfigError(f"k {k}: must be at least 1")
+        best = self.probabilities.topk(min(k, len(self.classes)), 1)
+        return [
+            [(str(self.classes[c]), value) for c, value in zip(row, values, strict=True)]
+            for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

@@ -43,9 +43,12 @@ class GaussianSettings(Settings):
     """How a method keeps Gaussians."""
 
     covariance: Covariance = Field(
-        Full(), description="what is kept of a class: full, low_rank, diagonal or shared [I; SLCA and RAPF, P: full]"
+        default=Full(),
+        description="what is kept of a class: full, low_rank, diagonal or shared [I; SLCA and RAPF, P: full]",
     )
-    shrinkage: Shrinkage = Field(Oas(), description="how a covariance of few images is made usable: oas or ridge [I]")
+    shrinkage: Shrinkage = Field(
+        default=Oas(), description="how a covariance of few images is made usable: oas or ridge [I]"
+    )
 
     _kinds = field_validator("covariance", "shrinkage", mode="before")(kind_by_name)
 

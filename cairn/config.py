@@ -60,7 +60,8 @@ def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, st
             continue
         if isinstance(value, BaseModel):
             if kinds := choices(field):
-                yield path, value.kind, field.description or " | ".join(kinds)
+                kind = next(kind for kind, choice in kinds.items() if choice is type(value))
+                yield path, kind, field.description or " | ".join(kinds)
             yield from settings(value, f"{path}.")
         else:
             yield path, value, field.description or ""

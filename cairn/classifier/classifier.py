@@ -97,7 +97,8 @@ class IncrementalClassifier(Estimator):
     ):
         self.method, self.towers, self.settings = method, towers, settings
         self.templates, self.descriptions, self.seed = templates, descriptions, seed
-        self.device, self.precision, self.preprocess, self.revision = device, precision, preprocess, revision
+        self.device, self.precision, self.revision = device, precision, revision
+        self.preprocess: Literal["crop", "squash"] | None = preprocess
         self._lock = ReadWriteLock()
         self._begin()
 
@@ -558,7 +559,8 @@ class IncrementalClassifier(Estimator):
 
     def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""
-        return self._method.state_dict(), self._method.tasks if isinstance(self._method, KeepsImages) else ()
+        method = self._fitted()
+        return method.state_dict(), method.tasks if isinstance(method, KeepsImages) else ()
 
     def _restored(self, state: State, tasks: Sequence[Task]) -> Method:
         method = self._fresh()
@@ -577,22 +579,34 @@ class IncrementalClassifier(Estimator):
         learned = state.pop("state")
         self.__dict__.update(state)
         if learned is not None:
-            self._method = self._restored(*learned)
+            of_method, tasks = learned
+            self._method = self._restored(of_method, tasks)
 
     def open_towers(self) -> Towers:
         """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""
         if self._towers is None:
-            if not isinstance(self.towers, str):
-                self._towers = self.towers
-            elif is_features_file(self.towers):
-                self._towers = open_features_towers(self.towers)
-            else:
-                self._towers = load_towers(
-                    self.towers, device=self.device, precision=self.precision, preprocess=self.preprocess,
-                    revision=self.revision,
-                )  # fmt: skip
+            self._towers = self._opened(self.towers)
             self._notices += self._towers.notices
         return self._towers
+
+    def _opened(self, towers: str | Towers) -> Towers:
+        if not isinstance(towers, str):
+            return towers
+        if is_features_file(towers):
+            return open_features_towers(towers)
+        return load_towers(
+            towers,
+            device=self.device,
+            precision=self.precision,
+            preprocess=self.preprocess,
+            revision=self.revision,
+        )
+
+    def describe(self, sentences: Mapping[str, Sequence[str]]) -> None:
+        """Sentences of classes, beside and in place of those given before."""
+        given = descriptions_of(self.descriptions)
+        own = {} if given is None else {name: list(said.sentences) for name, said in given.classes.items()}
+        self.descriptions = {**own, **sentences}
 
     @property
     def _width(self) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from cairn.training.log import Log
 
 SKIP = "replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip"
 
-Sentences = dict[str, Sequence[str] | str] | str | Path | None
+Sentences: TypeAlias = Mapping[str, Sequence[str] | str] | str | Path | None
 """Descriptions of classes: by name, or where a file of them is."""
 
 
@@ -69,12 +69,12 @@ def readable(
 def columns(images: Item | Iterable[Item]) -> int:
     """Numbers in a row, where nothing else tells it. Raises InvalidInput for what are no rows."""
     try:
-        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else np.asarray(images, dtype=np.float32).shape
+        shape = [*(images.shape if isinstance(images, torch.Tensor) else np.asarray(images, dtype=np.float32).shape)]
     except (TypeError, ValueError):
-        shape = ()
+        shape = []
     if len(shape) not in (1, 2) or not shape[-1]:
         raise InvalidInput(
-            f"rows: {shape[-1] if shape else 0} feature(s) (shape={shape}) while a minimum of 1 is required; give rows of "
+            f"rows: {shape[-1] if shape else 0} feature(s) (shape={tuple(shape)}) while a minimum of 1 is required; give rows of "
             "numbers, (n, width), dense, not sparse"
         )
     return shape[-1]

@@ -53,8 +53,8 @@ DRAWS = 4096
 
 def gaussians_of(method: Any) -> GaussianMemory | None:
     """The Gaussians that a method keeps of its classes, if it does."""
-    held = isinstance(method, GaussianScoring) and isinstance(method.memory, GaussianMemory)
-    return method.memory if held else None
+    memory = method.memory if isinstance(method, GaussianScoring) else None
+    return memory if isinstance(memory, GaussianMemory) else None
 
 
 def require_threshold(value: float, name: str) -> None:
@@ -145,5 +145,5 @@ def _solved(L: Tensor, x: Tensor) -> Tensor:
 def _scatter(memory: GaussianMemory) -> tuple[Tensor, int]:
     """T and N."""
     plain = GaussianMemory.from_state(memory.state_dict(), memory.kind, Ridge(eps=0.0))
-    T = sum(n * plain.covariance(c) for c, n in enumerate(memory.counts.tolist()))
+    T = sum((n * plain.covariance(c) for c, n in enumerate(memory.counts.tolist())), torch.zeros(()))
     return T, int((memory.counts - 1).clamp_min(0).sum())

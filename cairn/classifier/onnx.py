@@ -29,6 +29,8 @@ CHECKED = 8
 class ImageScores(nn.Module):
     """scores(x) = s cos(f(x), t_c) of prepared pixels, with f and t as they were learned."""
 
+    texts: Tensor
+
     def __init__(self, vision: nn.Module, texts: Tensor, s: float):
         super().__init__()
         self.vision = vision
@@ -83,6 +85,8 @@ def export_onnx(learner: IncrementalClassifier, path: Path) -> float:
                 model, (pixels,), input_names=["pixels"], output_names=["scores"], dynamo=True, verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
             )  # fmt: skip
+        if program is None:
+            raise ResultError(f"'{path}': torch wrote no program")
         proto = program.model_proto
         preprocessing = towers.preprocessing.model_dump(mode="json") if towers.preprocessing else {}
         about = {

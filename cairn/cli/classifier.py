@@ -68,8 +68,7 @@ def learn(
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
     from cairn.training.log import Log
 
-    console = Console()
-    checked_bad_image(on_bad_image)
+    console, bad_images = Console(), checked_bad_image(on_bad_image)
     found = class_folders(pictures)
     items = [found.images.path(row) for row in range(len(found.images))]
     names = [found.classes[label] for label in found.images.labels]
@@ -99,15 +98,14 @@ def learn(
             held.require_savable()
             notices, before, calls = held.open_towers().notices, 0, 0
         if found.descriptions is not None:
-            own = {name: list(described.sentences) for name, described in found.descriptions.classes.items()}
-            held.descriptions = {**(held.descriptions or {}), **own}
+            held.describe({name: list(said.sentences) for name, said in found.descriptions.classes.items()})
         for notice in notices:
             console.note(f"note: {notice}")
         work, checkpoint = Archive(learner, WORK), Checkpoint(checkpoint_seconds)
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
             held.partial_fit(
-                items, names, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=on_bad_image
+                items, names, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=bad_images
             )
         if len(held.history_) == calls:
             console.note(

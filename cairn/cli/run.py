@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -180,10 +180,11 @@ def checked(kind: type[Settings], **values: Any) -> Settings:
         raise ConfigError(f"--{option} {problem['input']}: {reason_of(problem)}") from None
 
 
-def checked_bad_image(choice: str) -> None:
+def checked_bad_image(choice: str) -> Literal["stop", "skip"]:
     """Raises ConfigError for another value of --on-bad-image than stop and skip."""
     if choice not in ("stop", "skip"):
         raise ConfigError(f"--on-bad-image {choice}: must be stop or skip")
+    return choice
 
 
 def _step(step: int | None, data: str) -> int:

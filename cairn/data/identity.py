@@ -73,7 +73,7 @@ class LearnedPictures:
         """Pairs of a picture and a class."""
         return sum(map(len, self._classes.values()))
 
-    def compare(self, hashes: Sequence[bytes], labels: Sequence[int]) -> Found:
+    def compare(self, hashes: Sequence[bytes], labels: np.ndarray) -> Found:
         found, met = Found([], [], []), dict(self._classes)
         for row, (value, c) in enumerate(zip(hashes, map(int, labels), strict=True)):
             before = met.get(value, frozenset())
@@ -85,7 +85,7 @@ class LearnedPictures:
             met[value] = before | {c}
         return found
 
-    def with_more(self, hashes: Sequence[bytes], labels: Sequence[int]) -> LearnedPictures:
+    def with_more(self, hashes: Sequence[bytes], labels: np.ndarray) -> LearnedPictures:
         classes = dict(self._classes)
         for value, c in zip(hashes, map(int, labels), strict=True):
             classes[value] = classes.get(value, frozenset()) | {c}

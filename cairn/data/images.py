@@ -56,6 +56,15 @@ class Subset:
         return self.source.identity(int(self.indices[index]))
 
 
+def rows_of(images: Images, source: Images) -> np.ndarray:
+    """Which items of `source` a subset of it has, or a subset of a subset. Raises ValueError for other images."""
+    if images is source:
+        return np.arange(len(source))
+    if not isinstance(images, Subset):
+        raise ValueError("not a subset of these images")
+    return rows_of(images.source, source)[images.indices]
+
+
 class Concatenation:
     """Several collections, one after the other."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cairn.data.catalogue import open_dataset
-from cairn.data.images import Dataset, Images, Subset
+from cairn.data.images import Dataset, Images, Subset, rows_of
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, ROWS, SPLITS, Chosen, EmbedConfig, Plan, Shard, shards_of
@@ -36,7 +36,8 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker
     # What every machine then does: the arithmetic is part of the plan
     config = config.model_copy(update={"precision": towers.precision})
     (task,), (tests,) = stream.tasks, stream.tests
-    ordered = replace(stream, tasks=(replace(task, train=_in_order(task.train)),), tests=(_in_order(tests),))
+    train, test = _in_order(task.train, dataset.train), _in_order(tests, dataset.test)
+    ordered = replace(stream, tasks=(replace(task, train=train),), tests=(test,))
     stream = readable(ordered, skip=config.on_bad_image == "skip")
     chosen = _chosen(stream, dataset)
     shards = shards_of(len(chosen.train), len(chosen.test), config.shard_rows)
@@ -44,7 +45,7 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Plan, Maker
         config=config, split=stream.fingerprint,
         towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=towers.revision),
         dim=towers.dim, logit_scale=towers.logit_scale, classes=dataset.classes, templates=dataset.templates,
-        train=len(chosen.train), test=len(chosen.test), images=[chosen.identity(shard) for shard in shards],
+        train=len(chosen.train), test=len(chosen.test), images=tuple(chosen.identity(shard) for shard in shards),
         rows=chosen.sha256(), versions=versions(),
     )  # fmt: skip
     return plan, Maker(plan, chosen, towers), (*stream.notices, *towers.notices)
@@ -57,17 +58,15 @@ def _images_of(config: EmbedConfig) -> Dataset:
     return dataset
 
 
-def _in_order(images: Subset) -> Subset:
+def _in_order(images: Images, source: Images) -> Subset:
     """As the data set has them; a stream's are class by class."""
-    order = np.argsort(images.indices, kind="stable")
-    return Subset(images.source, images.indices[order], images.labels[order])
+    order = np.argsort(rows_of(images, source), kind="stable")
+    return Subset(images, order, images.labels[order])
 
 
 def _chosen(stream: TaskStream, dataset: Dataset) -> Chosen:
     def within(images: Images, source: Images) -> Subset:
-        rows = images.indices
-        while (images := images.source) is not source:  # a subset of a subset, where some cannot be read
-            rows = images.indices[rows]
+        rows = rows_of(images, source)
         return Subset(source, rows, source.labels[rows])
 
     return Chosen(within(stream.tasks[0].train, dataset.train), within(stream.tests[0], dataset.test))

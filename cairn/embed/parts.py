@@ -37,7 +37,7 @@ class Parts:
     def write(self, name: str, rows: np.ndarray) -> None:
         """Whole or not at all. Raises ResultError where it cannot be written."""
         rows = np.ascontiguousarray(rows)
-        about = {"plan": self.key, "sha256": hashlib.sha256(rows).hexdigest()}
+        about = {"plan": self.key, "sha256": hashlib.sha256(rows.data).hexdigest()}
         write_chunks(self.path(name), serialized({"rows": torch.from_numpy(rows)}, about))
 
     def read(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray | None:
@@ -52,7 +52,7 @@ class Parts:
         rows = np.array(file.array("rows"))
         if rows.shape != shape or rows.dtype != dtype:
             return None
-        return rows if hashlib.sha256(rows).hexdigest() == about.get("sha256") else None
+        return rows if hashlib.sha256(rows.data).hexdigest() == about.get("sha256") else None
 
     def present(self) -> set[str]:
         """Names of the files that are there, whole or not."""

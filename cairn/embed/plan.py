@@ -138,7 +138,7 @@ class Chosen(NamedTuple):
 
     def identity(self, shard: Shard) -> str:
         """A hash of which images those are."""
-        return hashlib.blake2b(image_ids(self.part(shard)), digest_size=16).hexdigest()
+        return hashlib.blake2b(image_ids(self.part(shard)).tobytes(), digest_size=16).hexdigest()
 
     def sha256(self) -> str:
         """Of the file of rows."""

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
 from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.metrics import average_incremental, seen_accuracy
 from cairn.maths.bures import bures_parts
-from cairn.maths.drift import Drift
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.dmc_ot import DMCOT, DmcOtConfig, Motion
 from cairn.towers.protocol import Towers
@@ -44,7 +44,7 @@ class _Truthful(DMCOT):
 
 
 def drift_rows(
-    stream: TaskStream, towers: Towers, config: DmcOtConfig, estimators: Mapping[str, Drift], *, seed: int, log: Log
+    stream: TaskStream, towers: Towers, config: DmcOtConfig, estimators: Mapping[str, BaseModel], *, seed: int, log: Log
 ) -> tuple[list[Row], list[Row]]:
     """Errors and accuracies of every estimator on one stream.
 
@@ -67,8 +67,8 @@ def drift_rows(
             checkpoint = done.handed_on(torch.arange(len(task.train)), len(task.train)) if number else done
             learner.learn(task, Context(Seeds(seed), log, checkpoint))
             if not number:
-                oracle.truth = truth = _truth(stream, learner, task.index)
-            errors = _errors(learner.memory, truth)
+                oracle.truth = _truth(stream, learner, task.index)
+            errors = _errors(learner.memory, oracle.truth)
             rows += [row | {"estimator": name, "task": task.index, "seed": seed} for row in errors]
             accuracies[name].append(evaluator.after(task.index, learner).accuracy)
         log("laboratory", task=task.index, tasks=len(stream.tasks))

@@ -30,6 +30,7 @@ from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
 from cairn.experiment.schema import SCHEMA_VERSION, Passes, RunConfig, RunResult, TowersUsed, comparable_call
 from cairn.methods.catalogue import Entry, method_named
+from cairn.methods.dmc_ot import DmcOtConfig
 from cairn.methods.protocol import KeepsImages, Method
 from cairn.storage.archive import Archive
 from cairn.storage.schema import Amount, Count, Record, validated
@@ -320,7 +321,9 @@ class _Course:
         self._marks = time.perf_counter(), dict(self.towers.passes)
 
     def _take(self, part: str) -> None:
-        """Add what was spent since the mark, and mark anew."""
+        """Add what was spent since the mark, if there is one, and mark anew."""
+        if self._marks is None:
+            return
         since, before = self._marks
         self.durations[-1] += time.perf_counter() - since
         self._count(part, before)
@@ -333,6 +336,13 @@ class _Course:
                 self.passes[part][key] += count
 
     # on disk
+
+    @property
+    def archive(self) -> Archive:
+        """Where it is kept."""
+        if self._archive is None:
+            raise RuntimeError("the run is kept nowhere")
+        return self._archive
 
     def keep(self, checkpoint: Checkpoint, archive: Archive) -> None:
         """Go on with what `archive` holds, and keep what is due there. Raises ResultError for what cannot be gone on with."""
@@ -371,7 +381,7 @@ class _Course:
     def _misfit(self, error: Exception) -> ResultError:
         """What comes from outside may hold anything, and some of it shows only when it is learned on."""
         return ResultError(
-            f"'{self._archive.folder}': the checkpoint does not fit ({type(error).__name__}: {error}); --overwrite to start "
+            f"'{self.archive.folder}': the checkpoint does not fit ({type(error).__name__}: {error}); --overwrite to start "
             "again"
         )
 
@@ -381,10 +391,9 @@ class _Course:
             self._learned = self.method.state_dict()
 
     def _write(self, work: dict[str, State]) -> None:
-        if self._marks is not None:
-            self._take("learning")
+        self._take("learning")
         if self.world.is_main:
-            self._archive.write(self._record(), {"learner": self._learned, **work})
+            self.archive.write(self._record(), {"learner": self._learned, **work})
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -396,7 +405,7 @@ class _Course:
 
     def _restore(self, stored: dict[str, Any], learner: State) -> None:
         remedy = "--overwrite to start again"
-        record = validated(CheckpointRecord, stored, f"'{self._archive.folder}': the checkpoint", remedy=remedy)
+        record = validated(CheckpointRecord, stored, f"'{self.archive.folder}': the checkpoint", remedy=remedy)
         same = {
             "call": comparable_call(record.run) == comparable_call(self.config.model_dump(mode="json")),
             "data": record.split == self.stream.fingerprint,
@@ -405,7 +414,7 @@ class _Course:
         for what, holds in same.items():
             if not holds:
                 raise ResultError(
-                    f"'{self._archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
+                    f"'{self.archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
                 )
         if (then := record.versions) != (now := versions()):
             changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
@@ -416,7 +425,7 @@ class _Course:
         if not self._plausible():
             raise ValueError("a record of other tasks")
         restore_checked(
-            self.method, learner, self._archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
+            self.method, learner, self.archive.folder, sum(len(t.classes) for t in self.stream.tasks[: self.done])
         )
         if isinstance(self.method, KeepsImages):
             self.method.attach_images(self.stream.tasks[: self.done])
@@ -456,6 +465,8 @@ def drift_report(
     """
     log = log or Log()
     entry, stream, towers, settings = prepared(config)
+    if not isinstance(settings, DmcOtConfig):
+        raise ConfigError(f"method '{entry.name}': the drift laboratory compares estimators of dmc-ot")
     family = choices(entry.config.model_fields["drift"])
     for name in estimators:
         if name not in family:

@@ -42,10 +42,6 @@ class ClassMemory(Protocol):
         """What is stored between tasks: the figure to declare."""
         ...
 
-    def add(self, features: Features, labels: Labels) -> ClassMemory:
-        """With these features learned: new classes are appended, known ones updated."""
-        ...
-
     def draw(
         self, per_class: int, generator: torch.Generator, classes: Sequence[int] | None = None
     ) -> tuple[Features, Labels]:

@@ -10,7 +10,7 @@ Letters: x = f(x) / |f(x)| unit embedding of an image; t_c unit text of class c;
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -21,7 +21,7 @@ from cairn.data.stream import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
-from cairn.memory.protocol import ClassMemory
+from cairn.memory.generators import GeneratorMemory
 from cairn.methods.parts.autoencoders import Vae
 from cairn.methods.parts.stages import TextStage, align_text, class_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring
@@ -38,7 +38,7 @@ class Gaussian(GaussianSettings):
 
     kind: Literal["gaussian"] = "gaussian"
 
-    def learned(self, memory: GaussianMemory, x: Features, y: Labels, *_: object) -> GaussianMemory:
+    def learned(self, memory: Any, x: Features, y: Labels, *_: object) -> GaussianMemory:
         """`memory` with these rows learned."""
         return memory.add(x, y)
 
@@ -60,7 +60,7 @@ class CgilConfig(Settings):
         return cls(stage2=TextStage(real_share=0.0))
 
 
-class CGIL(CosineScoring, GaussianScoring[ClassMemory]):
+class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory]):
     """argmax_c s cos(f(x), t_c), t_c trained on draws of every class seen."""
 
     card = Card(
@@ -87,7 +87,7 @@ class CGIL(CosineScoring, GaussianScoring[ClassMemory]):
     def __init__(self, towers: Towers, config: CgilConfig, *, seed: int):
         self.towers, self.config = towers, config
         self.texts = config.stage2.text.build(towers).to(towers.device)
-        self.memory: ClassMemory = config.generator.memory(towers.dim)
+        self.memory: GaussianMemory | GeneratorMemory = config.generator.memory(towers.dim)
         self._class_texts = torch.zeros(0, towers.dim)
 
     def learn(self, task: Task, ctx: Context) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from cairn.config import Settings
@@ -49,7 +49,7 @@ from cairn.memory.covariances import Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.methods.parts.described import sentences_of
-from cairn.methods.parts.projector import Projector
+from cairn.methods.parts.projector import Projectors
 from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import FROZEN, Card, DescribedClasses
 from cairn.towers.protocol import Towers
@@ -153,7 +153,7 @@ class ENGINE(DescribedClasses):
         self.towers, self.config = towers, config
         self.device = towers.device
         names = ("visual", "textual")
-        self.units = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
+        self.units = Projectors(towers.dim, names).to(self.device)
         self.anchors = torch.zeros(0, towers.dim)
         self.means = ClassMeans.empty(towers.dim)
         self.sentences: list[Tensor] = []
@@ -184,8 +184,7 @@ class ENGINE(DescribedClasses):
         x, h = rows[:, : -self.towers.hidden_dim], rows[:, -self.towers.hidden_dim :]
 
         # Units of this task; those before stand still, and all of them are added up [P].
-        for projector in self.units.values():
-            projector.grow()
+        self.units.grow()
         visual, textual = self.units["visual"], self.units["textual"]
         t, described = self.anchors.to(self.device), self._described().to(self.device)
 
@@ -206,8 +205,7 @@ class ENGINE(DescribedClasses):
         share = max(1, config.schedule.batch // len(y.unique()))
         replay = share if config.replay is None else config.replay
         batches = _Batches(x, y, self.means.means, config.noise, config.schedule.batch, replay)
-        current = [projector.current for projector in self.units.values()]
-        fit(loss, current, batches, config.schedule, ctx.logged_at(stage=1))
+        fit(loss, self.units.current, batches, config.schedule, ctx.logged_at(stage=1))
         self.means = self.means.add(x[:, :d], y)
         if config.stat:
             self.tasks += 1

@@ -52,7 +52,10 @@ class JointConfig(Settings):
         default=False, description="start from the pretrained weights after each task; else train on from the last"
     )
     held_out: float = Field(
-        0.2, gt=0, lt=1, description="share of each class's images that chooses the ridge and weighs the classifiers"
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share of each class's images that chooses the ridge and weighs the classifiers",
     )
 
     @classmethod

@@ -30,7 +30,7 @@ from cairn.memory.exemplars import Exemplars
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.memory.replay import ReplayBatches
-from cairn.methods.parts.projector import Projector
+from cairn.methods.parts.projector import Projectors
 from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import FROZEN, Card
 from cairn.towers.protocol import Towers
@@ -122,8 +122,7 @@ class PROOF:
     def __init__(self, towers: Towers, config: ProofConfig, *, seed: int):
         self.towers, self.config = towers, config
         self.device = towers.device
-        names = ("visual", "textual")
-        self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(self.device)
+        self.projectors = Projectors(towers.dim, ("visual", "textual")).to(self.device)
         self.fusion = Fusion(towers.dim, towers.logit_scale).to(self.device)
         self.prompts = torch.zeros(0, towers.dim)
         self.anchors = torch.zeros(0, towers.dim)
@@ -143,15 +142,15 @@ class PROOF:
         self.means = self.means.add(x, y)
 
         # This task's projections [P] and prompts [I] are new, those before stand still; T is trained on.
-        for projector in self.projectors.values():
-            projector.grow()
+        self.projectors.grow()
         fresh = 0.02 * torch.randn(config.prompts, d, generator=ctx.seeds.generator("prompts"))
         prompts = nn.Parameter(fresh.to(self.device))
-        trained = [projector.current for projector in self.projectors.values()] + [*self.fusion.parameters(), prompts]
+        trained = [*self.projectors.current, *self.fusion.parameters(), prompts]
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             y = y.to(self.device)
-            return sum(cross_entropy(scores, y) for scores in self._three(x.to(self.device), prompts))
+            matched, seen, read = (cross_entropy(scores, y) for scores in self._three(x.to(self.device), prompts))
+            return matched + seen + read
 
         # The task's images and the exemplars of all others, as one set [P].
         rows, labels = torch.cat([x, self.exemplars.rows]), torch.cat([y, self.exemplars.labels])
@@ -178,7 +177,8 @@ class PROOF:
 
     @torch.no_grad()
     def scores(self, features: Features) -> Scores:
-        return sum(self._three(unit(features.to(self.device)))) / 3
+        matched, seen, read = self._three(unit(features.to(self.device)))
+        return (matched + seen + read) / 3
 
     def state_dict(self) -> State:
         modules = {"projectors": self.projectors, "fusion": self.fusion}

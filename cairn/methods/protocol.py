@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
@@ -71,7 +71,7 @@ class Method(Protocol):
     stays the same string: a frozen tower then sees each test image once, whatever the number of tasks.
     """
 
-    card: ClassVar[Card]
+    card: Card
     towers: Towers
     config: Settings
 

@@ -37,7 +37,7 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.parts.described import sentences_of
-from cairn.methods.parts.projector import Projector, UnitLength
+from cairn.methods.parts.projector import Projectors, UnitLength
 from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import (
     FROZEN,
@@ -143,7 +143,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         # Whether rows are [z ; v]; otherwise they are z alone.
         self.two = config.local.weight > 0 and config.local.score == "feature"
         names = ("visual", "textual", "local_visual", "local_textual")[: 4 if self.two else 2]
-        self.projectors = nn.ModuleDict({name: Projector(towers.dim) for name in names}).to(towers.device)
+        self.projectors = Projectors(towers.dim, names).to(towers.device)
         self.anchors = torch.zeros(0, towers.dim)
         self.sentences: list[tuple[str, ...]] = []
         width = towers.dim * (2 if self.two else 1)
@@ -165,8 +165,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].
         old = self.memory
-        for projector in self.projectors.values():
-            projector.grow()
+        self.projectors.grow()
 
         def loss(rows: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
             x, S = rows
@@ -175,8 +174,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         share = max(1, config.schedule.batch // len(y.unique()))
         replay = share if config.replay is None else config.replay
         batches = _Batches(x, S, y, old, config.schedule.batch, replay, self.on_sphere)
-        current = [projector.current for projector in self.projectors.values()]
-        fit(loss, current, batches, config.schedule, ctx.logged_at(stage=1))
+        fit(loss, self.projectors.current, batches, config.schedule, ctx.logged_at(stage=1))
         old.tell_repairs(ctx.log)
 
         # Statistics of the new classes. Their z never moves [P]; their v does, with the candidates of `_seen`.

@@ -117,7 +117,7 @@ class Service:
             if self.describes and name not in copy.classes_:
                 if not said:
                     raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
-                copy.descriptions = {**(copy.descriptions or {}), name: said}
+                copy.describe({name: said})
             calls = len(copy.history_)
             copy.partial_fit(images, [name] * len(images), log=Log(show=work.progress), checkpoint=work.checkpoint)
             if len(copy.history_) == calls:

@@ -99,7 +99,7 @@ class TensorWriter:
         if self._next[name] + rows.nbytes > self._end[name]:
             raise ValueError(f"'{name}': more rows than its shape has")
         self._file.seek(self._next[name])
-        self._file.write(np.ascontiguousarray(rows))
+        self._file.write(np.ascontiguousarray(rows).data)
         self._next[name] += rows.nbytes
 
     def close(self) -> None:

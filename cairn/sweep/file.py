@@ -42,7 +42,7 @@ class Range(BaseModel):
     low: int | float | None = None
     high: int | float | None = None
     log: bool = False
-    choices: tuple[bool | int | float | str, ...] | None = Field(None, min_length=1)
+    choices: tuple[bool | int | float | str, ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _either(self) -> Range:
@@ -66,7 +66,7 @@ class Search(BaseModel):
     trials: int = Field(ge=1, description="in all, those of earlier calls too")
     sampler: Literal["tpe", "random"] = "tpe"
     metric: Literal["average", "last"] = "average"
-    seed: int = Field(1, ge=0, le=2**32 - 1, description="of the sampler")
+    seed: int = Field(default=1, ge=0, le=2**32 - 1, description="of the sampler")
     space: dict[str, Range] = Field(min_length=1, description="by option or setting")
 
 
@@ -75,13 +75,15 @@ class Resources(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    cpus: int = Field(1, ge=1, description="cores, and threads")
-    gpus: float | None = Field(None, ge=0, description="a share of one, or several; None: one where there are any")
-    memory: ByteSize | None = Field(None, ge=1, description="bytes that Ray sets aside, such as 4 GB")
-    parallel: int | None = Field(None, ge=1, description="runs at once; None: as many as there is room for")
-    attempts: int = Field(3, ge=1, description="how often a run is begun if its worker is lost")
-    checkpoint_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
-    cache: bool = Field(False, description="as `cairn run --cache`")
+    cpus: int = Field(default=1, ge=1, description="cores, and threads")
+    gpus: float | None = Field(
+        default=None, ge=0, description="a share of one, or several; None: one where there are any"
+    )
+    memory: ByteSize | None = Field(default=None, ge=1, description="bytes that Ray sets aside, such as 4 GB")
+    parallel: int | None = Field(default=None, ge=1, description="runs at once; None: as many as there is room for")
+    attempts: int = Field(default=3, ge=1, description="how often a run is begun if its worker is lost")
+    checkpoint_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    cache: bool = Field(default=False, description="as `cairn run --cache`")
 
     @field_validator("gpus")
     @classmethod
@@ -97,7 +99,7 @@ class SweepFile(BaseModel):
     path: Path
     base: RunFile
     settings: dict[str, Any] = Field(description="of all runs")
-    grid: tuple[tuple[Choice, ...], ...] = Field((), description="axes: the runs are their product")
+    grid: tuple[tuple[Choice, ...], ...] = Field(default=(), description="axes: the runs are their product")
     seeds: tuple[int, ...]
     search: Search | None = None
     resources: Resources = Resources()
@@ -107,10 +109,12 @@ class SweepFile(BaseModel):
         """Every method that a run may have. Raises ConfigError if there is none."""
         found = [choice.options["method"] for axis in self.grid for choice in axis if "method" in choice.options]
         if self.search is not None and "method" in self.search.space:
-            found = list(self.search.space["method"].choices or ())
-        if not found and not self.base.method:
+            found = list(map(str, self.search.space["method"].choices or ()))
+        if not found and self.base.method:
+            found = [self.base.method]
+        if not found:
             raise ConfigError(f"sweep file '{self.path}': no method; give method = \"dmc\", or several in [grid]")
-        return found or [self.base.method]
+        return found
 
 
 def text_of(value: Any) -> str:

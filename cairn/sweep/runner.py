@@ -233,9 +233,10 @@ class Sweep:
         return call.model_dump(mode="json")
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
-        job.state, job.reason, job.figures = outcome.state, outcome.reason, outcome.figures
-        job.attempts = self._attempts(job.name)
-        if outcome.state == "stopped":
+        job.reason, job.figures, job.attempts = outcome.reason, outcome.figures, self._attempts(job.name)
+        if outcome.state != "stopped":
+            job.state = outcome.state
+        else:
             job.state, job.reason = ("waiting", None) if self.stop.number else ("lost", "its worker was told to stop")
         if job.state == "lost":
             job.reason = f"{job.reason}; {job.attempts} attempts were made"
@@ -277,16 +278,16 @@ class Sweep:
 
     def _conclude(self, study: Study) -> None:
         """The run file of the best trial."""
-        told = study.trials("COMPLETE")
+        told = [(trial.value, trial) for trial in study.trials("COMPLETE") if trial.value is not None]
         if not told:
             return
-        best = max(told, key=lambda trial: trial.value)
+        value, best = max(told, key=lambda pair: pair[0])
         place = Path(study.point.name) / BEST
-        about = {"trial": best.point.name, "metric": self._metric, "value": best.value, "trials": len(told)}
+        about = {"trial": best.point.name, "metric": self._metric, "value": value, "trials": len(told)}
         self.ledger.best.append({**about, "varies": best.point.varies, "file": place.as_posix()})
         values = best.point.config.model_dump(exclude={"validation", "seed"}, exclude_none=True)
         file = RunFile.model_validate(values | {"seeds": best.point.seeds})
-        title = f"the best of {counted(len(told), 'trial')} by {self._metric}, {100 * best.value:.2f} %"
+        title = f"the best of {counted(len(told), 'trial')} by {self._metric}, {100 * value:.2f} %"
         file_text = run_file_text(file, f"{title} on images held out of training; not tested yet")
         make_folder(self.folder / study.point.name)
         write_chunks(self.folder / place, [file_text.encode()])

@@ -25,6 +25,7 @@ from cairn.errors import NotFinite, one_line
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.fingerprint import weights_part
 from cairn.towers.patches import Attention
+from cairn.towers.precision import Precision
 from cairn.towers.protocol import Towers
 from cairn.types import Features, Pixels
 
@@ -72,7 +73,8 @@ class CachedTowers:
         self.text, self.tokens, self.word_tokens = towers.text, towers.tokens, towers.word_tokens
         self.class_texts = towers.class_texts
         self.vision, self.text_tower, self.preprocessing = towers.vision, towers.text_tower, towers.preprocessing
-        self.device, self.precision, self.revision = towers.device, towers.precision, towers.revision
+        self.device, self.revision = towers.device, towers.revision
+        self.precision: Precision = towers.precision
         self.source, self.notices = towers.source, towers.notices
         self.passes.setdefault("stored", 0)
         self._maker = f"{weights_part(towers.fingerprint)}-{towers.precision}-{towers.device.type}"

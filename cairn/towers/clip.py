@@ -19,7 +19,7 @@ from cairn.errors import ConfigError, TowersError, counted
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import Attention, embedded_tokens
-from cairn.towers.precision import usable_precision
+from cairn.towers.precision import Precision, usable_precision
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
@@ -121,6 +121,7 @@ class ClipTowers:
         text = model.text_model.config
         self.name, self.revision, self.source = name, revision, source or name
         self.device = device_named(device)
+        self.precision: Precision
         self.precision, slow = usable_precision(precision, self.device)
         self.notices = (*notices, *slow)
         require_unadapted(model, f"towers '{name}'")

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from cairn.errors import TowersError
 from cairn.towers.patches import Attention
+from cairn.towers.precision import Precision
 from cairn.types import Features, Pixels
 
 
@@ -24,7 +25,7 @@ class FeatureTowers:
 
     has_images = False
     device = torch.device("cpu")
-    precision = "float32"
+    precision: Precision = "float32"
     revision: str | None = None
     notices: tuple[str, ...] = ()
     preprocessing = text_tower = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 SLOWER = 2.0
 """How much longer than float32 bfloat16 may take before float32 is taken in its place."""
@@ -16,7 +19,7 @@ _ROWS, _WIDTH = 64, 768
 """Of the product that is timed: that of a ViT-B with a quarter of an image's tokens, some ms where it is slow."""
 
 
-def usable_precision(asked: str, device: torch.device) -> tuple[str, tuple[str, ...]]:
+def usable_precision(asked: Precision, device: torch.device) -> tuple[Precision, tuple[str, ...]]:
     """The precision to compute in and, where it is not the one asked for, why."""
     if asked != "bfloat16" or (factor := bfloat16_slowdown(device.type)) <= SLOWER:
         return asked, ()

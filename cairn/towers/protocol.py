@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cairn.towers.patches import Attention
+from cairn.towers.precision import Precision
 from cairn.towers.preprocessing import Preprocessing
 from cairn.types import Features, Pixels
 
@@ -66,7 +67,7 @@ class Towers(Protocol):
     passes: dict[str, int]
     """Forward passes so far: `images` through the vision tower, `text_tokens` through the text tower."""
     device: torch.device
-    precision: str
+    precision: Precision
     """Arithmetic inside the towers, float32 or bfloat16; what comes out is float32."""
     revision: str | None
     """The commit of the weights, where they come from a hub."""

@@ -24,7 +24,7 @@ class Ordered(Protocol):
 @torch.no_grad()
 def encode(
     batches: Ordered,
-    rows: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    rows: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]],
     ctx: Context | None = None,
     name: str = "",
 ) -> tuple[Tensor, ...]:

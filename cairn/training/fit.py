@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,18 @@ from cairn.training.context import Context
 from cairn.training.distributed import World
 from cairn.training.schedule import Schedule
 
+Inputs = TypeVar("Inputs")
+Inputs_co = TypeVar("Inputs_co", covariant=True)
 
-class Batches(Protocol):
+
+class Batches(Protocol[Inputs_co]):
     """A source of batches: `(inputs, labels)` pairs. Those of a `Loader` can be shared out between processes."""
 
     def __len__(self) -> int:
         """Steps per epoch."""
         ...
 
-    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    def epochs(self, rngs: Sequence[torch.Generator], skip: int = 0) -> Iterator[Iterator[tuple[Inputs_co, Tensor]]]:
         """One pass for each generator, which alone decides its order and draws. Of the first one, `skip` batches are left
         out."""
         ...
@@ -50,9 +53,9 @@ class Stochastic(Protocol):
 
 
 def fit(
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Inputs, Tensor], Tensor],
     parameters: Sequence[nn.Parameter],
-    batches: Batches,
+    batches: Batches[Inputs],
     schedule: Schedule,
     ctx: Context,
     *,
@@ -98,7 +101,9 @@ def fit(
     waited, start, begun = 0.0, time.perf_counter(), course.step
     done, skip = divmod(course.step, len(batches))
     rngs = [ctx.seeds.at(epoch=epoch).generator("batches") for epoch in range(done, schedule.epochs)]
-    epochs = batches.epochs(rngs, skip, (world.rank, world.world_size)) if shared else batches.epochs(rngs, skip)
+    epochs: Iterator[Iterator[tuple[Any, Tensor]]] = batches.epochs(rngs, skip)
+    if shared and isinstance(batches, Loader):
+        epochs = batches.epochs(rngs, skip, (world.rank, world.world_size))
     for epoch, source in enumerate(epochs, start=done):
         mark = began = time.perf_counter()
         rows = course.rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -42,9 +42,7 @@ class Vae(Settings):
         """A memory that holds no class yet."""
         return GeneratorMemory.empty(self.latent, self.hidden, dim)
 
-    def learned(
-        self, memory: GeneratorMemory, x: Features, y: Labels, device: torch.device, ctx: Context
-    ) -> GeneratorMemory:
+    def learned(self, memory: Any, x: Features, y: Labels, device: torch.device, ctx: Context) -> GeneratorMemory:
         """`memory` with these rows learned."""
 
         def train(rows: list[Features]) -> Decoders:

@@ -9,6 +9,7 @@ Source: logarithmic opinion pools (Genest and Zidek 1986), weights by held-out l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from cairn.types import Labels, Scores
 
 def pooled(weights: Float[Tensor, " j"], scores: Sequence[Float[Tensor, "n k"]]) -> Scores:
     """sum_j w_j f_j."""
-    return sum(weight * f for weight, f in zip(weights.tolist(), scores, strict=True))
+    return reduce(torch.add, (weight * f for weight, f in zip(weights.tolist(), scores, strict=True)))
 
 
 def pool_weights(scores: Sequence[Float[Tensor, "n k"]], y: Labels) -> Float[Tensor, " j"]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +22,8 @@ class UnitLength(nn.Module):
 class Projector(nn.Module):
     """x -> unit(x + sum_b G_b x), G_b trained on task b from zero; those of finished tasks are one matrix [P]."""
 
+    finished: Tensor
+
     def __init__(self, d: int):
         super().__init__()
         self.register_buffer("finished", torch.zeros(d, d))
@@ -31,3 +36,23 @@ class Projector(nn.Module):
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         return unit(x + x @ (self.finished + self.current).T)
+
+
+class Projectors(nn.ModuleDict):
+    """A projector for each name."""
+
+    def __init__(self, d: int, names: Iterable[str]):
+        super().__init__({name: Projector(d) for name in names})
+
+    def __getitem__(self, key: str) -> Projector:
+        return cast(Projector, super().__getitem__(key))
+
+    def grow(self) -> None:
+        """Those of the next task."""
+        for name in self:
+            self[name].grow()
+
+    @property
+    def current(self) -> list[nn.Parameter]:
+        """What is trained in this task."""
+        return [self[name].current for name in self]

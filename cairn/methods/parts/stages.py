@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
@@ -16,7 +16,7 @@ from cairn.maths.losses import class_cross_entropy, margin_metric_softmax, mean_
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
-from cairn.towers.prompts import ClassText, Prompts, Residual
+from cairn.towers.prompts import ClassText, FixedTexts, Prompts, Residual, SoftPrompts
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.averaging import BetaAverage
@@ -158,7 +158,7 @@ def align_vision(
 
 def align_text(
     stage: TextStage,
-    texts: nn.Module,
+    texts: FixedTexts | SoftPrompts,
     features: Float[Tensor, "n d"],
     labels: Tensor,
     old: ClassMemory,

@@ -33,6 +33,7 @@ from cairn.data.images import Dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.experiment.evaluator import Evaluator
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods import dmc_ot
@@ -134,7 +135,7 @@ def tower_speed(
         settled(device)
 
     def trained(encoder: ImageEncoder) -> None:
-        align_vision(stage, encoder, anchors, batches, own.logit_scale, Context(Seeds(1)))
+        align_vision(stage, encoder, anchors, batches, own.logit_scale, class_cross_entropy, Context(Seeds(1)))
         settled(device)
 
     def multiplied(a: Tensor) -> None:

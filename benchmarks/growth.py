@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from measure import Row, bytes_cell, in_turns, seconds_cell
 from standins import class_rows, old_classes
 
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Full, LowRank
 from cairn.methods.catalogue import METHODS
@@ -73,7 +74,7 @@ def measured_at(k: int, repeats: int) -> dict[str, Any]:
         texts.grow(names, anchors, torch.Generator().manual_seed(0))
         seen.clear()
         log = Log(show=lambda event: seen.append(event["step"]))
-        align_text(stage, texts, z, y, memory, towers.logit_scale, Context(Seeds(1), log))
+        align_text(stage, texts, z, y, memory, towers.logit_scale, class_cross_entropy, Context(Seeds(1), log))
 
     found = in_turns({"step": epoch, "add": lambda: memory.add(z, y).bytes}, repeats)
     found |= in_turns({"calibration": lambda: learner.calibrated(motion, Log()).bytes}, 1, warm=False)

@@ -18,18 +18,6 @@ def class_cross_entropy(
     return cross_entropy(s * z @ T.T, y)
 
 
-def margin_metric_softmax(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, " n"], s: float, margin: float
-) -> Float[Tensor, ""]:
-    """Cross entropy in which a wrong class must be further behind, the less its text is like the right one.
-
-    Mean over rows i of -log softmax_c(s (z_i . t_c + margin (1 - t_{y_i} . t_c)))_{y_i}. What is the same for all classes
-    cancels, so the images are moved instead, to z_i - margin t_{y_i}; a margin of 0 leaves `class_cross_entropy`.
-    Source: the margin metric softmax of CLIPood (Shu et al. 2023).
-    """
-    return class_cross_entropy(z - margin * T[y], T, y, s)
-
-
 def text_anchor_contrast(
     z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Int[Tensor, " n"], s: float
 ) -> Float[Tensor, ""]:

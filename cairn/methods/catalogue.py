@@ -64,8 +64,20 @@ class Entry:
         return self.config.embedding() != self.config()
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that a learner's record holds, all there were, with `Card.older` for those that came later."""
-        return _completed(config, self.card.older)
+        """The settings that a learner's record holds, all there were, with `Card.older` for those that came later and without
+        `Card.former`."""
+        return _completed(_without(config, self.card.former), self.card.older)
+
+
+def _without(config: Mapping[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without the values, at whatever depth, that `former` has too."""
+    return {
+        key: _without(value, former[key])
+        if isinstance(value, Mapping) and isinstance(former.get(key), Mapping)
+        else value
+        for key, value in config.items()
+        if key not in former or isinstance(value, Mapping) or value != former[key]
+    }
 
 
 def _completed(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:

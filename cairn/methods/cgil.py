@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
@@ -103,7 +104,7 @@ class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory]):
         self.memory = config.generator.learned(self.memory, x, y, self.towers.device, ctx.at(stage=1))
 
         # Stage 2: class texts move; new classes are drawn like old ones [P].
-        align_text(config.stage2, self.texts, x, y, self.memory, s, ctx.at(stage=2))
+        align_text(config.stage2, self.texts, x, y, self.memory, s, class_cross_entropy, ctx.at(stage=2))
         self._remember_texts()
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from cairn.config import kind_by_name
 from cairn.data.loading import Loader
@@ -22,6 +23,7 @@ from cairn.data.probes import Probes
 from cairn.data.stream import Task
 from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
+from cairn.maths.losses import class_cross_entropy, mean_squared_cosine
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
 from cairn.methods.parts.two_stage import TwoStageState
@@ -110,6 +112,7 @@ class DMCOT(TwoStageState):
         passes="one per image and epoch, with gradients, one before and one after",
         text=True,
         moves=True,
+        former={"stage1": {"margin": 0.0}},
         quick={
             "stage1.schedule.epochs": 1,
             "stage1.schedule.batch": 8,
@@ -137,7 +140,7 @@ class DMCOT(TwoStageState):
         Z0 = self._encoded(loader, probes, ctx, "Z0")[0] if moves else None
 
         # Stage 1: vision moves, the class texts are its anchor [P].
-        align_vision(config.stage1, self.image, self.anchors, loader, s, ctx.at(stage=1))
+        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
         Z1, y = self._encoded(loader, probes, ctx, "Z1")
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
@@ -146,7 +149,14 @@ class DMCOT(TwoStageState):
         self.memory = old.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
-        align_text(config.stage2, self.texts, z, y, old, s, ctx.at(stage=2), separability=config.separability)
+        def text_loss(z: Features, T: Features, y: Labels, s: float) -> Tensor:
+            """CE(s z T^T, y) + separability mean (t_new . t_old)^2; the second term is STAR-Prompt's [K]."""
+            value = class_cross_entropy(z, T, y, s)
+            if config.separability and 0 < old.classes < len(T):
+                value = value + config.separability * mean_squared_cosine(T[old.classes :], T[: old.classes])
+            return value
+
+        align_text(config.stage2, self.texts, z, y, old, s, text_loss, ctx.at(stage=2))
         self.cache_texts()
 
     def _encoded(self, loader: Loader, probes: Probes, ctx: Context, name: str) -> tuple[Features, Labels]:

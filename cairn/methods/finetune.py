@@ -38,5 +38,6 @@ class FineTune(FixedTextHead):
         passes="one per image and epoch, with gradients",
         text=True,
         moves=True,
+        former={"stage1": {"margin": 0.0}},
         quick={"stage1.schedule.epochs": 1, "stage1.schedule.batch": 8, "stage1.schedule.lr": 1e-3},
     )

@@ -26,6 +26,7 @@ from cairn.config import Settings
 from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task, without_class
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
@@ -83,6 +84,7 @@ class Joint(KeepsImages, HoldsOut):
         passes="one per image so far and epoch, with gradients",
         text=True,
         moves=True,
+        former={"stage1": {"margin": 0.0}},
         quick={
             "stage1.schedule.epochs": 1,
             "stage1.schedule.batch": 8,
@@ -145,10 +147,10 @@ class Joint(KeepsImages, HoldsOut):
         # Stages 1 and 2, on all images but those held out.
         learned = Subset(everything, kept, everything.labels[kept])
         loader = Loader(learned, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
-        align_vision(stage1, self.image, self.anchors, loader, s, ctx.at(stage=1))
+        align_vision(stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
         rows = self._embedded(everything, ctx)
         nothing = GaussianMemory(self.towers.dim)
-        align_text(stage2, self.texts, rows[-1][~out], y[~out], nothing, s, ctx.at(stage=2))
+        align_text(stage2, self.texts, rows[-1][~out], y[~out], nothing, s, class_cross_entropy, ctx.at(stage=2))
 
         # The ridges and the weights by images held out; the regressions learn these, too.
         k = len(self.anchors)

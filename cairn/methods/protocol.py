@@ -56,6 +56,8 @@ class Card:
     """Whether the image encoder is trained, once or in every task."""
     older: Mapping[str, Any] = field(default_factory=dict)
     """For settings that came later, what a learner from before them was made with."""
+    former: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it no longer has, with the value that meant nothing: a stored one of that value is left out."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Settings with which it learns in seconds, for tests."""
 

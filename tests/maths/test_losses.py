@@ -9,7 +9,6 @@ import torch
 from cairn.maths.losses import (
     batch_contrast,
     class_cross_entropy,
-    margin_metric_softmax,
     mean_squared_cosine,
     normalised_cross_entropy,
     text_anchor_contrast,
@@ -35,31 +34,6 @@ def test_class_cross_entropy_is_the_written_sum():
         logits = [s * sum(a * b for a, b in zip(z[i].tolist(), t.tolist(), strict=True)) for t in T]
         total -= logits[y[i]] - math.log(sum(math.exp(value) for value in logits))
     assert math.isclose(class_cross_entropy(z, T, y, s).item(), total / len(z), rel_tol=1e-12)
-
-
-def test_margin_metric_softmax_is_the_written_sum():
-    """A wrong class is given lambda (1 - t_y . t_c) ahead: nothing for the right one, little for one like it."""
-    z, T, y = clustered()
-    s, margin, total = 7.0, 0.3, 0.0
-    for i in range(len(z)):
-        right = T[y[i]]
-        logits = [s * (float(z[i] @ t) + margin * (1 - float(right @ t))) for t in T]
-        total -= logits[y[i]] - math.log(sum(math.exp(value) for value in logits))
-    assert math.isclose(margin_metric_softmax(z, T, y, s, margin).item(), total / len(z), rel_tol=1e-12)
-    assert margin_metric_softmax(z, T, y, s, 0.6) > margin_metric_softmax(z, T, y, s, 0.3)
-
-
-def test_without_a_margin_it_is_cross_entropy_to_the_bit():
-    values, gradients = [], []
-    for loss in (class_cross_entropy, lambda *given: margin_metric_softmax(*given, 0.0)):
-        z, T, y = clustered()
-        z = z.float().requires_grad_()
-        value = loss(z, T.float(), y, 7.0)
-        value.backward()
-        values.append(value)
-        gradients.append(z.grad)
-    assert torch.equal(*values)
-    assert torch.equal(*gradients)
 
 
 def test_normalised_cross_entropy_is_the_written_sum():
@@ -103,7 +77,6 @@ def test_gradients_are_exact():
     for loss in (
         lambda z, T: class_cross_entropy(z, T, y, 3.0),
         lambda z, T: text_anchor_contrast(z, T, y, 3.0),
-        lambda z, T: margin_metric_softmax(z, T, y, 3.0, 0.3),
         lambda z, T: normalised_cross_entropy(z @ T.T, y, 0.1),
     ):
         assert torch.autograd.gradcheck(loss, (z.requires_grad_(), T.requires_grad_()))

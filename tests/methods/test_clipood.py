@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cairn.config import with_settings
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
+from cairn.methods.clipood import margin_metric_softmax
 from cairn.towers.tuning import Full
 from cairn.training.context import Context
 from cairn.training.log import Log
@@ -105,3 +107,47 @@ def test_without_margin_and_average_it_is_fine_tuning(flat, stream):
     x = rows(stream.tests[0])
     a, b = (method.scores(method.embed(x)) for method in plain)
     assert torch.equal(a, b)
+
+
+# the loss
+
+
+def clustered(n=12, k=3, d=8, seed=0):
+    """Unit rows in correlated clusters, unit texts near them, labels."""
+    rng = torch.Generator().manual_seed(seed)
+    T = unit(torch.randn(k, d, generator=rng, dtype=torch.float64))
+    y = torch.arange(n) % k
+    mixing = torch.randn(d, d, generator=rng, dtype=torch.float64) * torch.logspace(0, -1, d, dtype=torch.float64)
+    z = unit(T[y] + 0.5 * torch.randn(n, d, generator=rng, dtype=torch.float64) @ mixing.T)
+    return z, T, y
+
+
+def test_margin_metric_softmax_is_the_written_sum():
+    """A wrong class is given lambda (1 - t_y . t_c) ahead: nothing for the right one, little for one like it."""
+    z, T, y = clustered()
+    s, margin, total = 7.0, 0.3, 0.0
+    for i in range(len(z)):
+        right = T[y[i]]
+        logits = [s * (float(z[i] @ t) + margin * (1 - float(right @ t))) for t in T]
+        total -= logits[y[i]] - math.log(sum(math.exp(value) for value in logits))
+    assert math.isclose(margin_metric_softmax(z, T, y, s, margin).item(), total / len(z), rel_tol=1e-12)
+    assert margin_metric_softmax(z, T, y, s, 0.6) > margin_metric_softmax(z, T, y, s, 0.3)
+
+
+def test_without_a_margin_it_is_cross_entropy_to_the_bit():
+    values, gradients = [], []
+    for loss in (class_cross_entropy, lambda *given: margin_metric_softmax(*given, 0.0)):
+        z, T, y = clustered()
+        z = z.float().requires_grad_()
+        value = loss(z, T.float(), y, 7.0)
+        value.backward()
+        values.append(value)
+        gradients.append(z.grad)
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
+
+
+def test_the_gradient_of_the_margin_loss_is_exact():
+    z, T, y = clustered(n=6)
+    loss = lambda z, T: margin_metric_softmax(z, T, y, 3.0, 0.3)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (z.requires_grad_(), T.requires_grad_()))

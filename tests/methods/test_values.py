@@ -129,7 +129,7 @@ def test_freeze_old_says_whether_residuals_of_finished_tasks_train(freeze, moves
 
 # forgetting
 
-APART = {"tokens", "sizes", "sentences", "rows", "exemplars.rows"}
+APART = {"tokens", "sizes", "sentences", "rows", "exemplars.rows", "out"}
 """What does not have one row per class."""
 
 

@@ -17,6 +17,7 @@ class Plant(NamedTuple):
 
 
 VALUES = ("methods/test_values.py",)
+CLIPOOD = ("methods/test_clipood.py",)
 DMC = ("methods/test_dmc.py", "methods/test_values.py")
 GAUSSIAN, SHRINKAGE, BURES, DRIFT = ((f"maths/test_{name}.py",) for name in ("gaussian", "shrinkage", "bures", "drift"))
 TRANSPORT, ALIGNMENT, RIDGE, LOSSES = (
@@ -55,7 +56,7 @@ PLANTS = (
     Plant("classes not looked at win", "maths/alignment.py", "S.amin(1, keepdim=True)", "S.amax(1, keepdim=True)", ALIGNMENT),
     Plant("ridge squared", "maths/ridge.py", "shifted.diagonal().add_(lam)", "shifted.diagonal().add_(lam**2)", (*RIDGE, *SECOND)),
     Plant("recursive head with the old inverse", "maths/ridge.py", "P = P - PH @ torch.cholesky_solve(PH.T, L)", "P = P - 0.5 * PH @ torch.cholesky_solve(PH.T, L)", RIDGE),
-    Plant("margin of the wrong sign", "maths/losses.py", "z - margin * T[y]", "z + margin * T[y]", LOSSES),
+    Plant("margin of the wrong sign", "methods/clipood.py", "z - margin * T[y]", "z + margin * T[y]", CLIPOOD),
     Plant("contrast over all texts, not those of the batch", "maths/losses.py", "-log_share[which, torch.arange", "-log_share[0 * which, torch.arange", LOSSES),
     Plant("cosines between texts not squared", "maths/losses.py", "return ((T_new @ T_old.T) ** 2).mean()", "return (T_new @ T_old.T).mean()", LOSSES),
     # memory

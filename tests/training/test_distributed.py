@@ -197,7 +197,7 @@ def learned(number, optimizer="adamw", work=None, steps=None, rows=43):
         def loss(x, y):
             return nn.functional.cross_entropy(x @ theta[0] + theta[1], y)
 
-        fit(loss, theta, loader(Items(rows)), schedule, Context(Context(Seeds(3), Log(keep=events.append), checkpoint)))
+        fit(loss, theta, loader(Items(rows)), schedule, Context(Seeds(3), Log(keep=events.append), checkpoint))
         return [p.detach() for p in theta], events, kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]

@@ -126,7 +126,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(regression):
 
     log = Log().at(task=4, stage=1)
     with pytest.raises(NotFinite, match=r"task 4, stage 1, epoch 0, step 2: the loss is nan"):
-        fit(loss, [theta], batches, Schedule(epochs=1, lr=0.1), Context(Context(Seeds(0), log)))
+        fit(loss, [theta], batches, Schedule(epochs=1, lr=0.1), Context(Seeds(0), log))
     assert torch.isfinite(theta).all()
 
 
@@ -151,7 +151,7 @@ def test_events_and_progress_say_where_they_are(regression):
         [theta],
         batches,
         Schedule(epochs=2, lr=0.05),
-        Context(Context(Seeds(0), log)),
+        Context(Seeds(0), log),
     )
     assert [(e["event"], e["task"], e["stage"], e["epoch"], e["rows"]) for e in kept] == [
         ("epoch", 2, 1, 0, 200),

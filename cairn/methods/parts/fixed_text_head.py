@@ -6,10 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.methods.parts.stages import align_vision, class_anchors
 from cairn.methods.protocol import CosineScoring
@@ -18,7 +19,7 @@ from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels
+from cairn.types import Features, Labels, Pixels
 
 
 class FixedTextHead(CosineScoring):
@@ -42,7 +43,11 @@ class FixedTextHead(CosineScoring):
         new = class_anchors(self.towers, task, loader, ctx.log).cpu()
         self.anchors = torch.cat([self.anchors, new])
         s = self.towers.logit_scale
-        align_vision(stage, self.image, self.anchors, loader, s, ctx)
+        align_vision(stage, self.image, self.anchors, loader, s, self.loss, ctx)
+
+    def loss(self, z: Features, T: Features, y: Labels, s: float) -> Tensor:
+        """CE(s z T^T, y), unless a method has its own."""
+        return class_cross_entropy(z, T, y, s)
 
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)

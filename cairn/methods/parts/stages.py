@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.losses import class_cross_entropy, margin_metric_softmax, mean_squared_cosine, text_anchor_contrast
+from cairn.maths.losses import text_anchor_contrast
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
@@ -25,6 +26,9 @@ from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
+
+Loss = Callable[[Float[Tensor, "n d"], Float[Tensor, "k d"], Int[Tensor, " n"], float], Float[Tensor, ""]]
+"""Of unit images z, unit class texts T, labels y and the scale s."""
 
 
 class VisionStage(Settings):
@@ -40,11 +44,6 @@ class VisionStage(Settings):
     text_anchor_contrast: float = Field(
         default=0.0, ge=0, description="weight of texts against the batch's images [K: TPPT-V]"
     )
-    margin: float = Field(
-        default=0.0,
-        ge=0,
-        description="lambda of the margin that grows with the distance of the class texts [K: CLIPood, 0.3]",
-    )
     average: float | None = Field(
         default=None,
         gt=0,
@@ -58,7 +57,7 @@ class VisionStage(Settings):
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
 
     @classmethod
-    def embedding(cls) -> VisionStage:
+    def embedding(cls) -> Self:
         """The form that needs no image tower."""
         return cls(tuning=Adapter(), schedule=Schedule(epochs=10, batch=128, lr=1e-4))
 
@@ -128,14 +127,14 @@ def align_vision(
     anchors: Float[Tensor, "k d"],
     batches: Loader,
     s: float,
+    loss: Loss,
     ctx: Context,
 ) -> None:
-    """Stage 1. Minimise CE(s (z - lambda t_y) T^T, y) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
+    """Stage 1. Minimise loss(z, T, y, s) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
-    T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`), lambda is `stage.margin`.
+    T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`).
     Source: [P] for the stage; what it is made of is in docs/deviations.md.
     """
-
     if not encoder.parameters() or not stage.schedule.epochs:
         return
     seen = torch.arange(len(anchors))
@@ -144,15 +143,15 @@ def align_vision(
         return
     T = anchors[classes].to(encoder.device)
 
-    def loss(pixels: Tensor, y: Tensor) -> Tensor:
+    def vision_loss(pixels: Tensor, y: Tensor) -> Tensor:
         z, y = unit(encoder(pixels)), torch.searchsorted(classes, y).to(T.device)
-        value = margin_metric_softmax(z, T, y, s, stage.margin)
+        value = loss(z, T, y, s)
         if stage.text_anchor_contrast:
             value = value + stage.text_anchor_contrast * text_anchor_contrast(z, T, y, s)
         return value
 
     schedule, average = as_tuned(encoder, stage.schedule, stage.average)
-    fit(loss, encoder.parameters(), batches, schedule, ctx, average=average, model=encoder)
+    fit(vision_loss, encoder.parameters(), batches, schedule, ctx, average=average, model=encoder)
     encoder.version += 1
 
 
@@ -163,26 +162,21 @@ def align_text(
     labels: Tensor,
     old: ClassMemory,
     s: float,
+    loss: Loss,
     ctx: Context,
-    separability: float = 0.0,
 ) -> None:
-    """Stage 2. Minimise CE(s z T^T, y) over what is trainable of T, all classes seen in the softmax.
+    """Stage 2. Minimise loss(z, T, y, s) over what is trainable of T, all classes seen.
 
-    z are the cached unit features of the task and unit draws from the Gaussians in `old`. `separability` weighs the mean
-    squared cosine between new and old class texts, which is added. Source: [P]; the last is [K:
-    STAR-Prompt].
+    z are the cached unit features of the task and unit draws from the Gaussians in `old`. Source: [P].
     """
 
-    def loss(z: Tensor, y: Tensor) -> Tensor:
+    def text_loss(z: Tensor, y: Tensor) -> Tensor:
         T = texts()
-        value = class_cross_entropy(z.to(T.device), T, y.to(T.device), s)
-        if separability and 0 < old.classes < len(T):
-            value = value + separability * mean_squared_cosine(T[old.classes :], T[: old.classes])
-        return value
+        return loss(z.to(T.device), T, y.to(T.device), s)
 
     schedule = stage.schedule
     if isinstance(stage.text, Prompts):
         schedule = schedule.model_copy(update={"lr": stage.text.lr})
     batches = ReplayBatches(features, labels, old, batch=schedule.batch, real_share=stage.real_share)
-    fit(loss, texts.trainable(), batches, schedule, ctx)
+    fit(text_loss, texts.trainable(), batches, schedule, ctx)
     old.tell_repairs(ctx.log)

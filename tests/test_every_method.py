@@ -137,6 +137,21 @@ def test_everything_is_told_of_an_image_from_one_pass(learner, pictures, towers)
     ]
 
 
+def test_learning_embeds_every_image_once_if_the_tower_is_frozen(learner, pictures, towers):
+    """What is left out for calibration and the known score is not embedded again."""
+    images, names, _ = pictures
+    first, before = sum(COUNTS[:3]), towers.passes["images"]
+    learner.partial_fit(images[first:], names[first:])
+    n, passes = COUNTS[3], towers.passes["images"] - before
+    if learner.method == "engine":  # altered copies are images of their own, and one in five is looked at again
+        views = learner.method_.config.views
+        assert passes == n * (1 + views) + 1
+    elif METHODS[learner.method].card.moves:
+        assert passes > n
+    else:
+        assert passes == (1 if learner.method == "zero-shot" else n)
+
+
 def test_explain_names_the_likeliest_classes(learner, pictures):
     tests = pictures[2]
     reasons = learner.explain(tests[1], best=2)

@@ -34,7 +34,7 @@ from cairn.storage.schema import Amount, Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Scores
 
 SHARE = 0.2
 """Of each class's images in a task, the share that is left out; of two or more always one."""
@@ -114,7 +114,7 @@ def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Con
     """
     if isinstance(method, HoldsOut):
         return None if method.held_out is None else LeftOut(*method.held_out)
-    out = left_out(task.train.labels, ctx.seeds.at(task=task.index).generator("calibration"))
+    out = left_out_of(task, ctx)
     if not len(out):
         return None
     kept = np.setdiff1d(np.arange(len(task.train)), out)
@@ -125,15 +125,30 @@ def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Con
     checkpoint = ctx.checkpoint.handed_on(torch.from_numpy(kept), len(task.train)) if with_tower else Checkpoint()
     other.learn(replace(task, train=Subset(task.train, kept, labels[kept])), Context(ctx.seeds, checkpoint=checkpoint))
     towers, images = other.towers, Subset(task.train, out, labels[out])
-    loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
 
-    def seen(pixels: Pixels, _: Labels) -> tuple[Tensor, ...]:
-        features = other.embed(pixels)
+    def seen(features: Features, _: Labels) -> tuple[Tensor, ...]:
         rows = (other.memory_rows(features),) if isinstance(other, GaussianScoring) else ()
         return other.scores(features), *rows
 
-    scores, *rows, y = encode(loader, seen)
+    if with_tower and ctx.checkpoint.sampled is not None:
+        y, features = torch.as_tensor(labels[out]), ctx.checkpoint.sampled.to(torch.device(towers.device))
+        with torch.no_grad():
+            found = [seen(rows, y) for rows in features.split(BATCH)]
+        scores, *rows = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    else:
+        loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
+        scores, *rows, y = encode(loader, seen, embed=other.embed)
     return LeftOut(scores, y, other, *rows)
+
+
+def keep_left_out(task: Task, ctx: Context) -> None:
+    """Before a task is learned: have the passes over it keep the features of images that `rehearsed` will leave out."""
+    ctx.checkpoint.keep_features(torch.from_numpy(left_out_of(task, ctx)), len(task.train))
+
+
+def left_out_of(task: Task, ctx: Context) -> np.ndarray:
+    """Rows of the task's images that are left out."""
+    return left_out(np.asarray(task.train.labels), ctx.seeds.at(task=task.index).generator("calibration"))
 
 
 def left_out(labels: np.ndarray, rng: torch.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from cairn.classifier.calibration import Calibration, LeftOut, rehearsed
+from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed
 from cairn.classifier.card import card
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
@@ -244,6 +244,7 @@ class IncrementalClassifier(Estimator):
         method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
+        keep_left_out(task, ctx)
         method.learn(task, ctx)
         left_out = rehearsed(method, self._copy, task, ctx)
         calibration, references = learned.calibration.with_images(left_out), self._references(left_out)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-from cairn.classifier.calibration import Calibration, rehearsed
+from cairn.classifier.calibration import Calibration, keep_left_out, rehearsed
 from cairn.classifier.stored import restore_checked
 from cairn.config import Settings, choices, with_settings
 from cairn.config import settings as every_setting
@@ -162,6 +162,7 @@ def run_stream(
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     for task in stream.tasks[course.done :]:
         before = course.before()
+        keep_left_out(task, ctx)
         with course.learning():
             try:
                 method.learn(task, ctx)

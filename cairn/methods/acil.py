@@ -67,7 +67,7 @@ class ACIL:
 
     def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), ctx, "Z")
+        z, y = encode(loader, lambda z, _: z, ctx, "Z", embed=self.embed)
         k = max(task.classes.stop, self.W.shape[1])
         for rows in torch.arange(len(z)).split(self.random.width):
             H = self.random(z[rows]).double()

@@ -98,7 +98,7 @@ class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory]):
         anchors = class_anchors(self.towers, task, loader, ctx.log)
         if task.names:
             self.texts.grow(task.names, anchors, ctx.seeds.generator("texts"))
-        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "X")
+        x, y = encode(loader, lambda z, _: unit(z), ctx, "X", embed=self.embed)
 
         # Stage 1: a generator per class of the task [P].
         self.memory = config.generator.learned(self.memory, x, y, self.towers.device, ctx.at(stage=1))

@@ -64,7 +64,7 @@ class LDA(GaussianScoring[GaussianMemory]):
 
     def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "Z")
+        z, y = encode(loader, lambda z, _: unit(z), ctx, "Z", embed=self.embed)
         self._set(self.memory.add(z, y))
 
     def forget(self, c: int) -> None:

@@ -138,7 +138,7 @@ class PROOF:
         ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
-        x, y = encode(loader, lambda pixels, _: unit(self.towers.image(pixels)), ctx, "X")
+        x, y = encode(loader, lambda z, _: unit(z), ctx, "X", embed=self.embed)
         self.means = self.means.add(x, y)
 
         # This task's projections [P] and prompts [I] are new, those before stand still; T is trained on.

@@ -131,7 +131,7 @@ class RAPF(GaussianScoring[GaussianMemory]):
         ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
-        x, y = encode(loader, lambda pixels, _: self.memory_rows(self.towers.image(pixels)), ctx, "X")
+        x, y = encode(loader, lambda z, _: self.memory_rows(z), ctx, "X", embed=self.embed)
 
         # Cross entropy on new images and draws of old classes, and the hinge loss on what is drawn of neighbours [P].
         old, device = self.memory, self.towers.device

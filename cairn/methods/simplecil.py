@@ -44,7 +44,7 @@ class SimpleCIL(CosineScoring):
 
     def learn(self, task: Task, ctx: Context) -> None:
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-        z, y = encode(loader, lambda pixels, _: self.towers.image(pixels), ctx, "Z")
+        z, y = encode(loader, lambda z, _: z, ctx, "Z", embed=self.embed)
         self.means = self.means.add(z, y)
 
     def forget(self, c: int) -> None:

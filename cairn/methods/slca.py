@@ -178,7 +178,7 @@ class SLCA(GaussianScoring[GaussianMemory]):
 
         # 2. Statistics of the task's classes under the encoder as it now is.
         with self.image.inference():
-            z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z")
+            z, y = encode(loader, lambda z, _: z, ctx, "Z", embed=self.embed)
         self.memory = self.memory.add(unit(z), y)
 
         # 3. Classifier alignment: all classes seen, each drawn as often as any other.

@@ -160,7 +160,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
             self._describe(sentences_of(config.descriptions, task, ctx.log))
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
-        x, S, y = encode(loader, lambda pixels, y: self._seen(self.embed(pixels), y), ctx, "rows")
+        x, S, y = encode(loader, self._seen, ctx, "rows", embed=self.embed)
         x, S, y = (column.to(self.towers.device) for column in (x, S, y))
 
         # Task-specific projectors: this task's start at zero, those before stand still [P].

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cairn.errors import GOES_ON, Interrupted
@@ -44,6 +45,9 @@ class Checkpoint:
         self._since, self._counted = time.monotonic(), 0
         self._signal = 0
         self._sync = SyncSchedule(world)
+        self._sample: Tensor | None = None
+        self.sampled: Tensor | None = None
+        """(m, w): features of the images asked for with `keep_features`, once a pass has embedded them."""
 
     def kept_by(self, write: Callable[[dict[str, State]], Any]) -> None:
         """`write` is given all work of the task in progress, by name."""
@@ -52,11 +56,22 @@ class Checkpoint:
     def begin(self, work: dict[str, State] | None = None) -> None:
         """A task, with the work that was already done of it."""
         self._work, self._finished = dict(work or {}), {}
+        self._sample = self.sampled = None
         self._sync.soon()
         due, signal = self._asked()
         if due:
             self.save()
         self._obey(signal)
+
+    def keep_features(self, rows: Tensor, number: int) -> None:
+        """Have what passes over the task's `number` images make of these ones left in `sampled`."""
+        self._sample = torch.zeros(number, dtype=torch.bool)
+        self._sample[rows] = True
+        self.sampled = None
+
+    def sample(self, number: int) -> Tensor | None:
+        """Which of so many images, (number,) of bool, are asked for with `keep_features`; None if it was another number."""
+        return self._sample if self._sample is not None and len(self._sample) == number else None
 
     def work(self, name: str) -> State | None:
         """What is known of a piece of work, None if it was not begun."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cairn.data.loading import Loader
 from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.context import Context
 
@@ -27,38 +28,55 @@ def encode(
     rows: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]],
     ctx: Context | None = None,
     name: str = "",
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Rows of every item, as `rows(pixels, labels)` gives them, one tensor or several, and its label; on the CPU.
 
-    What the checkpoint of `ctx` knows of the pass called `name` is not computed again. Without `ctx` this process makes it alone.
+    With `embed`, a method's own, it is `rows(embed(pixels), labels)`, and the features of images that were asked for are left
+    with the checkpoint (see `Checkpoint.keep_features`). What the checkpoint of `ctx` knows of the pass called `name` is not
+    computed again. Without `ctx` this process makes it alone.
     """
     checkpoint = ctx.checkpoint if ctx else Checkpoint()
     held = checkpoint.work(name)
-    columns: list[list[Tensor]] = [] if held is None else [[held[f"column-{i}"]] for i in range(len(held) - 1)]
+    columns: list[list[Tensor]] = []
+    while held is not None and f"column-{len(columns)}" in held:
+        columns.append([held[f"column-{len(columns)}"]])
     done = 0 if held is None else int(held["batches"])
     if done < 0:
         raise ValueError(f"{name}: {done} batches")
+    sample = checkpoint.sample(len(batches.labels)) if embed is not None and isinstance(batches, Loader) else None
+    kept: list[Tensor] | None = None
+    if sample is not None and (held is None or "features" in held):
+        kept = [] if held is None else [held["features"]]
 
     def state() -> State:
         for i, column in enumerate(columns):
             columns[i] = [torch.cat(column)]
-        return {"batches": torch.tensor(done)} | {f"column-{i}": column[0] for i, column in enumerate(columns)}
+        found = {"batches": torch.tensor(done)} | {f"column-{i}": column[0] for i, column in enumerate(columns)}
+        return found | ({"features": torch.cat(kept)} if kept else {})
 
-    def values(pixels: Tensor, labels: Tensor) -> list[Tensor]:
-        made = rows(pixels, labels)
-        return [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
+    def values(number: int, pixels: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        made = rows(pixels if embed is None else (features := embed(pixels)), labels)
+        found = [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
+        if kept is None:
+            return found, None
+        start = number * batches.batch
+        return found, features[sample[start : start + len(labels)].to(features.device)].cpu()
 
     # Batch b is made by process b modulo their number: in every round, one by each.
     world, turn = checkpoint.world, done % checkpoint.world.world_size
-    own = batches.ordered(done + (world.rank - turn) % world.world_size, world.world_size)
+    first = done + (world.rank - turn) % world.world_size
+    own = enumerate(batches.ordered(first, world.world_size))
     while True:
-        batch = next(own, None)
-        made = world.all_gather(None if batch is None else values(*batch))
+        turns, batch = next(own, (0, None))
+        made = world.all_gather(None if batch is None else values(first + turns * world.world_size, *batch))
         found = [batch for batch in made[turn:] + made[:turn] if batch is not None]
-        for batch in found:
+        for batch, features in found:
             columns = columns or [[] for _ in batch]
             for column, value in zip(columns, batch, strict=True):
                 column.append(value)
+            if kept is not None and features is not None:
+                kept.append(features)
         done += len(found)
         if found:
             checkpoint.step(name, state)
@@ -68,4 +86,6 @@ def encode(
         checkpoint.finish(name, state)
     else:
         checkpoint.found_finished(name, state())
+    if kept:
+        checkpoint.sampled = torch.cat(kept)
     return tuple(torch.cat(column) for column in columns)

@@ -268,7 +268,11 @@ def passed(number, work=None):
         checkpoint = Checkpoint(seconds=1e9, steps=1, world=world)
         checkpoint.kept_by(lambda state: kept.append(copy.deepcopy(state)))
         checkpoint.begin(copy.deepcopy(work))
-        x, y = encode(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), Context(Seeds(1), checkpoint=checkpoint), "X")
+        checkpoint.keep_features(torch.tensor([0, 7, 8, 23, 42]), 43)
+        ctx = Context(Seeds(1), checkpoint=checkpoint)
+        x, y = encode(loader(items), lambda x, _: x @ x.T[:, :1].sum(1), ctx, "X", embed=lambda x: x)
+        every = torch.cat([pixels for pixels, _ in loader(Items(43)).ordered()])
+        assert torch.equal(checkpoint.sampled, every[[0, 7, 8, 23, 42]])
         return x, y, sorted(items.opened), kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]

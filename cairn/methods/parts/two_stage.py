@@ -53,7 +53,7 @@ class TwoStageState(CosineScoring, GaussianScoring[GaussianMemory]):
     def features(self, loader: Loader | Probes, ctx: Context | None = None, name: str = "") -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
         with self.image.inference():
-            z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, name)
+            z, y = encode(loader, lambda z, _: z, ctx, name, embed=self.embed)
         return unit(z), y
 
     @torch.no_grad()

@@ -305,6 +305,7 @@ class IncrementalClassifier(Estimator):
             rows, unreadable_rows = np.arange(len(items)), {}
             scores, fits, why, grid = [torch.zeros(0, len(self.classes_))], [np.zeros(0)], [], None
             towers, done = method.towers, 0
+            telling = method if isinstance(method, PatchReasons) and method.has_reasons else None
             while done < len(rows):
                 part = given.taken(rows[done:])
                 try:
@@ -317,8 +318,8 @@ class IncrementalClassifier(Estimator):
                             fits.append(self._known_scores(features, scores[-1]))
                         if reasons:
                             why += self._reasons(features, scores[-1], reasons)
-                            if isinstance(method, PatchReasons) and method.has_reasons:
-                                grid = method.patch_grid(features)
+                            if telling is not None:
+                                grid = telling.patch_grid(features)
                         done += len(features)
                 except DataError:
                     bad = {int(rows[done:][row]): said for row, said in unreadable(part, whole=True).items()}
@@ -384,9 +385,7 @@ class IncrementalClassifier(Estimator):
         items = items_of(image, self._width)
         if len(items) != 1:
             raise DataError(f"{len(items)} images: explain takes one at a time")
-        reasons = self.predictions(items, reasons=best).reasons
-        assert reasons is not None
-        return reasons[0]
+        return self.predictions(items, reasons=best).told_reasons()[0]
 
     def _known_scores(self, features: Features, scores: Scores) -> np.ndarray:
         """The known score of each row."""

@@ -34,16 +34,24 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def known_scores(self) -> np.ndarray:
+        """`known`. Raises ConfigError where it was not asked for."""
+        if self.known is None:
+            raise ConfigError("known scores were not asked for; call predictions(images, known=True)")
+        return self.known
+
+    def told_reasons(self) -> list[list[dict[str, Any]]]:
+        """`reasons`. Raises ConfigError where they were not asked for."""
+        if self.reasons is None:
+            raise ConfigError("reasons were not asked for; call predictions(images, reasons=3)")
+        return self.reasons
+
     def labels(self, unknown_below: float | None = None) -> np.ndarray:
         """(n,), the likeliest class; with `unknown_below` in [0, 1], None where the known score is below it."""
         found = self.classes[self.scores.argmax(1).numpy()] if len(self) else np.array([], dtype=object)
         if unknown_below is not None:
             require_threshold(unknown_below, "unknown_below")
-            if self.known is None:
-                raise ConfigError(
-                    "unknown_below: known scores were not asked for; call predictions(images, known=True)"
-                )
-            found[self.known < unknown_below] = None
+            found[self.known_scores() < unknown_below] = None
         return found
 
     def topk(self, k: int = 5) -> list[list[tuple[str, float]]]:

@@ -183,13 +183,13 @@ def predict(
     if topk < 1:
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
-    checked_bad_image(on_bad_image)
+    bad_images = checked_bad_image(on_bad_image)
     files, errors = _files(images), Console(sys.stderr)
     answered = explained = 0
     try:
         held = IncrementalClassifier.load(learner, towers, device)
         reasons = 0 if explain is None else max(topk, 3)
-        found = held.predictions(files, known=True, reasons=reasons, on_bad_image=on_bad_image)
+        found = held.predictions(files, known=True, reasons=reasons, on_bad_image=bad_images)
         bad = found.unreadable
         for row, reason in bad.items():
             errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
@@ -201,7 +201,7 @@ def predict(
                 "unknown": bool(score < unknown_below),
                 "classes": [{"name": name, "probability": p} for name, p in best],
             }
-            for file, score, best in zip(read, found.known, found.topk(topk), strict=True)
+            for file, score, best in zip(read, found.known_scores(), found.topk(topk), strict=True)
         ]
         for _ in _printed(rows, "json" if as_json else "csv" if as_csv else "text", unknown_below):
             answered += 1
@@ -282,7 +282,7 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
 
     make_folder(folder)
     taken: set[str] = set()
-    for file, reasons in zip(files, found.reasons, strict=True):
+    for file, reasons in zip(files, found.told_reasons(), strict=True):
         name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
         taken.add(name)
         seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None

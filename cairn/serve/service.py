@@ -87,12 +87,12 @@ class Service:
             found = learner.predictions([image], known=True, reasons=EXPLAINED)
             reasons = [
                 {key: told[key] for key in ("name", "probability", "patches")}
-                for told in found.reasons[0]
+                for told in found.told_reasons()[0]
                 if "patches" in told
             ]
             return {
                 "classes": [{"name": n, "probability": p} for n, p in found.topk(best)[0]],
-                "known": float(found.known[0]),
+                "known": float(found.known_scores()[0]),
                 "grid": found.patch_grid,
                 "view": self.towers.preprocessing and self.towers.preprocessing.mode,
                 "reasons": reasons,

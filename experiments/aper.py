@@ -9,21 +9,17 @@ On the first ten classes of the photographs, a fifth of whose training images is
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from stored import arguments, measured_rows, write_block
 
 from cairn.data.loading import Loader
 from cairn.experiment.run import prepared
 from cairn.experiment.schema import RunConfig
 from cairn.maths.similarity import unit
-from cairn.reports.tables import replaced_block
-from cairn.storage.files import write_json
-from cairn.storage.versions import versions
 from cairn.towers.tuning import Beside
 from cairn.training.context import Context
 from cairn.training.log import Log
@@ -106,20 +102,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/aper.json"))
-    parser.add_argument("--into", type=Path, default=Path("docs/deviations.md"))
-    parser.add_argument("--table", action="store_true", help="write the table from what is stored")
-    args = parser.parse_args()
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-    done = {(row["run"], row["seed"]) for row in rows}
-    for run in [] if args.table else RUNS:
-        for seed in SEEDS:
-            if (run, seed) not in done:
-                rows.append(measured(run, seed))
-                write_json(args.out, {"rows": rows, "versions": versions()})
-    page = args.into.read_text(encoding="utf-8")
-    args.into.write_text(replaced_block(page, "aper", table(rows)), encoding="utf-8")
+    args = arguments(__doc__, "results/aper.json", "docs/deviations.md")
+    rows = measured_rows(args, ("run", "seed"), product(RUNS, SEEDS), measured)
+    write_block(args.into, "aper", table(rows))
 
 
 if __name__ == "__main__":

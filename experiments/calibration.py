@@ -2,7 +2,7 @@
 
     python experiments/calibration.py [--only STREAM[/METHOD]] [--out results/calibration.json] [--into docs/calibration.md]
     python experiments/calibration.py --table   # only write the table anew from what is stored
-    python experiments/calibration.py --forms [--out results/calibration-forms.json]   # how the temperature is fitted
+    python experiments/calibration.py --forms   # how the temperature is fitted: results/calibration-forms.json
 
 Rows that are stored already are not made again. Sets are looked for under `data/`, as `experiments/results.py` does. `--forms`
 compares ways to fit the temperature, on training images that are kept apart: no test image is read.
@@ -10,13 +10,11 @@ compares ways to fit the temperature, on training images that are kept apart: no
 
 from __future__ import annotations
 
-import argparse
-import json
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
+from stored import arguments, measured_rows, write_block
 
 from cairn.classifier.calibration import AGEING, POWER, rehearsed
 from cairn.config import texts
@@ -30,9 +28,6 @@ from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import Method
-from cairn.reports.tables import replaced_block
-from cairn.storage.files import write_json
-from cairn.storage.versions import versions
 from cairn.towers.cached import kept
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
@@ -199,45 +194,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def compare_forms(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    done = {(row["stream"], row["method"], row["seed"]) for row in rows}
-    for stream, method, seed in product(FORM_STREAMS, FORM_METHODS, FORM_SEEDS):
-        wanted = args.only in (None, stream, f"{stream}/{method}") and not args.table
-        if wanted and (stream, method, seed) not in done:
-            rows.append(forms_measured(stream, method, seed))
-            write_json(
-                args.out, {"command": "python experiments/calibration.py --forms", "rows": rows, "versions": versions()}
-            )
-            print(stream, method, seed, rows[-1]["least"], flush=True)
-    page = args.into.read_text(encoding="utf-8")
-    args.into.write_text(replaced_block(page, "calibration-forms", forms_table(rows)), encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="stream, or stream/method")
-    parser.add_argument("--forms", action="store_true", help="compare ways to fit the temperature")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--into", type=Path, default=Path("docs/calibration.md"))
-    parser.add_argument("--table", action="store_true", help="write the table from what is stored")
-    args = parser.parse_args()
-    args.out = args.out or Path("results") / ("calibration-forms.json" if args.forms else "calibration.json")
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
+    flags = {"forms": "compare ways to fit the temperature"}
+    args = arguments(__doc__, "results/calibration.json", "docs/calibration.md", **flags)
+    keys = ("stream", "method", "seed")
     if args.forms:
-        compare_forms(rows, args)
+        args.out = args.out.with_name("calibration-forms.json")
+        jobs = product(FORM_STREAMS, FORM_METHODS, FORM_SEEDS)
+        about = {"command": "python experiments/calibration.py --forms"}
+        write_block(
+            args.into, "calibration-forms", forms_table(measured_rows(args, keys, jobs, forms_measured, **about))
+        )
         return
-    done = {(row["stream"], row["method"], row["seed"]) for row in rows}
-    jobs = [(stream, method, seed) for stream in STREAMS for method in METHODS for seed in SEEDS[stream]]
-    for stream, method, seed in [] if args.table else jobs:
-        if (stream, method, seed) in done or args.only not in (None, stream, f"{stream}/{method}"):
-            continue
-        if method == "zero-shot" and stream == "ucf101":  # the file has no class texts
-            continue
-        rows.append(measured(stream, method, seed))
-        write_json(args.out, {"rows": rows, "versions": versions()})
-        print(stream, method, seed, [round(100 * error, 1) for error in rows[-1]["ece"]], flush=True)
-    page = args.into.read_text(encoding="utf-8")
-    args.into.write_text(replaced_block(page, "calibration", table(rows)), encoding="utf-8")
+    jobs = (
+        (stream, method, seed)
+        for stream in STREAMS
+        for method in METHODS
+        for seed in SEEDS[stream]
+        if (stream, method) != ("ucf101", "zero-shot")  # the file has no class texts
+    )
+    write_block(args.into, "calibration", table(measured_rows(args, keys, jobs, measured)))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stored import write_block
+
 from cairn.config import values_by_path
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.reports.formats import Column, Estimate, Table, estimate
-from cairn.reports.tables import label, replaced_block, results_below
+from cairn.reports.tables import label, results_below
 from cairn.training.log import Log
 from results import METHOD_ROWS, ROOT
 
@@ -93,8 +95,7 @@ def main() -> None:
     parser.add_argument("--stream", nargs="+", choices=COSTED, default=COSTED)
     args = parser.parse_args()
     for stream in args.stream:
-        text = replaced_block(args.into.read_text(encoding="utf-8"), f"costs {stream}", table(stream).markdown())
-        args.into.write_text(text, encoding="utf-8")
+        write_block(args.into, f"costs {stream}", table(stream).markdown())
 
 
 if __name__ == "__main__":

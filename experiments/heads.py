@@ -1,6 +1,6 @@
 """Where DMC loses against heads in closed form: its own Gaussians, read by its texts and by discriminant analysis.
 
-    python experiments/heads.py [--out results/heads.json] [--into docs/measured.md] [--tables]
+    python experiments/heads.py [--out results/heads.json] [--into docs/measured.md] [--table]
 
 After the last task of a stream that no table reports, the test images are classified twice: by the method's class texts, and
 by discriminant analysis on the very Gaussians that it keeps, covariances pooled. Beside it stands `lda` on the frozen tower.
@@ -9,20 +9,17 @@ Last accuracy, three seeds.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
+from stored import arguments, measured_rows, write_block
 
 from cairn.data.loading import Loader
 from cairn.experiment.run import prepared, run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.memory.gaussians import GaussianMemory
 from cairn.reports.formats import Column, Table, estimate
-from cairn.reports.tables import replaced_block
-from cairn.storage.files import read_json, write_json
-from cairn.storage.versions import versions
 
 STREAMS = {
     "shapes:dev": {"data": "shapes:dev"},
@@ -84,22 +81,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
-    parser.add_argument("--into", type=Path, default=Path("docs/measured.md"))
-    parser.add_argument("--tables", action="store_true", help="only write the table anew from what is stored")
-    args = parser.parse_args()
-    if not args.tables:
-        rows = []
-        for run in ("lda", "dmc, tower frozen"):
-            for stream in STREAMS:
-                for seed in SEEDS:
-                    rows.append(measured(stream, run, seed))
-                    print(rows[-1], flush=True)
-                    write_json(args.out, {"rows": rows, "versions": versions()})
-    text = args.into.read_text(encoding="utf-8")
-    stored = read_json(args.out)["rows"]
-    args.into.write_text(replaced_block(text, "heads", table(stored)), encoding="utf-8")
+    args = arguments(__doc__, "results/heads.json", "docs/measured.md")
+    jobs = ((stream, run, seed) for run, stream, seed in product(("lda", "dmc, tower frozen"), STREAMS, SEEDS))
+    rows = measured_rows(args, ("stream", "run", "seed"), jobs, measured)
+    write_block(args.into, "heads", table(rows))
 
 
 if __name__ == "__main__":

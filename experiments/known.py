@@ -9,13 +9,11 @@ Rows that are stored already are not made again. Sets are looked for under `data
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from stored import arguments, measured_rows, rows_of, write_block
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.novelty import Novelty
@@ -24,7 +22,6 @@ from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.experiment.run import towers_for
 from cairn.experiment.schema import RunConfig
-from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions
 from cairn.training.encode import encode
@@ -128,32 +125,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="stream, or stream/row")
-    parser.add_argument("--out", type=Path, default=Path("results/known.json"))
-    parser.add_argument("--into", type=Path, default=Path("docs/unknown.md"))
-    parser.add_argument("--ageing", action="store_true", help="measure the weight of earlier references")
-    parser.add_argument("--table", action="store_true", help="write the tables from what is stored")
-    args = parser.parse_args()
+    flags = {"ageing": "measure the weight of earlier references"}
+    args = arguments(__doc__, "results/known.json", "docs/unknown.md", **flags)
     ageing = args.out.with_name("known-ageing.json")
     if args.ageing:
+        args.table = True
         found = [row for stream in AGEING_STREAMS for seed in SEEDS for row in aged(stream, seed)]
         write_json(ageing, {"rows": found, "versions": versions()})
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
     jobs = [(s, r, seed) for s in STREAMS for r in ROWS for seed in SEEDS_OF[s] if not (s == "ucf101" and "plan" in r)]
-    for stream, row, seed in [] if args.table or args.ageing else jobs:
-        if (stream, row, seed) in {(found["stream"], found["row"], found["seed"]) for found in rows}:
-            continue
-        if args.only in (None, stream, f"{stream}/{row}"):
-            rows.append(found := measured(stream, row, seed))
-            rows.sort(key=lambda found: jobs.index((found["stream"], found["row"], found["seed"])))
-            write_json(args.out, {"rows": rows, "versions": versions()})
-            print(stream, row, seed, found["lost"], flush=True)
-    page = args.into.read_text(encoding="utf-8")
-    page = replaced_block(page, "known", table(rows))
+    write_block(args.into, "known", table(measured_rows(args, ("stream", "row", "seed"), jobs, measured)))
     if ageing.exists():
-        page = replaced_block(page, "ageing", ageing_table(json.loads(ageing.read_text(encoding="utf-8"))["rows"]))
-    args.into.write_text(page, encoding="utf-8")
+        write_block(args.into, "ageing", ageing_table(rows_of(ageing)))
 
 
 if __name__ == "__main__":

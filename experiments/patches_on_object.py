@@ -12,13 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from stored import write_block
 from torch.nn.functional import avg_pool2d
 
 from cairn.data.loading import Loader
 from cairn.data.shapes import SIZE, shapes_dataset
 from cairn.maths.alignment import aligned, padded_tokens
 from cairn.maths.similarity import unit
-from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
@@ -80,8 +80,7 @@ def main() -> None:
     if args.out:
         write_json(args.out, report)
     if args.into:
-        text = args.into.read_text(encoding="utf-8")
-        args.into.write_text(replaced_block(text, "patches", table(report)), encoding="utf-8")
+        write_block(args.into, "patches", table(report))
 
 
 if __name__ == "__main__":

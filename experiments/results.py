@@ -214,7 +214,7 @@ def write_tables() -> None:
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
     cairn_script("methods.py")
     cairn_script("costs.py")
-    cairn_script("heads.py", "--tables")
+    cairn_script("heads.py", "--table")
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
 
 

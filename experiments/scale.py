@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import write_block
 
 from cairn.memory.covariances import Diagonal, Full, LowRank, Shared
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.catalogue import METHODS
 from cairn.reports.formats import Column, Table
-from cairn.reports.tables import replaced_block
 from cairn.storage.files import read_json, write_json
 from cairn.storage.versions import versions
 
@@ -145,10 +145,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         write_json(FOLDER / "scale.json", measure())
-    text = PAGE.read_text(encoding="utf-8")
-    text = replaced_block(text, "scale kept", kept().markdown())
+    write_block(PAGE, "scale kept", kept().markdown())
     reports = [read_json(FOLDER / f"{name}.json") for name in ("bench", "scale", "accelerator")]
-    PAGE.write_text(replaced_block(text, "scale spent", spent(*reports).markdown()), encoding="utf-8")
+    write_block(PAGE, "scale spent", spent(*reports).markdown())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ unknown images, and the share of images below thresholds of the known score, ove
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
+from stored import arguments, measured_rows, write_block
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.catalogue import open_dataset
@@ -20,9 +20,6 @@ from cairn.data.stream import task_stream
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import towers_for
 from cairn.experiment.schema import RunConfig
-from cairn.reports.tables import replaced_block
-from cairn.storage.files import write_json
-from cairn.storage.versions import versions
 
 STREAMS = {
     "shapes:dev": {"data": "shapes:dev", "step": 5, "order": "natural"},
@@ -95,22 +92,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/unknown.json"))
-    parser.add_argument("--into", type=Path, default=Path("docs/unknown.md"))
-    args = parser.parse_args()
-    rows = []
-    for name in STREAMS:
-        for method in METHODS:
-            for seed in SEEDS:
-                rows.append(measured(name, method, seed))
-                print(
-                    {key: rows[-1][key] for key in ("stream", "method", "seed", "auroc", "auroc_softmax")}, flush=True
-                )
-    write_json(args.out, {"rows": rows, "versions": versions()})
-    args.into.write_text(
-        replaced_block(args.into.read_text(encoding="utf-8"), "unknown", table(rows)), encoding="utf-8"
-    )
+    args = arguments(__doc__, "results/unknown.json", "docs/unknown.md")
+    rows = measured_rows(args, ("stream", "method", "seed"), product(STREAMS, METHODS, SEEDS), measured)
+    write_block(args.into, "unknown", table(rows))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from safetensors.numpy import load_file
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
-from cairn.embed import EmbedConfig, Rank, conduct, embed_dataset, maker, work
-from cairn.embed.parts import Column, Parts, write_columns
+from cairn.embed import EmbedConfig, Rank, embed_dataset, runner
+from cairn.embed import shards as making
+from cairn.embed.plan import Plan
+from cairn.embed.shards import Maker, Shards
 from cairn.errors import CairnError, DataError, Interrupted, NotFinite, ResultError
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
@@ -107,7 +110,7 @@ def test_rows_are_the_towers_embeddings_in_data_set_order(tmp_path, towers, monk
         test=shuffled(world.test, towers, 40, 1),
     )
     assert np.any(np.diff(small.train.labels) < 0)  # a data set whose classes are mixed
-    monkeypatch.setattr(maker, "open_dataset", lambda spec: small)
+    monkeypatch.setattr(making, "open_dataset", lambda spec: small)
     made = embed_dataset(EmbedConfig(limit_train=9, shard_rows=10, batch=4), tmp_path / "x.safetensors")
     found = features_dataset(tmp_path / "x.safetensors")
 
@@ -199,7 +202,7 @@ def test_a_folder_with_the_options_of_a_run(cairn, tmp_path, pictures):
     options = ("--data", "pictures", "--device", "cpu", "--preprocess", "squash", "--template", "see the {}")
     status, out, err = cairn("embed", *options, "--out", "deep/x.safetensors")
     assert (status, err) == (0, "")
-    assert "pictures by tiny: 6 training and 4 test images, 160 numbers each, in 2 shards" in out
+    assert "pictures by tiny: 6 training images and 4 test images, 160 numbers each, in 2 shards" in out
     assert "10 images, 10 of them now (" in out
     assert f"{(tmp_path / 'deep/x.safetensors').stat().st_size:,} bytes -> deep/x.safetensors" in out
     accuracies = []
@@ -280,12 +283,14 @@ def test_a_damaged_shard_is_made_again(tmp_path, undisturbed, damage):
 
 def test_a_shard_that_is_damaged_before_the_end_is_not_merged(tmp_path, undisturbed, monkeypatch):
     out = tmp_path / "x.safetensors"
+    plain = Maker.texts
+
+    def texts(self):
+        sorted(shards(out))[-1].write_bytes(b"")
+        return plain(self)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            work.Work,
-            "texts",
-            lambda self, maker: sorted(shards(out))[-1].write_bytes(b"") or np.zeros((40, 160), "f4"),
-        )
+        patch.setattr(Maker, "texts", texts)
         with pytest.raises(ResultError, match=r"train-000004.safetensors': damaged; the same call makes it again"):
             embed_dataset(FEW, out)
     assert not out.exists()
@@ -321,7 +326,7 @@ def test_other_towers_and_other_images_are_refused(tmp_path, pictures, towers, m
     out, config = tmp_path / "x.safetensors", EmbedConfig(data=str(pictures), device="cpu", shard_rows=2, batch=2)
     begun(out, 1, config)
     with monkeypatch.context() as patch:
-        patch.setattr(maker, "towers_for", lambda run, dataset: other)
+        patch.setattr(making, "towers_for", lambda run, dataset: other)
         other = type("Other", (), {**vars(towers), "fingerprint": "0" * 16})()
         with pytest.raises(ResultError, match=f"towers {towers.fingerprint}, which are {'0' * 16} today"):
             embed_dataset(config, out)
@@ -352,7 +357,7 @@ def test_overwriting_is_gone_on_with_though_the_old_file_is_there(tmp_path, undi
         embed_dataset(FEW, out)
     begun(out, overwrite=True)
     assert out.read_bytes() == b"something else"
-    assert embed_dataset(FEW, out).made == 120 - 32
+    assert embed_dataset(FEW, out, overwrite=True).made == 120 - 32
     assert out.read_bytes() == undisturbed
 
 
@@ -450,7 +455,7 @@ def test_a_disk_with_room_for_the_shards_alone_leaves_no_half_file(cairn, tmp_pa
 
 
 def test_a_disk_that_seems_too_small_is_told_of_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr(conduct.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(runner.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     events = []
     embed_dataset(FEW, tmp_path / "x.safetensors", log=Log(keep=events.append))
     (told,) = [event["text"] for event in events if event["event"] == "warning"]
@@ -458,25 +463,32 @@ def test_a_disk_that_seems_too_small_is_told_of_beforehand(tmp_path, monkeypatch
 
 
 def test_merging_holds_one_shard_at_a_time(tmp_path):
-    parts, rows = Parts(tmp_path, "plan"), np.ones((1000, 250), np.float32)
-    for number in range(30):
-        parts.write(f"train-{number:06d}", number * rows)
-    pieces = (parts.read(f"train-{number:06d}", rows.shape, rows.dtype) for number in range(30))
+    config = EmbedConfig(shard_rows=1000)
+    plan = Plan(
+        config=config, split="s", towers={"name": "t", "fingerprint": "f"}, dim=250, logit_scale=1.0, classes=("a",),
+        templates=("{}",), left_out={}, train=30_000, test=1, images=(), versions={},
+    )  # fmt: skip
+    images = {split: Subset(None, np.arange(n), np.zeros(n, int)) for split, n in (("train", 30_000), ("test", 1))}
+
+    class Numbers(Maker):
+        def rows(self, shard, passed=None):
+            return np.full((shard.rows, 250), shard.number, np.float32)
+
+        def texts(self):
+            return np.ones((1, 250), np.float32)
+
+    maker, held = Numbers(plan, images, None), Shards(plan, tmp_path)
+    for shard in plan.shards:
+        held.make(maker, shard)
     tracemalloc.start()
     try:
-        write_columns(tmp_path / "all.safetensors", {"x": Column(rows.dtype, (30_000, 250), pieces)}, {})
+        held.merge(maker, tmp_path / "all.safetensors")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 5 * rows.nbytes  # of thirty
-    merged = load_file(tmp_path / "all.safetensors")["x"]
+    assert peak < 5 * 1000 * 250 * 4  # of thirty
+    merged = load_file(tmp_path / "all.safetensors")["train_features"]
     assert np.array_equal(merged[::1000, 0], np.arange(30))
-
-
-def test_pieces_that_do_not_make_the_tensor_leave_no_file(tmp_path):
-    with pytest.raises(ValueError, match="'x': 4 bytes are missing"):
-        write_columns(tmp_path / "x.safetensors", {"x": Column(np.dtype("f4"), (2,), [np.zeros(1, "f4")])}, {})
-    assert not list(tmp_path.iterdir())
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -524,46 +536,24 @@ def test_another_rank_makes_its_own_shards_and_no_file(tmp_path, undisturbed):
     assert embed_dataset(FEW, out, rank=Rank(1, 3)).finished
 
 
-def test_a_rank_waits_for_the_plan_of_its_own_call(tmp_path, monkeypatch):
+def test_a_rank_of_another_call_is_refused(tmp_path):
     out = tmp_path / "x.safetensors"
-    monkeypatch.setattr(conduct, "NO_PLAN", 0.5)
-    begun(out, 2)
-    with pytest.raises(ResultError, match="rank 0 has put no plan there"):
+    begun(out, 3)
+    with pytest.raises(ResultError, match="begun with batch 8, not 4"):
         embed_dataset(FEW.model_copy(update={"batch": 4}), out, rank=Rank(1, 2))
 
 
-def test_a_rank_with_other_towers_makes_nothing_and_says_so_in_the_end(tmp_path, undisturbed, towers, monkeypatch):
-    out, events = tmp_path / "x.safetensors", []
-    begun(out, 2)
-    other = type("Other", (), {**vars(towers), "fingerprint": "0" * 16})()
-
-    class Meanwhile(Checkpoint):
-        polls = 0
-
-        def poll(self) -> None:
-            self.polls += 1
-            if self.polls == 2:  # the first plan was found stale
-                monkeypatch.undo()
-                embed_dataset(FEW, out, rank=Rank(0, 2), patience=0)
-
-    monkeypatch.setattr(maker, "towers_for", lambda run, dataset: other)
-    with pytest.raises(DataError, match="give every machine the same"):
-        embed_dataset(FEW, out, rank=Rank(1, 2), checkpoint=Meanwhile(), log=Log(keep=events.append))
-    assert [event["text"][:7] for event in events] == ["rank 1:"]
-    assert out.read_bytes() == undisturbed
-
-
 def test_a_rank_that_comes_too_late_leaves_nothing(tmp_path, undisturbed, monkeypatch):
-    out, late = tmp_path / "x.safetensors", maker.Maker.rows
+    out, late = tmp_path / "x.safetensors", Maker.rows
 
-    def rows(self, shard, tell):
+    def rows(self, shard, passed):
         if not out.exists():  # rank 0 goes on without it
-            monkeypatch.setattr(maker.Maker, "rows", late)
+            monkeypatch.setattr(Maker, "rows", late)
             embed_dataset(FEW, out, rank=Rank(0, 2), patience=0)
-        return late(self, shard, tell)
+        return late(self, shard, passed)
 
     begun(out, 2, rank=Rank(0, 2))
-    monkeypatch.setattr(maker.Maker, "rows", rows)
+    monkeypatch.setattr(Maker, "rows", rows)
     embed_dataset(FEW, out, rank=Rank(1, 2))
     assert out.read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -571,38 +561,31 @@ def test_a_rank_that_comes_too_late_leaves_nothing(tmp_path, undisturbed, monkey
 
 # --- Ray --------------------------------------------------------------------------------------------------------------
 
-WORKERS = """
-import sys
-from pathlib import Path
-from cairn.embed import EmbedConfig, embed_dataset
-from cairn.training.log import Log
 
-def told(event):
-    print(event["event"], event.get("process", event.get("text", "")), flush=True)
-
-made = embed_dataset(EmbedConfig.model_validate_json(sys.argv[1]), Path("x.safetensors"), workers=2, log=Log(keep=told))
-print("made", made.made)
-"""
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Ray's workers that make shards for it: children of a child of the process."""
+    parents, workers = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+                workers.append(int(folder.name))
+    return [worker for worker in workers if parents.get(parents[worker]) == process.pid]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="which processes work is read from /proc")
 def test_a_worker_that_is_killed_loses_one_shard(tmp_path, undisturbed):
     pytest.importorskip("ray")
     out = tmp_path / "x.safetensors"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKERS, FEW.model_dump_json()], cwd=tmp_path, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = started(*CALL, "--out", out.name, "--workers", "2", folder=tmp_path)
     try:
-        for line in process.stdout:
-            if line.startswith("worker "):
-                os.kill(int(line.split()[1]), signal.SIGKILL)  # one of ours, that has just been given a shard
-                break
+        wait_for(lambda: shards(out), process)
+        os.kill(workers_of(process)[0], signal.SIGKILL)
         said, problems = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 0, problems
-    assert said.count("a worker died at t") == 1, said
-    assert "made 120" in said
+    assert "120 images, 120 of them now" in said
     assert out.read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

@@ -68,7 +68,8 @@ def measured(name: str, method: str, seed: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| stream | method | AUROC, known score | AUROC, largest probability | known images below .01 / .05 / .1 | unknown images below |",
+        "| stream | method | AUROC, known score | AUROC, largest probability | known images below .01 / .05 / .1 "
+        "| unknown images below |",
         "|---|---|---|---|---|---|",
     ]
     for stream in STREAMS:

@@ -73,7 +73,7 @@ class Plan(BaseModel):
     left_out: dict[str, tuple[Count, ...]] = Field(description="of each split, positions of images that cannot be read")
     train: Count = Field(description="training images")
     test: Count
-    images: tuple[str, ...] = Field((), description="what the images of each shard are: a hash of their identities")
+    images: tuple[str, ...] = Field(description="what the images of each shard are: a hash of their identities")
     versions: dict[str, str] = Field(description="no part of the key")
 
     @cached_property

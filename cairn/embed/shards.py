@@ -16,7 +16,7 @@ import torch
 
 from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import image_ids
-from cairn.data.images import Dataset, Subset
+from cairn.data.images import Dataset, Subset, rows_of
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, SPLITS, EmbedConfig, Plan, Shard, stored_plan
@@ -61,7 +61,7 @@ class Maker:
 
     def identity(self, shard: Shard) -> str:
         """A hash of which images the shard has."""
-        return hashlib.blake2b(image_ids(self._part(shard)), digest_size=16).hexdigest()
+        return hashlib.blake2b(image_ids(self._part(shard)).tobytes(), digest_size=16).hexdigest()
 
     @torch.no_grad()
     def rows(self, shard: Shard, passed: Callable[[int], Any] = lambda rows: None) -> np.ndarray:
@@ -107,7 +107,7 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Maker, tupl
     stream = readable(ordered, skip=config.on_bad_image == "skip")
     left_out = {}
     for split, all_, some in zip(SPLITS, ordered.collections, stream.collections, strict=True):
-        taken = some.indices if isinstance(some, Subset) and some is not all_ else range(len(all_))
+        taken = np.arange(len(all_)) if some is all_ else rows_of(some, all_)
         left_out[split] = tuple(np.setdiff1d(np.arange(len(all_)), taken).tolist())
     images = _chosen(ordered, left_out)
     plan = Plan(
@@ -121,6 +121,7 @@ def planned(config: EmbedConfig, device: str | None = None) -> tuple[Maker, tupl
         left_out=left_out,
         train=len(images["train"]),
         test=len(images["test"]),
+        images=(),  # below
         versions=versions(),
     )
     maker = Maker(plan, images, towers)
@@ -139,10 +140,11 @@ def _in_order(config: EmbedConfig, dataset: Dataset) -> TaskStream:
     """All classes as one task, with the images in data set order; a stream's are class by class."""
     step = max(1, len(dataset.classes))
     stream = task_stream(dataset, step=step, limit_train=config.limit_train, limit_test=config.limit_test)
-    train, test = (
-        Subset(source, np.sort(images.indices), source.labels[np.sort(images.indices)])
-        for source, images in zip((dataset.train, dataset.test), stream.collections, strict=True)
-    )
+    parts = []
+    for source, images in zip((dataset.train, dataset.test), stream.collections, strict=True):
+        rows = np.sort(rows_of(images, source))
+        parts.append(Subset(source, rows, source.labels[rows]))
+    train, test = parts
     return replace(stream, tasks=(replace(stream.tasks[0], train=train),), tests=(test,))
 
 
@@ -186,7 +188,7 @@ class Shards:
 
     def make(self, maker: Maker, shard: Shard, passed: Callable[[int], Any] = lambda rows: None) -> None:
         rows = np.ascontiguousarray(maker.rows(shard, passed))
-        about = {"plan": self.plan.key, "sha256": hashlib.sha256(rows).hexdigest()}
+        about = {"plan": self.plan.key, "sha256": hashlib.sha256(rows.data).hexdigest()}
         write_chunks(self.path(shard), serialized({"rows": torch.from_numpy(rows)}, about))
         self._sound.add(shard.name)
 
@@ -202,7 +204,7 @@ class Shards:
         rows = np.array(file.array("rows"))
         if rows.shape != (shard.rows, self.plan.dim) or rows.dtype != self.plan.dtype:
             return None
-        return rows if hashlib.sha256(rows).hexdigest() == about.get("sha256") else None
+        return rows if hashlib.sha256(rows.data).hexdigest() == about.get("sha256") else None
 
     def missing(self) -> list[Shard]:
         return [shard for shard in self.plan.shards if not self.holds(shard)]

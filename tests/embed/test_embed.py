@@ -40,7 +40,12 @@ FEW = EmbedConfig(limit_train=2, limit_test=1, device="cpu", shard_rows=16, batc
 """120 images of the drawn world: five shards to train on, three to test on."""
 
 CALL = ("embed", "--limit-train", "2", "--limit-test", "1", "--device", "cpu", "--shard-rows", "16", "--batch", "8")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "RAY_worker_niceness": "0",  # other work on the machine would starve them
+}
 
 
 @pytest.fixture(scope="module")

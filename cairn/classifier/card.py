@@ -11,7 +11,8 @@ def card(record: LearnerRecord) -> str:
     """A page of Markdown from the record that a learner is saved with."""
     entry, towers, made_by = method_named(record.method), record.towers, record.versions
     lines = [
-        "# A classifier that learns on", "",
+        "# A classifier that learns on",
+        "",
         f"- method: {record.method}, {entry.card.title} ({entry.card.source})",
         f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
         f"revision {one_line(towers.revision or 'none')}",
@@ -19,11 +20,15 @@ def card(record: LearnerRecord) -> str:
         f"- {counted(record.bytes, 'byte')}, of which {record.memory_bytes:,} are statistics of classes",
         f"- {counted(record.picture_hashes, 'hash')} (SHA-256 of the pixels) by which learned images are known again; no image can "
         "be made from one, but who has an image can tell whether it was learned",
-        f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}", "",
-        "| class | images |", "|---|---|",
-        *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)), "",
-        "| date | what |", "|---|---|",
-    ]  # fmt: skip
+        f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}",
+        "",
+        "| class | images |",
+        "|---|---|",
+        *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)),
+        "",
+        "| date | what |",
+        "|---|---|",
+    ]
     for learned in record.history:
         if learned.forgotten:
             lines.append(f"| {learned.date} | a class was forgotten |")

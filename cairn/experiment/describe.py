@@ -119,9 +119,10 @@ def request(dataset: Dataset, name: str, rows: Sequence[int], config: DescribeCo
         "model": config.model,
         "messages": [{"role": "user", "content": [{"type": "text", "text": instruction(name, config)}, *pictures]}],
         "response_format": {
-            "type": "json_schema", "json_schema": {"name": "description", "strict": True, "schema": schema},
+            "type": "json_schema",
+            "json_schema": {"name": "description", "strict": True, "schema": schema},
         },
-    }  # fmt: skip
+    }
 
 
 def problem_with(answer: str, name: str, config: DescribeConfig) -> tuple[list[str], str]:
@@ -203,9 +204,12 @@ def _class_described(
         if not problem:
             images = tuple(dataset.train.describe(row) for row in rows)
             description = ClassDescription(
-                sentences=tuple(sentences), model=answer.model or config.model, prompt=instruction(name, config),
-                images=images, date=date.today().isoformat(),
-            )  # fmt: skip
+                sentences=tuple(sentences),
+                model=answer.model or config.model,
+                prompt=instruction(name, config),
+                images=images,
+                date=date.today().isoformat(),
+            )
             return Described(name, description, tokens_in, tokens_out)
     log("warning", text=f"class '{name}': given up after {config.attempts} answers, the last: {problem}")
     return None

@@ -100,12 +100,15 @@ class Evaluator:
         right, confidence, log_probability = torch.cat(figures).T.tolist()
         coming = range(task + 1, len(self.stream.tasks))
         return Evaluation(
-            accuracy, correct.tolist(), total.tolist(),
+            accuracy,
+            correct.tolist(),
+            total.tolist(),
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
-            ece=calibration_error(confidence, right), nll=negative_log_likelihood(log_probability),
+            ece=calibration_error(confidence, right),
+            nll=negative_log_likelihood(log_probability),
             temperature=calibration.temperature,
-        )  # fmt: skip
+        )
 
     def _figures(self, j: int, task: int, method: Method, calibration: Calibration) -> Tensor:
         """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken

@@ -104,8 +104,11 @@ class GaussianMemory:
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """A warning, if covariances that were drawn from had to be repaired."""
         if self.repaired:
-            log("warning", text=f"singular: {len(self.repaired)} of {counted(self.classes, 'covariance')}; up to "
-                f"{max(self.repaired.values()):.0e} of their average variance was added: more shrinkage would do better")  # fmt: skip
+            log(
+                "warning",
+                text=f"singular: {len(self.repaired)} of {counted(self.classes, 'covariance')}; up to "
+                f"{max(self.repaired.values()):.0e} of their average variance was added: more shrinkage would do better",
+            )
 
     # What is held
 

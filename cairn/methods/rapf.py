@@ -193,9 +193,13 @@ def neighbours(T: Float[Tensor, "k d"], start: int, threshold: float) -> Bool[Te
 
 
 def hinge(
-    z: Float[Tensor, "n d"], T: Float[Tensor, "k d"], y: Labels, rival: Labels, margin: float,
+    z: Float[Tensor, "n d"],
+    T: Float[Tensor, "k d"],
+    y: Labels,
+    rival: Labels,
+    margin: float,
     by: Literal["cosine", "distance"] = "cosine",
-) -> Float[Tensor, ""]:  # fmt: skip
+) -> Float[Tensor, ""]:
     """Mean over rows i of max(0, near(z_i, t_{rival_i}) - near(z_i, t_{y_i}) + margin), 0 without any; near is the cosine of
     unit rows or minus their distance."""
     if not len(z):

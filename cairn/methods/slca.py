@@ -169,9 +169,15 @@ class SLCA(GaussianScoring[GaussianMemory]):
         rates = [rate] * len(encoder) + [1.0]
         schedule = stage1.schedule if len(classes) > 1 else stage1.schedule.model_copy(update={"epochs": 0})
         fit(
-            slow_loss, [*encoder, rows], loader, schedule, ctx.at(stage=1),
-            rates=rates, average=average, model=self.image,
-        )  # fmt: skip
+            slow_loss,
+            [*encoder, rows],
+            loader,
+            schedule,
+            ctx.at(stage=1),
+            rates=rates,
+            average=average,
+            model=self.image,
+        )
         if encoder and schedule.epochs:
             self.image.version += 1
         head[present] = rows.detach().cpu()

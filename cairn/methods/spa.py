@@ -286,9 +286,14 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
                 for patch, share, token in zip(chosen.tolist(), share.tolist(), to, strict=True)
             ]
             found.append(
-                {"class": c, "score": scores[c].item(), "global": cls[c].item(), "local": local[c].item(),
-                 "patches": patches}
-            )  # fmt: skip
+                {
+                    "class": c,
+                    "score": scores[c].item(),
+                    "global": cls[c].item(),
+                    "local": local[c].item(),
+                    "patches": patches,
+                }
+            )
         return found
 
     def _sentence(self, c: int, token: int) -> str:
@@ -364,9 +369,15 @@ class _Batches:
     """Real rows with the plan's scores, and pseudo-features of old classes, which have no patches: scores 0."""
 
     def __init__(
-        self, x: Tensor, S: Tensor, y: Tensor, old: GaussianMemory, batch: int, per_class: int,
+        self,
+        x: Tensor,
+        S: Tensor,
+        y: Tensor,
+        old: GaussianMemory,
+        batch: int,
+        per_class: int,
         on_sphere: Callable[[Tensor], Tensor],
-    ):  # fmt: skip
+    ):
         self.x, self.S, self.y, self.old = x, S, y, old
         self.batch, self.per_class, self.on_sphere = batch, per_class, on_sphere
 

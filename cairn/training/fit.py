@@ -132,16 +132,25 @@ def fit(
             course.count(number, value)
             mark = time.perf_counter()
             ctx.log.progress(
-                epoch=epoch, epochs=schedule.epochs, step=course.step, steps=steps, loss=course.loss / course.rows,
+                epoch=epoch,
+                epochs=schedule.epochs,
+                step=course.step,
+                steps=steps,
+                loss=course.loss / course.rows,
                 rate=(course.rows - rows) / (mark - began),
                 remaining=(mark - start) / (course.step - begun) * (steps - course.step),
-            )  # fmt: skip
+            )
             if course.step % len(batches):
                 checkpoint.step(name, course.state)
         ctx.log(
-            "epoch", epoch=epoch, loss=course.loss / max(1, course.rows), rows=course.rows,
-            seconds=time.perf_counter() - began, waited=waited, parameters=sum(p.numel() for p in parameters),
-        )  # fmt: skip
+            "epoch",
+            epoch=epoch,
+            loss=course.loss / max(1, course.rows),
+            rows=course.rows,
+            seconds=time.perf_counter() - began,
+            waited=waited,
+            parameters=sum(p.numel() for p in parameters),
+        )
         waited, course.rows, course.loss = 0.0, 0, 0.0
         if epoch + 1 < schedule.epochs:
             checkpoint.step(name, course.state)

@@ -73,9 +73,11 @@ class Cluster:
         try:
             _require_answer(self._address)
             self._ray.init(
-                self._address or "local", log_to_driver=False, logging_level=logging.CRITICAL,
+                self._address or "local",
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
                 **({} if self._address else here),
-            )  # fmt: skip
+            )
         except BaseException as error:  # Ray also ends processes, which a thread is not
             self._error = error
 

@@ -85,9 +85,13 @@ def begun(out: Path, passes: int = 5, config: EmbedConfig = FEW, **options) -> N
 
 def started(*arguments: str, folder: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "cairn", *arguments], cwd=folder, env=ENVIRONMENT | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "cairn", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(claim, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -470,9 +474,19 @@ def test_a_disk_that_seems_too_small_is_told_of_beforehand(tmp_path, monkeypatch
 def test_merging_holds_one_shard_at_a_time(tmp_path):
     config = EmbedConfig(shard_rows=1000)
     plan = Plan(
-        config=config, split="s", towers={"name": "t", "fingerprint": "f"}, dim=250, logit_scale=1.0, classes=("a",),
-        templates=("{}",), left_out={}, train=30_000, test=1, images=(), versions={},
-    )  # fmt: skip
+        config=config,
+        split="s",
+        towers={"name": "t", "fingerprint": "f"},
+        dim=250,
+        logit_scale=1.0,
+        classes=("a",),
+        templates=("{}",),
+        left_out={},
+        train=30_000,
+        test=1,
+        images=(),
+        versions={},
+    )
     images = {split: Subset(None, np.arange(n), np.zeros(n, int)) for split, n in (("train", 30_000), ("test", 1))}
 
     class Numbers(Maker):

@@ -88,9 +88,7 @@ def test_runs_are_the_product_of_the_axes_and_named_after_them(write):
     name, config = points[1].runs()[1]
     assert name == "dmc,limit_train=10,stage1.schedule.lr=0.001/seed-2"
     assert (config.method, config.limit_train, config.seed, config.step) == ("dmc", 10, 2, 2)
-    assert config.settings == {
-        "stage1.schedule.lr": 0.001, "stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1
-    }  # fmt: skip
+    assert config.settings == {"stage1.schedule.lr": 0.001, "stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1}
 
 
 def test_sets_of_settings_go_together_and_a_choice_comes_before_its_parts(write):
@@ -205,9 +203,10 @@ def test_a_sweep_leaves_run_folders_and_tables(cairn, write, tmp_path):
         assert {path.name for path in (tmp_path / "out" / run["folder"]).iterdir()} == {RESULT, EVENTS}
     values = [results[f"dmc/seed-{n}"].average for n in (1, 2)]
     assert stored["table"][1]["average"] == {
-        "mean": pytest.approx(sum(values) / 2), "deviation": pytest.approx(abs(values[0] - values[1]) / 2**0.5),
+        "mean": pytest.approx(sum(values) / 2),
+        "deviation": pytest.approx(abs(values[0] - values[1]) / 2**0.5),
         "values": values,
-    }  # fmt: skip
+    }
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert lines[0].startswith("| method | average % | last % |")
     assert lines[3].startswith("| dmc |")
@@ -601,9 +600,13 @@ def test_a_node_of_a_cluster_is_lost_and_no_run_is(tmp_path):
     file, out = tmp_path / "sweep.toml", tmp_path / "out"
     file.write_text(CLUSTER)
     ended = subprocess.run(
-        [sys.executable, ROOT / "tests" / "sweep" / "sweep_cluster.py", file, out], capture_output=True, text=True, timeout=580,
-        env=environment(), cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, ROOT / "tests" / "sweep" / "sweep_cluster.py", file, out],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        env=environment(),
+        cwd=tmp_path,
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     told = json.loads(ended.stdout.splitlines()[-1])
     assert told["status"] == 0, told["printed"][-3000:]
@@ -633,9 +636,14 @@ def test_on_this_machine_an_interrupt_keeps_what_goes_on_and_workers_that_die_ar
 
     def begun() -> subprocess.Popen:
         return subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=tmp_path,
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+            cwd=tmp_path,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def under_way(calls: int) -> list[dict]:
         """The newest attempts, once this call has begun to train."""

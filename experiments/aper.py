@@ -17,7 +17,7 @@ import torch
 from stored import arguments, measured_rows, write_block
 
 from cairn.data.loading import Loader
-from cairn.experiment.run import prepared
+from cairn.experiment.inputs import prepared
 from cairn.experiment.schema import RunConfig
 from cairn.maths.similarity import unit
 from cairn.towers.tuning import Beside

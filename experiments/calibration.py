@@ -22,8 +22,9 @@ from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import calibration_error, mean_and_deviation
-from cairn.experiment.run import run_stream, towers_for
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.methods.catalogue import METHODS

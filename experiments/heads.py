@@ -16,7 +16,8 @@ import torch
 from stored import arguments, measured_rows, write_block
 
 from cairn.data.loading import Loader
-from cairn.experiment.run import prepared, run_stream
+from cairn.experiment.inputs import prepared
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.memory.gaussians import GaussianMemory
 from cairn.reports.formats import Column, Table, estimate

@@ -20,7 +20,7 @@ from cairn.classifier.novelty import Novelty
 from cairn.data.catalogue import open_dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
-from cairn.experiment.run import towers_for
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.schema import RunConfig
 from cairn.storage.files import write_json
 from cairn.storage.versions import versions

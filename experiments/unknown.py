@@ -17,8 +17,8 @@ from stored import arguments, measured_rows, write_block
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.catalogue import open_dataset
 from cairn.data.stream import task_stream
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.experiment.run import towers_for
 from cairn.experiment.schema import RunConfig
 
 STREAMS = {

@@ -41,7 +41,8 @@ from cairn.experiment.folder import (
     read_result,
     write_learner,
 )
-from cairn.experiment.run import prepared, run_stream
+from cairn.experiment.inputs import prepared
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.storage.archive import Archive, digest

@@ -19,7 +19,7 @@ from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import LearnerRecord
-from cairn.classifier.stored import restore_checked
+from cairn.classifier.stored import copied, restore_checked
 from cairn.config import with_values
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
@@ -555,19 +555,12 @@ class IncrementalClassifier(Estimator):
 
     def _copy(self) -> Method:
         """The method as it stands, apart from the one that predicts."""
-        return self._fresh() if self._method is None else self._restored(*self._state())
+        return self._fresh() if self._method is None else copied(self._fresh, *self._state())
 
     def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""
         method = self._fitted()
         return method.state_dict(), method.tasks if isinstance(method, KeepsImages) else ()
-
-    def _restored(self, state: State, tasks: Sequence[Task]) -> Method:
-        method = self._fresh()
-        method.load_state_dict(state)
-        if isinstance(method, KeepsImages):
-            method.attach_images(tasks)
-        return method
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and `pickle`: what the method has learned in place of the method."""
@@ -580,7 +573,7 @@ class IncrementalClassifier(Estimator):
         self.__dict__.update(state)
         if learned is not None:
             of_method, tasks = learned
-            self._method = self._restored(of_method, tasks)
+            self._method = copied(self._fresh, of_method, tasks)
 
     def open_towers(self) -> Towers:
         """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""

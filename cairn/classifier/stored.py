@@ -1,19 +1,31 @@
-"""What a method had learned, from outside: a state may hold anything, and is tried before it is trusted."""
+"""A method from a state: of another method in memory, or from a file, which may hold anything and is tried before it is
+trusted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cairn.data.stream import Task
 from cairn.errors import ResultError
-from cairn.methods.protocol import Method
+from cairn.methods.protocol import KeepsImages, Method
 from cairn.towers.state import State
 
 LARGE = 1e6
 """Where embeddings are given there is no item like another: one far beyond any, so that what is finite of it is of all."""
+
+
+def copied(build: Callable[[], Method], state: State, tasks: Sequence[Task]) -> Method:
+    """A fresh method of `build` with what another one has learned of `tasks`."""
+    method = build()
+    method.load_state_dict(state)
+    if isinstance(method, KeepsImages):
+        method.attach_images(tasks)
+    return method
 
 
 def restore_checked(method: Method, state: State, folder: Path, classes: int) -> None:

@@ -351,7 +351,7 @@ def drift(
     """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
     the images of old tasks."""
     from cairn.config import merged, parsed
-    from cairn.experiment.run import drift_report
+    from cairn.experiment.drift_lab import drift_report
     from cairn.experiment.schema import RunConfig
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.storage.files import make_folder, write_json

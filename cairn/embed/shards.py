@@ -21,7 +21,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, SPLITS, EmbedConfig, Plan, Shard, stored_plan
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
-from cairn.experiment.run import prompted, readable, towers_for
+from cairn.experiment.inputs import prompted, readable, towers_for
 from cairn.experiment.schema import TowersUsed
 from cairn.storage.files import atomic_write, write_chunks, write_json
 from cairn.storage.tensors import Layout, TensorFile, TensorWriter, serialized

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from cairn.config import choices
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
+from cairn.errors import ConfigError, UnknownName
 from cairn.experiment.evaluator import Evaluator
+from cairn.experiment.inputs import prepared
 from cairn.experiment.metrics import average_incremental, seen_accuracy
+from cairn.experiment.schema import SCHEMA_VERSION, RunConfig
 from cairn.maths.bures import bures_parts
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.dmc_ot import DMCOT, DmcOtConfig, Motion
+from cairn.storage.versions import versions
 from cairn.towers.protocol import Towers
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
@@ -131,3 +136,49 @@ def by_task(rows: Sequence[Row]) -> list[Row]:
         for key in ERRORS:
             total[key] += row[key]
     return list(summed.values())
+
+
+def drift_report(
+    config: RunConfig, estimators: Sequence[str], seeds: Sequence[int], log: Log | None = None
+) -> dict[str, Any]:
+    """The drift laboratory on a stream: every estimator's errors and accuracies, for each seed, as JSON values.
+
+    `config.method` must be dmc-ot, whose settings apply. Raises UnknownName for an unknown estimator.
+    """
+    log = log or Log()
+    entry, stream, towers, settings = prepared(config)
+    if not isinstance(settings, DmcOtConfig):
+        raise ConfigError(f"method '{entry.name}': the drift laboratory compares estimators of dmc-ot")
+    family = choices(entry.config.model_fields["drift"])
+    for name in estimators:
+        if name not in family:
+            raise UnknownName("estimator", name, family)
+    chosen = {name: family[name]() for name in dict.fromkeys(["none", *estimators])}
+    for notice in stream.notices:
+        log("notice", text=notice)
+    rows, figures = [], []
+    for seed in seeds:
+        log(
+            "start",
+            method="drift laboratory",
+            data=stream.name,
+            tasks=len(stream.tasks),
+            classes=len(stream.class_names),
+            seed=seed,
+        )
+        more = drift_rows(stream, towers, settings, chosen, seed=seed, log=log)
+        rows += more[0]
+        figures += more[1]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": config.model_dump(mode="json"),
+        "config": settings.model_dump(mode="json"),
+        "estimators": {name: drift.model_dump(mode="json") for name, drift in chosen.items()},
+        "data": stream.name,
+        "split": stream.fingerprint,
+        "towers": {"name": towers.name, "fingerprint": towers.fingerprint},
+        "seeds": list(seeds),
+        "relative": relative(rows, figures),
+        "rows": by_task(rows),
+        "versions": versions(),
+    }

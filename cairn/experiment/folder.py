@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.classifier.classifier import NAME, IncrementalClassifier
 from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
-from cairn.experiment.run import Learned
+from cairn.experiment.run import Outcome
 from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
 from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
@@ -196,7 +196,7 @@ class RunFolder:
             self._lock.release()
 
 
-def write_learner(folder: Path, learned: Learned) -> None:
+def write_learner(folder: Path, learned: Outcome) -> None:
     """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
     run = learned.config
     IncrementalClassifier.of_run(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from cairn.config import with_settings
 from cairn.errors import CairnError, ConfigError, ResultError
 from cairn.experiment.folder import CALL, RESULT, read_call, read_result
-from cairn.experiment.run import Prepared, prepared
+from cairn.experiment.inputs import Prepared, prepared
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call
 from cairn.methods.catalogue import method_named
 from cairn.storage.schema import reason_of

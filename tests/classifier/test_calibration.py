@@ -14,8 +14,9 @@ from cairn.data.catalogue import open_dataset
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import calibration_error
-from cairn.experiment.run import run_stream, towers_for
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import INVERSE_TEMPERATURES, loss_curve
 from cairn.methods.catalogue import METHODS

@@ -15,7 +15,7 @@ from cairn.data.catalogue import open_dataset
 from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream
-from cairn.experiment.run import towers_for
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.schema import RunConfig
 from cairn.maths.shrinkage import Oas
 from cairn.memory.covariances import Shared

@@ -28,7 +28,8 @@ from cairn.data.folders import class_folders, decoded_within, folder_dataset, un
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages, counted
-from cairn.experiment.run import prepared, run_stream
+from cairn.experiment.inputs import prepared
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import filled

@@ -16,7 +16,7 @@ from cairn.data.embeddings import features_dataset, save_features
 from cairn.data.images import Subset
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import CairnError, DataError
-from cairn.experiment.run import prompted
+from cairn.experiment.inputs import prompted
 
 GOOD = "a sketch of a {}."
 BAD = {

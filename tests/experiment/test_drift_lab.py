@@ -7,8 +7,7 @@ import json
 import pytest
 
 from cairn.errors import UnknownName
-from cairn.experiment.drift_lab import by_task, relative
-from cairn.experiment.run import drift_report
+from cairn.experiment.drift_lab import by_task, drift_report, relative
 from cairn.experiment.schema import RunConfig
 from cairn.reports.drift import drift_figure, drift_table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cairn.data.embeddings import save_features
-from cairn.experiment.run import drift_report
+from cairn.experiment.drift_lab import drift_report
 from cairn.experiment.schema import RunConfig
 
 few_images = runpy.run_path(str(Path(__file__).resolve().parents[2] / "experiments" / "few_images.py"))["few_images"]

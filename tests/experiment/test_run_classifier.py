@@ -10,7 +10,7 @@ from cairn import IncrementalClassifier
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import DataError, ResultError
 from cairn.experiment.folder import LEARNER, read_learner, write_learner
-from cairn.experiment.run import Learned, run_stream
+from cairn.experiment.run import Outcome, run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.serve.service import Service
 from cairn.storage.archive import Archive
@@ -37,7 +37,7 @@ def kept(tmp_path_factory):
     return folder / LEARNER, ended[0], result
 
 
-def shown(ended: Learned, number: int) -> list[np.ndarray]:
+def shown(ended: Outcome, number: int) -> list[np.ndarray]:
     """Test images as they lie in the data set."""
     return [np.asarray(ended.stream.tests[0][row]) for row in range(number)]
 

@@ -8,7 +8,7 @@ import torch
 from cairn.config import with_settings
 from cairn.data.catalogue import open_dataset
 from cairn.data.stream import task_stream
-from cairn.experiment.run import towers_for
+from cairn.experiment.inputs import towers_for
 from cairn.experiment.schema import RunConfig
 from cairn.maths.drift import BuresMap, MeanShift, NoDrift, PairedMap
 from cairn.memory.gaussians import GaussianMemory

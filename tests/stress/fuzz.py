@@ -47,7 +47,8 @@ from cairn.data.stream import class_order, task_stream
 from cairn.errors import CairnError, one_line
 from cairn.experiment.config_file import read_run_file
 from cairn.experiment.folder import CALL, CHECKPOINT, RESULT, Call, read_call, read_learner, write_learner
-from cairn.experiment.run import prepared, run_stream
+from cairn.experiment.inputs import prepared
+from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.storage.archive import Archive, digest

@@ -1,0 +1,134 @@
+"""What a run needs, opened and checked before anything is learned: method, data, towers and settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel
+
+from cairn.config import Settings, with_settings
+from cairn.config import settings as every_setting
+from cairn.data.catalogue import open_dataset
+from cairn.data.folders import named_unreadable, unreadable
+from cairn.data.images import Concatenation, Dataset
+from cairn.data.stream import TaskStream, task_stream, without
+from cairn.data.templates import prompt_templates
+from cairn.errors import ConfigError, DataError
+from cairn.experiment.schema import RunConfig
+from cairn.methods.catalogue import Entry, method_named
+from cairn.storage.versions import versions
+from cairn.towers.catalogue import load_towers
+from cairn.towers.clip import ClipTowers
+from cairn.towers.feature_file import features_towers
+from cairn.towers.features import FeatureTowers
+from cairn.towers.protocol import Towers
+from cairn.training.distributed import World
+
+
+def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTowers:
+    """The towers a run asks for; a features file is its own towers. Raises ConfigError if the two do not fit."""
+    held = dataset.embeddings
+    if held is None:
+        spec = "tiny" if config.towers == "auto" else config.towers
+        return load_towers(
+            spec,
+            device=config.device,
+            precision=config.precision,
+            preprocess=config.preprocess,
+            revision=config.revision,
+        )
+    if config.towers not in ("auto", "features"):
+        raise ConfigError(
+            f"towers '{config.towers}': data '{config.data}' holds embeddings, not images; leave --towers out"
+        )
+    return features_towers(dataset, config.data)
+
+
+def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
+    return task_stream(
+        dataset, base=config.base, step=config.step, order=config.order, limit_train=config.limit_train,
+        limit_test=config.limit_test, validation=config.validation,
+    )  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """What a run needs, found good before anything is learned."""
+
+    entry: Entry
+    stream: TaskStream
+    towers: Towers
+    settings: Settings
+
+
+def prepared(config: RunConfig) -> Prepared:
+    """Raises a CairnError for any bad input."""
+    entry = method_named(config.method)
+    dataset = prompted(open_dataset(config.data), config.template)
+    stream = stream_for(config, dataset)
+    towers = towers_for(config, dataset)
+    stream = replace(stream, notices=(*stream.notices, *towers.notices))
+    settings = with_settings(entry.default_config(towers), config.settings)
+    stream = readable(stream, skip=config.on_bad_image == "skip")
+    return Prepared(entry, stream, towers, settings)
+
+
+def tower_stands(entry: Entry, settings: Settings) -> bool:
+    """Whether the method takes embeddings of the image tower as it is, of the images as they are, and keeps no image."""
+    tunings = {value for path, value, _ in every_setting(settings) if path.rpartition(".")[2] == "tuning"}
+    return tunings <= {"none", "adapter"} and not settings.alters_images and entry.card.keeps != "images"
+
+
+def prompted(dataset: Dataset, template: str | None) -> Dataset:
+    """The data set with one template in place of its own, if one is given."""
+    if template is None:
+        return dataset
+    templates = prompt_templates(template, "template")
+    if dataset.embeddings is not None:
+        raise ConfigError(
+            f"template '{template}': data '{dataset.name}' holds embeddings of texts; leave --template out"
+        )
+    return replace(dataset, templates=templates)
+
+
+def readable(stream: TaskStream, skip: bool) -> TaskStream:
+    """The stream without the image files that cannot be read, which a notice names; unless `skip`, a DataError does."""
+    whole = Concatenation(stream.collections)
+    bad = unreadable(whole)
+    if not bad:
+        return stream
+    named = named_unreadable(whole, bad)
+    if not skip:
+        raise DataError(
+            f"data '{stream.name}': {named}; repair or remove them, or leave them out with --on-bad-image skip"
+        )
+    starts = np.cumsum([0, *map(len, stream.collections)])
+    found = [[row - start for row in bad if start <= row < stop] for start, stop in pairwise(starts)]
+    return replace(without(stream, found), notices=(*stream.notices, f"left out: {named}"))
+
+
+WHOLE_BATCHES = ("text_anchor_contrast",)
+"""Settings that weigh a loss in which the images of a batch depend on one another."""
+
+
+def require_shareable(settings: BaseModel, world: World) -> None:
+    """Raises ConfigError for a loss of which no process can compute its share."""
+    for path, value, _ in every_setting(settings):
+        if path.rpartition(".")[2] in WHOLE_BATCHES and value:
+            raise ConfigError(
+                f"{path} {value}: looks at whole batches, of which each of {world.world_size} processes has a part; set it to 0, or "
+                "run one process"
+            )
+
+
+def require_alike(stream: TaskStream, towers: Towers, world: World) -> None:
+    """Raises ConfigError if the processes do not start from the same. All of them come to this, or none goes on."""
+    here = {"data": stream.fingerprint, "towers": towers.fingerprint, "precision": towers.precision} | versions()
+    for rank, there in enumerate(everyone := world.all_gather(here)):
+        for key, value in there.items():
+            if value != everyone[0][key]:
+                raise ConfigError(
+                    f"{key}: process {rank} has {value}, the first {everyone[0][key]}; give all of them the same"
+                )

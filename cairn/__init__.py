@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.config import with_settings
-    from cairn.data.catalogue import open_dataset
     from cairn.data.embeddings import save_features
     from cairn.data.images import Dataset, Images
+    from cairn.data.opening import open_dataset
     from cairn.data.stream import Task, TaskStream, task_stream
     from cairn.errors import CairnError
     from cairn.experiment.evaluator import Evaluator
@@ -29,7 +29,7 @@ _HOMES = {
     "IncrementalClassifier": "classifier.classifier", "Log": "training.log",
     "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "experiment.schema", "RunResult": "experiment.schema",
     "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
-    "method_named": "methods.catalogue", "open_dataset": "data.catalogue", "run_stream": "experiment.run",
+    "method_named": "methods.catalogue", "open_dataset": "data.opening", "run_stream": "experiment.run",
     "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "config",
 }  # fmt: skip
 

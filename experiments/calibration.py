@@ -18,9 +18,9 @@ from stored import arguments, measured_rows, write_block
 
 from cairn.classifier.calibration import AGEING, POWER, rehearsed
 from cairn.config import texts
-from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import FeatureStore
 from cairn.data.loading import Loader
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import calibration_error, mean_and_deviation

@@ -17,8 +17,8 @@ from stored import arguments, measured_rows, rows_of, write_block
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.novelty import Novelty
-from cairn.data.catalogue import open_dataset
 from cairn.data.loading import Loader
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
 from cairn.experiment.schema import RunConfig

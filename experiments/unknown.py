@@ -15,7 +15,7 @@ import numpy as np
 from stored import arguments, measured_rows, write_block
 
 from cairn.classifier.classifier import IncrementalClassifier
-from cairn.data.catalogue import open_dataset
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import mean_and_deviation

@@ -192,8 +192,8 @@ def describe(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, send nothing")] = False,
 ) -> None:
     """Have a vision language model describe the classes. The key is taken from OPENAI_API_KEY."""
-    from cairn.data.catalogue import open_dataset
     from cairn.data.descriptions import Descriptions, read_descriptions
+    from cairn.data.opening import open_dataset
     from cairn.experiment.describe import DescribeConfig, described, guide_images, request, with_readable
     from cairn.storage.files import make_folder, write_json
     from cairn.towers.catalogue import load_towers

@@ -32,3 +32,13 @@ def prompt_templates(
         if problem := template_problem(template):
             raise error(f"{where}: '{template}' {problem}")
     return templates
+
+
+def spoken(name: str) -> str:
+    """A class name as it is said in a prompt: underscores are spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def filled(template: str, name: str) -> str:
+    """The template with the spoken name; braces in a name stay what they are."""
+    return template.replace("{}", spoken(name))

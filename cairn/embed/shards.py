@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cairn.data.catalogue import open_dataset
 from cairn.data.feature_store import image_ids
 from cairn.data.images import Dataset, Subset, rows_of
 from cairn.data.loading import Loader
+from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import PLAN, SPLITS, EmbedConfig, Plan, Shard, stored_plan
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError

@@ -23,10 +23,10 @@ from cairn.data.descriptions import ClassDescription
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
+from cairn.data.templates import spoken
 from cairn.errors import CairnError, ConfigError, UnreadableImages, counted
 from cairn.maths.similarity import representative_and_diverse
 from cairn.storage.distribution import extra_remedy
-from cairn.towers.clip import spoken
 from cairn.towers.protocol import Towers
 from cairn.training.encode import encode
 from cairn.training.log import Log

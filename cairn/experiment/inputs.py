@@ -11,9 +11,9 @@ from pydantic import BaseModel
 
 from cairn.config import Settings, with_settings
 from cairn.config import settings as every_setting
-from cairn.data.catalogue import open_dataset
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Concatenation, Dataset
+from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream, without
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from cairn.data.templates import prompt_templates
+from cairn.data.templates import filled, prompt_templates
 from cairn.errors import ConfigError, TowersError, counted
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
@@ -24,16 +24,6 @@ from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
 from cairn.types import Features, Pixels
-
-
-def spoken(name: str) -> str:
-    """A class name as it is said in a prompt: underscores are spaces."""
-    return " ".join(name.replace("_", " ").split())
-
-
-def filled(template: str, name: str) -> str:
-    """The template with the spoken name; braces in a name stay what they are."""
-    return template.replace("{}", spoken(name))
 
 
 def device_named(choice: str) -> torch.device:

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from cairn.data.templates import spoken
 from cairn.errors import ConfigError
 from cairn.maths.rows import without
-from cairn.towers.clip import spoken
 from cairn.towers.prefix import PromptTree, prompt_tree
 from cairn.towers.protocol import TextTower, Towers
 from cairn.towers.state import State, spelled, words

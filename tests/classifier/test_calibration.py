@@ -10,9 +10,9 @@ import torch
 
 from cairn import IncrementalClassifier
 from cairn.classifier.calibration import MOST, Calibration, LeftOut, left_out, rehearsed
-from cairn.data.catalogue import open_dataset
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
 from cairn.experiment.metrics import calibration_error

@@ -11,8 +11,8 @@ import torch
 from cairn import IncrementalClassifier
 from cairn.classifier.calibration import left_out
 from cairn.classifier.novelty import Novelty, _Relative
-from cairn.data.catalogue import open_dataset
 from cairn.data.images import Subset
+from cairn.data.opening import open_dataset
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for

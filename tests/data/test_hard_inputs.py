@@ -27,12 +27,12 @@ from cairn.cli import app as cli
 from cairn.data.folders import class_folders, decoded_within, folder_dataset, unreadable
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
+from cairn.data.templates import filled
 from cairn.errors import ConfigError, DataError, TowersError, UnreadableImages, counted
 from cairn.experiment.inputs import prepared
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.towers.catalogue import load_towers
-from cairn.towers.clip import filled
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
 from cairn.training.log import Log

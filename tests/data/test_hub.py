@@ -14,13 +14,13 @@ from cairn.data.catalogue import (
     SETTING_A_TEMPLATE,
     action_name,
     bird_name,
-    open_dataset,
     scene_name,
     spaced,
     wordnet_name,
 )
 from cairn.data.hub import HubImages, hub_dataset
 from cairn.data.images import Dataset
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import CairnError, DataError, UnknownName
 from cairn.storage.distribution import extra_remedy
@@ -376,7 +376,7 @@ def test_wrong_number_of_class_folders(tmp_path):
     for side in ("train", "test"):
         (tmp_path / "copy" / side / "x").mkdir(parents=True)
         picture(0).save(tmp_path / "copy" / side / "x" / "0.png")
-    refused(lambda: hub_dataset("sun397", local=tmp_path / "copy"), "has 1 classes", "SUN397 has 397 or 300")
+    refused(lambda: hub_dataset("sun397", local=tmp_path / "copy"), "has 1 class,", "SUN397 has 397 or 300")
 
 
 def test_missing_split(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cairn.config import with_settings
-from cairn.data.catalogue import open_dataset
+from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
 from cairn.experiment.schema import RunConfig

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from cairn.data.templates import filled, spoken
 from cairn.errors import CairnError, ConfigError, TowersError, UnknownName
 from cairn.towers.catalogue import load_towers
-from cairn.towers.clip import filled, spoken
 from cairn.towers.openclip import open_clip_state
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.protocol import Towers

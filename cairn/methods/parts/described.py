@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cairn.data.descriptions import read_descriptions, written_by
 from cairn.data.stream import Task
+from cairn.data.templates import filled
 from cairn.errors import DataError
-from cairn.towers.clip import filled
 from cairn.training.log import Log
 
 

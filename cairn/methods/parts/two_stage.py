@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from cairn.data.loading import Loader
-from cairn.data.probes import Probes
 from cairn.data.stream import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -20,7 +19,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
-from cairn.training.encode import encode
+from cairn.training.encode import Ordered, encode
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels
 
@@ -50,10 +49,10 @@ class TwoStageState(CosineScoring, GaussianScoring[GaussianMemory]):
         if task.names:
             self.texts.grow(task.names, new, ctx.seeds.generator("texts"))
 
-    def features(self, loader: Loader | Probes, ctx: Context | None = None, name: str = "") -> tuple[Features, Labels]:
+    def features(self, batches: Ordered, ctx: Context | None = None, name: str = "") -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
         with self.image.inference():
-            z, y = encode(loader, lambda z, _: z, ctx, name, embed=self.embed)
+            z, y = encode(batches, lambda z, _: z, ctx, name, embed=self.embed)
         return unit(z), y
 
     @torch.no_grad()

@@ -1,0 +1,49 @@
+"""What `--data` may name: the drawn world, a features file, a folder, and the data sets of the catalogue."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cairn.data.catalogue import CATALOGUE
+from cairn.data.images import Dataset
+from cairn.errors import DataError, UnknownName
+
+
+def open_dataset(spec: str) -> Dataset:
+    """The data set that `spec` names.
+
+    `shapes` or `shapes:dev` (the drawn world); a catalogue key, read from the hub, or `KEY=PATH`, a local copy of it;
+    a `.safetensors` file of features; a folder of images. Where a folder is called like a key, the key wins: write
+    `./cifar100` for the folder.
+    Raises UnknownName for a name that is none of these, DataError for a path that does not exist.
+    """
+    # Imported where needed: what is not opened is not loaded.
+    if spec == "shapes" or spec.startswith("shapes:"):
+        part = spec.partition(":")[2] or "stream"
+        if part not in ("stream", "dev"):
+            raise UnknownName("part of shapes", part, ("stream", "dev"))
+        from cairn.data.shapes import shapes_dataset
+
+        return shapes_dataset(part=part)
+    key, equals, local = spec.partition("=")
+    if key in CATALOGUE:
+        from cairn.data.hub import hub_dataset
+
+        if equals and not local:
+            raise DataError(f"data '{spec}': no path after '='; write {key}=PATH, or {key} to read it from the hub")
+        return hub_dataset(key, local=local or None)
+    # Path's own methods raise for a user that there is not, and for what is too long to be a path
+    path = Path(os.path.expanduser(spec))
+    exists = os.path.exists(path)
+    if path.suffix == ".safetensors":
+        from cairn.data.embeddings import features_dataset
+
+        return features_dataset(spec)
+    if exists:
+        from cairn.data.folders import folder_dataset
+
+        return folder_dataset(spec)
+    if os.sep in key or "/" in key or key.startswith((".", "~")):
+        raise DataError(f"data '{spec}': no such folder or file; check the path")
+    raise UnknownName("dataset", key, ("shapes", *CATALOGUE))

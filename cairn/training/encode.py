@@ -44,10 +44,10 @@ def encode(
     done = 0 if held is None else int(held["batches"])
     if done < 0:
         raise ValueError(f"{name}: {done} batches")
-    sample = checkpoint.sample(len(batches.labels)) if embed is not None and isinstance(batches, Loader) else None
-    kept: list[Tensor] | None = None
-    if sample is not None and (held is None or "features" in held):
-        kept = [] if held is None else [held["features"]]
+    sample = checkpoint.sample(len(batches.labels)) if isinstance(batches, Loader) else None
+    kept: list[Tensor] = [] if held is None or "features" not in held else [held["features"]]
+    if embed is None or (held is not None and not kept):
+        sample = None  # nothing to keep, or not all of it
 
     def state() -> State:
         for i, column in enumerate(columns):
@@ -56,9 +56,10 @@ def encode(
         return found | ({"features": torch.cat(kept)} if kept else {})
 
     def values(number: int, pixels: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        made = rows(pixels if embed is None else (features := embed(pixels)), labels)
+        features = pixels if embed is None else embed(pixels)
+        made = rows(features, labels)
         found = [value.cpu() for value in (made if isinstance(made, tuple) else (made,))] + [labels]
-        if kept is None:
+        if sample is None or not isinstance(batches, Loader):
             return found, None
         start = number * batches.batch
         return found, features[sample[start : start + len(labels)].to(features.device)].cpu()
@@ -75,7 +76,7 @@ def encode(
             columns = columns or [[] for _ in batch]
             for column, value in zip(columns, batch, strict=True):
                 column.append(value)
-            if kept is not None and features is not None:
+            if features is not None:
                 kept.append(features)
         done += len(found)
         if found:
@@ -86,6 +87,6 @@ def encode(
         checkpoint.finish(name, state)
     else:
         checkpoint.found_finished(name, state())
-    if kept:
+    if sample is not None and kept:
         checkpoint.sampled = torch.cat(kept)
     return tuple(torch.cat(column) for column in columns)

@@ -5,7 +5,7 @@ ViT-B/16 of random weights (times do not depend on weights), 64 images of 196 pa
 feature from the 5 likeliest. Patches and sentences are clustered, as real ones are. Memory is the growth of the resident
 set's peak over the call (Linux).
 
-    python benchmarks/alignment.py [--out FILE] [--into docs/spa.md] [--classes 100 1000 5000]
+    python benchmarks/alignment.py [--out FILE] [--into docs/speed.md] [--classes 100 1000 5000]
 """
 
 from __future__ import annotations

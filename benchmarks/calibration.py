@@ -4,7 +4,7 @@ The task is CUB-like, 20 new classes of 30 images, through a ViT-B/32 of random 
 The 200 old classes have synthetic full covariances. Task time is measured without calibration, and calibration apart, on
 the same features in the same process; memory is the growth of the resident set's peak over the call (Linux).
 
-    python benchmarks/calibration.py [--out FILE] [--into docs/drift.md] [--classes 200] [--images 30]
+    python benchmarks/calibration.py [--out FILE] [--into docs/speed.md] [--classes 200] [--images 30]
 """
 
 from __future__ import annotations

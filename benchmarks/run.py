@@ -38,8 +38,8 @@ ITEMS = {
     "alignment": alignment,
     "calibration": calibration,
 }
-ELSEWHERE = {"alignment": "spa.md", "calibration": "drift.md"}
-"""Items whose whole report is a file of its own, and the page that shows it."""
+OWN = ("alignment", "calibration")
+"""Items whose whole report is a file and a table of its own."""
 
 
 def bench_table(bench: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def kept(folder: Path, size: str) -> dict[str, Any]:
     bench = folder / "bench.json"
     if not bench.exists() or (held := json.loads(bench.read_text(encoding="utf-8")))["size"] != size:
         return {}
-    others = {name: folder / f"{name}.json" for name in ELSEWHERE}
+    others = {name: folder / f"{name}.json" for name in OWN}
     return held["items"] | {
         name: json.loads(path.read_text(encoding="utf-8")) for name, path in others.items() if path.exists()
     }
@@ -86,7 +86,7 @@ def main() -> None:
 
     reports = {name: reports[name] for name in ITEMS if name in reports}
     rows = [row.as_json() for name, report in reports.items() for row in ITEMS[name].rows(report)]
-    own = {name: report for name, report in reports.items() if name not in ELSEWHERE}
+    own = {name: report for name, report in reports.items() if name not in OWN}
     bench = {"size": args.size, "rows": rows, "items": own} | surroundings()
     if args.out:
         stored(args.out / "bench.json", bench)
@@ -98,7 +98,7 @@ def main() -> None:
     if args.into:
         written(args.into / "speed.md", "bench", bench_table(bench))
         for name in reports.keys() - own.keys():
-            written(args.into / ELSEWHERE[name], name, ITEMS[name].table(reports[name]))
+            written(args.into / "speed.md", name, ITEMS[name].table(reports[name]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether APER's first session trains its adapter: how large it is in the end, and what it does to embeddings.
 
-    python experiments/aper.py [--out results/aper.json] [--into docs/deviations.md]
+    python experiments/aper.py [--out results/aper.json] [--into docs/methods.md]
     python experiments/aper.py --table   # only write the table anew from what is stored
 
 On the first ten classes of the photographs, a fifth of whose training images is kept apart. Sets are looked for under
@@ -102,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    args = arguments(__doc__, "results/aper.json", "docs/deviations.md")
+    args = arguments(__doc__, "results/aper.json", "docs/methods.md")
     rows = measured_rows(args, ("run", "seed"), product(RUNS, SEEDS), measured)
     write_block(args.into, "aper", table(rows))
 

@@ -1,6 +1,6 @@
 """Whether a threshold on the known score loses as many images of known classes as it says, after 1, 2 and 10 tasks.
 
-    python experiments/known.py [--only STREAM[/ROW]] [--out results/known.json] [--into docs/unknown.md]
+    python experiments/known.py [--only STREAM[/ROW]] [--out results/known.json] [--into docs/calibration.md]
     python experiments/known.py --ageing  # how much references of earlier tasks should count, by training images kept apart
     python experiments/known.py --table   # only write the tables anew from what is stored
 
@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     flags = {"ageing": "measure the weight of earlier references"}
-    args = arguments(__doc__, "results/known.json", "docs/unknown.md", **flags)
+    args = arguments(__doc__, "results/known.json", "docs/calibration.md", **flags)
     ageing = args.out.with_name("known-ageing.json")
     if args.ageing:
         args.table = True

@@ -3,7 +3,7 @@
 A patch counts as the object's if most of it is. Chance is the share of such patches in all patches; the descriptions are
 those of the image's true class, the towers the embedded ones, the images the stream's test split.
 
-    python experiments/patches_on_object.py [--out results/patches.json] [--into docs/spa.md]
+    python experiments/patches_on_object.py [--out results/patches.json] [--into docs/measured.md]
 """
 
 from __future__ import annotations

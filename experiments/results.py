@@ -77,19 +77,30 @@ DRIFT = {
 """Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
 
 TABLES = {
-    "README.md": ["shapes"],
-    "docs/measured.md": ["caltech51", "ucf101", "ucf101-at-once", "imagenet150", "cifar100", "cifar100-50"],
-    "docs/choose-a-method.md": ["caltech51"],
-    "docs/spa.md": ["spa-shapes", "spa-cifar100"],
-    "docs/drift.md": [f"drift/{name}" for name in DRIFT],
+    "README.md": ["shapes/{finetune,zero-shot,simplecil,dmc,dmc-ot,spa,ranpac,joint}"],
+    "docs/measured.md": [
+        "shapes",
+        "caltech51",
+        "ucf101",
+        "ucf101-at-once",
+        "imagenet150",
+        "cifar100",
+        "cifar100-50",
+        "spa-shapes",
+        "spa-cifar100",
+        *(f"drift/{name}" for name in DRIFT),
+    ],
 }
+"""What a page shows, below `results`; some folders of one are named in braces."""
+
 COMPARISONS = {
     "docs/measured.md": [
         "shapes/dmc-ot:shapes/dmc",
         "cifar100/dmc-ot-moving:cifar100/dmc-moving",
         "cifar100/dmc-ot-residual:cifar100/dmc-frozen",
+        "spa-shapes/spa:spa-shapes/no-patches",
+        "spa-cifar100/spa:spa-cifar100/no-patches",
     ],
-    "docs/spa.md": ["spa-shapes/spa:spa-shapes/no-patches", "spa-cifar100/spa:spa-cifar100/no-patches"],
 }
 
 Job = tuple[str, str, str, list[str], str]
@@ -197,25 +208,28 @@ def done(job: Job) -> bool:
     return job[2] == "drift" and (ROOT / "results" / "drift" / job[1] / "drift.json").exists()
 
 
+def folders(name: str) -> list[str]:
+    """The folders of results behind a block: `a`, `a:b` of a comparison, or `a/{b,c}`."""
+    head, _, parts = name.partition("{")
+    halves = [f"{head}{part}" for part in parts.rstrip("}").split(",")] if parts else name.split(":")
+    return [f"results/{half}" for half in halves]
+
+
 def write_tables() -> None:
     """Every block whose results are there, and the laboratory's figures."""
     from cairn.reports.drift import drift_figure
 
-    def stored(name: str) -> bool:
-        return all((ROOT / "results" / half).is_dir() for half in name.split(":"))
-
-    for page, names in TABLES.items():
-        for name in filter(stored, names):
-            cairn("table", f"results/{name}", "--into", page, "--name", name)
-    for page, names in COMPARISONS.items():
-        for name in filter(stored, names):
-            cairn("compare", *(f"results/{half}" for half in name.split(":")), "--into", page, "--name", name)
+    for command, pages in (("table", TABLES), ("compare", COMPARISONS)):
+        for page, names in pages.items():
+            for name in names:
+                if all((ROOT / folder).is_dir() for folder in folders(name)):
+                    cairn(command, *folders(name), "--into", page, "--name", name)
     for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
     cairn_script("methods.py")
     cairn_script("costs.py")
     cairn_script("heads.py", "--table")
-    cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/spa.md")
+    cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/measured.md")
 
 
 def cairn(*words: str) -> None:

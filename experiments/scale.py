@@ -1,6 +1,6 @@
 """What a million classes and a billion images would cost, from what was measured here.
 
-    python experiments/scale.py [--measure]     # write docs/scale.md's tables; --measure: time the towers anew first
+    python experiments/scale.py [--measure]     # write docs/speed.md's tables; --measure: time the towers anew first
 
 Bytes are exact. Seconds are the measured time of a unit (results/benchmarks/bench.json, results/benchmarks/scale.json) times
 the number of units, on the machine that both reports name: nothing is assumed to run faster together than alone. What the
@@ -27,7 +27,7 @@ from cairn.storage.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "results" / "benchmarks"
-PAGE = ROOT / "docs" / "scale.md"
+PAGE = ROOT / "docs" / "speed.md"
 K, N, D = 10**6, 10**9, 512
 """Classes, images, numbers per embedding."""
 

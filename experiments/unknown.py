@@ -1,6 +1,6 @@
 """Unknown classes: how well the known score tells them from known ones, beside the largest softmax probability.
 
-    python experiments/unknown.py [--out results/unknown.json] [--into docs/unknown.md]
+    python experiments/unknown.py [--out results/unknown.json] [--into docs/calibration.md]
 
 Of each stream the first half of the tasks is learned; the test images of all tasks are scored. AUROC of known against
 unknown images, and the share of images below thresholds of the known score, over three seeds.
@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    args = arguments(__doc__, "results/unknown.json", "docs/unknown.md")
+    args = arguments(__doc__, "results/unknown.json", "docs/calibration.md")
     rows = measured_rows(args, ("stream", "method", "seed"), product(STREAMS, METHODS, SEEDS), measured)
     write_block(args.into, "unknown", table(rows))
 

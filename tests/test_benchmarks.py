@@ -106,8 +106,8 @@ def shown(page: str, block: str) -> str:
     [
         ("bench", "speed.md", "bench"),
         ("accelerator", "speed.md", "accelerator"),
-        ("alignment", "spa.md", "alignment"),
-        ("calibration", "drift.md", "calibration"),
+        ("alignment", "speed.md", "alignment"),
+        ("calibration", "speed.md", "calibration"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):
@@ -120,6 +120,6 @@ def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):
     import run
 
     tables = {"bench": run.bench_table, "accelerator": accelerator.table}
-    tables |= {name: run.ITEMS[name].table for name in run.ELSEWHERE}
+    tables |= {name: run.ITEMS[name].table for name in run.OWN}
     report = json.loads(path.read_text())
     assert text == tables[file](report)

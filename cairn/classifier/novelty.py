@@ -46,7 +46,7 @@ TEXT_SHARE = 0.25
 """w. On `shapes:dev` none does as well; a little guards where texts know more than images."""
 
 AGEING = 4
-"""p, chosen on training images kept apart; see docs/unknown.md."""
+"""p, chosen on training images kept apart; see docs/calibration.md."""
 
 DRAWS = 4096
 

@@ -172,7 +172,7 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
         rows = [(path, json.dumps(value), text) for path, value, text in settings(config)]
         if rows:
             console.table(title, ("setting", "default", "meaning"), rows)
-    console.note("[P] stated by the paper, [K] nearest published practice, [I] ours: see docs/deviations.md")
+    console.note("[P] stated by the paper, [K] nearest published practice, [I] ours: see docs/methods.md")
 
 
 @app.command()

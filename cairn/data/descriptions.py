@@ -80,7 +80,7 @@ def read_descriptions(path: str | Path) -> Descriptions:
         version = stored.get("schema_version", SCHEMA_VERSION) if isinstance(stored, dict) else SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise DataError(f"descriptions '{path}': schema version {version}, this cairn reads {SCHEMA_VERSION}")
-        return validated(Descriptions, stored, f"'{path}'", remedy="the schema is in docs/descriptions.md")
+        return validated(Descriptions, stored, f"'{path}'", remedy="the schema is in docs/data.md")
     except ResultError as error:
         raise DataError(f"descriptions {error}; write them with `cairn describe`") from None
 

@@ -1,7 +1,7 @@
 """The field's metrics as functions of an accuracy table; no tensors, no files.
 
 A[i][j] is the accuracy, in [0, 1], on the test images of task j after learning task i, over the classes seen by then
-(None for j > i). B tasks, numbered from 0; n_j test images of task j. Source: the field's protocol (docs/metrics.md).
+(None for j > i). B tasks, numbered from 0; n_j test images of task j. Source: the field's protocol (docs/results.md).
 """
 
 from __future__ import annotations

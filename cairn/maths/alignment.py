@@ -77,7 +77,7 @@ def aligned(
     patches None: all of them. P is a constant, S is differentiable in cos. With a single token or a single patch the plan
     is forced, and S the plain mean.
 
-    Source: SPA (arXiv 2605.13835) for selection and transport [P]; uniform marginals, the cost and eps [I] (docs/deviations.md).
+    Source: SPA (arXiv 2605.13835) for selection and transport [P]; uniform marginals, the cost and eps [I] (docs/methods.md).
     """
     K = cos.shape[-1] if patches is None else min(patches, cos.shape[-1])
     ranked = cos.amax(-2) if guide == "max" else (cos * b[..., None]).sum(-2)

@@ -3,7 +3,7 @@
 Source: "Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning" (arXiv 2511.10974). Only the
 abstract is public. [P] marks what it says: two decoupled stages per task, vision then text, with pseudo-features of old
 classes in the second. What is marked [K] (nearest published practice) or [I] (ours) is a setting with a documented
-default; docs/deviations.md lists them all.
+default; docs/methods.md lists them all.
 
 Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scale; N(mu_c, S_c) Gaussian of class c.
 """

@@ -3,7 +3,7 @@
 Source: "Preserving Cross-Modal Consistency for CLIP-based Class-Incremental Learning" (arXiv 2511.10974). The abstract
 states optimal-transport guided calibration of the class statistics and task-specific prompts [P]; the formula of the
 calibration and the form of the prompts are not public and are ours [I] or from nearest practice [K]. `drift=bures` is the
-Gaussian optimal transport map, the nearest reading of the abstract; docs/drift.md says why the default is another one.
+Gaussian optimal transport map, the nearest reading of the abstract; docs/methods.md says why the default is another one.
 
 Letters: f_old, f_new the encoder before and after stage 1; Z0, Z1 unit features of the same images under each; N(mu_c,
 S_c) the Gaussian of class c; x -> A_c x + b_c the map that moves it.

@@ -3,7 +3,7 @@
 Source: "Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning" (arXiv 2605.13835). Only the abstract is
 public. [P] marks what it says: semantic-guided selection of patches, optimal transport between patches and description
 tokens, task-specific projectors, Gaussian pseudo-features for old classes. What is marked [K] (nearest published
-practice) or [I] (ours) is a setting with a documented default; docs/deviations.md lists them all.
+practice) or [I] (ours) is a setting with a documented default; docs/methods.md lists them all.
 
 Both towers stay frozen, and which patches of an image count depends on the image, the descriptions and the classes seen so
 far: it is computed when the image passes the tower, once, and training sees embeddings alone. What the patches that count

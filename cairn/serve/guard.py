@@ -1,6 +1,6 @@
 """Access rules of the service: tokens, refusal of cross-site requests, limits on bodies. Checked before a body is read.
 
-How often an address may ask is not limited here: that is the proxy's (docs/serve.md).
+How often an address may ask is not limited here: that is the proxy's (docs/your-images.md).
 """
 
 from __future__ import annotations

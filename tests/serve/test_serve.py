@@ -616,8 +616,8 @@ def test_the_page_in_a_browser(service, drawn):
 
 
 def nginx_block() -> str:
-    """The block of docs/serve.md."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text()
+    """The block of docs/your-images.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "your-images.md").read_text()
     return re.search(r"```nginx\n(.*?)```", page, re.DOTALL)[1]
 
 

@@ -54,7 +54,7 @@ def test_every_remedy_names_an_extra_that_there_is():
     }
     assert named == {"serve", "ray", "onnx", "hub", "parallel", "report", "track", "describe"}
     assert named <= PROJECT["optional-dependencies"].keys()
-    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in named)
 
 

@@ -133,7 +133,7 @@ def align_vision(
     """Stage 1. Minimise loss(z, T, y, s) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
 
     T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`).
-    Source: [P] for the stage; what it is made of is in docs/deviations.md.
+    Source: [P] for the stage; what it is made of is in docs/methods.md.
     """
     if not encoder.parameters() or not stage.schedule.epochs:
         return

@@ -5,10 +5,11 @@ public. [P] marks what it says: semantic-guided selection of patches, optimal tr
 tokens, task-specific projectors, Gaussian pseudo-features for old classes. What is marked [K] (nearest published
 practice) or [I] (ours) is a setting with a documented default; docs/methods.md lists them all.
 
-Both towers stay frozen, and which patches of an image count depends on the image, the descriptions and the classes seen so
-far: it is computed when the image passes the tower, once, and training sees embeddings alone. What the patches that count
-look like is one vector, the local feature; a class has a Gaussian over the image's embedding and its local feature together,
-so that old classes are replayed in both. The half of it that is of the local feature goes stale as classes come.
+Both towers stay frozen. Which patches of an image count depends on the image and on the descriptions of the first task's
+classes, the guides: it is computed when the image passes the tower, once, and training sees embeddings alone. What the patches
+that count look like is one vector, the local feature; a class has a Gaussian over the image's embedding and its local feature
+together, so that old classes are replayed in both. Later classes change neither. With `local.among=seen` all classes seen are
+guides; the local feature of an old image then changes as classes come, and its Gaussian does not.
 
 Letters: z unit embedding of the image, p_i its unit patches, v its unit local feature; t_c unit text of class c, d_cl its
 description tokens, d_c their unit mean; g, h projectors of z and t, g', h' of v and d; S_c local score; s scale.
@@ -84,6 +85,11 @@ class Local(Settings):
         ge=1,
         description="m, classes per image whose descriptions look at it, by the class token; null: all [I]",
     )
+    among: Literal["first", "seen"] = Field(
+        default="first",
+        description="for the local feature, where those classes are sought: among the first task's, so that it never changes, or "
+        "among all seen [I]",
+    )
     training_guide: Literal["image", "label"] = Field(
         default="image", description="who names those classes in training: the image, as in testing, or its label [I]"
     )
@@ -131,6 +137,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         needs="images; descriptions help if the towers can read them",
         passes="one per image, can be cached",
         text=True,
+        older={"local": {"among": "seen"}},
         quick={"schedule.epochs": 2, "schedule.batch": 4},
     )
 
@@ -146,6 +153,8 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         self.projectors = Projectors(towers.dim, names).to(towers.device)
         self.anchors = torch.zeros(0, towers.dim)
         self.sentences: list[tuple[str, ...]] = []
+        # Classes 0..guides-1 are those of the first task.
+        self.guides = 0
         width = towers.dim * (2 if self.two else 1)
         self.memory = config.memory(width)
         self._tokens: list[Tensor] = []
@@ -156,6 +165,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
+        self.guides = self.guides or len(self.anchors)
         if config.local.weight:
             self._describe(sentences_of(config.descriptions, task, ctx.log))
 
@@ -177,12 +187,14 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         fit(loss, self.projectors.current, batches, config.schedule, ctx.logged_at(stage=1))
         old.tell_repairs(ctx.log)
 
-        # Statistics of the new classes. Their z never moves [P]; their v does, with the candidates of `_seen`.
+        # Statistics of the new classes. Nothing of them moves later [P], unless all classes seen choose patches (`_seen`).
         self.memory = old.add(x.cpu(), y.cpu())
 
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)
         self.memory = self.memory.without(c)
+        if c < self.guides:  # the last guide gives way to the oldest class that is left
+            self.guides = max(self.guides - 1, min(1, len(self.anchors)))
         if self._tokens:
             del self._tokens[c], self.sentences[c]
             self._padded = padded_tokens(self._tokens) if self._tokens else self._nothing_said()
@@ -325,8 +337,9 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         """What scoring and training need of embedded images: rows z or [z ; v], and the plan's scores, if those count.
 
         The classes that look at an image are its m best by cos(z, t_c), weighted by their softmax; with `labels`, in
-        training, its own class alone. Nothing of this depends on a projector, but with `best` it depends on the classes seen:
-        where a later class is among the m best of an old image, v is another than the one that the memory learned.
+        training, its own class alone. For v they are sought among the guides, so that it depends on the image alone: among all
+        classes seen v would be another, for an old image, than the one that the memory learned, as soon as a later class is
+        among the m best. Nothing of this depends on a projector.
         """
         d, choice, s = self.towers.dim, self.config.local, self.towers.logit_scale
         z, T = unit(features[:, :d]), self.anchors.to(features.device)
@@ -334,7 +347,8 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         if not choice.weight:
             return z, nothing
         p, cls = features[:, d:].unflatten(1, (-1, d)), s * z @ T.T
-        likely, candidates = cls.topk(min(choice.best or len(T), len(T)), dim=1)
+        among = self.guides if self.two and choice.among == "first" else len(T)
+        likely, candidates = cls[:, :among].topk(min(choice.best or among, among), dim=1)
         if self.two:
             prior = torch.softmax(likely, 1)
             if labels is not None and choice.training_guide == "label":
@@ -351,11 +365,14 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         said = words([sentence for own in self.sentences for sentence in own])
         counts = torch.tensor([len(own) for own in self.sentences], dtype=torch.int64)
         held = {"anchors": self.anchors, "tokens": tokens, "sizes": sizes, "sentences": said, "counts": counts}
+        held["guides"] = torch.tensor(self.guides)
         projectors = {name: value.cpu().clone() for name, value in self.projectors.state_dict().items()}
         return held | flattened({"projectors": projectors, "memory": self.memory.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
+        # Earlier versions had all classes seen for guides
+        self.guides = int(state["guides"]) if "guides" in state else len(self.anchors)
         self.projectors.load_state_dict(part(state, "projectors"))
         self.memory = self.memory.restored(part(state, "memory"))
         self._tokens = list(state["tokens"].to(self.towers.device).split(state["sizes"].tolist()))

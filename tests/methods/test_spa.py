@@ -41,7 +41,7 @@ def pixels_of(stream, towers, task=0):
 
 def starting_point(towers, stream, *assignments):
     """A method without training, its scores of some images, and what they are made of, by hand."""
-    method = learned(towers, stream, "schedule.epochs=0", *assignments)
+    method = learned(towers, stream, "schedule.epochs=0", "local.among=seen", *assignments)
     pixels = pixels_of(stream, towers)
     z, p = towers.image_and_patches(pixels, "value")
     z, p = unit(z), unit(p.flatten(0, 1)).view_as(p)
@@ -104,7 +104,7 @@ def test_finished_projectors_stand_still_and_are_one_matrix():
         "local.weight=0", "local.patches=null", "local.transport=false", "schedule.epochs=0", "replay=0",
         "local.attention=native", "local.patches=4", "local.best=1", "local.eps=1", "local.weight=2",
         "local.tokens=words", "local.guide=mean", "descriptions=template", "local.score=plan",
-        "local.training_guide=label",
+        "local.training_guide=label", "local.among=seen",
     ],
 )  # fmt: skip
 def test_every_switch_changes_the_scores_and_nothing_breaks(towers, small_stream, switch):

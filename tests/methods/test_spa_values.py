@@ -17,7 +17,7 @@ from cairn.training.seeds import Seeds
 
 def learned(towers, tasks, *assignments):
     entry = METHODS["spa"]
-    quick = ("schedule.epochs=1", "schedule.batch=8", "local.patches=6", "local.best=3")
+    quick = ("schedule.epochs=1", "schedule.batch=8", "local.patches=6", "local.best=3", "local.among=seen")
     config = with_settings(entry.default_config(towers), [*quick, *assignments])
     method = entry.build(towers, config, seed=1)
     for task in tasks:
@@ -56,12 +56,20 @@ SWITCHES = {
     "local.best=1": {"best": 1},
     "local.best=null": {"best": 6},
     "descriptions=template": {"descriptions": "template"},
+    "local.among=first": {"among": 2},
 }
 
 
 @pytest.mark.parametrize(("switch", "means"), SWITCHES.items())
 def test_scores_before_training_are_those_written_out(towers, small_stream, switch, means):
-    own = {"weight": 1.0, "attention": "value", "tokens": "sentences", "best": 3, "descriptions": "data"} | means
+    own = {
+        "weight": 1.0,
+        "attention": "value",
+        "tokens": "sentences",
+        "best": 3,
+        "descriptions": "data",
+        "among": 6,
+    } | means
     how = HOW | {key: value for key, value in means.items() if key in PLAN}
     method = learned(towers, small_stream.tasks, "schedule.epochs=0", switch)
     names, templates = small_stream.class_names, small_stream.tasks[0].templates
@@ -78,7 +86,7 @@ def test_scores_before_training_are_those_written_out(towers, small_stream, swit
     cls = z @ towers.class_texts(names, templates).T
     v = []
     for cosines, patches in zip(cls, p, strict=True):
-        likely = cosines.topk(own["best"])
+        likely = cosines[: own["among"]].topk(min(own["best"], own["among"]))
         shares = torch.softmax(s * likely.values, 0).tolist()
         v.append(local_feature(patches, tokens, dict(zip(likely.indices.tolist(), shares, strict=True)), how))
     meant = torch.stack([unit(own_tokens.mean(0, keepdim=True))[0] for own_tokens in tokens])
@@ -127,3 +135,57 @@ def test_replay_is_the_number_of_draws_per_old_class_and_batch(towers, small_str
         for _, y in next(given.epochs([torch.Generator().manual_seed(0)])):
             counts = y.bincount(minlength=6)[: 2 * task]
             assert counts.tolist() == [per_class] * (2 * task)
+
+
+@pytest.mark.parametrize(("among", "moves"), [("first", False), ("seen", True)])
+def test_later_classes_do_not_move_the_local_feature(towers, small_stream, monkeypatch, among, moves):
+    """Where several of the likeliest classes have a share in it; else few images show that it moves."""
+    monkeypatch.setattr(towers, "logit_scale", 5.0)
+    first, *later = small_stream.tasks
+    method = learned(towers, [first], f"local.among={among}")
+    pixels = pixels_of(first.train, towers)
+    before = method.memory_rows(method.embed(pixels))
+    for c in first.classes:
+        mean = before[torch.as_tensor(first.train.labels) == c].double().mean(0)
+        torch.testing.assert_close(method.memory.mean(c), mean, atol=1e-5, rtol=1e-4)
+    for task in later:
+        method.learn(task, Context(Seeds(1)))
+    after = method.memory_rows(method.embed(pixels))
+    assert torch.equal(before[:, : towers.dim], after[:, : towers.dim])
+    assert ((before - after).abs().max() > 1e-2) == moves
+    if not moves:
+        torch.testing.assert_close(before, after)
+
+
+def test_a_guide_that_is_forgotten_chooses_no_patch(towers, small_stream):
+    first = small_stream.tasks[0]
+    method, features = learned(towers, small_stream.tasks, "local.among=first"), []
+    pixels = pixels_of(first.train, towers)
+    p = towers.image_and_patches(pixels, "value")[1]
+    p = unit(p.flatten(0, 1)).view_as(p)
+    for c in (0, 0, 0):  # the first guide, the other one, and the class that took its place
+        method.forget(c)
+        assert method.guides == 1
+        alone = torch.stack([local_feature(rows, method._tokens, {0: 1.0}, HOW) for rows in p])
+        found = method.memory_rows(method.embed(pixels))[:, towers.dim :]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+        features.append(found)
+    assert (features[0] - features[1]).abs().max() > 1e-3
+
+
+def test_guides_are_kept_and_those_of_before_are_all_classes(towers, small_stream):
+    method = learned(towers, small_stream.tasks, "local.among=first")
+    state, features = method.state_dict(), method.embed(pixels_of(small_stream.tests[0], towers))
+    same = learned(towers, [], "local.among=first")
+    same.load_state_dict(state)
+    assert same.guides == 2
+    torch.testing.assert_close(same.scores(features), method.scores(features))
+
+    held = METHODS["spa"].config().model_dump()
+    assert held["local"].pop("among") == "first"
+    assert METHODS["spa"].completed(held)["local"]["among"] == "seen"
+    old = learned(towers, [], "local.among=seen")
+    old.load_state_dict({key: value for key, value in state.items() if key != "guides"})
+    seen = learned(towers, [], "local.among=seen")
+    seen.load_state_dict(state)
+    torch.testing.assert_close(old.scores(features), seen.scores(features))

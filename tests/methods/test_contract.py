@@ -129,7 +129,7 @@ def test_the_seed_moves_what_is_trained_with_batches(world):
     for seed in (1, 2):
         method = build(entry, towers, seed)
         for task in stream.tasks[:2]:
-            method.learn(task, Context(Seeds(1)))
+            method.learn(task, Context(Seeds(seed)))
         trained.append(scores(method, test_images(stream, towers)))
     random = entry.card.trains != "nothing"
     assert torch.equal(*trained) != random

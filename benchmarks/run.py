@@ -23,6 +23,7 @@ import growth
 import loading
 import prefix
 import shares
+import startup
 import transport
 from measure import machine_line, row_table, stored, surroundings, written
 
@@ -37,8 +38,9 @@ ITEMS = {
     "growth": growth,
     "alignment": alignment,
     "calibration": calibration,
+    "startup": startup,
 }
-OWN = ("alignment", "calibration")
+OWN = ("alignment", "calibration", "startup")
 """Items whose whole report is a file and a table of its own."""
 
 

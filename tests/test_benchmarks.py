@@ -108,6 +108,7 @@ def shown(page: str, block: str) -> str:
         ("accelerator", "speed.md", "accelerator"),
         ("alignment", "speed.md", "alignment"),
         ("calibration", "speed.md", "calibration"),
+        ("startup", "speed.md", "startup"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):

@@ -10,7 +10,11 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 import cairn
+from cairn.methods.catalogue import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,3 +87,43 @@ def test_type_hints_of_public_names_resolve():
             function = getattr(member, "__func__", getattr(member, "fget", member))
             if inspect.isfunction(function):
                 typing.get_type_hints(function)
+
+
+HEAVY = {"peft", "matplotlib", "ray", "optuna", "datasets", "sklearn", "pandas", "fastapi", "uvicorn", "onnx"}
+"""Packages that a prediction with a frozen tower does without. accelerate and scipy are not among them: `CLIPModel`'s own
+module imports both."""
+
+
+def imported(*arguments: str) -> set[str]:
+    """Modules that are there after a run of the command, or after `import cairn` where no arguments are given."""
+    code = (
+        "import sys, cairn\n"
+        "if sys.argv[1:]:\n"
+        "    from cairn.cli.app import main\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code, stop.code\n"
+        "print('\\n' + ' '.join(sys.modules))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    return set(told.stdout.splitlines()[-1].split())
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
+    heavy = HEAVY | {"torch", "transformers", "accelerate", "scipy", "numpy"}
+    assert not heavy & imported()
+    assert not heavy & imported("--help")
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
+    images = [Image.fromarray(one) for one in pixels.reshape(-1, 32, 32, 3)]
+    learner = cairn.IncrementalClassifier("simplecil", towers="tiny", device="cpu")
+    learner.fit(images, ["one"] * 4 + ["other"] * 4)
+    learner.save(tmp_path / "learner")
+    images[0].save(tmp_path / "image.png")
+
+    modules = imported("predict", str(tmp_path / "learner"), str(tmp_path / "image.png"), "--device", "cpu")
+    assert "transformers.models.clip.modeling_clip" in modules
+    assert not HEAVY & modules
+    methods = {METHODS[name].build.__module__ for name in METHODS}
+    assert methods & modules == {METHODS["simplecil"].build.__module__}

@@ -8,14 +8,19 @@ from __future__ import annotations
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from transformers import CLIPModel
 
 from cairn.errors import TowersError, counted, first_line
 from cairn.storage.files import read_json
 from cairn.towers.weights import no_weights, read_file
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import CLIPModel
+
+# peft takes long to import, so functions import it when a checkpoint has an adapter.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,6 +32,8 @@ def has_adapter(folder: Path) -> bool:
 def adapter_config(folder: Path) -> LoraConfig:
     """Raises TowersError for a config that is damaged, of an adapter other than LoRA, or with an option that this version of
     peft does not know, unless that is off."""
+    from peft import LoraConfig
+
     where = f"'{folder / CONFIG}'"
     stored = read_json(folder / CONFIG, links=True)
     if not isinstance(stored, dict) or "peft_type" not in stored:
@@ -49,6 +56,8 @@ def adapter_config(folder: Path) -> LoraConfig:
 
 def with_adapter(model: CLIPModel, folder: Path) -> CLIPModel:
     """The model with the folder's LoRA merged. Raises TowersError for one that is incomplete or of another model."""
+    from peft import PeftModel, set_peft_model_state_dict
+
     config = adapter_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise no_weights(folder, WEIGHTS)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cairn.errors import ConfigError, TowersError, counted
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+
+# peft takes long to import, so functions import it when they meet a LoRA.
 
 ADAPTER = "cairn"
 
@@ -25,6 +28,8 @@ def inject(tower: nn.Module, *, targets: str, rank: int, alpha: float, dropout: 
     nothing matches.
     Source: Hu et al., LoRA (2021), section 4.1.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     require_unadapted(tower, "lora")
     scale: Any = alpha  # peft declares a whole number, and takes any
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=targets, bias="none")
@@ -79,14 +84,27 @@ def dropping(tower: nn.Module, generator: torch.Generator) -> Iterator[None]:
             layer.generator = None
 
 
+def _peft_is_imported() -> bool:
+    """Where it is not, no module can hold a layer of it."""
+    return "peft" in sys.modules
+
+
 def _layers(tower: nn.Module) -> list[tuple[Linear, nn.Linear]]:
     """The adapted layers, each with the layer that it stands in front of."""
+    if not _peft_is_imported():
+        return []
+    from peft.tuners.lora import Linear
+
     adapted = [module for module in tower.modules() if isinstance(module, Linear)]
     return [(layer, base) for layer in adapted if isinstance(base := layer.get_base_layer(), nn.Linear)]
 
 
 def require_unadapted(model: nn.Module, where: str) -> None:
     """Raises TowersError for a model that carries layers of peft: a LoRA of a method beside them would replace theirs."""
+    if not _peft_is_imported():
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
         raise TowersError(
             f"{where}: carries an adapter of peft on {counted(len(found), 'layer')}, first '{found[0]}'; give the model that its "

@@ -94,12 +94,12 @@ def test_order_file_missing(tmp_path):
 @pytest.mark.parametrize(
     ("listed", "problem"),
     [
-        (["c000", "c001", "c002", "dog"], r"1 unknown class name\(s\): 'dog'"),
-        (["c001"], r"2 missing class name\(s\): 'c000', 'c002'"),
-        (["c000", "c001", "c002", "c001"], r"1 repeated class name\(s\): 'c001'"),
-        ([0, 1, 3, -1], r"2 unknown class name\(s\): 'number 3', 'number -1'"),
-        ([0, 1, 1], r"1 missing class name\(s\): 'c002'"),
-        (["w", "x", "y", "z"], r"4 unknown class name\(s\): 'w', 'x', 'y' \.\.\."),
+        (["c000", "c001", "c002", "dog"], r"1 unknown class name: 'dog'"),
+        (["c001"], r"2 missing class names: 'c000', 'c002'"),
+        (["c000", "c001", "c002", "c001"], r"1 repeated class name: 'c001'"),
+        ([0, 1, 3, -1], r"2 unknown class names: 'number 3', 'number -1'"),
+        ([0, 1, 1], r"1 missing class name: 'c002'"),
+        (["w", "x", "y", "z"], r"4 unknown class names: 'w', 'x', 'y' \.\.\."),
     ],
 )
 def test_order_file_that_does_not_match_the_classes(tmp_path, listed, problem):

@@ -71,10 +71,20 @@ def of_task(template, tmp_path):
     return Task(0, range(1), ("a",), template, Subset([], np.array([], int), np.array([], int))).templates
 
 
+def learned(templates):
+    images = [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 250)]
+    return (
+        IncrementalClassifier("zero-shot", "tiny", templates=templates)
+        .partial_fit(images, ["a", "b"])
+        ._record()
+        .templates
+    )
+
+
 ENTRANCES = {
     "the check itself": lambda template, _: prompt_templates(template),
-    "IncrementalClassifier": lambda template, _: IncrementalClassifier(templates=template).templates,
-    "a list of IncrementalClassifier": lambda template, _: IncrementalClassifier(templates=[template]).templates,
+    "IncrementalClassifier": lambda template, _: learned(template),
+    "a list of IncrementalClassifier": lambda template, _: learned([template]),
     "run": of_run,
     "a features file": in_file,
     "save_features": saved,

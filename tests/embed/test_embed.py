@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -529,7 +530,7 @@ def test_two_ranks_of_torchrun_make_the_same_file(tmp_path, undisturbed):
         [*words, *CALL, "--out", "x.safetensors"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("120 images, 120 of them now") == 1
+    assert len(re.findall(r"120 images, \d+ of them now", done.stdout)) == 1  # the other rank may have begun before it
     assert (tmp_path / "x.safetensors").read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

@@ -13,7 +13,7 @@ from cairn.errors import ConfigError, DataError
 from cairn.maths.alignment import aligned, local_scores
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.spa import Projector
+from cairn.methods.parts.projector import Projector
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
 from cairn.training.log import Log

@@ -18,7 +18,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from cairn.errors import ConfigError, ResultError, UnknownName
-from cairn.experiment import run as runs_of_today
+from cairn.experiment import schema as runs_of_today
 from cairn.experiment.metrics import forgetting, seen_accuracy
 from cairn.reports.page import MATRICES, page_of
 from cairn.reports.runs import SCHEMA_VERSION, read_results, streams_of

@@ -215,7 +215,7 @@ def test_what_fails_changes_nothing(service, drawn, monkeypatch, tmp_path):
     assert "picture 2 cannot be read as a picture (not an image)" in error(teach(names[3], b"no image"), 415)
     assert "images" in error(ask("POST", "/api/learn", data={"name": "x"}), 422)
     with monkeypatch.context() as patch:
-        patch.setattr("cairn.methods.parts.stages.class_cross_entropy", lambda z, *_: z.sum() * float("nan"))
+        patch.setattr("cairn.methods.dmc_ot.class_cross_entropy", lambda z, *_: z.sum() * float("nan"))
         assert "loss is nan" in error(teach(), 422)
     with monkeypatch.context() as patch:
         patch.setattr(IncrementalClassifier, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("secret")))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cairn.config import parsed
 from cairn.data.descriptions import read_descriptions, written_by
 from cairn.embed.plan import PLAN, stored_plan
 from cairn.errors import CairnError, DataError, ResultError
@@ -31,7 +32,10 @@ def test_every_stored_result_is_read():
     files = sorted((ROOT / "results").rglob(RESULT))
     assert files
     for file in files:
-        assert read_result(file).model_dump(mode="json", exclude_unset=True) == read_json(file)
+        stored = read_json(file)
+        if isinstance(texts := stored["run"]["settings"], list):  # in results of earlier versions
+            stored["run"]["settings"] = dict(parsed(texts))
+        assert read_result(file).model_dump(mode="json", exclude_unset=True) == stored
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,8 @@ def of_task(template, tmp_path):
 
 def learned(templates):
     images = [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 250)]
-    return (
-        IncrementalClassifier("zero-shot", "tiny", templates=templates)
-        .partial_fit(images, ["a", "b"])
-        ._record()
-        .templates
-    )
+    held = IncrementalClassifier("zero-shot", "tiny", templates=templates).partial_fit(images, ["a", "b"])
+    return tuple(held._record().templates)
 
 
 ENTRANCES = {

@@ -86,7 +86,7 @@ def table(report: dict[str, Any]) -> str:
     for way, seconds in report["seconds"].items():
         target = TARGETS.get(way)
         met = "" if target is None else f"≤ {target:g} s: {'met' if seconds <= target else 'missed'}"
-        lines.append(f"| `{way}` | {seconds_cell(seconds)} | {met} |")
+        lines.append(f"| {way} | {seconds_cell(seconds)} | {met} |")
     return "\n".join([*lines, "", machine_line(report)])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli.run import BadImages, Data, checked
+from cairn.cli.run import BadImages, Data, LimitTest, LimitTrain, Precision, Preprocess, Revision, Template, checked
 from cairn.errors import counted
 from cairn.reports.console import Console
 from cairn.training.distributed import ALONE
@@ -41,17 +41,13 @@ def embed(
     out: Annotated[Path, typer.Option("--out", "-o", help="the features file to write (.safetensors)")],
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
-    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
-    preprocess: Annotated[
-        str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
+    precision: Precision = "float32",
+    preprocess: Preprocess = None,
+    template: Template = None,
+    revision: Revision = None,
     on_bad_image: BadImages = "stop",
     dtype: Annotated[str, typer.Option(help="float32 or float16, in the file")] = "float32",
     batch: Annotated[int, typer.Option(help="images in a pass through the tower")] = 128,

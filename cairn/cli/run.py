@@ -18,6 +18,14 @@ from cairn.training.distributed import ALONE, World
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
+LimitTrain = Annotated[int | None, typer.Option(help="training images per class at most")]
+LimitTest = Annotated[int | None, typer.Option(help="test images per class at most")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")]
+Revision = Annotated[str | None, typer.Option(help="revision of the towers on the hub")]
+Preprocess = Annotated[
+    str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
+]
+Template = Annotated[str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")]
 BadImages = Annotated[
     str,
     typer.Option("--on-bad-image", help="image files that cannot be read: stop before anything is done, or skip them"),
@@ -71,18 +79,14 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="several seeds, 1,2,3: one folder each and a summary")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/METHOD-DATA]")] = None,
     set_: Set = None,
-    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")] = "float32",
-    preprocess: Annotated[
-        str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="revision of the towers on the hub")] = None,
+    precision: Precision = "float32",
+    preprocess: Preprocess = None,
+    template: Template = None,
+    revision: Revision = None,
     on_bad_image: BadImages = "stop",
     resume: Annotated[
         Path | None, typer.Option(help="go on with the run that was begun in this folder; no other option")
@@ -343,8 +347,8 @@ def drift(
     ] = "mean,sdc,bures,sinkhorn,paired,local",
     out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/drift-DATA]")] = None,
     set_: Set = None,
-    limit_train: Annotated[int | None, typer.Option(help="training images per class at most")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="test images per class at most")] = None,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
     on_bad_image: BadImages = "stop",
 ) -> None:

@@ -8,17 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cairn.classifier.calibration import Calibration
-from cairn.data.names import require_text
+from cairn.data.names import text_problem
 from cairn.data.templates import template_problem
-from cairn.errors import DataError
 from cairn.storage.schema import Count, Record
 
 
 def _class_name(name: str) -> str:
-    try:
-        require_text([name])
-    except DataError as error:
-        raise ValueError(str(error)) from None
+    if problem := text_problem(name):
+        raise ValueError(problem)
     return name
 
 

@@ -1,15 +1,13 @@
 """Embeddings computed beforehand, in a safetensors file: for people who hold vectors in a store, not images.
 
 Tensors: `train_features` (n, d), `train_labels` (n,), `test_features` (m, d), `test_labels` (m,) and, if texts were
-embedded too, `text_features` (k, d). Metadata: `class_names`, and optionally `templates`, `logit_scale`, `model`.
+embedded too, `text_features` (k, d). Metadata: see `cairn.data.features_metadata`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cairn.data.features_metadata import FeaturesMetadata
 from cairn.data.images import Dataset
-from cairn.data.names import class_name
-from cairn.data.templates import DEFAULT, prompt_templates
+from cairn.data.templates import prompt_templates
 from cairn.errors import DataError, ResultError, counted, one_line
 from cairn.storage.files import sha256_of, write_chunks
 from cairn.storage.tensors import CODES, TensorFile, serialized
-
-NAME_KEYS = ("class_names", "classnames", "classes", "names")
-"""Metadata keys under which class names are looked for. A JSON list, a JSON object (number to name or name to
-number), or one name per line."""
-
-TEMPLATE_KEYS = ("templates", "template")
-MODEL_KEYS = ("model", "backbone", "towers")
 
 REQUIRED = ("train_features", "train_labels", "test_features", "test_labels")
 
@@ -73,8 +64,8 @@ class Rows:
 def features_dataset(path: str | Path) -> Dataset:
     """The data set in a features file; `Dataset.embeddings` is an `Embeddings`. Rows stay as stored, not normalised.
 
-    Raises DataError for a file that is missing, damaged or incomplete, for shapes and widths that disagree, labels
-    that are no class numbers, rows that are not finite, and a class without rows.
+    Raises DataError for a file that is missing, damaged or incomplete, for metadata that is not as its schema says, for
+    shapes and widths that disagree, labels that are no class numbers, rows that are not finite, and a class without rows.
     """
     file = Path(os.path.expanduser(path))
     shown = f"features file '{path}'"
@@ -89,18 +80,17 @@ def features_dataset(path: str | Path) -> Dataset:
     except ResultError as error:
         raise DataError(f"features file {error}; write it again") from None
 
-    names = _names(metadata, shown)
-    arrays = _checked(tensors, names, shown)
-    model = next((metadata[key] for key in MODEL_KEYS if metadata.get(key)), file.stem)
+    about = FeaturesMetadata.parsed(metadata, shown)
+    arrays = _checked(tensors, about.class_names, shown)
     text = arrays.get("text_features")
     dim = arrays["train_features"].shape[1]
     return Dataset(
         name=file.stem,
-        classes=names,
+        classes=tuple(about.class_names),
         train=Rows(arrays["train_features"], arrays["train_labels"], "train_features"),
         test=Rows(arrays["test_features"], arrays["test_labels"], "test_features"),
-        templates=_templates(metadata, shown),
-        embeddings=Embeddings(dim, text, _logit_scale(metadata, shown), sha256_of(file)[:16], one_line(model)),
+        templates=tuple(about.templates),
+        embeddings=Embeddings(dim, text, about.logit_scale, sha256_of(file)[:16], about.model or one_line(file.stem)),
     )
 
 
@@ -146,9 +136,7 @@ def save_features(
     for name, values in tensors.items():
         if values.dtype not in CODES:
             raise DataError(f"{shown}: {name} of {_dtype(values)}; store float32, float16 or bfloat16")
-    _checked(tensors, _names(metadata, shown), shown)
-    _templates(metadata, shown)
-    _logit_scale(metadata, shown)
+    _checked(tensors, FeaturesMetadata.parsed(metadata, shown).class_names, shown)
     write_chunks(Path(os.path.expanduser(path)), serialized(tensors, metadata))
 
 
@@ -233,57 +221,3 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-# --- metadata ---------------------------------------------------------------------------------------------------------
-
-
-def _names(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
-    key = next((key for key in NAME_KEYS if key in metadata), None)
-    if key is None:
-        raise DataError(f"{shown}: no class names in the metadata; store a JSON list under '{NAME_KEYS[0]}'")
-    names = _listed(metadata[key])
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise DataError(f"{shown}: metadata '{key}' is not a list of names; store a JSON list of strings")
-    names = [class_name(name) for name in names]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise DataError(f"{shown}: class name '{twice}' appears twice in '{key}'; names must differ")
-    return tuple(names)
-
-
-def _listed(text: str) -> list | None:
-    """A list from JSON (a list; an object between names and numbers 0..k-1) or from lines; None for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(value, dict):
-        if all(isinstance(name, str) for name in value.values()):
-            value = {name: number for number, name in value.items()}
-        numbers = {int(number): name for name, number in value.items() if _is_small(str(number))}
-        return [numbers[i] for i in range(len(numbers))] if sorted(numbers) == list(range(len(value))) else None
-    return value if isinstance(value, list) else None
-
-
-def _is_small(number: str) -> bool:
-    return number.isdecimal() and len(number) < 10
-
-
-def _templates(metadata: dict[str, str], shown: str) -> tuple[str, ...]:
-    key = next((key for key in TEMPLATE_KEYS if metadata.get(key)), None)
-    if key is None:
-        return DEFAULT
-    listed = _listed(metadata[key])
-    return prompt_templates(metadata[key] if listed is None else listed, f"{shown}: {key}", DataError)
-
-
-def _logit_scale(metadata: dict[str, str], shown: str) -> float:
-    text = metadata.get("logit_scale", "100.0")
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not (math.isfinite(scale) and scale > 0):
-        raise DataError(f"{shown}: logit_scale '{text}' must be a positive number (CLIP's is 100)")
-    return scale

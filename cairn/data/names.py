@@ -25,14 +25,18 @@ def class_name(name: str) -> str:
     return kept
 
 
+def text_problem(text: str) -> str | None:
+    """What is wrong with a text that goes into prompts, results, tables and terminals, if anything: characters not seen."""
+    if one_line(text) != text:
+        return "holds a control character, an invisible or direction-changing one, or is not UTF-8"
+    return None
+
+
 def require_text(names: Iterable[str]) -> None:
-    """Raises DataError for a text with characters that are not seen: it goes into prompts, results, tables and terminals."""
+    """Raises DataError for a class name that has a `text_problem`."""
     for name in names:
-        if one_line(name) != name:
-            raise DataError(
-                f"class '{one_line(name)}': the name holds a control character, an invisible or direction-changing one, "
-                "or is not UTF-8; rename the class"
-            )
+        if problem := text_problem(name):
+            raise DataError(f"class '{one_line(name)}': the name {problem}; rename the class")
 
 
 def spaced(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.errors import ResultError
 from cairn.experiment.schema import OnBadImage, RunConfig, TowersUsed, comparable_call
 from cairn.storage.archive import digest
-from cairn.storage.files import read_json
-from cairn.storage.schema import Amount, Count, validated
+from cairn.storage.files import parsed_json, read_json
+from cairn.storage.schema import Amount, Count, Record, validated
 
 PLAN = "plan.json"
+MADE_AS = "embedded"
 SPLITS = ("train", "test")
 
 
@@ -43,6 +45,19 @@ class EmbedConfig(BaseModel):
         """A run that takes the same images and towers."""
         shared = self.model_fields_set & RunConfig.model_fields.keys()
         return RunConfig(method="zero-shot", **{key: getattr(self, key) for key in shared})
+
+
+class MadeAs(Record):
+    """How a features file was made, as it tells in JSON under the metadata key `MADE_AS`."""
+
+    plan: str = Field(description="key of the plan")
+    split: str = Field(description="fingerprint of the images in it")
+    config: EmbedConfig
+
+    @classmethod
+    def parsed(cls, metadata: Mapping[str, str]) -> MadeAs:
+        """Raises ValueError or RecursionError for a file that another program made, or a damaged text."""
+        return cls.model_validate(parsed_json(metadata.get(MADE_AS, "null").encode()))
 
 
 class Shard(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -15,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from cairn.embed.plan import SPLITS, EmbedConfig, Plan, Shard
-from cairn.embed.shards import MADE_AS, Maker, Shards, planned
+from cairn.embed.plan import SPLITS, EmbedConfig, MadeAs, Plan, Shard
+from cairn.embed.shards import Maker, Shards, planned
 from cairn.errors import GOES_ON, CairnError, ConfigError, ResultError, counted, first_line
 from cairn.experiment.folder import Lock
 from cairn.experiment.schema import comparable_call
@@ -168,8 +167,8 @@ def _device(config: EmbedConfig, rank: Rank) -> str | None:
 
 def _made_by(out: Path) -> tuple[str, int] | None:
     """The plan of the file that is there, and when it was written."""
-    with suppress(CairnError, OSError, ValueError, KeyError, TypeError):
-        return json.loads(TensorFile(out).header.metadata[MADE_AS])["plan"], out.stat().st_mtime_ns
+    with suppress(CairnError, OSError, ValueError, RecursionError):
+        return MadeAs.parsed(TensorFile(out).header.metadata).plan, out.stat().st_mtime_ns
     return None
 
 
@@ -179,17 +178,17 @@ def _finished(config: EmbedConfig, out: Path) -> Embedded | None:
         return None
     try:
         header = TensorFile(out).header
-        theirs = comparable_call(json.loads(header.metadata[MADE_AS])["config"])
-        shapes = [header.tensors[f"{split}_features"][0].shape for split in SPLITS]
-    except (CairnError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        theirs = comparable_call(MadeAs.parsed(header.metadata).config.model_dump(mode="json"))
+        (train, dim), (test, _) = (header.tensors[f"{split}_features"][0].shape for split in SPLITS)
+    except (CairnError, OSError, ValueError, KeyError, RecursionError):
         raise ResultError(f"'{out}': not made by this command; give another --out or --overwrite") from None
     ours = comparable_call(config.model_dump(mode="json"))
     for key in ours:
-        if theirs.get(key) != ours[key]:
+        if theirs[key] != ours[key]:
             raise ResultError(
-                f"'{out}': made with {key.replace('_', '-')} {theirs.get(key)}, not {ours[key]}; give another --out or --overwrite"
+                f"'{out}': made with {key.replace('_', '-')} {theirs[key]}, not {ours[key]}; give another --out or --overwrite"
             )
-    return Embedded(out, sum(rows for rows, _ in shapes), shapes[0][1], 0, 0.0, out.stat().st_size, finished=True)
+    return Embedded(out, train + test, dim, 0, 0.0, out.stat().st_size, finished=True)
 
 
 @contextmanager

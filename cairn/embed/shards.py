@@ -19,7 +19,7 @@ from cairn.data.images import Dataset, Subset, rows_of
 from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream
-from cairn.embed.plan import PLAN, SPLITS, EmbedConfig, Plan, Shard, stored_plan
+from cairn.embed.plan import MADE_AS, PLAN, SPLITS, EmbedConfig, MadeAs, Plan, Shard, stored_plan
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
 from cairn.experiment.inputs import prompted, readable, towers_for
 from cairn.experiment.schema import TowersUsed
@@ -29,9 +29,6 @@ from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.log import Log
-
-MADE_AS = "embedded"
-"""Metadata key under which a file tells how it was made."""
 
 NAME = re.compile(r"\.?(train|test)-[0-9]{6,}\.safetensors(\..*\.part)?")
 """Files of shards, also those that a killed writer left. Nothing else in the folder is ours."""
@@ -222,14 +219,14 @@ class Shards:
         for split, images in maker.images.items():
             layouts[f"{split}_labels"] = Layout.of(np.dtype(np.int64), (len(images),))
             layouts[f"{split}_features"] = Layout.of(plan.dtype, (len(images), plan.dim))
-        made_as = {"plan": plan.key, "split": plan.split, "config": plan.config.model_dump(mode="json")}
+        made_as = MadeAs(plan=plan.key, split=plan.split, config=plan.config)
         about = {
             "class_names": json.dumps(plan.classes, ensure_ascii=False),
             "templates": json.dumps(plan.templates, ensure_ascii=False),
             "logit_scale": repr(plan.logit_scale),
             "model": plan.towers.name,
             "fingerprint": plan.towers.fingerprint,
-            MADE_AS: json.dumps(made_as, ensure_ascii=False),
+            MADE_AS: json.dumps(made_as.model_dump(mode="json"), ensure_ascii=False),
         }
         with atomic_write(out) as temporary:
             with temporary.open("wb") as file:

@@ -121,6 +121,15 @@ def test_a_single_template_as_plain_text(tmp_path):
     assert features_dataset(file).templates == ("a {}",)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [('"a {}"', ("a {}",)), ("{}", ("{}",)), ("a {}\nthe {}\n", ("a {}", "the {}")), (" ", ("a photo of a {}.",))],
+)
+def test_templates_in_any_sensible_form(tmp_path, written, read):
+    file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "templates": written})
+    assert features_dataset(file).templates == read
+
+
 def test_a_stream_is_cut_from_rows(tmp_path):
     stream = task_stream(features_dataset(write(tmp_path / "toy.safetensors")), step=2)
     assert [len(task.train) for task in stream.tasks] == [10, 5]
@@ -157,18 +166,34 @@ def test_missing_tensors_are_named(tmp_path):
 
 
 def test_no_class_names(tmp_path):
-    assert_refused(write(tmp_path / "toy.safetensors", {}), "no class names in the metadata", "'class_names'")
+    file = write(tmp_path / "toy.safetensors", {})
+    assert_refused(
+        file, "metadata class_names: field required; store a JSON list of different names under 'class_names'"
+    )
 
 
-@pytest.mark.parametrize("written", ["[1, 2, 3]", '["a", ""]', "[]", "3", '{"a": 0, "b": 5}', '{"a": "x", "b": "y"}'])
-def test_class_names_that_are_none(tmp_path, written):
+ODD_NAMES = {
+    "numbers": ("[1, 2, 3]", "class_names.0: must be a valid string, not 1"),
+    "an empty one": ('["a", " "]', "class_names.1: must have a visible character"),
+    "an empty list": ("[]", "class_names: list should have at least 1 item"),
+    "a number": ("3", "class_names: must be a list of names"),
+    "numbered with a gap": ('{"a": 0, "b": 5}', "class_names: must number its names from 0, each once"),
+    "names of names": ('{"a": "x", "b": "y"}', "class_names: must number its names from 0, each once"),
+    "a number twice": ('{"0": "a", "0": "b"}', "class_names: must be JSON as it begins"),
+    "cut off": ('["cat", "dog"', "class_names: must be JSON as it begins"),
+    "deep": ("[" * 50_000, "class_names: must be JSON as it begins"),
+    "half a character": (r'["cat", "\ud800", "owl"]', "class_names: must be JSON as it begins"),
+    "a control character": (r'["cat", "\u001b[31mdog", "owl"]', "class_names.1: holds a control character"),
+    "right to left": (r'["cat", "\u202edog", "owl"]', "class_names.1: holds a control character, an invisible"),
+    "a name twice": ('["cat", "dog", "cat"]', "class_names: class name 'cat' appears twice"),
+    "one name in two spellings": (r'["caf\u00e9", "cafe\u0301"]', "class_names: class name 'caf\u00e9' appears twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "why"), ODD_NAMES.values(), ids=ODD_NAMES)
+def test_class_names_that_are_none(tmp_path, written, why):
     file = write(tmp_path / "toy.safetensors", {"class_names": written})
-    assert_refused(file, "metadata 'class_names' is not a list of names", "store a JSON list of strings")
-
-
-def test_class_name_twice(tmp_path):
-    file = write(tmp_path / "toy.safetensors", {"class_names": '["cat", "dog", "cat"]'})
-    assert_refused(file, "class name 'cat' appears twice", "names must differ")
+    assert_refused(file, f"metadata {why}", "; store a JSON list of different names under 'class_names'")
 
 
 @pytest.mark.parametrize(
@@ -237,16 +262,39 @@ def test_rows_that_are_not_finite(tmp_path, name, value):
     assert_refused(file, f"{name} is not finite in row 1 (2 such rows)", "embed them again or leave them out")
 
 
-@pytest.mark.parametrize("written", ["no slot", '["a {}", "none"]', "{} and {}"])
-def test_template_without_a_slot(tmp_path, written):
+ODD_TEMPLATES = {
+    "no slot": ("no slot", "templates.0: must hold {} once"),
+    "one without": ('["a {}", "none"]', "templates.1: must hold {} once"),
+    "two slots": ("{} and {}", "templates.0: must hold {} once"),
+    "none": ("[]", "templates: list should have at least 1 item"),
+    "numbers": ("[7]", "templates.0: must be a valid string, not 7"),
+    "cut off": ('["a {}"', "templates: must be JSON as it begins"),
+    "half a character": (r'["a \ud800 {}"]', "templates: must be JSON as it begins"),
+    "a control character": ("a \x1b]0;title\x07 {}", "templates.0: holds a control character"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "why"), ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
+def test_templates_that_are_none(tmp_path, written, why):
     file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "templates": written})
-    assert_refused(file, "must hold {} once")
+    assert_refused(file, f"metadata {why}", "; store a JSON list of texts with {} once in each")
 
 
-@pytest.mark.parametrize("written", ["warm", "0", "-3", "nan", "inf"])
+@pytest.mark.parametrize("written", ["warm", "0", "-3", "nan", "inf", "1e308", "1e-320", "[100]"])
 def test_logit_scale_that_is_none(tmp_path, written):
     file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "logit_scale": written})
-    assert_refused(file, f"logit_scale '{written}' must be a positive number")
+    assert_refused(file, "metadata logit_scale: must be", "; store the factor on cosines", "(CLIP's is 100)")
+
+
+@pytest.mark.parametrize("written", ["a\x1b[2Jb", "a\nb", "\u202eb", "x" * 501])
+def test_name_of_a_model_that_is_none(tmp_path, written):
+    file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "backbone": written})
+    assert_refused(file, "metadata backbone: ", "; store the name of the model that made the embeddings under 'model'")
+
+
+def test_metadata_that_nobody_asks_for_is_passed_over(tmp_path):
+    file = write(tmp_path / "toy.safetensors", {"class_names": json.dumps(NAMES), "embedded": "[" * 50_000, "dim": "x"})
+    assert features_dataset(file).classes == tuple(NAMES)
 
 
 # --- writing ---

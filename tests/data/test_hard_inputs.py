@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.cli import app as cli
+from cairn.data.embeddings import features_dataset
 from cairn.data.folders import class_folders, decoded_within, folder_dataset, unreadable
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
@@ -907,6 +908,23 @@ def test_preprocessing_that_is_not_understood(tmp_path):
     for field, value in (("sharpen", 2), ("do_center_crop", False), ("do_pad", True), ("resample", 77)):
         path.write_text(json.dumps(stored | {field: value}), encoding="utf-8")
         refusal(lambda: load_towers(str(path.parent)), field, "correct the file", kind=TowersError)
+
+
+def test_metadata_of_a_features_file(root):
+    rows, file = torch.zeros(2, 4), root / "strange.safetensors"
+    tensors = {"train_features": rows, "test_features": rows.clone()}
+    tensors |= {f"{part}_labels": torch.arange(2) for part in ("train", "test")}
+    sound = {"class_names": '["cat", "dog"]', "templates": "a {}", "logit_scale": "50", "model": "M"}
+    save_file(tensors, file, sound)
+    assert features_dataset(file).classes == ("cat", "dog")
+    for key, text in {
+        "class_names": '["cat", "dog\\u202e"]',
+        "templates": '["a {}", 3]',
+        "logit_scale": "nan",
+        "model": "\x1b[2J",
+    }.items():
+        save_file(tensors, file, sound | {key: text})
+        refusal(lambda: features_dataset(file), f"features file '{file}': metadata {key}", "; store ", f"under '{key}'")
 
 
 def test_embedding_that_is_not_finite():

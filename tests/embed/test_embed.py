@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Subset
@@ -358,6 +358,32 @@ def test_images_that_change_meanwhile_are_not_mixed(tmp_path, pictures):
     with pytest.raises(DataError, match="images of test-000001 changed meanwhile"):
         embed_dataset(config, out, checkpoint=Changing())
     assert not out.exists()
+
+
+STRANGE = {
+    "deep": ({"embedded": "[" * 50_000}, {}),
+    "a list": ({"embedded": "[1, 2]"}, {}),
+    "a text": ({"embedded": '"plan"'}, {}),
+    "nothing of it": ({}, {}),
+    "a call that is none": ({"embedded": '{"plan": "p", "split": "s", "config": {"settings": 3}}'}, {}),
+    "no number": ({"embedded": '{"plan": "p", "split": "s", "config": {"batch": NaN}}'}, {}),
+    "rows of no width": (None, {"train_features": np.zeros(3, dtype=np.float32)}),
+    "no rows": (None, {"train_features": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("metadata", "changes"), STRANGE.values(), ids=STRANGE)
+def test_a_file_that_is_there_and_was_made_by_a_stranger(tmp_path, undisturbed, metadata, changes):
+    out = tmp_path / "x.safetensors"
+    out.write_bytes(undisturbed)
+    with safe_open(out, "np") as file:
+        about = file.metadata() if metadata is None else metadata
+    stored = {name: rows for name, rows in (load_file(out) | changes).items() if rows is not None}
+    save_file(stored, out, about)
+    with pytest.raises(ResultError, match="not made by this command; give another --out or --overwrite"):
+        embed_dataset(FEW, out)
+    embed_dataset(FEW, out, overwrite=True)
+    assert out.read_bytes() == undisturbed
 
 
 def test_overwriting_is_gone_on_with_though_the_old_file_is_there(tmp_path, undisturbed):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def stand_in(monkeypatch):
 
     def put(name: str) -> Told:
         told, module = Told(), types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)  # accelerate asks find_spec, which refuses a module without one
         config = types.SimpleNamespace(update=lambda values, allow_val_change: told.settings.update(values))
         run = types.SimpleNamespace(log=lambda values, step=None, **_: told.row(values, step), finish=told.finish)
 

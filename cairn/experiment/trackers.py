@@ -65,7 +65,10 @@ class Tracking:
         self._trackers = {}
 
     def _start(self, name: str) -> None:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # the trackers' own log lines fail without it, and those of wandb and trackio do not make it
 
         label = "/".join(self.folder.parts[-2:])
         arguments = {

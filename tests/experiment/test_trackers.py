@@ -130,7 +130,10 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
-def test_a_tracker_is_told_the_whole_run(cairn, features, tmp_path, stand_in, name):
+def test_a_tracker_is_told_the_whole_run(cairn, features, tmp_path, stand_in, name, monkeypatch):
+    from accelerate import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # no other tracker has been started in this process
     told = stand_in(name)
     status, _, err = cairn(*DMC, "--data", features, "--out", "runs/here", "--track", name)
     assert (status, err) == (0, "")

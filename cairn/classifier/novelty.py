@@ -36,8 +36,8 @@ from torch import Tensor
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
 from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
-from cairn.maths.shrinkage import Oas, Ridge
-from cairn.memory.gaussians import GaussianMemory
+from cairn.maths.shrinkage import Oas
+from cairn.memory.protocol import WithScatter
 from cairn.methods.protocol import GaussianScoring
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Scores
@@ -51,10 +51,10 @@ AGEING = 4
 DRAWS = 4096
 
 
-def gaussians_of(method: Any) -> GaussianMemory | None:
-    """The Gaussians that a method keeps of its classes, if it does."""
+def gaussians_of(method: Any) -> WithScatter | None:
+    """Counts, means and scatter that a method keeps of its classes, if it does."""
     memory = method.memory if isinstance(method, GaussianScoring) else None
-    return memory if isinstance(memory, GaussianMemory) else None
+    return memory if isinstance(memory, WithScatter) else None
 
 
 def require_threshold(value: float, name: str) -> None:
@@ -84,7 +84,7 @@ class Novelty:
             self._memory = None
             return
         k, d, mu = self._memory.classes, self._memory.dim, self._memory.means
-        self._gaussian = _Relative(*_scatter(self._memory), mu, self._memory.counts)
+        self._gaussian = _Relative(self._memory.scatter, mu, self._memory.counts)
         rng, per_class = Seeds(seed).generator("novelty"), max(2, -(-DRAWS // k))
         noise = torch.randn(k, per_class, d, generator=rng, dtype=torch.float64)
         drawn = method.on_sphere((mu[:, None] + noise @ self._gaussian.factor.T).flatten(0, 1).float())
@@ -120,8 +120,8 @@ class Novelty:
 class _Relative:
     """g(z), up to a constant."""
 
-    def __init__(self, T: Tensor, N: int, mu: Tensor, n: Tensor):
-        share, d = n / n.sum(), len(T)
+    def __init__(self, T: Tensor, mu: Tensor, n: Tensor):
+        share, d, N = n / n.sum(), len(T), int((n - 1).clamp_min(0).sum())
         V, m = Oas()(T / max(1, N), torch.tensor(max(1, N))), share.double() @ mu
         r = 1 / (1 + (N / d) ** 2)
         W = (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
@@ -140,10 +140,3 @@ class _Relative:
 
 def _solved(L: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, x.T, upper=False).T
-
-
-def _scatter(memory: GaussianMemory) -> tuple[Tensor, int]:
-    """T and N."""
-    plain = GaussianMemory.from_state(memory.state_dict(), memory.kind, Ridge(eps=0.0))
-    T = sum((n * plain.covariance(c) for c, n in enumerate(memory.counts.tolist())), torch.zeros(()))
-    return T, int((memory.counts - 1).clamp_min(0).sum())

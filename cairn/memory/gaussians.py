@@ -22,7 +22,7 @@ from cairn.config import Settings, kind_by_name
 from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
-from cairn.maths.shrinkage import Oas, Shrinkage
+from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
 from cairn.memory.covariances import Covariance, Full, Held
 from cairn.types import Features, Labels
 
@@ -147,6 +147,13 @@ class GaussianMemory:
         """Covariance of class c after shrinkage, in float64. Raises IndexError for a class not held."""
         held, n = self._readable([self._row(self._known(c))])
         return self._kind.covariance({name: rows[0] for name, rows in held.items()}, int(n), self._dim, self._shrinkage)
+
+    @property
+    def scatter(self) -> Float[Tensor, "d d"]:
+        """sum_c n_c S_c before shrinkage, in float64."""
+        plain = self.from_state(self.state_dict(), self._kind, Ridge(eps=0.0))
+        T = torch.zeros(self._dim, self._dim, dtype=torch.float64)
+        return sum((n * plain.covariance(c) for c, n in enumerate(self.counts.tolist())), T)
 
     @property
     def bytes(self) -> int:

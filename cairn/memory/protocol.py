@@ -73,3 +73,13 @@ class ClassMemory(Protocol):
     def restored(self, state: dict[str, Tensor]) -> ClassMemory:
         """The memory whose `state_dict` this is, with the settings of this one. Raises ResultError if it does not fit."""
         ...
+
+
+@runtime_checkable
+class WithScatter(ClassMemory, Protocol):
+    """A memory that knows how its classes scatter."""
+
+    @property
+    def scatter(self) -> Float[Tensor, "d d"]:
+        """sum_c sum (z - mean_c)(z - mean_c)^T over the features z that classes were learned from, float64."""
+        ...

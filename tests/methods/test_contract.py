@@ -25,6 +25,7 @@ from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 TOGETHER = {
+    "blend": "a covariance of all classes and what texts predict are parts of each class",
     "spa": "the classes that look at an image make its local feature",
     "lda": "a pooled covariance is then shrunk as one of fewer images",
     "joint": "what is fitted on all images at once is fitted again without those of the class",

@@ -36,7 +36,7 @@ OTHERS: dict[str, Any] = {
     r"stage1\.slow": 50.0, r"threshold": 0.0, r"margin": 0.9, r"probes": 2, r"(.*\.)?covariance\.rank": 2,
     r"drift\.rank": 2, r"stage2\.text\.(shared|task)": 2,
     r"local\.eps": 1.0, r"local\.iterations": 1, r"local\.patches": 3, r"local\.best": 1,
-    r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]",
+    r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]", r"rank": 2,
 }  # fmt: skip
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""
 
@@ -50,7 +50,7 @@ UNDER: dict[str, tuple[str, ...]] = {
 }
 """What must hold for a setting to count, by pattern of method:path."""
 
-IMAGES = r"(.*\.)?tuning\.(rank|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|probes|.*prompts.*"
+IMAGES = r"(.*\.)?tuning\.(rank|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|probes|patches|.*prompts.*"
 """Settings of an image tower or a text tower."""
 
 IMAGE_KINDS = r"=(lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=adapter$|^stage2\.text=residual$"

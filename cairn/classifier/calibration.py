@@ -17,7 +17,7 @@ What is kept are sums over all images that were left out, a few hundred numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, log_probabilities, loss_curve
+from cairn.maths.similarity import unit
 from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
 from cairn.storage.schema import Amount, Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
@@ -41,6 +42,12 @@ SHARE = 0.2
 
 MOST = 512
 """Images of a task that are left out, at most."""
+
+FOLDS = 5
+
+DUPLICATE = 0.4
+"""Frames of one video are closer to one another than later images of their class will be. Chosen on training images kept
+apart; see docs/calibration.md."""
 
 BATCH = 64
 
@@ -115,8 +122,10 @@ def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Con
     if isinstance(method, HoldsOut):
         return None if method.held_out is None else LeftOut(*method.held_out)
     out = left_out_of(task, ctx)
-    if not len(out):
-        return None
+    return _rehearsed_without(out, before, task, ctx) if len(out) else None
+
+
+def _rehearsed_without(out: np.ndarray, before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut:
     kept = np.setdiff1d(np.arange(len(task.train)), out)
     labels = np.asarray(task.train.labels)
     other = before()
@@ -139,6 +148,47 @@ def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Con
         loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
         scores, *rows, y = encode(loader, seen, embed=other.embed)
     return LeftOut(scores, y, other, *rows)
+
+
+def rehearsed_in_folds(before: Callable[[], Method], task: Task, ctx: Context) -> Iterator[LeftOut]:
+    """Every image of a task of embeddings left out once, by FOLDS rehearsals, near-duplicates always together."""
+    z = torch.stack([torch.as_tensor(task.train[i]) for i in range(len(task.train))])
+    chosen = folds(z, np.asarray(task.train.labels), ctx.seeds.at(task=task.index).generator("folds"))
+    for fold in np.unique(chosen[chosen >= 0]):
+        yield _rehearsed_without(np.flatnonzero(chosen == fold), before, task, Context(ctx.seeds))
+
+
+def folds(z: Features, labels: np.ndarray, rng: torch.Generator) -> np.ndarray:
+    """Which of FOLDS each row belongs to, whole groups of `near_duplicates` of a class; -1 where a class has one group alone."""
+    chosen = np.full(len(labels), -1)
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        group = near_duplicates(z[rows])
+        groups, sizes = np.unique(group, return_counts=True)
+        if len(groups) < 2:
+            continue
+        drawn = torch.randperm(len(groups), generator=rng).numpy()
+        filled, order = np.zeros(FOLDS, dtype=int), torch.randperm(FOLDS, generator=rng).numpy()
+        for i in drawn[np.argsort(-sizes[drawn], kind="stable")]:  # the largest first, each into the emptiest fold
+            fold = order[filled[order].argmin()]
+            chosen[rows[group == groups[i]]] = fold
+            filled[fold] += sizes[i]
+    return chosen
+
+
+def near_duplicates(z: Features) -> np.ndarray:
+    """The group of each row, by the number of its first: single linkage of pairs that are closer than DUPLICATE times the
+    median pair, as 1 - cosine."""
+    x = unit(z.double()).numpy()
+    distance = 1 - x @ x.T
+    median = np.median(distance[np.triu_indices(len(x), 1)]) if len(x) > 1 else 0.0
+    near = distance <= max(DUPLICATE * median, 1e-6)  # copies are near whatever the median
+    group = np.arange(len(x))
+    while True:  # every row takes over the smallest number among its neighbours
+        smaller = np.where(near, group, len(x)).min(axis=1)
+        if (smaller == group).all():
+            return group
+        group = smaller
 
 
 def keep_left_out(task: Task, ctx: Context) -> None:

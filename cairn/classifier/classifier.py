@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed
+from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed, rehearsed_in_folds
 from cairn.classifier.card import card
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
@@ -247,15 +247,21 @@ class IncrementalClassifier(Estimator):
         keep_left_out(task, ctx)
         method.learn(task, ctx)
         left_out = rehearsed(method, self._copy, task, ctx)
-        calibration, references = learned.calibration.with_images(left_out), self._references(left_out)
+        calibration, references = learned.calibration.with_images(left_out), self._references(left_out, task, ctx)
         self._learned = learned.with_task(task, hashes, calibration, references)
         self._method, self._config, self._novelty = method, config, None
 
-    def _references(self, left_out: LeftOut | None) -> list[float]:
-        """What the known score is read against, at most REFERENCES values of a task: see `cairn.classifier.novelty`."""
+    def _references(self, left_out: LeftOut | None, task: Task, ctx: Context) -> list[float]:
+        """What the known score is read against, at most REFERENCES values of a task: see `cairn.classifier.novelty`.
+
+        Where fewer embeddings than that were left out, all of the task are in turn: a few say little of a threshold.
+        """
         if left_out is None or left_out.rows is None or gaussians_of(left_out.method) is None:
             return []
-        a = Novelty(left_out.method, self.seed).fit(left_out.rows)
+        few = len(left_out.rows) < REFERENCES and not self.open_towers().has_images
+        found = rehearsed_in_folds(self._copy, task, ctx) if few else [left_out]
+        values = [Novelty(part.method, self.seed).fit(part.rows) for part in found if part.rows is not None]
+        a = torch.cat(values) if values else torch.empty(0, dtype=torch.float64)
         if len(a) > REFERENCES:
             a = torch.quantile(a, torch.linspace(0, 1, REFERENCES, dtype=a.dtype))
         return a.tolist()

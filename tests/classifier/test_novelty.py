@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cairn import IncrementalClassifier
-from cairn.classifier.calibration import left_out
+from cairn.classifier.calibration import folds, near_duplicates
 from cairn.classifier.novelty import Novelty, _Relative
 from cairn.data.images import Subset
 from cairn.data.opening import open_dataset
@@ -95,17 +95,69 @@ def test_references_are_of_a_method_that_did_not_learn_the_images(features):
     learner, expected, among, entry = IncrementalClassifier("lda", towers, seed=5), [], [], METHODS["lda"]
     alone = entry.build(towers, entry.default_config(towers), seed=5)
     for task in task_stream(dataset, step=3).tasks:
-        out = left_out(task.train.labels, Seeds(5).at(task=task.index).generator("calibration"))
-        kept = np.setdiff1d(np.arange(len(task.train)), out)
-        alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])), Context(Seeds(5)))
-        rows = torch.stack([torch.as_tensor(task.train[int(i)]) for i in out])
-        expected += Novelty(alone, 5).fit(alone.memory_rows(rows)).tolist()
-        among += [task.classes.stop] * len(out)
         images = [task.train[i] for i in range(len(task.train))]
+        before, z = alone.state_dict(), torch.from_numpy(np.stack(images))
+        chosen = folds(z, task.train.labels, Seeds(5).at(task=task.index).generator("folds"))
+        assert set(chosen) == set(range(5))  # every image is left out once
+        for fold in range(5):
+            kept, out = np.flatnonzero(chosen != fold), np.flatnonzero(chosen == fold)
+            alone.load_state_dict(before)
+            alone.learn(replace(task, train=Subset(task.train, kept, task.train.labels[kept])), Context(Seeds(5)))
+            expected += Novelty(alone, 5).fit(alone.memory_rows(z[out])).tolist()
+        among += [task.classes.stop] * len(images)
         learner.partial_fit(images, [task.names[c - task.classes.start] for c in task.train.labels])
         alone.load_state_dict(learner.method_.state_dict())
     np.testing.assert_allclose(learner.references_, expected, rtol=1e-6)
     assert learner.referenced_among_ == among
+
+
+def filmed(videos, frames, d, rng, spread=0.6):
+    """Rows of one class: `frames` of each video, much closer to one another than to those of other videos."""
+    scenes = torch.randn(d, generator=rng) + spread * torch.randn(videos, d, generator=rng)
+    return (scenes[:, None] + 0.15 * torch.randn(videos, frames, d, generator=rng)).flatten(0, 1)
+
+
+def test_near_duplicates_are_one_group():
+    rng = torch.Generator().manual_seed(0)
+    order = torch.randperm(12, generator=rng)
+    video = torch.arange(4).repeat_interleave(3)[order].tolist()
+    group = near_duplicates(filmed(4, 3, 24, rng)[order]).tolist()
+    assert group == [video.index(v) for v in video]
+    assert near_duplicates(torch.randn(9, 24, generator=rng)).tolist() == list(range(9))
+    angles = torch.deg2rad(torch.tensor([0.0, 5.0, 10.0, 15.0, 80.0]))  # a chain: neighbours alone are close
+    chain = torch.stack([angles.cos(), angles.sin()], 1)
+    assert near_duplicates(chain).tolist() == [0, 0, 0, 0, 4]
+    assert near_duplicates(chain[:1]).tolist() == [0]
+
+
+def test_a_group_is_in_one_fold_and_folds_are_about_even():
+    rng = torch.Generator().manual_seed(1)
+    z = torch.cat([filmed(10, 3, 24, rng), torch.randn(7, 24, generator=rng), torch.ones(2, 24)])
+    labels = np.repeat([0, 1, 2], [30, 7, 2])
+    chosen = folds(z, labels, torch.Generator().manual_seed(2))
+    assert all(len(set(chosen[first : first + 3])) == 1 for first in range(0, 30, 3))
+    assert np.bincount(chosen[:30]).tolist() == [6] * 5
+    assert sorted(np.bincount(chosen[30:37])) == [1, 1, 1, 2, 2]
+    assert chosen[37:].tolist() == [-1, -1]  # nothing would be left of the class
+
+
+def test_a_threshold_keeps_its_promise_where_images_are_frames_of_videos():
+    """New images are of other videos, as UCF-101's test frames are."""
+    k, d, rng = 40, 32, torch.Generator().manual_seed(0)
+    rows = [filmed(12, 4, d, rng) for _ in range(k)]
+    learned, new = [x[:24] for x in rows], [x[24:] for x in rows]
+    names = [f"c{c}" for c in range(k)]
+    texts = torch.stack([x.mean(0) for x in rows])
+    towers = FeatureTowers(name="films", dim=d, logit_scale=20.0, fingerprint="films", names=names,
+                           text=(texts / texts.norm(dim=1, keepdim=True)).numpy())  # fmt: skip
+    learner = IncrementalClassifier("lda", towers)
+    for first in range(0, k, 8):
+        some = range(first, first + 8)
+        learner.partial_fit(
+            list(torch.cat([learned[c] for c in some]).numpy()), np.repeat([names[c] for c in some], 24)
+        )
+    lost = (learner.known_score(list(torch.cat(new).numpy())) < 0.05).mean()
+    assert 0.03 <= lost <= 0.07
 
 
 def test_a_threshold_loses_what_it_says_when_many_classes_were_added():

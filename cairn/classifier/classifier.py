@@ -12,14 +12,14 @@ import torch
 from pydantic import BaseModel
 
 from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed, rehearsed_in_folds
-from cairn.classifier.card import card
 from cairn.classifier.estimator import Estimator
+from cairn.classifier.folder import StoredLearner, record_of, save_learner
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import LearnerRecord
-from cairn.classifier.stored import copied, restore_checked
+from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
@@ -32,26 +32,18 @@ from cairn.errors import (
     DataError,
     NotFinite,
     NotFitted,
-    ResultError,
     TowersError,
     UnknownName,
     UnreadableImages,
-    counted,
     one_line,
 )
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
 from cairn.storage.archive import Archive
-from cairn.storage.files import atomic_write
 from cairn.storage.locks import ReadWriteLock
-from cairn.storage.schema import validated
 from cairn.storage.tensors import first_not_finite
-from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
-from cairn.towers.clip import ClipTowers
 from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
-from cairn.towers.features import FeatureTowers
-from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
@@ -60,7 +52,7 @@ from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Scores
 
-NAME, WORK, CARD = "learner", "work", "CARD.md"
+WORK = "work"
 BATCH = 64
 """Images scored at once."""
 
@@ -419,29 +411,22 @@ class IncrementalClassifier(Estimator):
 
     # on disk
 
-    def require_savable(self) -> None:
-        """Raises ConfigError for a method that keeps images: `save` writes none."""
-        if method_named(self.method).card.keeps == "images":
-            raise ConfigError(
-                f"method '{self.method}' keeps images, so it cannot be saved; take another of `cairn list`"
-            )
+    def _record(self) -> LearnerRecord:
+        return record_of(
+            self.method, self._fitted(), self._learned, self.open_towers(), seed=self.seed,
+            templates=prompt_templates(self.templates), descriptions=descriptions_of(self.descriptions),
+            preprocess=self.preprocess,
+        )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
-        Whole or not at all: a learner that was there stays until this one is written and checked."""
+        Whole or not at all: a learner that was there stays until this one is written and checked. Raises ConfigError for a
+        method that keeps images."""
         with self._lock.reading():
-            method = self._fitted()
-            self.require_savable()
             # After forgetting, the state before must not stay beside this one
-            keep, record = 1 if self._forgot else 2, self._record()
-            Archive(Path(folder), NAME).write(
-                record.model_dump(mode="json", exclude_unset=True),
-                {"method": method.state_dict(), "pictures": self._learned.pictures.state_dict()},
-                keep,
-            )
+            keep = 1 if self._forgot else 2
+            save_learner(Path(folder), self._record(), self._fitted(), self._learned, keep)
             self._forgot = False
-            with atomic_write(Path(folder) / CARD) as temporary:
-                temporary.write_text(card(record), encoding="utf-8")
 
     @classmethod
     def load(
@@ -452,31 +437,18 @@ class IncrementalClassifier(Estimator):
 
         Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now.
         """
-        folder = Path(folder)
-        found = Archive(folder, NAME).read()
-        if found is None:
-            raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
-        if not found.record:
-            raise ResultError(f"'{folder}': kept by a run of an earlier version; run it again with --keep-learner")
-        record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
-        held, entry, made_by = record.towers, method_named(record.method), record.versions.get("cairn")
+        stored = StoredLearner.read(Path(folder))
+        record, held = stored.record, stored.record.towers
         learner = cls(
             record.method, towers or held.name, templates=tuple(record.templates), descriptions=record.descriptions,
             seed=record.seed, device=device, precision=held.precision, preprocess=held.preprocess,
             revision=held.revision if towers in (None, held.name) else None,
         )  # fmt: skip
-        learner._config = validated(
-            entry.config, entry.completed(record.config), f"'{folder}': settings of the learner", made_by
-        )
-        learner._notices += [f"{damaged}; the one before it was taken" for damaged in found.damaged]
-        try:
-            learner._learned = Learned.of_record(record, found.parts.get("pictures"))
-        except ValueError as error:
-            raise ResultError(f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy") from None
+        learner._config, learner._learned, learner._notices = stored.config, stored.learned, list(stored.notices)
         if learner.towers == ROWS:
             learner._towers = row_towers_named(held.fingerprint)
         try:
-            there = learner.open_towers()
+            stored.require_towers(learner.open_towers())
         except (TowersError, UnknownName, DataError) as error:
             if towers is not None:
                 raise
@@ -484,55 +456,8 @@ class IncrementalClassifier(Estimator):
                 f"{error}. The learner '{folder}' was learned on these: say where they are now with --towers, in Python with "
                 "towers="
             ) from None
-        if not same_towers(there.fingerprint, held.fingerprint):
-            raise ResultError(
-                f"'{folder}': learned on towers {held.fingerprint}, '{there.name}' is {there.fingerprint} today; give the "
-                "weights and the tokenizer that it was learned on"
-            )
-        method = learner._fresh()
-        if "method" not in found.parts:
-            raise ResultError(f"'{folder}': holds no state of a method; learn again")
-        restore_checked(method, found.parts["method"], folder, len(record.classes))
-        learner._method = method
-        if unknown := learner._learned.unhashed:
-            learner._notices.append(
-                f"learned without hashes, by an earlier version or in a run: {counted(unknown, 'image')}, not known one by one; "
-                "given again, they count twice"
-            )
+        learner._method = stored.restore(learner._fresh())
         return learner
-
-    @classmethod
-    def of_run(
-        cls, method: Method, name: str, tasks: Sequence[Task], towers: Towers, calibration: Calibration, *, seed: int,
-        preprocess: Literal["crop", "squash"] | None,
-    ) -> IncrementalClassifier:  # fmt: skip
-        """The classifier that `method`, which is called `name`, has become by learning `tasks`, as if it had been given them
-        one after another. Its images are not known one by one, and its known score is read against draws."""
-        learner = cls(name, towers, templates=tasks[0].templates, seed=seed, preprocess=preprocess)
-        learner._method, learner._config = method, method.config
-        learner._learned = Learned.of_tasks(tasks, calibration)
-        if (said := tasks[0].descriptions) is not None:
-            learner.descriptions = {
-                name: list(said.classes[name].sentences) for name in learner.classes_ if name in said.classes
-            }
-        return learner
-
-    def _record(self) -> LearnerRecord:
-        method, towers = self._fitted(), self.open_towers()
-        own = isinstance(towers, (ClipTowers, FeatureTowers))  # others are named by who made them
-        spoken = descriptions_of(self.descriptions)
-        record = {
-            "method": self.method, "config": self._settings().model_dump(mode="json"), "seed": self.seed,
-            "templates": list(prompt_templates(self.templates)),
-            "descriptions": None if spoken is None else {n: list(d.sentences) for n, d in spoken.classes.items()},
-            "towers": {"name": towers.source if own else towers.name, "fingerprint": towers.fingerprint,
-                       "precision": towers.precision if own else self.precision,
-                       "preprocess": self.preprocess, "revision": towers.revision},
-            "memory_bytes": method.memory_bytes,
-            "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
-            **self._learned.to_record(),
-        }  # fmt: skip
-        return validated(LearnerRecord, record, "this learner")
 
     # inside
 

@@ -58,7 +58,8 @@ def learn(
 ) -> None:
     """Learn the classes of a folder of pictures. New names are new classes, of known ones more is learned. Makes the learner
     if there is none. Killed in the middle, the same call goes on."""
-    from cairn.classifier.classifier import NAME, WORK, IncrementalClassifier
+    from cairn.classifier.classifier import WORK, IncrementalClassifier
+    from cairn.classifier.folder import NAME, require_savable
     from cairn.config import parsed
     from cairn.data.folders import class_folders
     from cairn.data.templates import DEFAULT, prompt_templates
@@ -95,7 +96,7 @@ def learn(
                 seed=1 if seed is None else seed,
                 device=device,
             )
-            held.require_savable()
+            require_savable(held.method)
             notices, before, calls = held.open_towers().notices, 0, 0
         if found.descriptions is not None:
             held.describe({name: list(said.sentences) for name, said in found.descriptions.classes.items()})
@@ -297,7 +298,7 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
 def inspect(learner: Learner) -> None:
     """Show what a learner knows and what it keeps."""
     from cairn.classifier.card import card
-    from cairn.classifier.classifier import NAME
+    from cairn.classifier.folder import NAME
     from cairn.classifier.record import LearnerRecord
     from cairn.errors import ResultError
     from cairn.storage.archive import Archive

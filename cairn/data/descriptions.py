@@ -69,6 +69,10 @@ class Descriptions(BaseModel):
             )
         return tuple(self.classes[name].sentences for name in names)
 
+    def only(self, names: Iterable[str]) -> Descriptions:
+        """Those of these classes that have any."""
+        return Descriptions(classes={name: self.classes[name] for name in names if name in self.classes})
+
 
 def read_descriptions(path: str | Path) -> Descriptions:
     """Raises DataError for a file that is missing, no JSON, of another schema or with an empty sentence."""

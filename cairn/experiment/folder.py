@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Annotated, Any, TextIO
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from cairn.classifier.classifier import NAME, IncrementalClassifier
+from cairn.classifier.classifier import IncrementalClassifier
+from cairn.classifier.folder import NAME, record_of, save_learner
+from cairn.classifier.learned import Learned
 from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
@@ -198,11 +200,14 @@ class RunFolder:
 
 def write_learner(folder: Path, learned: Outcome) -> None:
     """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
-    run = learned.config
-    IncrementalClassifier.of_run(
-        learned.method, run.method, learned.stream.tasks, learned.towers, learned.calibration, seed=run.seed,
+    run, tasks = learned.config, learned.stream.tasks
+    found = Learned.of_tasks(tasks, learned.calibration)
+    record = record_of(
+        run.method, learned.method, found, learned.towers, seed=run.seed, templates=tasks[0].templates,
+        descriptions=None if tasks[0].descriptions is None else tasks[0].descriptions.only(found.classes),
         preprocess=run.preprocess,
-    ).save(folder / LEARNER)  # fmt: skip
+    )  # fmt: skip
+    save_learner(folder / LEARNER, record, learned.method, found)
 
 
 def read_learner(folder: Path) -> tuple[RunResult, IncrementalClassifier]:
@@ -221,19 +226,24 @@ def read_learner(folder: Path) -> tuple[RunResult, IncrementalClassifier]:
     return result, learner
 
 
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation and values over runs of each figure that all of them have."""
+    found = {}
+    for key in SUMMARISED:
+        values = [row[key] for row in rows]
+        if values and None not in values:
+            mean, deviation = mean_and_deviation(values)
+            found[key] = {"mean": mean, "deviation": deviation, "values": values}
+    return found
+
+
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:
     """Mean and sample standard deviation over runs that differ in their seed alone."""
     first = results[0]
-    figures = {}
-    for key in SUMMARISED:
-        values = [getattr(result, key) for result in results]
-        if None not in values:
-            mean, deviation = mean_and_deviation(values)
-            figures[key] = {"mean": mean, "deviation": deviation, "values": values}
     rows = list(zip(*(result.seen_accuracy for result in results), strict=True))
     return {
         "schema_version": SCHEMA_VERSION, "method": first.method, "data": first.data, "split": first.split,
         "towers": first.towers.model_dump(), "run": first.run.model_dump(mode="json"),
-        "seeds": [result.seed for result in results], **figures,
+        "seeds": [result.seed for result in results], **means([dict(result) for result in results]),
         "seen_accuracy": [mean_and_deviation(values)[0] for values in rows],
     }  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cairn import IncrementalClassifier
 from cairn.classifier.card import card
-from cairn.classifier.classifier import NAME
+from cairn.classifier.folder import NAME
 from cairn.data.identity import LearnedPictures, content_hash
 from cairn.data.in_memory import InMemoryImages
 from cairn.errors import ResultError, counted

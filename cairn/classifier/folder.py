@@ -1,0 +1,121 @@
+"""The folder of a learner: a manifest with its record, its tensors, and a card for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from cairn.classifier.card import card
+from cairn.classifier.learned import Learned
+from cairn.classifier.record import LearnerRecord
+from cairn.classifier.stored import restore_checked
+from cairn.data.descriptions import Descriptions
+from cairn.errors import ConfigError, ResultError, counted
+from cairn.methods.catalogue import method_named
+from cairn.methods.protocol import Method
+from cairn.storage.archive import Archive
+from cairn.storage.files import atomic_write
+from cairn.storage.schema import validated
+from cairn.storage.versions import versions
+from cairn.towers.fingerprint import same_towers
+from cairn.towers.protocol import Towers
+from cairn.towers.state import State
+
+NAME, CARD = "learner", "CARD.md"
+
+
+def require_savable(name: str) -> None:
+    """Raises ConfigError for a method that keeps images: none are written."""
+    if method_named(name).card.keeps == "images":
+        raise ConfigError(f"method '{name}' keeps images, so it cannot be saved; take another of `cairn list`")
+
+
+def record_of(
+    name: str,
+    method: Method,
+    learned: Learned,
+    towers: Towers,
+    *,
+    seed: int,
+    templates: Sequence[str],
+    descriptions: Descriptions | None,
+    preprocess: Literal["crop", "squash"] | None,
+) -> LearnerRecord:
+    """The record of `method`, which is called `name` and was learned on `towers`."""
+    record = {
+        "method": name, "config": method.config.model_dump(mode="json"), "seed": seed, "templates": list(templates),
+        "descriptions": None if descriptions is None else {n: list(d.sentences) for n, d in descriptions.classes.items()},
+        "towers": {"name": towers.source, "fingerprint": towers.fingerprint, "precision": towers.precision,
+                   "preprocess": preprocess, "revision": towers.revision},
+        "memory_bytes": method.memory_bytes,
+        "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
+        **learned.to_record(),
+    }  # fmt: skip
+    return validated(LearnerRecord, record, "this learner")
+
+
+def save_learner(folder: Path, record: LearnerRecord, method: Method, learned: Learned, keep: int = 2) -> None:
+    """Whole or not at all: a learner that was there stays until this one is written and checked. The last `keep` stay."""
+    require_savable(record.method)
+    Archive(folder, NAME).write(
+        record.model_dump(mode="json", exclude_unset=True),
+        {"method": method.state_dict(), "pictures": learned.pictures.state_dict()},
+        keep,
+    )
+    with atomic_write(folder / CARD) as temporary:
+        temporary.write_text(card(record), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class StoredLearner:
+    """What a folder holds. What only its towers can tell is checked by `require_towers` and `restore`."""
+
+    folder: Path
+    record: LearnerRecord
+    config: BaseModel
+    learned: Learned
+    state: State
+    notices: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> StoredLearner:
+        """Raises ResultError for a folder that holds none or is damaged."""
+        found = Archive(folder, NAME).read()
+        if found is None:
+            raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+        if not found.record:
+            raise ResultError(f"'{folder}': kept by a run of an earlier version; run it again with --keep-learner")
+        record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")
+        entry, made_by = method_named(record.method), record.versions.get("cairn")
+        settings = entry.completed(record.config)
+        config = validated(entry.config, settings, f"'{folder}': settings of the learner", made_by)
+        try:
+            learned = Learned.of_record(record, found.parts.get("pictures"))
+        except ValueError as error:
+            raise ResultError(f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy") from None
+        if "method" not in found.parts:
+            raise ResultError(f"'{folder}': holds no state of a method; learn again")
+        notices = [f"{damaged}; the one before it was taken" for damaged in found.damaged]
+        if learned.unhashed:
+            notices.append(
+                f"learned without hashes, by an earlier version or in a run: {counted(learned.unhashed, 'image')}, not known "
+                "one by one; given again, they count twice"
+            )
+        return cls(folder, record, config, learned, found.parts["method"], tuple(notices))
+
+    def require_towers(self, towers: Towers) -> None:
+        """Raises ResultError for others than it was learned on."""
+        if not same_towers(towers.fingerprint, held := self.record.towers.fingerprint):
+            raise ResultError(
+                f"'{self.folder}': learned on towers {held}, '{towers.name}' is {towers.fingerprint} today; give the weights "
+                "and the tokenizer that it was learned on"
+            )
+
+    def restore(self, method: Method) -> Method:
+        """A fresh method, with what was learned. Raises ResultError if the state does not fit it."""
+        restore_checked(method, self.state, self.folder, len(self.record.classes))
+        return method

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +64,7 @@ def embed(
 ) -> None:
     """Embed every image of a data set into one file. `cairn run --data FILE` takes it. The same call again goes on where it
     was cut off."""
-    from cairn.embed import EmbedConfig, Rank, embed_dataset
+    from cairn.embed import EmbedConfig, embed_dataset
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
     from cairn.training.log import Log
 
@@ -86,7 +85,6 @@ def embed(
         shard_rows=shard_rows,
     )
     world = context.obj or ALONE
-    rank = Rank(world.rank, world.world_size, int(os.environ["LOCAL_RANK"]) if world.world_size > 1 else 0)
     console, checkpoint = _Console(), Checkpoint()
     with stopped_by_signals(checkpoint), console.live():
         made = embed_dataset(
@@ -94,13 +92,13 @@ def embed(
             out,
             workers=workers,
             address=address,
-            rank=rank,
+            world=world,
             keep_parts=keep_parts,
             overwrite=overwrite,
             log=Log(keep=console.event, show=console.progress),
             checkpoint=checkpoint,
         )
-    if rank.number:
+    if not world.is_main:
         return
     if made.finished:
         console.note(f"already there: {counted(made.images, 'image')} in {out} (--overwrite to embed again)")

@@ -110,13 +110,20 @@ class Plan(BaseModel):
 
     def difference(self, stored: Plan) -> str:
         """What keeps two plans from being one, in words."""
-        ours, theirs = (comparable_call(plan.config.model_dump()) for plan in (self, stored))
-        for key in ours:
-            if ours[key] != theirs[key]:
-                return f"{key.replace('_', '-')} {theirs[key]}, not {ours[key]}"
+        if differs := difference(self.config, stored.config):
+            return differs
         if self.towers != stored.towers:
             return f"towers {stored.towers.fingerprint}, which are {self.towers.fingerprint} today"
         return "other images"
+
+
+def difference(config: EmbedConfig, stored: EmbedConfig) -> str | None:
+    """The first option in which a stored config is another one."""
+    ours, theirs = (comparable_call(one.model_dump(mode="json")) for one in (config, stored))
+    for key, value in ours.items():
+        if theirs[key] != value:
+            return f"{key.replace('_', '-')} {theirs[key]}, not {value}"
+    return None
 
 
 def stored_plan(folder: Path) -> Plan | None:

@@ -93,12 +93,12 @@ class Maker:
         return self.towers.class_texts(self.plan.classes, self.plan.templates).float().cpu().numpy()
 
 
-def planned(config: EmbedConfig, device: str | None = None) -> tuple[Maker, tuple[str, ...]]:
+def planned(config: EmbedConfig, device: torch.device | None = None) -> tuple[Maker, tuple[str, ...]]:
     """Who can make the plan of a call, and what the user should know. Raises a CairnError for any bad input."""
     dataset = prompted(_opened(config), config.template)
     ordered = _in_order(config, dataset)
     run = config.run
-    towers = towers_for(run if device is None else run.model_copy(update={"device": device}), dataset)
+    towers = towers_for(run if device is None else run.model_copy(update={"device": str(device)}), dataset)
     # What every machine then does: the arithmetic is part of the plan
     config = config.model_copy(update={"precision": towers.precision})
     stream = readable(ordered, skip=config.on_bad_image == "skip")
@@ -159,7 +159,6 @@ class Shards:
 
     def __init__(self, plan: Plan, folder: Path):
         self.plan, self.folder = plan, folder
-        self._sound: set[str] = set()
 
     def path(self, shard: Shard) -> Path:
         return self.folder / f"{shard.name}.safetensors"
@@ -180,14 +179,15 @@ class Shards:
                 text=f"versions changed since the shards were begun ({changed}): rows may differ in last bits",
             )
 
-    def begin(self) -> None:
+    def begin(self) -> list[Shard]:
+        """Keep the plan; the shards that are missing."""
         write_json(self.folder / PLAN, self.plan.model_dump(mode="json"))
+        return [shard for shard in self.plan.shards if self.read(shard) is None]
 
     def make(self, maker: Maker, shard: Shard, passed: Callable[[int], Any] = lambda rows: None) -> None:
         rows = np.ascontiguousarray(maker.rows(shard, passed))
         about = {"plan": self.plan.key, "sha256": hashlib.sha256(rows.data).hexdigest()}
         write_chunks(self.path(shard), serialized({"rows": torch.from_numpy(rows)}, about))
-        self._sound.add(shard.name)
 
     def read(self, shard: Shard) -> np.ndarray | None:
         """The rows; None if they are not there, not whole, or of another plan."""
@@ -202,14 +202,6 @@ class Shards:
         if rows.shape != (shard.rows, self.plan.dim) or rows.dtype != self.plan.dtype:
             return None
         return rows if hashlib.sha256(rows.data).hexdigest() == about.get("sha256") else None
-
-    def missing(self) -> list[Shard]:
-        return [shard for shard in self.plan.shards if not self.holds(shard)]
-
-    def holds(self, shard: Shard) -> bool:
-        if shard.name not in self._sound and self.path(shard).exists() and self.read(shard) is not None:
-            self._sound.add(shard.name)
-        return shard.name in self._sound
 
     def merge(self, maker: Maker, out: Path) -> int:
         """The features file of all shards, one of them in memory at a time; its bytes. Raises ResultError for a shard that is
@@ -236,7 +228,6 @@ class Shards:
                     writer.append(f"{split}_labels", images.labels.astype(np.int64, copy=False))
                 for shard in plan.shards:
                     if (rows := self.read(shard)) is None:
-                        self._sound.discard(shard.name)
                         raise ResultError(f"'{self.path(shard)}': damaged; the same call makes it again")
                     writer.append(f"{shard.split}_features", rows)
                 writer.close()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Subset
 from cairn.data.shapes import shapes_dataset
-from cairn.embed import EmbedConfig, Rank, embed_dataset, runner
+from cairn.embed import EmbedConfig, embed_dataset, runner
 from cairn.embed import shards as making
 from cairn.embed.plan import Plan
 from cairn.embed.shards import Maker, Shards
@@ -35,6 +35,7 @@ from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.storage.distribution import extra_remedy
 from cairn.training.checkpoint import Checkpoint
+from cairn.training.distributed import World
 from cairn.training.log import Log
 
 FEW = EmbedConfig(limit_train=2, limit_test=1, device="cpu", shard_rows=16, batch=8)
@@ -547,8 +548,7 @@ def test_two_ranks_of_torchrun_make_the_same_file(tmp_path, undisturbed):
         "torch.distributed.run",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "0",
+        "--standalone",
         "-m",
         "cairn",
     ]
@@ -556,53 +556,45 @@ def test_two_ranks_of_torchrun_make_the_same_file(tmp_path, undisturbed):
         [*words, *CALL, "--out", "x.safetensors"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"120 images, \d+ of them now", done.stdout)) == 1  # the other rank may have begun before it
+    assert len(re.findall("120 images, 120 of them now", done.stdout)) == 1
     assert (tmp_path / "x.safetensors").read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_rank_0_takes_over_what_a_dead_rank_leaves(tmp_path, undisturbed):
-    out, events = tmp_path / "x.safetensors", []
-    embed_dataset(FEW, out, rank=Rank(0, 2), patience=0.3, log=Log(keep=events.append))
-    assert out.read_bytes() == undisturbed
-    (told,) = [event["text"] for event in events if event["event"] == "warning"]
-    assert "no shard from the other processes" in told
-    assert told.endswith("4 shards made here")
+class Second(World):
+    """A process of two that finds the first one like itself, or unlike."""
+
+    def __init__(self, like: bool):
+        super().__init__(world_size=2, rank=1)
+        self.like = like
+
+    @contextmanager
+    def connected(self, device: str):
+        yield
+
+    def all_gather(self, value):
+        return [value if self.like else "other", value]
+
+    def broadcast_from_main(self, act):
+        return act()
 
 
-def test_another_rank_makes_its_own_shards_and_no_file(tmp_path, undisturbed):
+def test_another_process_makes_its_own_shards_and_no_file(tmp_path, undisturbed):
     out = tmp_path / "x.safetensors"
-    begun(out, 2, rank=Rank(0, 3))
-    made = embed_dataset(FEW, out, rank=Rank(1, 3))
-    assert sorted(path.stem for path in shards(out)) == ["test-000002", "train-000000", "train-000001", "train-000004"]
-    assert made.made == 16 + 16 + 8
+    begun(out, keep_parts=True)
+    embed_dataset(FEW, out, world=Second(like=True))
     assert not out.exists()
-    assert embed_dataset(FEW, out).made == 120 - 16 - 40
+    assert sorted(path.stem for path in shards(out)) == [
+        *("test-000000", "test-000002", "train-000000", "train-000001", "train-000003")
+    ]
+    assert embed_dataset(FEW, out).made == 120 - 16 * 4 - 8
     assert out.read_bytes() == undisturbed
-    assert embed_dataset(FEW, out, rank=Rank(1, 3)).finished
 
 
-def test_a_rank_of_another_call_is_refused(tmp_path):
-    out = tmp_path / "x.safetensors"
-    begun(out, 3)
-    with pytest.raises(ResultError, match="begun with batch 8, not 4"):
-        embed_dataset(FEW.model_copy(update={"batch": 4}), out, rank=Rank(1, 2))
-
-
-def test_a_rank_that_comes_too_late_leaves_nothing(tmp_path, undisturbed, monkeypatch):
-    out, late = tmp_path / "x.safetensors", Maker.rows
-
-    def rows(self, shard, passed):
-        if not out.exists():  # rank 0 goes on without it
-            monkeypatch.setattr(Maker, "rows", late)
-            embed_dataset(FEW, out, rank=Rank(0, 2), patience=0)
-        return late(self, shard, passed)
-
-    begun(out, 2, rank=Rank(0, 2))
-    monkeypatch.setattr(Maker, "rows", rows)
-    embed_dataset(FEW, out, rank=Rank(1, 2))
-    assert out.read_bytes() == undisturbed
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+def test_processes_that_have_other_images_or_towers_are_refused(tmp_path):
+    with pytest.raises(DataError, match="differ between processes"):
+        embed_dataset(FEW, tmp_path / "x.safetensors", world=Second(like=False))
+    assert not list(tmp_path.iterdir())
 
 
 # --- Ray --------------------------------------------------------------------------------------------------------------
@@ -659,4 +651,4 @@ def test_a_cluster_that_is_not_there_is_one_line_and_leaves_nothing(cairn, tmp_p
 
 def test_workers_and_ranks_are_one_too_many(tmp_path):
     with pytest.raises(CairnError, match="--workers 2: 2 processes started already; leave --workers out"):
-        embed_dataset(FEW, tmp_path / "x.safetensors", workers=2, rank=Rank(0, 2))
+        embed_dataset(FEW, tmp_path / "x.safetensors", workers=2, world=World(2))

@@ -114,7 +114,7 @@ def run(
     from cairn.config import merged, parsed
     from cairn.experiment.config_file import RunFile
     from cairn.experiment.folder import Call, read_call
-    from cairn.experiment.schema import RunConfig
+    from cairn.experiment.schema import RunConfig, usual_step
     from cairn.methods.catalogue import method_named
 
     world = context.obj or ALONE
@@ -129,7 +129,7 @@ def run(
     entry = method_named(method)
     if keep_learner and entry.card.keeps == "images":
         raise ConfigError(f"--keep-learner: method '{entry.name}' keeps images, so it cannot be saved; leave it out")
-    step = _step(step, data)
+    step = usual_step(data) if step is None else step
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     several = _seeds(seeds) if seeds is not None else None
     source = context.get_parameter_source("seed")
@@ -189,11 +189,6 @@ def checked_bad_image(choice: str) -> Literal["stop", "skip"]:
     if choice not in ("stop", "skip"):
         raise ConfigError(f"--on-bad-image {choice}: must be stop or skip")
     return choice
-
-
-def _step(step: int | None, data: str) -> int:
-    """The stream's usual step where none is given."""
-    return step if step is not None else 5 if data.partition(":")[0] == "shapes" else 10
 
 
 def _data_name(data: str) -> str:
@@ -356,7 +351,7 @@ def drift(
     the images of old tasks."""
     from cairn.config import merged, parsed
     from cairn.experiment.drift_lab import drift_report
-    from cairn.experiment.schema import RunConfig
+    from cairn.experiment.schema import RunConfig, usual_step
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.storage.files import make_folder, write_json
     from cairn.training.log import Log
@@ -369,7 +364,7 @@ def drift(
         data=data,
         towers=towers,
         base=base,
-        step=_step(step, data),
+        step=usual_step(data) if step is None else step,
         order=order,
         settings=merged({}, parsed(set_ or ())),
         limit_train=limit_train,

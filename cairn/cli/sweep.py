@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cairn.cli.run import checked
 from cairn.errors import ConfigError, Interrupted, counted
 
 
@@ -72,12 +73,13 @@ def sweep(
 def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dry_run: bool = False) -> None:
     """On the cluster, or without one here."""
     from cairn.errors import one_line
-    from cairn.sweep.file import read_sweep_file
+    from cairn.sweep.file import Resources, read_sweep_file
     from cairn.sweep.ledger import SWEEP, TABLE, View
     from cairn.sweep.runner import Serial, Sweep, problem
 
     read = read_sweep_file(file)
-    read = read.model_copy(update={"resources": _resources(read.resources, given)})
+    own = {key: value for key, value in given.items() if value is not None}
+    read = read.model_copy(update={"resources": checked(Resources, **read.resources.model_dump() | own)})
     folder, view = out or read.base.out or Path("runs") / file.stem, View()
     held = Sweep(read, folder, view)
     if dry_run:
@@ -112,23 +114,6 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
 
 def _same(number: int) -> str:
     return f" ({number} more the same as one of these)" if number else ""
-
-
-def _resources(of_file: Any, given: dict[str, Any]) -> Any:
-    """The file's, and what the command line says in their place."""
-    from pydantic import ValidationError
-
-    from cairn.storage.schema import reason_of
-    from cairn.sweep.file import Resources
-
-    try:
-        return Resources.model_validate(
-            of_file.model_dump() | {key: value for key, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        found = error.errors()[0]
-        option = str(found["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {found['input']}: {reason_of(found)}") from None
 
 
 def _on(cluster: Any, file: Any) -> Callable[[Any], Any]:

@@ -72,7 +72,8 @@ def read_config(path: Path) -> RunFile:
         values["problem"] = f"'{path}': model_name '{name}' is not here; methods: {', '.join(METHODS)}"
     if left:
         notices.append(f"not used: {', '.join(left)}")
-    return checked(path, values | {"notices": tuple(f"{path.name}: {one_line(text)}" for text in notices)})
+    values["notices"] = tuple(f"{path.name}: {one_line(text)}" for text in notices)
+    return checked(RunFile, values, f"run file '{path}'")
 
 
 def curve_lines(seen: Sequence[float]) -> tuple[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cairn.config import values_by_path
 from cairn.errors import ConfigError, UnknownName, one_line
@@ -18,6 +18,8 @@ from cairn.storage.schema import reason_of
 BYTES, LINE = 2**16, 2**11
 """Longest run file, and line of one, that is read: the parser's memory grows with the square of a key's dots."""
 
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 NULL = "null"
 """How a setting is null in TOML, which has no word for it."""
@@ -56,14 +58,20 @@ class RunFile(RunConfig):
 KEYS = tuple(key for key in RunFile.model_fields if key not in ("notices", "problem"))
 
 
-def checked(path: Path, values: dict[str, Any]) -> RunFile:
-    """Raises ConfigError for a value that does not fit."""
+def checked(schema: type[Schema], values: dict[str, Any], where: str, table: str = "") -> Schema:
+    """Values of a file, or of its `table`, by their schema. `where` begins the message.
+
+    Raises UnknownName for a key that is none, ConfigError for a value that does not fit.
+    """
     try:
-        return RunFile.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"run file '{path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
+        problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        *above, key = (part for part in (table, *map(str, problem["loc"])) if part)
+        if problem["type"] == "extra_forbidden":
+            raise UnknownName(f"key of [{'.'.join(above)}] in {where}:", key, schema.model_fields) from None
+        shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+        raise ConfigError(f"{where}: {'.'.join([*above, key])}{shown}: {reason_of(problem)}") from None
 
 
 def read_toml(path: Path, kind: str) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def read_run_file(path: Path) -> RunFile:
     for key in stored:
         if key not in KEYS:
             raise UnknownName(f"key of run file '{path}':", key, KEYS)
-    return checked(path, stored)
+    return checked(RunFile, stored, f"run file '{path}'")
 
 
 def run_file_text(file: RunFile, title: str) -> str:

@@ -62,6 +62,11 @@ class RunConfig(BaseModel):
     revision: str | None = Field(default=None, description="revision of the towers on the hub")
 
 
+def usual_step(data: str) -> int:
+    """Classes per task where nobody says how many."""
+    return 5 if data.partition(":")[0] == "shapes" else 10
+
+
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 

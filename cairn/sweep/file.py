@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
 from cairn.experiment.config_file import KEYS, RunFile, checked, read_toml, toml_value
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import method_named
-from cairn.storage.schema import reason_of
 
 OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "settings"))
 """Options that may vary besides settings and seeds."""
@@ -134,7 +133,8 @@ def read_sweep_file(path: Path) -> SweepFile:
     for key, value in tables.items():
         if not isinstance(value, dict):
             raise _wrong(path, f"{key}: must be a table, [{key}]")
-    base = checked(path, stored)
+    where = f"sweep file '{path}'"
+    base = checked(RunFile, stored, where)
     axes, seeds = _axes(path, tables.get("grid", {}))
     given = base.model_fields_set & {"seed", "seeds"}
     if seeds is not None and given:
@@ -148,7 +148,7 @@ def read_sweep_file(path: Path) -> SweepFile:
         grid=axes,
         seeds=seeds or base.seeds or (base.seed,),
         search=_search(path, axes, tables["search"]) if "search" in tables else None,
-        resources=_valid(path, Resources, resources),
+        resources=checked(Resources, resources, where),
     )
     _require_known_settings(file)
     return file
@@ -179,7 +179,7 @@ def _axes(path: Path, table: dict[str, Any]) -> tuple[tuple[tuple[Choice, ...], 
         if not isinstance(values, list) or not values:
             raise _wrong(path, f"grid.{key} = {values!r}: must be a list of values")
         if key in ("seed", "seeds"):
-            seeds = checked(path, {"seeds": values}).seeds
+            seeds = checked(RunFile, {"seeds": values}, f"sweep file '{path}'").seeds
         elif key == "settings":
             if not all(isinstance(value, dict) for value in values):
                 raise _wrong(path, "grid.settings: must be a list of tables, each a set of settings")
@@ -207,7 +207,9 @@ def _search(path: Path, axes: tuple[tuple[Choice, ...], ...], table: dict[str, A
             raise _wrong(path, f"search.space.{key}: trials would not be comparable; vary it in [grid]")
         if key in SEARCHED and "choices" not in value:
             raise _wrong(path, f"search.space.{key}: must have choices")
-    return _valid(path, Search, {**table, "space": space}, "search")
+    where = f"sweep file '{path}'"
+    space = {key: checked(Range, value, where, f"search.space.{key}") for key, value in space.items()}
+    return checked(Search, {**table, "space": space}, where, "search")
 
 
 def _require_known_settings(file: SweepFile) -> None:
@@ -228,16 +230,3 @@ def _require_known_settings(file: SweepFile) -> None:
             if key.partition(".")[0] not in known:
                 paths = [path for entry in entries for path, _, _ in every_setting(entry.config())]
                 raise UnknownName(f"key of [{place}] in '{file.path}':", key, dict.fromkeys([*options, *paths]))
-
-
-def _valid(path: Path, form: type[BaseModel], values: dict[str, Any], place: str = "") -> Any:
-    try:
-        return form.model_validate(values)
-    except ValidationError as error:
-        problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        *above, key = (part for part in (place, *map(str, problem["loc"])) if part)
-        if problem["type"] == "extra_forbidden":
-            known = (Range if "space" in above else form).model_fields
-            raise UnknownName(f"key of [{'.'.join(above)}] in '{path}':", key, known) from None
-        shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-        raise _wrong(path, f"{'.'.join([*above, key])}{shown}: {reason_of(problem)}") from None

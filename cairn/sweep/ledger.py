@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cairn.errors import printable
-from cairn.experiment.folder import events_in
-from cairn.experiment.metrics import mean_and_deviation
+from cairn.experiment.folder import events_in, means
 from cairn.experiment.schema import RunConfig
 from cairn.reports.console import Console, percent
 from cairn.reports.formats import Cell, Column, Table, estimate
@@ -24,7 +23,6 @@ from cairn.sweep.plan import Point
 
 SCHEMA_VERSION = 1
 SWEEP, TABLE, RUNS = "sweep.json", "table", "runs.csv"
-SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
 SHOWN = {
     "average": ("average %", 100, 2),
     "last": ("last %", 100, 2),
@@ -32,6 +30,8 @@ SHOWN = {
     "seconds": ("seconds", 1, 0),
 }
 """Columns of tables: title, factor, digits."""
+
+COLUMNS = [Column(title, digits) for title, _, digits in SHOWN.values()]
 
 ROWS = 12
 """Running runs that the live view shows, at most."""
@@ -86,27 +86,22 @@ class Ledger:
         states: tuple[State, ...] = ("waiting", "running", "finished", "failed", "lost")
         return ", ".join(f"{self.count(state)} {state}" for state in states if state == "finished" or self.count(state))
 
-    def points(self) -> list[tuple[Point, list[Job], dict[str, list[Any]]]]:
-        """Jobs that differ in their seed alone, and their figures by name."""
+    def points(self) -> list[tuple[Point, list[Job], list[Job]]]:
+        """Jobs that differ in their seed alone: those with figures, and the others."""
         found: dict[str, list[Job]] = {}
         for job in self.jobs:
             found.setdefault(job.point.name, []).append(job)
         return [
-            (jobs[0].point, jobs, {key: [job.figures[key] for job in jobs if job.figures] for key in SUMMARISED})
+            (jobs[0].point, [job for job in jobs if job.figures], [job for job in jobs if not job.figures])
             for jobs in found.values()
         ]
 
     def write(self, state: Literal["running", "stopped", "finished"]) -> None:
-        table = []
-        for point, jobs, figures in self.points():
-            row: dict[str, Any] = {"varies": point.varies, "seeds": [job.seed for job in jobs if job.figures]}
-            row["missing"] = [job.seed for job in jobs if not job.figures]
-            for key, values in figures.items():
-                if values and None not in values:
-                    row[key] = dict(zip(("mean", "deviation"), mean_and_deviation(values), strict=True)) | {
-                        "values": values
-                    }
-            table.append(row)
+        table = [
+            {"varies": point.varies, "seeds": [job.seed for job in done], "missing": [job.seed for job in others]}
+            | means([job.figures for job in done if job.figures])
+            for point, done, others in self.points()
+        ]
         head = {"schema_version": SCHEMA_VERSION, "state": state, "seconds": time.monotonic() - self.began}
         runs = [job.as_json() for job in self.jobs]
         write_json(self.folder / SWEEP, {**head, **self.about, "runs": runs, "table": table, "best": self.best})
@@ -123,38 +118,35 @@ class Ledger:
 
     def table(self) -> Table:
         """A row per combination, in the file's order: what varies, mean ± sample deviation over seeds, in percent."""
-        keys = self._varying
+        keys, points = self._varying, self.points()
         rows: list[list[Cell]] = [
             [
                 *([point.varies.get(key) for key in keys] or [point.config.method]),
-                *(estimate(figures[key], factor) for key, (_, factor, _) in SHOWN.items()),
-                ", ".join(str(job.seed) for job in jobs if job.figures) or None,
-                ", ".join(f"{job.seed} {job.state}" for job in jobs if not job.figures) or None,
+                *_shown(done),
+                ", ".join(str(job.seed) for job in done) or None,
+                ", ".join(f"{job.seed} {job.state}" for job in others) or None,
             ]
-            for point, jobs, figures in self.points()
+            for point, done, others in points
         ]
-        columns = [Column(key) for key in keys or ["method"]]
-        columns += [Column(title, digits) for title, _, digits in SHOWN.values()]
-        columns += [Column("seeds"), Column("not finished")]
-        if any(row[-1] for row in rows):
+        columns = [*map(Column, keys or ["method"]), *COLUMNS, Column("seeds"), Column("not finished")]
+        if any(others for _, _, others in points):
             return Table(columns, rows)
         return Table(columns[:-1], [row[:-1] for row in rows])
 
     def run_table(self) -> Table:
         """A row per run."""
         keys = self._varying
-        titles = [*keys, "seed", "state", "attempts", *(title for title, _, _ in SHOWN.values()), "folder", "reason"]
-        rows: list[list[Cell]] = []
-        for job in self.jobs:
-            about = [*(job.point.varies.get(key) for key in keys), str(job.seed), job.state, str(job.attempts)]
-            rows.append(
-                [
-                    *about,
-                    *(estimate([job.figures[key]], n) if job.figures else None for key, (_, n, _) in SHOWN.items()),
-                    *(job.name, job.reason),
-                ]
-            )
-        return Table([Column(title) for title in titles], rows)
+        columns = [*map(Column, [*keys, "seed", "state", "attempts"]), *COLUMNS, Column("folder"), Column("reason")]
+        rows: list[list[Cell]] = [
+            [
+                *(job.point.varies.get(key) for key in keys),
+                *(str(job.seed), job.state, str(job.attempts)),
+                *_shown([job] if job.figures else []),
+                *(job.name, job.reason),
+            ]
+            for job in self.jobs
+        ]
+        return Table(columns, rows)
 
     def picture(self) -> str:
         """What runs, and how far it is."""
@@ -162,6 +154,12 @@ class Ledger:
         lines = [f"{name}  {_progress(self.folder / name)}" for name in running[:ROWS]]
         more = [f"... and {len(running) - ROWS} more"] if len(running) > ROWS else []
         return printable("\n".join([*lines, *more, self.counts]))
+
+
+def _shown(jobs: Sequence[Job]) -> list[Cell]:
+    return [
+        estimate([job.figures[key] for job in jobs if job.figures], factor) for key, (_, factor, _) in SHOWN.items()
+    ]
 
 
 def _progress(folder: Path) -> str:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from cairn.config import with_settings
 from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.experiment.config_file import checked
 from cairn.experiment.folder import CALL, RESULT, read_call, read_result
 from cairn.experiment.inputs import Prepared, prepared
-from cairn.experiment.schema import RunConfig, RunResult, comparable_call
+from cairn.experiment.schema import RunConfig, RunResult, comparable_call, usual_step
 from cairn.methods.catalogue import method_named
-from cairn.storage.schema import reason_of
 from cairn.sweep.file import Choice, Range, SweepFile
 
 NAME = 120
@@ -62,25 +62,15 @@ def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Po
         settings |= choice.settings
         varies |= choice.shown
     options.setdefault("method", file.methods[0])
-    options.setdefault("step", usual_step(options.get("data", "shapes")))
+    options.setdefault("step", usual_step(str(options.get("data", "shapes"))))
     # What has parts comes before its parts: a choice is made before what was chosen is changed
     ordered = sorted(settings.items(), key=lambda item: item[0].count("."))
     options["settings"] = dict(ordered)
-    try:
-        config = RunConfig.model_validate({**options, "seed": file.seeds[0]})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"sweep file '{file.path}': {place} = {problem['input']!r}: {reason_of(problem)}") from None
+    config = checked(RunConfig, {**options, "seed": file.seeds[0]}, f"sweep file '{file.path}'")
     if not name:
         chosen_later = file.search is not None and "method" in file.search.space
         name = folder_name("search" if chosen_later else config.method, varies)
     return Point(name, varies, config, file.seeds, tuple(choices))
-
-
-def usual_step(data: Any) -> int:
-    """Classes per task where nobody says how many, as `cairn run` takes them."""
-    return 5 if str(data).partition(":")[0] == "shapes" else 10
 
 
 def folder_name(first: str, varies: Mapping[str, str]) -> str:

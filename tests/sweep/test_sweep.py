@@ -142,7 +142,7 @@ def test_folders_of_odd_values_are_safe_and_unique():
         ("[grid]\nstep = [3]", "no method"),
         (
             'method = "dmc"\n[search]\ntrial = 3',
-            "unknown key of [search] in 'sweep.toml': 'trial': did you mean trials",
+            "unknown key of [search] in sweep file 'sweep.toml': 'trial': did you mean trials",
         ),
         ('method = "dmc"\n[search]\ntrials = 3', "search.space"),
         (f'method = "dmc"\n{SEARCH}probes = {{lo = 3}}', "search.space.probes.lo: must be {low, high} or {choices}"),

@@ -13,7 +13,7 @@ import typer
 
 from cairn.cli import classifier, embed, run, sweep
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
-from cairn.errors import CairnError, ConfigError, DataError, Interrupted, counted, one_line, printable
+from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, printable
 from cairn.reports.console import Console
 from cairn.storage.distribution import extra_remedy
 from cairn.training.distributed import ALONE, World
@@ -252,45 +252,12 @@ def describe(
         )
 
 
-@app.command()
-def explain_image(
-    run: Annotated[Path, typer.Argument(help="output folder of `cairn run spa --keep-learner`")],
-    image: Annotated[Path, typer.Argument(help="an image file")],
-    best: Annotated[int, typer.Option(help="classes to explain, the likeliest first")] = 3,
-    out: Annotated[Path | None, typer.Option(help="PNG to write, JSON beside it  [default: IMAGE-reasons.png]")] = None,
-) -> None:
-    """Show which patches of an image speak for its classes. Writes a picture and JSON, with the words they speak for."""
-    import numpy as np
-
-    from cairn.data.folders import decoded
-    from cairn.experiment.folder import read_learner
-    from cairn.methods.protocol import PatchReasons
-    from cairn.reports.patches import patch_figure
-    from cairn.storage.files import write_json
-
-    try:
-        picture = decoded(image)
-    except Exception as error:  # a decoder fed with damaged bytes may raise anything
-        raise DataError(f"image '{image}': cannot be read: {(str(error) or 'empty').splitlines()[0]}") from None
-    result, learner = read_learner(run)
-    method = learner.method_
-    if not isinstance(method, PatchReasons):
-        raise ConfigError(f"'{run}': {result.method} has no patches to show; spa has")
-    prepared = method.towers.prepare(picture)
-    features = method.embed(method.towers.pixels(prepared[None]))
-    reasons = method.reasons(features, best)
-    for reason in reasons:
-        reason["name"] = result.class_order[reason["class"]]
-    target = out or Path(f"{image.stem}-reasons.png")
-    grid = method.patch_grid(features)
-    patch_figure(np.asarray(prepared.permute(1, 2, 0)), grid, reasons, target)
-    write_json(target.with_suffix(".json"), {"image": image.name, "grid": grid, "classes": reasons})
-    console = Console()
-    for reason in reasons:
-        console.note(
-            f"{reason['name']}: score {reason['score']:.2f}, class token {reason['global']:.3f}, local {reason['local']:.3f}"
-        )
-    console.note(f"-> {target}, {target.with_suffix('.json')}")
+@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def explain_image() -> None:
+    """Replaced by `cairn predict --explain`."""
+    raise ConfigError(
+        "explain-image: use `cairn predict RUN/learner IMAGE --explain FOLDER`, which writes the same picture"
+    )
 
 
 @app.command()

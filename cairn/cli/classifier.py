@@ -291,7 +291,8 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
             patch_figure(seen, found.patch_grid, reasons, folder / f"{name}.png")
         elif seen is not None:
             bar_figure(seen, reasons, folder / f"{name}.png")
-        write_json(folder / f"{name}.json", {"image": str(file), "classes": reasons})
+        grid = {} if found.patch_grid is None else {"grid": found.patch_grid}
+        write_json(folder / f"{name}.json", {"image": str(file), **grid, "classes": reasons})
         yield file
 
 

@@ -83,14 +83,22 @@ def test_the_command_draws_and_writes(kept, tmp_path, monkeypatch, capsys):
     folder, _ = kept
     Image.fromarray(shapes_dataset().test[0]).save(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["cairn", "explain-image", str(folder), "scene.png", "--best", "2"])
+    monkeypatch.setattr("sys.argv", ["cairn", "predict", str(folder / LEARNER), "scene.png", "--explain", "why"])
     main()
-    with Image.open("scene-reasons.png") as drawn:
+    with Image.open("why/scene.png") as drawn:
         assert drawn.width > 300
-    told = json.loads((tmp_path / "scene-reasons.json").read_text())
+    told = json.loads((tmp_path / "why" / "scene.json").read_text())
     assert told["grid"] == 7
-    assert len(told["classes"]) == 2
+    assert [len(reason["patches"]) for reason in told["classes"]] == [8, 8, 8]
     assert told["classes"][0]["name"] in capsys.readouterr().out
+
+
+def test_the_command_of_before_says_what_to_use(cairn):
+    status, out, err = cairn("explain-image", "runs/a", "scene.png", "--best", "2")
+    assert (status, out) == (2, "")
+    assert err == (
+        "cairn: explain-image: use `cairn predict RUN/learner IMAGE --explain FOLDER`, which writes the same picture\n"
+    )
 
 
 def test_what_cannot_be_explained_is_said(kept, tmp_path, towers):

@@ -230,9 +230,13 @@ class IncrementalClassifier(Estimator):
     ) -> None:
         learned, config, k = self._learned, self._settings(), len(self._learned.classes)
         task = Task(
-            len(learned.history), range(k, k + len(new)), tuple(new), prompt_templates(self.templates), given,
+            len(learned.history),
+            range(k, k + len(new)),
+            tuple(new),
+            prompt_templates(self.templates),
+            given,
             descriptions_of(self.descriptions),
-        )  # fmt: skip
+        )
         method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
@@ -413,10 +417,15 @@ class IncrementalClassifier(Estimator):
 
     def _record(self) -> LearnerRecord:
         return record_of(
-            self.method, self._fitted(), self._learned, self.open_towers(), seed=self.seed,
-            templates=prompt_templates(self.templates), descriptions=descriptions_of(self.descriptions),
+            self.method,
+            self._fitted(),
+            self._learned,
+            self.open_towers(),
+            seed=self.seed,
+            templates=prompt_templates(self.templates),
+            descriptions=descriptions_of(self.descriptions),
             preprocess=self.preprocess,
-        )  # fmt: skip
+        )
 
     def save(self, folder: str | Path) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
@@ -440,10 +449,16 @@ class IncrementalClassifier(Estimator):
         stored = StoredLearner.read(Path(folder))
         record, held = stored.record, stored.record.towers
         learner = cls(
-            record.method, towers or held.name, templates=tuple(record.templates), descriptions=record.descriptions,
-            seed=record.seed, device=device, precision=held.precision, preprocess=held.preprocess,
+            record.method,
+            towers or held.name,
+            templates=tuple(record.templates),
+            descriptions=record.descriptions,
+            seed=record.seed,
+            device=device,
+            precision=held.precision,
+            preprocess=held.preprocess,
             revision=held.revision if towers in (None, held.name) else None,
-        )  # fmt: skip
+        )
         learner._config, learner._learned, learner._notices = stored.config, stored.learned, list(stored.notices)
         if learner.towers == ROWS:
             learner._towers = row_towers_named(held.fingerprint)

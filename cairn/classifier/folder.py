@@ -47,14 +47,25 @@ def record_of(
 ) -> LearnerRecord:
     """The record of `method`, which is called `name` and was learned on `towers`."""
     record = {
-        "method": name, "config": method.config.model_dump(mode="json"), "seed": seed, "templates": list(templates),
-        "descriptions": None if descriptions is None else {n: list(d.sentences) for n, d in descriptions.classes.items()},
-        "towers": {"name": towers.source, "fingerprint": towers.fingerprint, "precision": towers.precision,
-                   "preprocess": preprocess, "revision": towers.revision},
+        "method": name,
+        "config": method.config.model_dump(mode="json"),
+        "seed": seed,
+        "templates": list(templates),
+        "descriptions": None
+        if descriptions is None
+        else {n: list(d.sentences) for n, d in descriptions.classes.items()},
+        "towers": {
+            "name": towers.source,
+            "fingerprint": towers.fingerprint,
+            "precision": towers.precision,
+            "preprocess": preprocess,
+            "revision": towers.revision,
+        },
         "memory_bytes": method.memory_bytes,
-        "bytes": sum(value.nbytes for value in method.state_dict().values()), "versions": versions(),
+        "bytes": sum(value.nbytes for value in method.state_dict().values()),
+        "versions": versions(),
         **learned.to_record(),
-    }  # fmt: skip
+    }
     return validated(LearnerRecord, record, "this learner")
 
 

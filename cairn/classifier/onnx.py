@@ -82,17 +82,24 @@ def export_onnx(learner: IncrementalClassifier, path: Path) -> float:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
-                model, (pixels,), input_names=["pixels"], output_names=["scores"], dynamo=True, verbose=False,
+                model,
+                (pixels,),
+                input_names=["pixels"],
+                output_names=["scores"],
+                dynamo=True,
+                verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            )  # fmt: skip
+            )
         if program is None:
             raise ResultError(f"'{path}': torch wrote no program")
         proto = program.model_proto
         preprocessing = towers.preprocessing.model_dump(mode="json") if towers.preprocessing else {}
         about = {
-            "classes": list(map(str, learner.classes_)), "preprocessing": preprocessing, "method": learner.method,
+            "classes": list(map(str, learner.classes_)),
+            "preprocessing": preprocessing,
+            "method": learner.method,
             "towers": towers.fingerprint,
-        }  # fmt: skip
+        }
         onnx.helper.set_model_props(proto, {f"cairn.{key}": json.dumps(value) for key, value in about.items()})
         onnx.save(proto, temporary)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])

@@ -81,8 +81,15 @@ class HubRow:
     note: str = ""
 
 
-_PHOTO = ("photo", "blurry photo", "black and white photo", "low contrast photo", "high contrast photo", "bad photo",
-          "good photo")  # fmt: skip
+_PHOTO = (
+    "photo",
+    "blurry photo",
+    "black and white photo",
+    "low contrast photo",
+    "high contrast photo",
+    "bad photo",
+    "good photo",
+)
 _CIFAR_TEMPLATES = tuple(
     template
     for article in ("a", "the")

@@ -97,9 +97,15 @@ def embed_dataset(
             for text in notices:
                 log("notice", text=text)
             log(
-                "begin", data=config.data, towers=plan.towers.name, train=plan.train, test=plan.test, dim=plan.dim,
-                shards=len(plan.shards), there=len(plan.shards) - len(missing),
-            )  # fmt: skip
+                "begin",
+                data=config.data,
+                towers=plan.towers.name,
+                train=plan.train,
+                test=plan.test,
+                dim=plan.dim,
+                shards=len(plan.shards),
+                there=len(plan.shards) - len(missing),
+            )
             _warn_of_full_disk(shards, missing, log)
             progress = _Progress(plan, missing, log, checkpoint)
             if workers > 1 and missing:

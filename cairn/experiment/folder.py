@@ -203,10 +203,15 @@ def write_learner(folder: Path, learned: Outcome) -> None:
     run, tasks = learned.config, learned.stream.tasks
     found = Learned.of_tasks(tasks, learned.calibration)
     record = record_of(
-        run.method, learned.method, found, learned.towers, seed=run.seed, templates=tasks[0].templates,
+        run.method,
+        learned.method,
+        found,
+        learned.towers,
+        seed=run.seed,
+        templates=tasks[0].templates,
         descriptions=None if tasks[0].descriptions is None else tasks[0].descriptions.only(found.classes),
         preprocess=run.preprocess,
-    )  # fmt: skip
+    )
     save_learner(folder / LEARNER, record, learned.method, found)
 
 
@@ -242,8 +247,13 @@ def summary(results: Sequence[RunResult]) -> dict[str, Any]:
     first = results[0]
     rows = list(zip(*(result.seen_accuracy for result in results), strict=True))
     return {
-        "schema_version": SCHEMA_VERSION, "method": first.method, "data": first.data, "split": first.split,
-        "towers": first.towers.model_dump(), "run": first.run.model_dump(mode="json"),
-        "seeds": [result.seed for result in results], **means([dict(result) for result in results]),
+        "schema_version": SCHEMA_VERSION,
+        "method": first.method,
+        "data": first.data,
+        "split": first.split,
+        "towers": first.towers.model_dump(),
+        "run": first.run.model_dump(mode="json"),
+        "seeds": [result.seed for result in results],
+        **means([dict(result) for result in results]),
         "seen_accuracy": [mean_and_deviation(values)[0] for values in rows],
-    }  # fmt: skip
+    }

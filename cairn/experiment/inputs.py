@@ -49,9 +49,14 @@ def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTower
 
 def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
     return task_stream(
-        dataset, base=config.base, step=config.step, order=config.order, limit_train=config.limit_train,
-        limit_test=config.limit_test, validation=config.validation,
-    )  # fmt: skip
+        dataset,
+        base=config.base,
+        step=config.step,
+        order=config.order,
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+        validation=config.validation,
+    )
 
 
 class Prepared(NamedTuple):

@@ -51,8 +51,15 @@ class Course:
     """How far a run is: the method, what was found of it, and what it took. Kept between tasks, or within one."""
 
     def __init__(
-        self, config: RunConfig, entry: Entry, stream: TaskStream, towers: Towers, settings: BaseModel, log: Log, world: World
-    ):  # fmt: skip
+        self,
+        config: RunConfig,
+        entry: Entry,
+        stream: TaskStream,
+        towers: Towers,
+        settings: BaseModel,
+        log: Log,
+        world: World,
+    ):
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
         self.settings, self.world = settings, world
         self.method: Method = entry.build(towers, settings, seed=config.seed)
@@ -186,11 +193,17 @@ class Course:
 
     def _record(self) -> dict[str, Any]:
         return {
-            "run": self.config.model_dump(mode="json"), "split": self.stream.fingerprint,
-            "towers": self.towers.fingerprint, "versions": versions(), "resumed": self.resumed, "seconds": self.seconds,
-            "evaluations": [asdict(found) for found in self.evaluations], "durations": self.durations,
-            "passes": self.passes, "calibration": self.calibration.model_dump(mode="json"),
-        }  # fmt: skip
+            "run": self.config.model_dump(mode="json"),
+            "split": self.stream.fingerprint,
+            "towers": self.towers.fingerprint,
+            "versions": versions(),
+            "resumed": self.resumed,
+            "seconds": self.seconds,
+            "evaluations": [asdict(found) for found in self.evaluations],
+            "durations": self.durations,
+            "passes": self.passes,
+            "calibration": self.calibration.model_dump(mode="json"),
+        }
 
     def _restore(self, stored: dict[str, Any], learner: State) -> None:
         remedy = "--overwrite to start again"

@@ -69,8 +69,11 @@ def run_stream(
             reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
             log("notice", text=f"the cache is not used: {reason}")
     if not towers.has_images and entry.has_embedding_form:
-        log("notice", text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
-            "adapter in stage 1 and residual class texts in stage 2")  # fmt: skip
+        log(
+            "notice",
+            text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
+            "adapter in stage 1 and residual class texts in stage 2",
+        )
     log(
         "start",
         method=entry.name,
@@ -102,11 +105,22 @@ def run_stream(
         course.evaluations.append(found)
         course.calibration = calibration
         seen = sum(found.correct) / sum(found.total)
-        log("task", task=task.index, seconds=course.durations[-1], accuracy=found.accuracy, seen=seen,
-            future=found.future, zero_shot=found.zero_shot, memory_bytes=method.memory_bytes)  # fmt: skip
+        log(
+            "task",
+            task=task.index,
+            seconds=course.durations[-1],
+            accuracy=found.accuracy,
+            seen=seen,
+            future=found.future,
+            zero_shot=found.zero_shot,
+            memory_bytes=method.memory_bytes,
+        )
         if found.zero_shot is not None and seen < found.zero_shot:
-            log("warning", text=f"after task {task.index}: {100 * seen:.2f} % is below the {100 * found.zero_shot:.2f} % of "
-                "zero-shot, so learning did harm; a lower learning rate is the first thing to try")  # fmt: skip
+            log(
+                "warning",
+                text=f"after task {task.index}: {100 * seen:.2f} % is below the {100 * found.zero_shot:.2f} % of "
+                "zero-shot, so learning did harm; a lower learning rate is the first thing to try",
+            )
         course.snapshot()
         checkpoint.begin()
 

@@ -319,8 +319,16 @@ def test_without_its_share_there_is_no_head_and_a_state_without_one_is_refused(f
 
 def test_a_record_from_before_the_head_is_read_as_it_was():
     """A learner's record holds every setting that there was."""
-    record = {"descriptions": "template", "text_weight": 1.0, "image_weight": 1.0, "views": 1, "noise": 0.5, "replay": None,
-              "candidates": 5, "schedule": {"epochs": 10, "batch": 64, "lr": 0.05, "optimizer": "sgd"}}  # fmt: skip
+    record = {
+        "descriptions": "template",
+        "text_weight": 1.0,
+        "image_weight": 1.0,
+        "views": 1,
+        "noise": 0.5,
+        "replay": None,
+        "candidates": 5,
+        "schedule": {"epochs": 10, "batch": 64, "lr": 0.05, "optimizer": "sgd"},
+    }
 
     def stored(name, record):
         return METHODS[name].config.model_validate(METHODS[name].completed(record))

@@ -143,10 +143,13 @@ def test_no_training_by_descent_sees_an_image_held_out(towers, small_stream, mon
     method = build(towers)
     for task in small_stream.tasks[:2]:
         method.learn(task, Context(Seeds(1)))
-    images = torch.cat([
-        pixels for task in small_stream.tasks[:2]
-        for pixels, _ in Loader(task.train, towers.prepare, towers.pixels).ordered()
-    ])  # fmt: skip
+    images = torch.cat(
+        [
+            pixels
+            for task in small_stream.tasks[:2]
+            for pixels, _ in Loader(task.train, towers.prepare, towers.pixels).ordered()
+        ]
+    )
     out = torch.cat(method.out)
     assert 0 < out.sum() < len(out)
     assert sorted(seen[2]) == sorted(row.numpy().tobytes() for row in images[~out])

@@ -72,8 +72,22 @@ def test_one_file_and_an_entry_point_make_a_method(folder, towers, tmp_path, cap
     assert "1. a sum of embeddings per class" in explained
 
     out = tmp_path / "run"
-    said("run", "sums", "--data", "shapes", "--step", "20", "--limit-train", "3", "--limit-test", "2", "--device", "cpu",
-         "--out", str(out))  # fmt: skip
+    said(
+        "run",
+        "sums",
+        "--data",
+        "shapes",
+        "--step",
+        "20",
+        "--limit-train",
+        "3",
+        "--limit-test",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    )
     result = json.loads((out / "result.json").read_text())
     assert (result["method"], result["memory_bytes"]) == ("sums", entry.card.bytes(40, towers.dim, 0, 0, 0))
     assert result["last"] > 0.3
@@ -106,9 +120,11 @@ def test_one_file_and_an_entry_point_make_a_method(folder, towers, tmp_path, cap
 def test_an_entry_point_that_cannot_be_used_is_one_line(folder, caplog):
     (folder / "broken.py").write_text("raise RuntimeError('no\\nluck')", encoding="utf-8")
     (folder / "plain.py").write_text("class Plain: pass", encoding="utf-8")
-    install(folder, "their-methods", {
-        "absent": "nowhere:Class", "broken": "broken:Class", "plain": "plain:Plain", "dmc": "cairn.methods.dmc:DMC"
-    })  # fmt: skip
+    install(
+        folder,
+        "their-methods",
+        {"absent": "nowhere:Class", "broken": "broken:Class", "plain": "plain:Plain", "dmc": "cairn.methods.dmc:DMC"},
+    )
     names = list(METHODS)
     assert not {"absent", "broken", "plain"} & {*names}
     assert METHODS["dmc"].build.__module__ == "cairn.methods.dmc"

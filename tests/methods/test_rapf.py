@@ -175,8 +175,18 @@ def test_a_step_follows_cross_entropy_and_the_hinge_on_draws(flat, stream):
 
 
 def test_the_first_form_hinges_on_the_rows_of_the_batch(flat, stream):
-    method = build(flat, *DESCENT, "schedule.batch=200", "real_share=null", "fusion=0", "mask=ratio", "start=identity",
-                   "unit_features=true", "hinge=distance", "pair_draws=null")  # fmt: skip
+    method = build(
+        flat,
+        *DESCENT,
+        "schedule.batch=200",
+        "real_share=null",
+        "fusion=0",
+        "mask=ratio",
+        "start=identity",
+        "unit_features=true",
+        "hinge=distance",
+        "pair_draws=null",
+    )
     assert torch.equal(method.W, torch.eye(16))
     method.learn(stream.tasks[0], Context(Seeds(1)))
     before, old, task = method.W.clone(), method.memory, stream.tasks[1]

@@ -36,12 +36,20 @@ def open_clip_copy(tmp_path, towers) -> Path:
     )
     text, vision = model.config.text_config, model.config.vision_config
     side = {"embed_dim": towers.dim, "quick_gelu": False}
-    side["vision_cfg"] = {"image_size": vision.image_size, "layers": vision.num_hidden_layers,
-                          "width": vision.hidden_size, "patch_size": vision.patch_size,
-                          "head_width": vision.hidden_size // vision.num_attention_heads}  # fmt: skip
-    side["text_cfg"] = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size,
-                        "width": text.hidden_size, "heads": text.num_attention_heads,
-                        "layers": text.num_hidden_layers}  # fmt: skip
+    side["vision_cfg"] = {
+        "image_size": vision.image_size,
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "patch_size": vision.patch_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+    }
+    side["text_cfg"] = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+    }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": side, "preprocess_cfg": {}}))
     towers.tokenizer.save_pretrained(folder)
     return folder

@@ -89,8 +89,13 @@ def test_what_transformers_itself_saves_is_understood(tmp_path, towers):
 
 
 def test_embeddings_are_those_of_the_model_with_its_own_processor(copy):
-    fields = {"size": {"shortest_edge": 66}, "crop_size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3,
-              "image_std": [0.5] * 3, "resample": 2}  # fmt: skip
+    fields = {
+        "size": {"shortest_edge": 66},
+        "crop_size": {"height": 56, "width": 56},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+    }
     stored(copy, {"image_processor": fields}, "processor_config.json")
     towers = load_towers(str(copy), device="cpu")
     image = picture(91, 64)
@@ -164,8 +169,15 @@ def test_open_clips_longest_side_with_its_fill(shape):
 
 
 def test_open_clips_fields_are_honoured():
-    said = {"size": 224, "mode": "RGB", "mean": 0.5, "std": [0.2, 0.3, 0.4], "interpolation": "bilinear",
-            "resize_mode": "squash", "fill_color": 0}  # fmt: skip
+    said = {
+        "size": 224,
+        "mode": "RGB",
+        "mean": 0.5,
+        "std": [0.2, 0.3, 0.4],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+        "fill_color": 0,
+    }
     expected = Preprocessing(size=SIZE, mean=(0.5,) * 3, std=(0.2, 0.3, 0.4), mode="squash", resample="bilinear")
     assert open_clip_preprocessing(said, SIZE, "x") == expected
     for plain in ({}, {"mean": None, "resize_mode": None, "interpolation": "random"}):

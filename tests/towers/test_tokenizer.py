@@ -241,8 +241,13 @@ def answered_yes(code: str, seconds: float = 120) -> str:
 def test_code_of_a_checkpoint_is_never_run_whatever_is_answered(copy, open_clip_copy, tmp_path, layout):
     folder, ran = (open_clip_copy if layout else copy), tmp_path / "ran"
     (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Theirs: pass\n")
-    own = {"AutoConfig": "theirs.Theirs", "AutoModel": "theirs.Theirs", "AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"],
-           "AutoProcessor": "theirs.Theirs", "AutoImageProcessor": "theirs.Theirs"}  # fmt: skip
+    own = {
+        "AutoConfig": "theirs.Theirs",
+        "AutoModel": "theirs.Theirs",
+        "AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"],
+        "AutoProcessor": "theirs.Theirs",
+        "AutoImageProcessor": "theirs.Theirs",
+    }
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if not (folder / name).exists():
             (folder / name).write_text(json.dumps({"model_type": "theirs"}))

@@ -11,17 +11,15 @@ Letters: f(x) image embedding, z = f(x)/|f(x)|; t_c unit text of class c; s scal
 from __future__ import annotations
 
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.maths.losses import class_cross_entropy
 from cairn.memory.gaussians import GaussianSettings, full_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
 from cairn.training.context import Context
-from cairn.types import Features, Labels
 
 
 class DmcConfig(GaussianSettings):
@@ -69,23 +67,18 @@ class DMC(TwoStageState):
         },
     )
 
-    @staticmethod
-    def loss(z: Features, T: Features, y: Labels, s: float) -> Tensor:
-        """CE(s z T^T, y), of both stages: an image against the class texts [P]."""
-        return cross_entropy(s * z @ T.T, y)
-
     def learn(self, task: Task, ctx: Context) -> None:
         ctx, config, s = ctx.at(task=task.index), self.config, self.towers.logit_scale
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
         self.add_texts(task, loader, ctx)
 
-        # Stage 1: vision moves, the template texts are its anchor [P].
-        align_vision(config.stage1, self.image, self.anchors, loader, s, self.loss, ctx.at(stage=1))
+        # Stage 1: vision moves, the template texts are its anchor [P]. L = CE(s z T^T, y), in both stages.
+        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
         z, y = self.features(loader, ctx, "Z")
         old, self.memory = self.memory, self.memory.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
-        align_text(config.stage2, self.texts, z, y, old, s, self.loss, ctx.at(stage=2))
+        align_text(config.stage2, self.texts, z, y, old, s, class_cross_entropy, ctx.at(stage=2))
         self.cache_texts()

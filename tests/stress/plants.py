@@ -80,7 +80,7 @@ PLANTS = (
     # methods
     Plant("stage 2 draws from Gaussians that stayed behind", "methods/dmc_ot.py", "self.memory = old.add(z, y)", "old, self.memory = self.memory, old.add(z, y)", VALUES),
     Plant("template share reversed", "methods/parts/two_stage.py", "unit((1 - w) * self.texts().cpu() + w * self.anchors)", "unit(w * self.texts().cpu() + (1 - w) * self.anchors)", VALUES),
-    Plant("forgets the wrong anchor", "methods/parts/two_stage.py", "self.anchors = without(self.anchors, c)", "self.anchors = self.anchors[:-1]", VALUES),
+    Plant("forgets the wrong anchor", "methods/parts/vision_and_anchors.py", "self.anchors = without(self.anchors, c)", "self.anchors = self.anchors[:-1]", VALUES),
     Plant("residuals freeze the wrong way round", "towers/prompts.py", "list(self.residuals)[-1:] if self.choice.freeze_old else list(self.residuals)", "list(self.residuals) if self.choice.freeze_old else list(self.residuals)[-1:]", VALUES),
     Plant("dmc draws its new classes too", "methods/dmc.py", "align_text(config.stage2, self.texts, z, y, old,", "align_text(config.stage2, self.texts, z, y, self.memory,", VALUES),
     Plant("softmax over one class", "methods/parts/stages.py", "    if len(present) > 1:\n", "    if len(present) > 0:\n", ("methods/test_one_class.py",)),

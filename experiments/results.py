@@ -26,6 +26,15 @@ STREAMS = {
     "caltech51": [*EMBEDDINGS, "data/clip-vit-b32-features/caltech51.safetensors"],
     "ucf101": [*EMBEDDINGS, "data/clip-vit-b32-features/ucf101.safetensors"],
     "imagenet150": [*EMBEDDINGS, "data/clip-vit-b32-features/imagenet150.safetensors"],
+    **{
+        f"caltech51-{n}": [
+            *EMBEDDINGS,
+            "data/clip-vit-b32-features/caltech51.safetensors",
+            "--limit-train",
+            str(n),
+        ]
+        for n in (1, 2, 4, 8)
+    },
     "ucf101-at-once": [
         "--step",
         "101",
@@ -76,14 +85,46 @@ DRIFT = {
 }
 """Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
 
+BLEND_PARTS = {
+    "blend": [],
+    "blend-compact": ["rank=8", "features=512"],
+    "blend-one-covariance": ["rank=0"],
+    "blend-no-features": ["features=0"],
+    "blend-no-text": ["text=false"],
+    "blend-gaussians": ["text=false", "features=0"],
+    "blend-no-patches": ["patches=none"],
+    "blend-mean-patch": ["patches=mean"],
+}
+"""Blend, and what it is without one of its parts."""
+
+BLEND_STREAMS = ("shapes", "cifar100", "caltech51", "ucf101", "imagenet150", *(f"caltech51-{n}" for n in (1, 2, 4, 8)))
+
+
+def _counts_on(stream: str, folder: str, switches: list[str]) -> bool:
+    """Whether the stream has what is left out."""
+    has_patches, has_text = stream in ("shapes", "cifar100"), stream != "ucf101"
+    return (has_patches or "patch" not in folder) and (has_text or "text=false" not in switches)
+
+
+def _blend_blocks() -> list[str]:
+    """A table of blend's parts per stream."""
+    found = []
+    for stream in BLEND_STREAMS:
+        rows = [folder for folder, switches in BLEND_PARTS.items() if _counts_on(stream, folder, switches)]
+        found.append(f"{stream}/{{{','.join(rows)}}}")
+    return found
+
+
 TABLES = {
     "README.md": ["shapes/{finetune,zero-shot,simplecil,dmc,dmc-ot,spa,ranpac,joint}"],
+    "docs/blend.md": _blend_blocks(),
     "docs/measured.md": [
         "shapes",
         "caltech51",
         "ucf101",
         "ucf101-at-once",
         "imagenet150",
+        *(f"caltech51-{n}" for n in (1, 2, 4, 8)),
         "cifar100",
         "cifar100-50",
         "spa-shapes",
@@ -139,7 +180,18 @@ METHOD_ROWS = {
         "spa",
     ],
     "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa"],
-    "imagenet150": ["zero-shot", "simplecil", "lda", "ranpac", "rapf", "rapf-identity", "engine", "dmc", "joint"],
+    "imagenet150": [
+        "zero-shot",
+        "simplecil",
+        "lda",
+        "acil",
+        "ranpac",
+        "rapf",
+        "rapf-identity",
+        "engine",
+        "dmc",
+        "joint",
+    ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
 }
 """What is compared on a stream, by folder."""
@@ -168,6 +220,13 @@ def jobs() -> list[Job]:
         "joint",
     ):
         found.append(("ucf101", method, method, [], "1" if method == "simplecil" else THREE))
+    for stream in BLEND_STREAMS:
+        for folder, switches in BLEND_PARTS.items():
+            if _counts_on(stream, folder, switches):
+                found.append((stream, folder, "blend", switches, THREE if folder == "blend" else "1"))
+    for n in (1, 2, 4, 8):
+        for method in ("zero-shot", "simplecil", "lda", "ranpac", "engine", "dmc", "joint"):
+            found.append((f"caltech51-{n}", method, method, [], THREE))
     found += [
         ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),

@@ -75,7 +75,7 @@ class IncrementalClassifier(Estimator):
 
     def __init__(
         self,
-        method: str = "dmc-ot",
+        method: str = "blend",
         towers: str | Towers = "openai/clip-vit-base-patch16",
         *,
         settings: Mapping[str, Any] | None = None,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cairn.classifier.predictions import Predictions
     from cairn.towers.protocol import Towers
 
-METHOD, TOWERS = "dmc-ot", "openai/clip-vit-base-patch16"
+METHOD, TOWERS = "blend", "openai/clip-vit-base-patch16"
 Weights = Annotated[
     str | None, typer.Option("--towers", help="where the weights that it was learned on are now, if they moved")
 ]

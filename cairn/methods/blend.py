@@ -92,7 +92,7 @@ class BlendConfig(Settings):
     features: int = Field(default=FEATURES, ge=0, description="random features of the ridge regression; 0: without it")
     text: bool = Field(default=True, description="whether class texts count, where there are any")
     ageing: float = Field(
-        default=1.0,
+        default=0.5,
         ge=0,
         description="images scored among k of today's K classes weigh (k / K)^ageing in the fit of weights",
     )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MOST_STEPS = 100
@@ -35,10 +35,10 @@ class OpinionPool:
     loss: float = 0.0
 
     @classmethod
-    def starting(cls, weights: Sequence[float], strength: float) -> OpinionPool:
+    def starting(cls, weights: Sequence[float], strength: float, loss: float = 0.0) -> OpinionPool:
         """H = strength I around the weights."""
         phi = torch.tensor(weights, dtype=torch.float64).log()
-        return cls(phi, strength * torch.eye(len(phi), dtype=torch.float64))
+        return cls(phi, strength * torch.eye(len(phi), dtype=torch.float64), loss)
 
     @property
     def weights(self) -> Float[Tensor, " e"]:
@@ -48,8 +48,15 @@ class OpinionPool:
         """sum_e exp(phi_e) E_e."""
         return scores @ self.weights
 
-    def fitted(self, scores: Float[Tensor, "n k e"], labels: Int[Tensor, " n"], ageing: float = 1.0) -> OpinionPool:
-        """After a task whose images have these scores; `ageing` is a."""
+    def fitted(
+        self,
+        scores: Float[Tensor, "n k e"],
+        labels: Int[Tensor, " n"],
+        ageing: float = 1.0,
+        counted: Bool[Tensor, " n"] | None = None,
+    ) -> OpinionPool:
+        """After a task whose images have these scores; `ageing` is a. To `loss` are added those of the images that are
+        `counted`, all by default."""
         E = scores.double()
         E = E - E[torch.arange(len(E)), labels][:, None]
         H = ageing * self.H
@@ -69,7 +76,8 @@ class OpinionPool:
             phi, (value, gradient, J), damping = tried, new, damping / 10
             if gained < 1e-10 * (1 + abs(value)):
                 break
-        loss = value - ((phi - self.phi) @ H @ (phi - self.phi)).item() / 2
+        losses = torch.logsumexp((E * phi.exp()).sum(2), 1)
+        loss = losses.sum().item() if counted is None else losses[counted].sum().item()
         return OpinionPool(phi, H + J, ageing * self.loss + loss)
 
     def _expanded(self, E: Tensor, phi: Tensor, H: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -7,7 +7,7 @@ covariance S in that of a class; D isotropic in each block of columns, with the 
 A normal-inverse-Wishart prior around p_c, its parameters shared by all classes (empirical Bayes), gives
 
     A'_c = A_c + n_c delta / (n_c + delta) (m_c - p_c)(m_c - p_c)^T,      N = sum_c (n_c - 1 + n_c delta / (n_c + delta))
-    S    = (1 - rho) sum_c A'_c / N + rho D,                             rho = d / (N + d)
+    S    = (1 - rho) sum_c A'_c / N + rho D,                             rho = d / (sum_c n_c + d)
     S_c  = (nu S + A'_c) / (nu + n_c),                                   mu_c = (n_c m_c + kappa p_c) / (n_c + kappa)
     g_c(x) = log N(x; mu_c, S_c)                                         up to what is the same for all classes.
 
@@ -85,14 +85,16 @@ class QuadraticDiscriminant:
             A = A.trace() / self._d * torch.eye(self._d, dtype=A.dtype)
             if not A.trace() > 0:
                 A = torch.eye(self._d, dtype=A.dtype) * N / self._d
-        self._N, self._rho = N, self._d / (N + self._d)
+        self._N, self._rho = N, self._d / (n.sum().item() + self._d)
         D = torch.cat([part.mean().expand(len(part)) for part in (A.diagonal() / N).split(list(blocks))])
         S = (1 - self._rho) * A / N + self._rho * torch.diag(D)
         self._W = torch.linalg.solve_triangular(
             torch.linalg.cholesky(S), torch.eye(self._d, dtype=S.dtype), upper=False
         )
         self._t = statistics.cut.double() / S.trace()
-        self._mw, self._pw = M @ self._W.T, self._p @ self._W.T
+        # Measured from their middle, so that squares below are of differences
+        self._origin = M.mean(0)
+        self._mw, self._pw = (M - self._origin) @ self._W.T, (self._p - self._origin) @ self._W.T
         self._P: list[Tensor] = []
         logdet = []
         for c, F in enumerate(statistics.factors):
@@ -106,46 +108,51 @@ class QuadraticDiscriminant:
 
     def scores(self, x: Float[Tensor, "n d"], kappa: float) -> Float[Tensor, "n k"]:
         """g_c(x)."""
-        z = x.double() @ self._W.T
-        mu = (self._n[:, None] * self._mw + kappa * self._pw) / (self._n + kappa)[:, None]
-        columns = [
-            self._scale[c] * _squares(z - mu[c], z @ P.T - P @ mu[c]) + self._logdet[c] for c, P in enumerate(self._P)
-        ]
-        return -torch.stack(columns, 1) / 2 if columns else x.new_zeros(len(x), 0).double()
+        z = self._whitened(x)
+        mu = self._middles(kappa)
+        squares = z.square().sum(1)[:, None] - 2 * z @ mu.T + mu.square().sum(1)
+        for c, P in enumerate(self._P):
+            if len(P):
+                squares[:, c] -= (z @ P.T - P @ mu[c]).square().sum(1)
+        return -(self._scale * squares + self._logdet) / 2
+
+    def _whitened(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        return (x.double() - self._origin) @ self._W.T
+
+    def _middles(self, kappa: float) -> Float[Tensor, "k d"]:
+        """mu_c, whitened; with delta for kappa the middle of the scatter."""
+        return (self._n[:, None] * self._mw + kappa * self._pw) / (self._n + kappa)[:, None]
 
     def left_out(
         self, x: Float[Tensor, "n d"], y: Int[Tensor, " n"], kappas: Sequence[float]
     ) -> list[Float[Tensor, "n k"]]:
         """For each kappa > 0, g_c(x_i) as it is without x_i, which is one of the rows of class y_i."""
-        z, n, delta, nu = x.double() @ self._W.T, self._n, self._delta, self.nu
-        weight = n[y] + delta
-        middle = (n[:, None] * self._mw + delta * self._pw) / (n + delta)[:, None]
-        r = z - middle[y]
+        z, n, nu = self._whitened(x), self._n, self.nu
+        weight = n[y] + self._delta
+        middle, mu = self._middles(self._delta), torch.stack([self._middles(kappa) for kappa in kappas])
+        r, kappa = z - middle[y], torch.tensor(kappas, dtype=z.dtype)
         alone = weight <= 1  # of a class of one row, without delta, nothing is taken out: it has no scatter
         gam = torch.where(alone, 0.0, weight / (weight - 1).masked_fill(alone, 1.0))
         beta = (1 - self._rho) * gam / self._N
-        found = [torch.empty(len(x), len(n), dtype=z.dtype) for _ in kappas]
+        found = torch.empty(len(n), len(kappas), len(x), dtype=z.dtype)
+        zz, zr, rr = z.square().sum(1), (z * r).sum(1), r.square().sum(1)
         for c, P in enumerate(self._P):
-            own, zP = y == c, z @ P.T
-            rP = zP - (middle @ P.T)[y]
-            u = self._scale[c] * _squares(r, rP)
+            own, m, zP = y == c, mu[:, c], z @ P.T
+            mP, rP = m @ P.T, zP - (middle @ P.T)[y] if len(P) else zP
+            u = self._scale[c] * (rr - rP.square().sum(1))
             w = ((nu + self._t[c]) * beta + own * gam) / (nu + n[c])
-            # s is the ratio of nu + n_y before and after; the factor's trace t_c stays
             s = torch.where(own, (nu + n[c]) / (nu + n[c] - 1), 1.0)
-            for g, kappa in zip(found, kappas, strict=True):
-                mu = (n[c] * self._mw[c] + kappa * self._pw[c]) / (n[c] + kappa)
-                e, eP = z - mu, zP - P @ mu
-                # Out of its own class's mean, a row lies further off by the ratio of weights before and after
-                stretch = torch.where(own, (n[c] + kappa) / (n[c] + kappa - 1).clamp(min=1e-300), 1.0)
-                q = self._scale[c] * stretch**2 * _squares(e, eP)
-                v = self._scale[c] * stretch * ((e * r).sum(1) - (eP * rP).sum(1))
-                g[:, c] = (q + w * v**2 / (1 - w * u)) / s + self._logdet[c] + (1 - w * u).log() + self._d * s.log()
-        return [-g / 2 for g in found]
-
-
-def _squares(x: Tensor, projected: Tensor) -> Tensor:
-    """x^T (I - P^T P) x, of rows."""
-    return x.square().sum(1) - projected.square().sum(1)
+            # Out of its own class's mean, a row lies further off by the ratio of weights before and after
+            stretch = torch.where(own, ((n[c] + kappa) / (n[c] + kappa - 1).clamp(min=1e-300))[:, None], 1.0)
+            e = (
+                (zz - zP.square().sum(1))
+                - 2 * (m @ z.T - mP @ zP.T)
+                + (m.square().sum(1) - mP.square().sum(1))[:, None]
+            )
+            q = self._scale[c] * stretch**2 * e
+            v = self._scale[c] * stretch * ((zr - (zP * rP).sum(1)) - (m @ r.T - mP @ rP.T))
+            found[c] = (q + w * v**2 / (1 - w * u)) / s + self._logdet[c] + (1 - w * u).log() + self._d * s.log()
+        return [-g.T / 2 for g in found.transpose(0, 1)]
 
 
 def predicted_means(means: Float[Tensor, "k d"], texts: Float[Tensor, "k w"] | None) -> Float[Tensor, "k d"]:

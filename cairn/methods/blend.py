@@ -47,6 +47,9 @@ from cairn.training.encode import encode
 from cairn.types import Features, Pixels, Scores
 
 KAPPAS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+KAPPA = 2.0
+"""Before anything is known; log kappa is taken for normal around its logarithm, with deviation 1."""
+
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 GAUSSIAN, TEXT, RIDGE = 0.03, 0.5, 5.0
@@ -131,7 +134,7 @@ class Blend(GaussianScoring[ScatterMemory]):
         self.gram = Gram.empty(config.features)
         self.ridge_errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         starts = [GAUSSIAN, *([TEXT] if self.uses_text else []), *([RIDGE] if self.random else [])]
-        self.pools = [OpinionPool.starting(starts, STRENGTH) for _ in KAPPAS]
+        self.pools = [OpinionPool.starting(starts, STRENGTH, math.log(kappa / KAPPA) ** 2 / 2) for kappa in KAPPAS]
         self._set(ScatterMemory(d, config.rank, config.precision))
 
     @property
@@ -167,9 +170,11 @@ class Blend(GaussianScoring[ScatterMemory]):
             left_out = self.gram.left_out(self._widened(x), Y, RIDGES)
             self.ridge_errors = self.ridge_errors + torch.stack([(f - Y).square().sum() for f in left_out])
             others.append(left_out[int(self.ridge_errors.argmin())])
+        # Of a class's only image nothing tells kappa: without it the class is where texts predict it.
+        several = self.memory.counts[y] > 1
         ageing = (before / self.memory.classes) ** config.ageing if before else 1.0
         self.pools = [
-            pool.fitted(torch.stack([g, *others], 2), y, ageing)
+            pool.fitted(torch.stack([g, *others], 2), y, ageing, several)
             for pool, g in zip(self.pools, self._gaussians().left_out(x.double(), y, KAPPAS), strict=True)
         ]
         self._set(self.memory.stored())

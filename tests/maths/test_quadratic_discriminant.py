@@ -57,7 +57,7 @@ def naive(x, y, prior, *, nu, delta, kappa, at, N=None, rho=None, isotropic=None
     total = sum(scatters)
     if N is None:
         N = sum(m - 1 + (m * delta / (m + delta) if delta else 0.0) for m in n)
-        rho = D / (N + D)
+        rho = D / (len(x) + D)
         trace = [part.mean() for part in (total.diagonal() / N).split(BLOCKS)]
         isotropic = torch.diag(torch.cat([t.expand(b) for t, b in zip(trace, BLOCKS, strict=True)]))
     S = (1 - rho) * total / N + rho * isotropic

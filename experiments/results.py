@@ -116,7 +116,7 @@ def _blend_blocks() -> list[str]:
 
 
 TABLES = {
-    "README.md": ["shapes/{finetune,zero-shot,simplecil,dmc,dmc-ot,spa,ranpac,joint}"],
+    "README.md": ["shapes/{finetune,zero-shot,simplecil,dmc,dmc-ot,spa,ranpac,blend,joint}"],
     "docs/blend.md": _blend_blocks(),
     "docs/measured.md": [
         "shapes",

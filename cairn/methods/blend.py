@@ -68,7 +68,8 @@ def _bytes(k: int, d: int, n: int, i: int, w: int) -> int:
     """With default settings: of each class count, mean, text, axes in float16 and what they lack, and a column of C; G."""
     wide = d if i == 4 * d else 3 * d  # a features file has no patches
     axes = min(n - k, k * min(RANK, wide))
-    return k * (20 + 4 * wide + 4 * d + 4 * FEATURES) + 2 * wide * axes + 2 * FEATURES * (FEATURES + 1)
+    cut = 2 * wide * (wide + 1) if n - k > axes and wide > RANK else 0
+    return k * (20 + 4 * wide + 4 * d + 4 * FEATURES) + 2 * wide * axes + cut + 2 * FEATURES * (FEATURES + 1)
 
 
 class BlendConfig(Settings):

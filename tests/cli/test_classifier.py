@@ -26,6 +26,8 @@ from cairn.reports import patches
 from cairn.training.checkpoint import Checkpoint
 
 QUICK = [
+    "--method",
+    "dmc-ot",
     "--towers",
     "tiny",
     "--device",

@@ -1,0 +1,133 @@
+"""Blend: what leaving out, forgetting and few images do to it; its parts have tests of their own in maths and memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cairn.data.images import Subset
+from cairn.data.stream import task_stream
+from cairn.methods.blend import TEXT, Blend, BlendConfig
+from cairn.towers.features import FeatureTowers
+from cairn.training.context import Context
+from cairn.training.seeds import Seeds
+
+
+def towers_of(dataset, text=None):
+    held = dataset.embeddings
+    return FeatureTowers(
+        name="made",
+        dim=held.dim,
+        logit_scale=held.logit_scale,
+        fingerprint="made",
+        names=dataset.classes,
+        text=text,
+    )
+
+
+def learned(dataset, tasks, texts=None, **settings):
+    method = Blend(towers_of(dataset, texts), BlendConfig(patches="none", **settings), seed=1)
+    for task in tasks:
+        method.learn(task, Context(Seeds(1)))
+    return method
+
+
+def accuracy(method, stream):
+    found = []
+    for test in stream.tests:
+        x = torch.tensor(np.stack([test[i] for i in range(len(test))]))
+        found.append((method.scores(method.embed(x)).argmax(1).numpy() == test.labels).mean())
+    return float(np.mean(found))
+
+
+def some(task, number):
+    labels = task.train.labels
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[:number] for c in np.unique(labels)]))
+    return replace(task, train=Subset(task.train, rows, labels[rows]))
+
+
+@pytest.fixture
+def world(embedded_dataset):
+    return embedded_dataset, task_stream(embedded_dataset, step=2), embedded_dataset.embeddings.text
+
+
+def test_it_is_not_below_any_of_its_parts(world):
+    dataset, stream, text = world
+    whole = accuracy(learned(dataset, stream.tasks, text), stream)
+    for settings in ({"text": False}, {"features": 0}, {"text": False, "features": 0}):
+        assert whole >= accuracy(learned(dataset, stream.tasks, text, **settings), stream) - 0.03
+
+
+def test_texts_that_tell_nothing_lose_their_weight(world):
+    dataset, stream, text = world
+    noise = np.random.default_rng(0).normal(size=text.shape).astype(np.float32)
+    method, without = learned(dataset, stream.tasks, noise), learned(dataset, stream.tasks)
+    assert method.pool.weights[1] < TEXT
+    assert accuracy(method, stream) >= accuracy(without, stream) - 0.03
+    trusted = learned(dataset, stream.tasks, text)
+    assert trusted.pool.weights[1] > method.pool.weights[1]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_few_images_of_a_class_do_better_with_texts(world, number):
+    dataset, stream, text = world
+    tasks = [some(task, number) for task in stream.tasks]
+    assert accuracy(learned(dataset, tasks, text), stream) >= accuracy(learned(dataset, tasks), stream)
+
+
+def test_classes_may_come_one_by_one(world):
+    dataset, _, text = world
+    stream = task_stream(dataset, step=1)
+    method = learned(dataset, stream.tasks, text)
+    assert method.memory.classes == 6
+    assert accuracy(method, stream) > 0.8
+
+
+def test_a_class_that_comes_back_is_learned_on(world):
+    dataset, stream, text = world
+    first = stream.tasks[0]
+    labels = first.train.labels
+    halves = [
+        Subset(first.train, rows, labels[rows]) for rows in (np.arange(0, len(labels), 2), np.arange(1, len(labels), 2))
+    ]
+    again = replace(first, index=1, names=(), classes=range(2, 2), train=halves[1])
+    method = learned(dataset, [replace(first, train=halves[0]), again], text, precision="float64")
+    whole = learned(dataset, [first], text, precision="float64")
+    assert method.memory.counts.tolist() == whole.memory.counts.tolist()
+    torch.testing.assert_close(method.memory.scatter, whole.memory.scatter, rtol=0, atol=1e-8)
+    torch.testing.assert_close(method.memory.means, whole.memory.means, rtol=0, atol=1e-8)
+    torch.testing.assert_close(method.gram.solution(0.1), whole.gram.solution(0.1), rtol=1e-3, atol=1e-4)
+
+
+def test_the_gaussians_of_a_forgotten_class_leave_no_trace(world):
+    dataset, stream, text = world
+    exact = {"features": 0, "precision": "float64"}
+    method = learned(dataset, stream.tasks, text, **exact)
+    method.forget(1)
+    x = torch.randn(20, dataset.embeddings.dim, generator=torch.Generator().manual_seed(0))
+    rows = method.memory_rows(x).double()
+    kept = [c for c in range(6) if c != 1]
+
+    other = Blend(towers_of(dataset, text), BlendConfig(patches="none", **exact), seed=1)
+    data = [
+        (method.memory_rows(torch.tensor(np.stack([t.train[i] for i in range(len(t.train))]))), t.train.labels)
+        for t in stream.tasks
+    ]
+    z, y = torch.cat([z for z, _ in data]), torch.from_numpy(np.concatenate([labels for _, labels in data]))
+    never = y != 1
+    other.texts = method.texts
+    other._set(other.memory.add(z[never], y[never] - (y[never] > 1).long()).stored())
+    torch.testing.assert_close(
+        method._gaussians().scores(rows, 2.0), other._gaussians().scores(rows, 2.0), rtol=0, atol=1e-8
+    )
+    assert method.texts.shape[0] == len(kept)
+
+
+def test_compact_is_small(world):
+    dataset, stream, text = world
+    whole, compact = learned(dataset, stream.tasks, text), learned(dataset, stream.tasks, text, rank=4, features=128)
+    assert compact.memory_bytes < whole.memory_bytes / 10
+    assert accuracy(compact, stream) > accuracy(whole, stream) - 0.1

@@ -174,7 +174,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(features, tmp_path):
     """Task, stage and step are named, and what was learned before can be gone on with."""
     config, archive = RunConfig(method="dmc", data=features, step=2, settings=QUICK["dmc"]), Archive(tmp_path, "run")
     calls = []
-    plain = dmc.cross_entropy
+    plain = dmc.class_cross_entropy
 
     def spoilt(*args, **kwargs):
         calls.append(1)
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(features, tmp_path):
         return value * float("nan") if len(calls) == 5 else value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dmc, "cross_entropy", spoilt)
+        patch.setattr(dmc, "class_cross_entropy", spoilt)
         with pytest.raises(NotFinite, match=r"task \d, stage \d, epoch \d, step \d+: the loss is nan"):
             run_stream(config, checkpoint=Checkpoint(steps=1), archive=archive)
     states = []

@@ -46,8 +46,7 @@ MOST = 512
 FOLDS = 5
 
 DUPLICATE = 0.4
-"""Frames of one video are closer to one another than later images of their class will be. Chosen on training images kept
-apart; see docs/calibration.md."""
+"""Frames of one video are closer to one another than later images of their class will be. See docs/calibration.md."""
 
 BATCH = 64
 

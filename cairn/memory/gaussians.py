@@ -19,10 +19,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cairn.config import Settings, kind_by_name
-from cairn.errors import DataError, NotFinite, ResultError, counted
+from cairn.errors import NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
+from cairn.memory.arrival import rows_by_class
 from cairn.memory.covariances import Covariance, Full, Held
 from cairn.types import Features, Labels
 
@@ -190,26 +191,11 @@ class GaussianMemory:
         Raises DataError where shapes disagree or new labels leave a gap after 0..k-1, NotFinite naming the class where
         a feature, or a statistic in float32, is not finite.
         """
-        if features.ndim != 2 or features.shape[1] != self._dim or labels.shape != features.shape[:1]:
-            raise DataError(
-                f"features {tuple(features.shape)} with labels {tuple(labels.shape)}: "
-                f"a memory of width {self._dim} takes (n, {self._dim}) and (n,)"
-            )
-        # Sorted once: a mask per class would be quadratic in the number of classes
-        labels = labels.detach().cpu()
-        seen, sizes = labels.unique(return_counts=True)
-        k = max(self.classes, int(seen[-1]) + 1) if len(seen) else self.classes
-        expected = set(range(self.classes, k))
-        if len(seen) and (int(seen[0]) < 0 or not expected <= set(seen.tolist())):
-            raise DataError(
-                f"labels {sorted(seen.tolist())[:8]}: classes are numbered in order of arrival, "
-                f"so after {self.classes} classes the new ones start at {self.classes} and leave no gap"
-            )
-        order = labels.argsort(stable=True).to(features.device)
-        stored = self._room_for(k)
+        arrived = rows_by_class(features, labels, self._dim, self.classes)
+        stored = self._room_for(max([self.classes, *(c + 1 for c in arrived)]))
         weights = self._weights(stored.counts).tolist()
-        for c, index in zip(seen.tolist(), order.split(sizes.tolist()), strict=True):
-            x = features.detach()[index].to("cpu", torch.float64)
+        for c, index in arrived.items():
+            x = features.detach()[index.to(features.device)].to("cpu", torch.float64)
             _refuse_not_finite(x, f"features of class {c}")
             n, m, row = int(stored.counts[c]), len(x), self._row(c)
             gap = x.mean(0) - stored.means[c].double()

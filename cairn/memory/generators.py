@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cairn.errors import DataError, NotFinite, ResultError
+from cairn.errors import NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap
+from cairn.memory.arrival import rows_by_class
 from cairn.types import Features, Labels
 
 CHUNK_VALUES = 2**24
@@ -99,25 +100,20 @@ class GeneratorMemory:
         A class held already is trained anew, on as many draws of its generator as it was learned from and the new rows.
         Raises DataError where new labels leave a gap after 0..k-1, NotFinite where what was trained is not finite.
         """
-        seen, sizes = labels.unique(return_counts=True)
-        k = max(self.classes, int(seen[-1]) + 1) if len(seen) else self.classes
-        if not set(range(self.classes, k)) <= set(seen.tolist()):
-            raise DataError(
-                f"labels {seen.tolist()[:8]}: after {self.classes} classes the new ones start there and leave no gap"
-            )
-        if not len(seen):
+        arrived = rows_by_class(features, labels, self.dim, self.classes)
+        if not arrived:
             return self
-        rows = []
-        for c in seen.tolist():
+        rows, k = [], max(self.classes, *(c + 1 for c in arrived))
+        for c, index in arrived.items():
             held = self.draw(int(self._counts[c]), generator, [c])[0] if c < self.classes else features[:0]
-            rows.append(torch.cat([held.to(features), features[labels == c]]))
+            rows.append(torch.cat([held.to(features), features[index.to(features.device)]]))
         made = train(rows)
         if not all(tensor.isfinite().all() for tensor in made):
             raise NotFinite("a trained generator is not finite: lower its learning rate")
-        where = {c: c for c in range(k)} | {c: self.classes + i for i, c in enumerate(seen.tolist())}
+        where = {c: c for c in range(k)} | {c: self.classes + i for i, c in enumerate(arrived)}
         joined = Decoders(*(torch.cat(pair) for pair in zip(self._decoders, made, strict=True)))
         counts = torch.cat([self._counts, self._counts.new_zeros(k - self.classes)])
-        counts[seen] += sizes
+        counts[list(arrived)] += torch.tensor([len(index) for index in arrived.values()])
         return GeneratorMemory(counts, joined.rows(list(where.values())))
 
     def moved(self, maps: AffineMap | Sequence[AffineMap]) -> GeneratorMemory:

@@ -23,10 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cairn.errors import DataError, NotFinite, ResultError
+from cairn.errors import NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap, cholesky_repaired
 from cairn.maths.quadratic_discriminant import ScatterStatistics
 from cairn.maths.rows import without
+from cairn.memory.arrival import rows_by_class
 from cairn.types import Features, Labels
 
 Precision = Literal["float16", "float32", "float64"]
@@ -111,26 +112,17 @@ class ScatterMemory:
     def add(self, features: Features, labels: Labels) -> ScatterMemory:
         """With these rows learned, whole: new classes appended, known ones merged. Raises DataError where shapes disagree or
         new labels leave a gap, NotFinite naming the class."""
-        if features.ndim != 2 or features.shape[1] != self._dim or labels.shape != features.shape[:1]:
-            raise DataError(
-                f"features {tuple(features.shape)} with labels {tuple(labels.shape)}: "
-                f"a memory of width {self._dim} takes (n, {self._dim}) and (n,)"
-            )
-        labels, x = labels.detach().cpu(), features.detach().to("cpu", torch.float64)
-        seen = labels.unique().tolist()
-        k = max([self.classes - 1, *seen]) + 1
-        if seen and (seen[0] < 0 or not {*range(self.classes, k)} <= {*seen}):
-            raise DataError(
-                f"labels {seen[:8]}: classes are numbered in order of arrival, so after {self.classes} classes the new ones "
-                f"start at {self.classes} and leave no gap"
-            )
-        more = k - self.classes
+        arrived, x = (
+            rows_by_class(features, labels, self._dim, self.classes),
+            features.detach().to("cpu", torch.float64),
+        )
+        more = max([self.classes, *(c + 1 for c in arrived)]) - self.classes
         counts = torch.cat([self._counts, self._counts.new_zeros(more)])
         means = torch.cat([self.means, torch.zeros(more, self._dim, dtype=torch.float64)])
         cut = torch.cat([self._cut.double(), torch.zeros(more, dtype=torch.float64)])
         factors = [*self._factors, *[torch.zeros(0, self._dim, dtype=torch.float64)] * more]
-        for c in seen:
-            own = x[labels == c]
+        for c, index in arrived.items():
+            own = x[index]
             if not own.isfinite().all():
                 raise NotFinite(f"features of class {c}: not all are finite; compute them in float32 or float64")
             n, m, mean = int(counts[c]), len(own), own.mean(0)

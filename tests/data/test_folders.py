@@ -77,13 +77,13 @@ def test_flat_layout_is_cut_per_class(tmp_path):
 def test_flat_split_follows_the_seed(tmp_path):
     flat_layout(tmp_path)
 
-    def tested(**options):
+    def items(**options):
         test = folder_dataset(tmp_path, **options).test
         return [test.describe(i) for i in range(len(test))]
 
-    assert tested() == tested(split_seed=0)
-    assert tested() != tested(split_seed=1)
-    assert len(tested(test_share=0.5)) == 10
+    assert items() == items(split_seed=0)
+    assert items() != items(split_seed=1)
+    assert len(items(test_share=0.5)) == 10
 
 
 def test_flat_split_keeps_one_image_on_either_side(tmp_path):

@@ -126,6 +126,10 @@ def test_the_gaussians_of_a_forgotten_class_leave_no_trace(world):
     assert method.texts.shape[0] == len(kept)
 
 
+def test_a_hundred_classes_take_what_the_documents_say():
+    assert Blend.card.bytes(100, 512, 50_000, 4 * 512, 512) == pytest.approx(16.6e6, rel=5e-3)
+
+
 def test_compact_is_small(world):
     dataset, stream, text = world
     whole, compact = learned(dataset, stream.tasks, text), learned(dataset, stream.tasks, text, rank=4, features=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import contextmanager
 from itertools import islice
 
 import pytest
@@ -115,6 +116,45 @@ def test_a_stage_with_rates_that_was_cut_off_goes_on_to_the_bit(regression, opti
         assert torch.equal(three(batches, schedule, rates, again), whole)
 
 
+class Drawing:
+    """A model that keeps the first number that each step could draw."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.drawn = []
+
+    @contextmanager
+    def training(self, generator):
+        self.drawn.append(torch.rand(1, generator=generator).item())
+        yield
+
+
+def test_every_step_draws_its_own_numbers_and_every_epoch_its_own_order(regression):
+    batches, _ = regression
+    theta, model, firsts = nn.Parameter(torch.zeros(3)), Drawing(), []
+
+    def loss(x, y):
+        firsts.append(y[0].item())
+        return ((x @ theta - y) ** 2).mean()
+
+    fit(loss, [theta], batches, Schedule(epochs=3, lr=0.05), Context(Seeds(0)), model=model)
+    steps = 3 * len(batches)
+    assert len(model.drawn) == len(set(model.drawn)) == steps
+    assert len(set(firsts[:: len(batches)])) == 3
+
+
+@pytest.mark.parametrize("clip", [0.5, 2.0])
+def test_a_gradient_is_never_longer_than_the_clip(clip):
+    """One step of SGD goes lr * clip along a steep gradient, and lr times the gradient along a gentle one."""
+    batches = Rows(torch.ones(4, 1), torch.zeros(4), 4)
+    for slope, length in ((torch.tensor([30.0, 40.0]), clip), (torch.tensor([0.03, 0.04]), 0.05)):
+        theta = nn.Parameter(torch.zeros(2))
+        schedule = Schedule(epochs=1, lr=0.1, optimizer="sgd", weight_decay=0.0, warmup=0, cosine=False, clip=clip)
+        fit(lambda x, y, theta=theta, slope=slope: slope @ theta, [theta], batches, schedule, Context(Seeds(0)))
+        torch.testing.assert_close(theta.detach(), -0.1 * length * slope / slope.norm(), rtol=1e-4, atol=0)
+
+
 def test_a_loss_that_is_no_number_stops_before_the_step(regression):
     batches, _ = regression
     theta = nn.Parameter(torch.ones(3))
@@ -193,7 +233,7 @@ def test_the_beta_average_is_the_weighted_mean_of_the_trajectory():
     trajectory, T = [0.0], 4
     for step in range(T):
         with torch.no_grad():
-            theta += 1.0
+            theta += (step + 1.0) ** 2  # uneven, so that weights show
         trajectory.append(theta.item())
         average.update(step, T)
     average.apply()

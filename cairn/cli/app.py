@@ -281,7 +281,8 @@ def compare(
     into: Into = None,
     name: Block = "results",
 ) -> None:
-    """Compare two methods, paired by seed. Prints what one gains over the other, with a 95 % confidence interval."""
+    """Compare two methods, paired by seed and class order. Prints what one gains over the other, with a 95 % confidence
+    interval."""
     from cairn.reports.tables import difference_table, results_below
 
     _put(difference_table(results_below([first]), results_below([second])), into, f"compare {name}")

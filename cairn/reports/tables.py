@@ -130,51 +130,82 @@ def markdown_table(results: Sequence[Result]) -> str:
     return summary_table(groups).markdown()
 
 
+def paired(first: Sequence[Result], second: Sequence[Result]) -> list[list[tuple[Result, Result]]]:
+    """Runs of both with the same seed on the same stream in the same class order, one list for each order."""
+    keys = [tuple(key.values()) for key in stream_keys([*first, *second])]
+    others = {(key, run["seed"]): run for key, run in zip(keys[len(first) :], second, strict=True)}
+    found: dict[tuple, list[tuple[Result, Result]]] = {}
+    for key, run in zip(keys, first, strict=False):
+        if (key, run["seed"]) in others:
+            found.setdefault(key, []).append((run, others[key, run["seed"]]))
+    return list(found.values())
+
+
 def paired_seeds(first: Sequence[Result], second: Sequence[Result]) -> list[int]:
-    return sorted({result["seed"] for result in first} & {result["seed"] for result in second})
+    return sorted({run["seed"] for pairs in paired(first, second) for run, _ in pairs})
+
+
+def differences_known(first: Sequence[Result], second: Sequence[Result]) -> int:
+    """How many independent differences there are: class orders, or seeds where there is one order."""
+    orders = paired(first, second)
+    return len(orders[0]) if len(orders) == 1 else len(orders)
 
 
 def gains(first: Sequence[Result], second: Sequence[Result]) -> list[Interval | None]:
-    """What the first runs gain over the second in each of COMPARED, paired by seed: mean difference in points, and the
-    interval that holds the true mean with 95 % confidence (Student's t over the paired differences).
+    """What the first runs gain over the second in each of COMPARED: mean difference in points over pairs of the same seed and
+    class order, and the interval that holds the true mean with 95 % confidence (Student's t).
 
-    None where a run has no such figure. Two seeds at least must be in both. Raises ConfigError if scipy is missing.
+    With several class orders the interval is over the orders, each with its mean over seeds: seeds of one order share its
+    luck. With one it is over seeds. None where a run has no such figure. Two orders or seeds at least must be in both.
+    Raises ConfigError if scipy is missing.
     """
     try:
         from scipy.stats import t
     except ImportError:
         raise ConfigError(f"comparison: scipy is missing; {extra_remedy('report')}") from None
-    seeds = paired_seeds(first, second)
-    of_first, of_second = ({result["seed"]: result for result in runs} for runs in (first, second))
+    orders = paired(first, second)
     found: list[Interval | None] = []
     for key in COMPARED:
-        pairs = [(of_first[seed][key], of_second[seed][key]) for seed in seeds]
-        if any(None in pair for pair in pairs):
+        if any(run[key] is None for pairs in orders for pair in pairs for run in pair):
             found.append(None)
             continue
-        mean, deviation = mean_and_deviation([100 * (one - other) for one, other in pairs])
-        half = t.ppf(0.975, len(seeds) - 1) * deviation / len(seeds) ** 0.5
+        values = [[100 * (one[key] - other[key]) for one, other in pairs] for pairs in orders]
+        means = values[0] if len(values) == 1 else [sum(over_seeds) / len(over_seeds) for over_seeds in values]
+        mean, deviation = mean_and_deviation(means)
+        half = t.ppf(0.975, len(means) - 1) * deviation / len(means) ** 0.5
         found.append(Interval(mean, mean - half, mean + half))
     return found
 
 
 def gains_table(pairs: Mapping[str, tuple[Sequence[Result], Sequence[Result]]]) -> Table:
-    """One row per pair: the gains of its first runs over its second, and the seeds that are in both."""
-    rows = [[name, *gains(*pair), ", ".join(map(str, paired_seeds(*pair)))] for name, pair in pairs.items()]
-    return Table([Column("difference"), *map(Column, COMPARED), Column("seeds")], rows)
+    """One row per pair: the gains of its first runs over its second, the seeds that are in both and, if a pair has several,
+    the number of class orders."""
+    orders = {name: len(paired(*pair)) for name, pair in pairs.items()}
+    several = max(orders.values(), default=1) > 1
+    rows = [
+        [
+            name,
+            *gains(*pair),
+            ", ".join(map(str, paired_seeds(*pair))),
+            *([str(orders[name])] if several else []),
+        ]
+        for name, pair in pairs.items()
+    ]
+    more = [Column("class orders")] if several else []
+    return Table([Column("difference"), *map(Column, COMPARED), Column("seeds"), *more], rows)
 
 
 def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
-    """What the first method gains over the second, as Markdown.
+    """What the first method gains over the second, as Markdown. Each may have been run in several class orders.
 
-    Raises ResultError if the runs cannot be compared, or fewer than two seeds are in both; ConfigError if scipy is missing.
+    Raises ResultError if the runs cannot be compared, or fewer than two seeds or orders are in both; ConfigError if scipy is
+    missing.
     """
-    if problems := comparable([*first, *second]):
+    if not paired(first, second) and (problems := comparable([*first, *second])):
         raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
-    if len(seeds := paired_seeds(first, second)) < 2:
-        raise ResultError(
-            f"in both folders: {counted(len(seeds), 'seed')}: an interval needs two or more; run more --seeds"
-        )
+    if differences_known(first, second) < 2:
+        number = counted(len(paired_seeds(first, second)), "seed")
+        raise ResultError(f"in both folders: {number}: an interval needs two or more; run more --seeds")
     return gains_table({f"{label(first[0])} - {label(second[0])}": (first, second)}).markdown()
 
 

@@ -76,6 +76,21 @@ def test_a_difference_is_paired_by_seed_with_the_interval_of_student():
     assert row.endswith("| 1, 2, 3 |")
 
 
+def test_over_several_class_orders_the_interval_is_over_the_orders():
+    """Seeds of an order share its luck: as many observations as orders, each the mean over its seeds."""
+    gains = {"a": [0.01, 0.03], "b": [0.05], "c": [0.02, 0.02]}
+    runs = [
+        (result("ranpac", seed, average), result("blend", seed, average + gain), order)
+        for order, average in (("a", 0.5), ("b", 0.8), ("c", 0.3))
+        for seed, gain in enumerate(gains[order], 1)
+    ]
+    second, first = ([pair[i] | {"class_order": [pair[2]]} for pair in runs] for i in (0, 1))
+    (row,) = difference_table([*reversed(first), result("blend", 1)], second).splitlines()[2:]
+    low, high = ttest_1samp([2.0, 5.0, 2.0], 0).confidence_interval(0.95)
+    assert row.startswith(f"| blend - ranpac | {3.0:+.2f} [{low:+.2f}, {high:+.2f}] |")
+    assert row.endswith("| 1, 2 | 3 |")
+
+
 def test_a_difference_over_one_seed_or_two_streams_is_refused():
     with pytest.raises(ResultError, match="in both folders: 1 seed"):
         difference_table([result(), result(seed=2)], [result()])

@@ -35,13 +35,16 @@ texts predict, and the leave-one-out in this form are ours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+GROUP = 1024
+"""Rows of factors that are multiplied at once."""
 
 
 @dataclass(frozen=True)
@@ -95,25 +98,30 @@ class QuadraticDiscriminant:
         # Measured from their middle, so that squares below are of differences
         self._origin = M.mean(0)
         self._mw, self._pw = (M - self._origin) @ self._W.T, (self._p - self._origin) @ self._W.T
-        self._P: list[Tensor] = []
+        self._P: list[tuple[slice, Tensor]] = []
         logdet = []
-        for c, F in enumerate(statistics.factors):
-            rows = torch.cat([F.double(), shift[c : c + 1]]) if delta else F.double()
-            G = rows @ self._W.T / math.sqrt(nu + float(self._t[c]))
-            C = torch.linalg.cholesky(torch.eye(len(G), dtype=G.dtype) + G @ G.T)
-            self._P.append(torch.linalg.solve_triangular(C, G, upper=False))
-            logdet.append(2 * C.diagonal().log().sum().item())
+        for group in _groups([len(F) + 1 for F in statistics.factors]):
+            F = pad_sequence(
+                [F.double() for F in statistics.factors[group]], batch_first=True
+            )  # rows of 0 change nothing
+            if delta:
+                F = torch.cat([F, shift[group, None]], 1)
+            G = F @ self._W.T / (nu + self._t[group, None, None]).sqrt()
+            C = torch.linalg.cholesky(torch.eye(G.shape[1], dtype=G.dtype) + G @ G.mT)
+            self._P.append((group, torch.linalg.solve_triangular(C, G, upper=False)))
+            logdet.append(2 * C.diagonal(dim1=1, dim2=2).log().sum(1))
         self._scale = (nu + n) / (nu + self._t)
-        self._logdet = torch.tensor(logdet, dtype=n.dtype) - self._d * self._scale.log()
+        self._logdet = torch.cat([n.new_zeros(0), *logdet]) - self._d * self._scale.log()
 
     def scores(self, x: Float[Tensor, "n d"], kappa: float) -> Float[Tensor, "n k"]:
         """g_c(x)."""
         z = self._whitened(x)
         mu = self._middles(kappa)
         squares = z.square().sum(1)[:, None] - 2 * z @ mu.T + mu.square().sum(1)
-        for c, P in enumerate(self._P):
-            if len(P):
-                squares[:, c] -= (z @ P.T - P @ mu[c]).square().sum(1)
+        for group, P in self._P:
+            # p_bn = P_b (z_n - mu_b)
+            projected = torch.einsum("brd,nd->brn", P, z) - torch.einsum("brd,bd->br", P, mu[group])[:, :, None]
+            squares[:, group] -= projected.square().sum(1).T
         return -(self._scale * squares + self._logdet) / 2
 
     def _whitened(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -130,29 +138,47 @@ class QuadraticDiscriminant:
         z, n, nu = self._whitened(x), self._n, self.nu
         weight = n[y] + self._delta
         middle, mu = self._middles(self._delta), torch.stack([self._middles(kappa) for kappa in kappas])
+        seen, at = y.unique(return_inverse=True)
         r, kappa = z - middle[y], torch.tensor(kappas, dtype=z.dtype)
         alone = weight <= 1  # of a class of one row, without delta, nothing is taken out: it has no scatter
         gam = torch.where(alone, 0.0, weight / (weight - 1).masked_fill(alone, 1.0))
         beta = (1 - self._rho) * gam / self._N
-        found = torch.empty(len(n), len(kappas), len(x), dtype=z.dtype)
+        found = torch.empty(len(kappas), len(n), len(x), dtype=z.dtype)
         zz, zr, rr = z.square().sum(1), (z * r).sum(1), r.square().sum(1)
-        for c, P in enumerate(self._P):
-            own, m, zP = y == c, mu[:, c], z @ P.T
-            mP, rP = m @ P.T, zP - (middle @ P.T)[y] if len(P) else zP
-            u = self._scale[c] * (rr - rP.square().sum(1))
-            w = ((nu + self._t[c]) * beta + own * gam) / (nu + n[c])
-            s = torch.where(own, (nu + n[c]) / (nu + n[c] - 1), 1.0)
+        for group, P in self._P:
+            # Of the classes b of a group and the rows n: z' S^-1 z and the like are z.z - (P z).(P z)
+            own, m = y == torch.arange(len(n))[group, None], mu[:, group]
+            zP, mP = torch.einsum("brd,nd->brn", P, z), torch.einsum("brd,jbd->bjr", P, m)
+            rP = zP - torch.einsum("brd,kd->brk", P, middle[seen])[:, :, at]
+            scale, held, count = self._scale[group, None], self._t[group, None], n[group, None]
+            u = scale * (rr - rP.square().sum(1))
+            w = ((nu + held) * beta + own * gam) / (nu + count)
+            s = torch.where(own, (nu + count) / (nu + count - 1), 1.0)
             # Out of its own class's mean, a row lies further off by the ratio of weights before and after
-            stretch = torch.where(own, ((n[c] + kappa) / (n[c] + kappa - 1).clamp(min=1e-300))[:, None], 1.0)
+            weights = n[group] + kappa[:, None]
+            stretch = torch.where(own, (weights / (weights - 1).clamp(min=1e-300))[:, :, None], 1.0)
             e = (
                 (zz - zP.square().sum(1))
-                - 2 * (m @ z.T - mP @ zP.T)
-                + (m.square().sum(1) - mP.square().sum(1))[:, None]
+                - 2 * (m @ z.T - (mP @ zP).transpose(0, 1))
+                + (m.square().sum(2) - mP.square().sum(2).T)[:, :, None]
             )
-            q = self._scale[c] * stretch**2 * e
-            v = self._scale[c] * stretch * ((zr - (zP * rP).sum(1)) - (m @ r.T - mP @ rP.T))
-            found[c] = (q + w * v**2 / (1 - w * u)) / s + self._logdet[c] + (1 - w * u).log() + self._d * s.log()
-        return [-g.T / 2 for g in found.transpose(0, 1)]
+            q = scale * stretch**2 * e
+            v = scale * stretch * ((zr - (zP * rP).sum(1)) - (m @ r.T - (mP @ rP).transpose(0, 1)))
+            rest = self._logdet[group, None] + (1 - w * u).log() + self._d * s.log()
+            found[:, group] = (q + w * v**2 / (1 - w * u)) / s + rest
+        return [-g.T / 2 for g in found]
+
+
+def _groups(rows: Sequence[int]) -> Iterator[slice]:
+    """Consecutive classes, together of at most GROUP rows where each has as many as the largest."""
+    start = longest = 0
+    for c, number in enumerate(rows):
+        if c > start and max(longest, number) * (c + 1 - start) > GROUP:
+            yield slice(start, c)
+            start, longest = c, 0
+        longest = max(longest, number)
+    if rows:
+        yield slice(start, len(rows))
 
 
 def predicted_means(means: Float[Tensor, "k d"], texts: Float[Tensor, "k w"] | None) -> Float[Tensor, "k d"]:

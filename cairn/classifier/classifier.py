@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,29 +20,28 @@ from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import LearnerRecord
+from cairn.classifier.scoring import BATCH, Scorer
 from cairn.classifier.stored import copied
 from cairn.config import with_values
+from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
-from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, normal_form
 from cairn.data.stream import Task
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
     ConfigError,
     DataError,
-    NotFinite,
     NotFitted,
     TowersError,
     UnknownName,
     UnreadableImages,
-    one_line,
 )
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import DescribedClasses, KeepsImages, Method, PatchReasons
+from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method
 from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
-from cairn.storage.tensors import first_not_finite
+from cairn.towers.cached import CachedTowers
 from cairn.towers.catalogue import load_towers
 from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
 from cairn.towers.protocol import Towers
@@ -50,11 +50,10 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
-from cairn.types import Features, Scores
 
 WORK = "work"
-BATCH = 64
-"""Images scored at once."""
+AHEAD = 16
+"""Batches for which images are taken from a generator at once."""
 
 REFERENCES = 256
 
@@ -302,48 +301,68 @@ class IncrementalClassifier(Estimator):
         them. Raises UnreadableImages, with all such files, otherwise.
         """
         with self._lock.reading():
-            method, items = self._fitted(), items_of(images, self._width)
-            given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
-            rows, unreadable_rows = np.arange(len(items)), {}
-            scores, fits, why, grid = [torch.zeros(0, len(self.classes_))], [np.zeros(0)], [], None
-            towers, done = method.towers, 0
-            telling = method if isinstance(method, PatchReasons) and method.has_reasons else None
-            while done < len(rows):
-                part = given.taken(rows[done:])
-                try:
-                    for pixels, _ in Loader(part, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0).ordered():
-                        features, here = method.embed(pixels), rows[done:]
-                        scores.append(
-                            _finite(method.scores(features).cpu(), lambda i, here=here: given.describe(here[i]))
-                        )
-                        if known:
-                            fits.append(self._known_scores(features, scores[-1]))
-                        if reasons:
-                            why += self._reasons(features, scores[-1], reasons)
-                            if telling is not None:
-                                grid = telling.patch_grid(features)
-                        done += len(features)
-                except DataError:
-                    bad = {int(rows[done:][row]): said for row, said in unreadable(part, whole=True).items()}
-                    bad = {row: said for row, said in bad.items() if isinstance(items[row], (str, Path))}
-                    if not bad:
-                        raise
-                    unreadable_rows |= bad
-                    if on_bad_image == "stop" or len(unreadable_rows) == len(items):
-                        raise UnreadableImages(
-                            f"{named_unreadable(given, unreadable_rows)}; replace or leave them out", unreadable_rows
-                        ) from None
-                    rows = np.setdiff1d(rows, list(bad))
-            found = torch.cat(scores)
-            return Predictions(
-                self.classes_,
-                found,
-                self.calibration_.log_probabilities(found).exp(),
-                np.concatenate(fits) if known else None,
-                why if reasons else None,
-                grid,
-                unreadable_rows,
+            scorer, items, parts = self._scorer(known, reasons), items_of(images, self._width), []
+            for part in scorer.batches(items):
+                if part.unreadable and on_bad_image == "stop":
+                    raise self.unreadable(items)
+                parts.append(part)
+            found = Predictions.joined(parts or [scorer.nothing({})])
+            if found.unreadable and not len(found):
+                raise self.unreadable(items)
+            return found
+
+    def stream(
+        self,
+        images: Item | Iterable[Item],
+        *,
+        known: bool = False,
+        reasons: int = 0,
+        on_bad_image: Literal["stop", "skip"] = "skip",
+        batch: int = BATCH,
+    ) -> Iterator[Predictions]:
+        """`predictions` of at most `batch` images each, in order and as they are there: for more images than memory holds
+        answers, or than anyone waits for. `positions` and `unreadable` count through all of them.
+
+        Images may come from a generator, which is read a little ahead; only with `on_bad_image="stop"`, where all files are
+        read before the first answer, are they gathered first. What is learned meanwhile is for the next call.
+        """
+        if batch < 1:
+            raise ConfigError(f"batch {batch}: must be at least 1")
+        with self._lock.reading():
+            scorer = self._scorer(known, reasons)
+        if on_bad_image == "stop" or not isinstance(images, Iterator):
+            images = items_of(images, self._width)
+            if on_bad_image == "stop" and (error := self.unreadable(images)).reasons:
+                raise error
+        several, done = iter(images), 0
+        while items := list(islice(several, AHEAD * batch)):
+            for part in self._locked(scorer.batches(items, batch)):
+                yield part.moved(done)
+            done += len(items)
+
+    def _locked(self, parts: Iterator[Predictions]) -> Iterator[Predictions]:
+        """Each made while nobody learns, none held while it is looked at."""
+        while True:
+            with self._lock.reading():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def _scorer(self, known: bool, reasons: int) -> Scorer:
+        method = self._fitted()
+        if known and self._novelty is None:
+            self._novelty = Novelty(
+                method, self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
             )
+        novelty = self._novelty if known else None
+        return Scorer(method, self.classes_, self.calibration_, novelty, reasons, self._width)
+
+    def unreadable(self, items: Sequence[Item]) -> UnreadableImages:
+        """The error that names all of these that cannot be read."""
+        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
+        bad = unreadable(given, whole=True)
+        return UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad)
 
     def predict(self, images: Item | Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
         """The likeliest class of each image; of a single one, too, an array. With `unknown_below` in [0, 1], None where
@@ -389,30 +408,6 @@ class IncrementalClassifier(Estimator):
             raise DataError(f"{len(items)} images: explain takes one at a time")
         return self.predictions(items, reasons=best).told_reasons()[0]
 
-    def _known_scores(self, features: Features, scores: Scores) -> np.ndarray:
-        """The known score of each row."""
-        if self._novelty is None:
-            self._novelty = Novelty(
-                self._fitted(), self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
-            )
-        return self._novelty.known(features, scores)
-
-    def _reasons(self, features: Features, scores: Scores, best: int) -> list[list[dict[str, Any]]]:
-        """For each row its `best` likeliest classes and what speaks for them."""
-        method, p = self._fitted(), self.calibration_.log_probabilities(scores).exp()
-        found: list[list[dict[str, Any]]] = []
-        for row, own in enumerate(scores):
-            if isinstance(method, PatchReasons) and method.has_reasons:
-                classes = method.reasons(features[row : row + 1], best)
-            else:
-                top = own.topk(min(best, len(own))).indices.tolist()
-                classes = [{"class": c, "score": own[c].item()} for c in top]
-            names = [
-                {"name": str(self.classes_[c["class"]]), "probability": p[row, c["class"]].item()} for c in classes
-            ]
-            found.append([told | name for told, name in zip(classes, names, strict=True)])
-        return found
-
     # on disk
 
     def _record(self) -> LearnerRecord:
@@ -439,12 +434,18 @@ class IncrementalClassifier(Estimator):
 
     @classmethod
     def load(
-        cls, folder: str | Path, towers: str | Towers | None = None, device: str = "auto"
+        cls,
+        folder: str | Path,
+        towers: str | Towers | None = None,
+        device: str = "auto",
+        store: FeatureStore | None = None,
     ) -> IncrementalClassifier:
         """The classifier that was saved there, by `save` or by a run with --keep-learner. `towers`, an object or where they are
-        now, stand in for those it names, if they are the same.
+        now, stand in for those it names, if they are the same. With `store` embeddings of images that it is asked for are kept
+        there, so that an image that was seen before needs no pass of the tower.
 
-        Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now.
+        Raises ResultError for a folder that holds none, is damaged, or was learned on other weights than are found now, and
+        ConfigError for a store where the method trains the image tower.
         """
         stored = StoredLearner.read(Path(folder))
         record, held = stored.record, stored.record.towers
@@ -472,6 +473,11 @@ class IncrementalClassifier(Estimator):
                 "towers="
             ) from None
         learner._method = stored.restore(learner._fresh())
+        if store is not None and learner.open_towers().has_images:
+            if learner._method.encoder != FROZEN:
+                raise ConfigError(f"'{folder}': {record.method} trains the image tower, so no embedding can be kept")
+            learner._towers = CachedTowers(learner.open_towers(), store, str(folder))
+            learner._method = stored.restore(learner._fresh())
         return learner
 
     # inside
@@ -554,13 +560,6 @@ class IncrementalClassifier(Estimator):
             return None
         towers = self.open_towers()
         return None if towers.has_images else towers.dim
-
-
-def _finite(scores: Scores, describe: Callable[[int], str]) -> Scores:
-    """The scores. Raises NotFinite naming an image of which one is not a number: no class is the answer then."""
-    if (row := first_not_finite(scores)) is not None:
-        raise NotFinite(f"{one_line(describe(row))}: scores that are not finite; the weights or the image hold NaN")
-    return scores
 
 
 def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cairn.classifier.novelty import require_threshold
 from cairn.errors import ConfigError
@@ -30,9 +32,32 @@ class Predictions:
     """Patches along a side of an image, where reasons name patches."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Images that have no row here, by their position among those given, and why they cannot be read."""
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(n,), which of the images given each row is of."""
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Those of several batches, one at least, as one."""
+        first, whys = parts[0], [part.reasons for part in parts if part.reasons is not None]
+        knowns = [part.known for part in parts if part.known is not None]
+        return cls(
+            first.classes,
+            torch.cat([part.scores for part in parts]),
+            torch.cat([part.probabilities for part in parts]),
+            np.concatenate(knowns) if knowns else None,
+            [why for part in whys for why in part] if whys else None,
+            next((part.patch_grid for part in parts if part.patch_grid is not None), None),
+            {row: said for part in parts for row, said in part.unreadable.items()},
+            np.concatenate([part.positions for part in parts]),
+        )
+
+    def moved(self, by: int) -> Predictions:
+        """With positions counted from `by` further back."""
+        bad = {row + by: said for row, said in self.unreadable.items()}
+        return replace(self, positions=self.positions + by, unreadable=bad)
 
     def known_scores(self) -> np.ndarray:
         """`known`. Raises ConfigError where it was not asked for."""

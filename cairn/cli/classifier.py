@@ -1,27 +1,20 @@
-"""The commands for people with folders of pictures: learn, predict, inspect, forget, export. Parse, call, print."""
+"""The commands for people with folders of pictures: learn, inspect, forget, export. Parse, call, print."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from signal import SIGINT
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cairn.cli.run import BadImages, checked_bad_image
-from cairn.errors import ConfigError, DataError, Interrupted, counted, one_line, printable
+from cairn.errors import ConfigError, DataError, counted, one_line, printable
 from cairn.reports.console import Console
-from cairn.reports.formats import csv_text
 
 if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.predictions import Predictions
-    from cairn.towers.protocol import Towers
 
 METHOD, TOWERS = "blend", "openai/clip-vit-base-patch16"
 Weights = Annotated[
@@ -31,7 +24,7 @@ Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (learn, predict, inspect, forget, export):
+    for command in (learn, inspect, forget, export):
         app.command()(command)
 
 
@@ -157,143 +150,6 @@ def _require_same(
 
 def _shown(value: Any) -> str:
     return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
-
-
-def predict(
-    learner: Learner,
-    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
-    topk: Annotated[int, typer.Option(help="classes per image, the likeliest first")] = 1,
-    unknown_below: Annotated[
-        float, typer.Option(help="say 'unknown' where the known score is below this; 0: never")
-    ] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
-    on_bad_image: Annotated[
-        str, typer.Option(help="images that cannot be read: skip them (and exit with 1), or stop before any answer")
-    ] = "skip",
-    explain: Annotated[Path | None, typer.Option(help="folder for a picture and JSON of reasons per image")] = None,
-    towers: Weights = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
-) -> None:
-    """Tell the likeliest classes of images. Says also whether an image fits what is known."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.novelty import require_threshold
-
-    if as_json and as_csv:
-        raise ConfigError("--json and --csv: give only one of them")
-    if topk < 1:
-        raise ConfigError(f"--topk {topk}: must be at least 1")
-    require_threshold(unknown_below, "--unknown-below")
-    bad_images = checked_bad_image(on_bad_image)
-    files, errors = _files(images), Console(sys.stderr)
-    answered = explained = 0
-    try:
-        held = IncrementalClassifier.load(learner, towers, device)
-        reasons = 0 if explain is None else max(topk, 3)
-        found = held.predictions(files, known=True, reasons=reasons, on_bad_image=bad_images)
-        bad = found.unreadable
-        for row, reason in bad.items():
-            errors.note(f"cannot be read: {one_line(files[row])} ({reason})")
-        read = [file for row, file in enumerate(files) if row not in bad]
-        rows = [
-            {
-                "image": str(file),
-                "known": float(score),
-                "unknown": bool(score < unknown_below),
-                "classes": [{"name": name, "probability": p} for name, p in best],
-            }
-            for file, score, best in zip(read, found.known_scores(), found.topk(topk), strict=True)
-        ]
-        for _ in _printed(rows, "json" if as_json else "csv" if as_csv else "text", unknown_below):
-            answered += 1
-        for _ in () if explain is None else _explained(held.method_.towers, read, found, explain):
-            explained += 1
-    except KeyboardInterrupt:
-        done = f"answered: {answered} of {counted(len(files), 'image')}"
-        raise Interrupted(
-            SIGINT, done if explain is None else f"{done}, explained in '{explain}': {explained}"
-        ) from None
-    if bad:
-        errors.note(f"cannot be read: {len(bad)} of {counted(len(files), 'image')}; the others are answered")
-        raise typer.Exit(1)
-
-
-def _printed(
-    rows: Sequence[dict[str, Any]], form: Literal["json", "csv", "text"], unknown_below: float
-) -> Iterator[dict[str, Any]]:
-    """Answers on standard output, handed out as they are there."""
-    if form == "json":
-        typer.echo(_json(rows))
-        yield from rows
-        return
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    if form == "csv":
-        writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
-    for row in rows:
-        if form == "csv":
-            known = [csv_text(one_line(row["image"])), f"{row['known']:.6f}", row["unknown"]]
-            for rank, found in enumerate(row["classes"], 1):
-                writer.writerow([*known, rank, csv_text(found["name"]), f"{found['probability']:.6f}"])
-        else:
-            typer.echo(_line(row, unknown_below))
-        yield row
-
-
-def _line(row: dict[str, Any], unknown_below: float) -> str:
-    best = ", ".join(f"{one_line(found['name'])} {100 * found['probability']:.1f} %" for found in row["classes"])
-    unsure = f"unknown (known score {row['known']:.3f}, below {unknown_below:g}); nearest: " if row["unknown"] else ""
-    return f"{one_line(row['image'])}: {unsure}{best}"
-
-
-def _json(value: Any) -> str:
-    """JSON that is safe to print: letters as they are, what `one_line` escapes as JSON escapes it."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return "\n".join(line if one_line(line) == line else _ascii_where_unseen(line) for line in text.split("\n"))
-
-
-def _ascii_where_unseen(line: str) -> str:
-    return "".join(sign if one_line(sign) == sign else json.dumps(sign)[1:-1] for sign in line)
-
-
-def _files(images: list[Path]) -> list[Path]:
-    """The files that are meant: those named, and the pictures below the folders named. What is passed over is noted."""
-    from cairn.data.picture_files import passed_over, pictures_below
-
-    found: list[Path] = []
-    passed: dict[str, Any] = {}
-    for path in images:
-        if path.is_dir():
-            inside, others = pictures_below(path)
-            found += inside
-            passed |= others
-        else:
-            found.append(path)
-    for notice in passed_over(passed):
-        Console(sys.stderr).note(f"note: {notice}")
-    return found
-
-
-def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Path) -> Iterator[Path]:
-    """A picture and a JSON per image, called after it. Files are handed out when theirs are there."""
-    import numpy as np
-
-    from cairn.data.folders import decoded
-    from cairn.reports.patches import bar_figure, patch_figure
-    from cairn.storage.files import make_folder, write_json
-
-    make_folder(folder)
-    taken: set[str] = set()
-    for file, reasons in zip(files, found.told_reasons(), strict=True):
-        name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
-        taken.add(name)
-        seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None
-        if seen is not None and found.patch_grid is not None:
-            patch_figure(seen, found.patch_grid, reasons, folder / f"{name}.png")
-        elif seen is not None:
-            bar_figure(seen, reasons, folder / f"{name}.png")
-        grid = {} if found.patch_grid is None else {"grid": found.patch_grid}
-        write_json(folder / f"{name}.json", {"image": str(file), **grid, "classes": reasons})
-        yield file
 
 
 def inspect(learner: Learner) -> None:

@@ -149,6 +149,17 @@ class InMemoryImages:
         item = self.items[index]
         return str(item) if isinstance(item, (str, Path)) else f"{'image' if self.width is None else 'row'} {index}"
 
+    def identity(self, index: int) -> bytes:
+        """What an embedding in a store is found by: a hash of the file's bytes, or of what is in memory. Raises InvalidInput
+        for a file that cannot be read."""
+        item = self.items[index]
+        if not isinstance(item, (str, Path)):
+            return item.content if isinstance(item, Reduced) else content_hash(self[index])
+        try:
+            return b"file\0" + hashlib.sha256(Path(item).read_bytes()).digest()
+        except OSError as error:
+            raise InvalidInput(f"image '{one_line(str(item))}': {error.strerror}; replace or leave it out") from None
+
     def content_hashes(self) -> list[bytes]:
         """By which the items are known again, see `cairn.data.identity`; decoded eight at a time. Raises what opening one
         raises."""
@@ -159,15 +170,6 @@ class InMemoryImages:
 
         with ThreadPoolExecutor(max_workers=8) as pool:
             return list(pool.map(of, range(len(self))))
-
-    def identity(self, index: int) -> bytes:
-        item = self.items[index]
-        if isinstance(item, Reduced):
-            return item.content
-        if isinstance(item, (str, Path)):
-            found = Path(item).stat()
-            return f"{item}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")
-        return hashlib.sha256(np.asarray(item).tobytes()).digest()
 
 
 def _short(value: Any) -> str:

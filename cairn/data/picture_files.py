@@ -103,8 +103,15 @@ def list_folder(folder: Path) -> Listing:
 
 
 def pictures_below(folder: Path) -> tuple[list[Path], PassedOver]:
-    """Every picture in a folder and the folders in it, sorted, without following links to folders. Raises DataError if there
-    is none."""
+    """Those of `pictures_in_tree`. Raises DataError if there is none."""
+    found, passed = pictures_in_tree(folder)
+    if not found:
+        raise DataError(f"folder '{one_line(folder)}': no picture in it{no_picture(passed)}")
+    return found, passed
+
+
+def pictures_in_tree(folder: Path) -> tuple[list[Path], PassedOver]:
+    """Every picture in a folder and the folders in it, sorted, without following links to folders."""
     found: list[Path] = []
     passed: dict[str, Counter[str]] = {}
     waiting = [folder]
@@ -116,8 +123,6 @@ def pictures_below(folder: Path) -> tuple[list[Path], PassedOver]:
         linked = [path for path in inside if path.is_symlink()]
         waiting += [path for path in inside if not path.is_symlink()]
         passed[str(here)] = listing.others + Counter({LINKED_FOLDER: len(linked)})
-    if not found:
-        raise DataError(f"folder '{one_line(folder)}': no picture in it{no_picture(passed)}")
     return sorted(found), passed
 
 

@@ -170,15 +170,16 @@ def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkey
     )
 
 
-@pytest.mark.parametrize(("form", "printed"), [((), 2), (("--csv",), 2), (("--json",), 0)])
+@pytest.mark.parametrize(("form", "printed"), [((), 2), (("--csv",), 2), (("--json",), 2), (("--jsonl",), 2)])
 def test_an_interrupted_predict_says_how_far_it_came(learner, pictures, monkeypatch, capsys, form, printed):
     def third(text):
-        if text.startswith(str(pictures / "test" / "2.png")):
+        if str(pictures / "test" / "2.png") in text:
             raise KeyboardInterrupt
         return text
 
-    monkeypatch.setattr("cairn.cli.classifier.one_line", third)
-    monkeypatch.setattr("cairn.cli.classifier._json", third if not form else lambda rows: third(rows[2]["image"]))
+    monkeypatch.setattr("cairn.cli.predict.one_line", third)
+    monkeypatch.setattr("cairn.cli.predict._json", lambda row: third(json.dumps(row)))
+    monkeypatch.setattr("cairn.cli.predict._ascii_where_unseen", third)
     with pytest.raises(SystemExit) as stop:
         called(monkeypatch, "predict", learner, pictures / "test", *form, "--device", "cpu")
     out, err = capsys.readouterr()

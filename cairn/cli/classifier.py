@@ -20,6 +20,7 @@ METHOD, TOWERS = "blend", "openai/clip-vit-base-patch16"
 Weights = Annotated[
     str | None, typer.Option("--towers", help="where the weights that it was learned on are now, if they moved")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
 
 
@@ -44,7 +45,11 @@ def learn(
     set_: Annotated[list[str] | None, typer.Option("--set", help="for a new learner: a setting, key=value")] = None,
     template: Annotated[list[str] | None, typer.Option(help="for a new learner: a prompt, {} for the class")] = None,
     seed: Annotated[int | None, typer.Option(help="for a new learner  [default: 1]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    device: Device = "auto",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="for a new learner: float32, bfloat16, or auto, the faster of them here  [default: float32]"),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
@@ -78,7 +83,7 @@ def learn(
     try:
         if Archive(learner, NAME):
             held = IncrementalClassifier.load(learner, towers, device)
-            _require_same(held, method, settings, templates, seed)
+            _require_same(held, method, settings, templates, seed, precision)
             notices, before, calls = held.notices_, len(held.classes_), len(held.history_)
         else:
             held = IncrementalClassifier(
@@ -88,6 +93,7 @@ def learn(
                 templates=templates or DEFAULT,
                 seed=1 if seed is None else seed,
                 device=device,
+                precision=precision or "float32",
             )
             require_savable(held.method)
             notices, before, calls = held.open_towers().notices, 0, 0
@@ -126,6 +132,7 @@ def _require_same(
     settings: Sequence[tuple[str, Any]],
     templates: tuple[str, ...] | None,
     seed: int | None,
+    precision: str | None,
 ) -> None:
     """Options for a new learner may be given again where it is there already; raises ConfigError for the first that differs."""
     from cairn.config import settings as every_setting
@@ -139,6 +146,7 @@ def _require_same(
         *((f"--set {path}", value, has.get(path)) for path, value in asked.items()),
         ("--template", templates, held.templates),
         ("--seed", seed, held.seed),
+        ("--precision", None if precision == "auto" else precision, held.precision),
     ]
     for option, value, own in options:
         if value != own and (value is not None or option.startswith("--set")):
@@ -174,6 +182,7 @@ def forget(
     learner: Learner,
     name: Annotated[str, typer.Argument(help="a class of `cairn inspect`")],
     towers: Weights = None,
+    device: Device = "auto",
 ) -> None:
     """Remove a class: its name, texts and statistics. What shared weights learned of it stays."""
     from cairn.classifier.classifier import IncrementalClassifier
@@ -183,7 +192,7 @@ def forget(
         raise DataError(f"'{learner}': no such folder")
     lock = Lock(learner).take()
     try:
-        held = IncrementalClassifier.load(learner, towers)
+        held = IncrementalClassifier.load(learner, towers, device)
         held.forget(name)
         held.save(learner)
     finally:
@@ -195,12 +204,13 @@ def export(
     learner: Learner,
     onnx: Annotated[Path, typer.Option(help="the file to write")],
     towers: Weights = None,
+    device: Device = "auto",
 ) -> None:
     """Write image tower and class matrix as one ONNX file. It is checked against the learner before it is kept."""
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.classifier.onnx import export_onnx
 
-    difference = export_onnx(IncrementalClassifier.load(learner, towers), onnx)
+    difference = export_onnx(IncrementalClassifier.load(learner, towers, device), onnx)
     Console().note(f"-> {onnx}: scores within {difference:.0e} of the learner's, relative to the largest")
 
 

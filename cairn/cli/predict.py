@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cairn.cli.classifier import Learner, Weights
+from cairn.cli.classifier import Device, Learner, Weights
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, Interrupted, counted, one_line
 from cairn.reports.console import Console
@@ -64,7 +64,7 @@ def predict(
     ] = False,
     batch: Annotated[int, typer.Option(help="images per pass of the tower")] = 64,
     towers: Weights = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Tell the likeliest classes of images. Rows are printed as they are there. Says also whether an image fits what is
     known."""

@@ -84,10 +84,10 @@ class VisionTower(nn.Module):
 class ClipTowers:
     """`Towers` over a `CLIPModel`, frozen, in evaluation mode.
 
-    `precision` is `float32` or `bfloat16`; in bfloat16 the towers compute under autocast and hand out float32, so
-    statistics, losses and transport never see half precision. Where bfloat16 is much
-    slower than float32, which is measured, float32 is taken. `source` names them from any folder, `notices` is what a user
-    should know of how they were loaded.
+    `precision` is `float32`, `bfloat16` or `auto`, which is the faster of the two; afterwards it is the one that is used. In
+    bfloat16 the towers compute under autocast and hand out float32, so statistics, losses and transport never see half
+    precision. Where bfloat16 is much slower than float32, which is measured, float32 is taken. `source` names them from any
+    folder, `notices` is what a user should know of how they were loaded.
     """
 
     has_images = True
@@ -106,8 +106,8 @@ class ClipTowers:
         source: str | None = None,
         notices: Sequence[str] = (),
     ):
-        if precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"precision '{precision}': must be float32 or bfloat16")
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision '{precision}': must be auto, float32 or bfloat16")
         text = model.text_model.config
         self.name, self.revision, self.source = name, revision, source or name
         self.device = device_named(device)

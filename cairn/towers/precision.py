@@ -11,6 +11,12 @@ from torch import Tensor
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
+Asked: TypeAlias = Literal["auto", "float32", "bfloat16"]
+"""`auto`: bfloat16 where it pays, float32 elsewhere."""
+
+PAYS = 0.8
+"""Share of the time of float32 up to which `auto` takes bfloat16."""
+
 SLOWER = 2.0
 """How much longer than float32 bfloat16 may take before float32 is taken in its place."""
 
@@ -19,8 +25,14 @@ _ROWS, _WIDTH = 64, 768
 """Of the product that is timed: that of a ViT-B with a quarter of an image's tokens, some ms where it is slow."""
 
 
-def usable_precision(asked: Precision, device: torch.device) -> tuple[Precision, tuple[str, ...]]:
+def usable_precision(asked: Asked, device: torch.device) -> tuple[Precision, tuple[str, ...]]:
     """The precision to compute in and, where it is not the one asked for, why."""
+    if asked == "auto":
+        share = bfloat16_slowdown(device.type)
+        found: Precision = "bfloat16" if share <= PAYS else "float32"
+        return found, (
+            f"precision auto: {found}, for bfloat16 takes {share:.1f} times as long as float32 on this {device.type}",
+        )
     if asked != "bfloat16" or (factor := bfloat16_slowdown(device.type)) <= SLOWER:
         return asked, ()
     return "float32", (

@@ -45,6 +45,14 @@ def test_a_fast_one_is_taken_in_silence(slow, towers):
     assert not torch.equal(found.image(pixels), towers.image(pixels))
 
 
+@pytest.mark.parametrize(("factor", "used"), [(0.5, "bfloat16"), (0.9, "float32"), (12.0, "float32")])
+def test_auto_is_the_faster_and_said(slow, factor, used):
+    slow(factor)
+    found = load_towers("tiny", device="cpu", precision="auto")
+    assert found.precision == used
+    assert f"precision auto: {used}, for bfloat16 takes {factor:.1f} times" in found.notices[0]
+
+
 def test_nothing_is_measured_for_float32(monkeypatch):
     monkeypatch.setattr(precision, "bfloat16_slowdown", lambda device: pytest.fail("measured"))
     assert precision.usable_precision("float32", torch.device("cpu")) == ("float32", ())

@@ -193,6 +193,8 @@ METHOD_ROWS = {
         "rapf-identity",
         "engine",
         "dmc",
+        "dmc-ot",
+        "spa",
         "joint",
     ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc"],

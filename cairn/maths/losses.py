@@ -55,6 +55,11 @@ def normalised_cross_entropy(
     return cross_entropy(H / (temperature * torch.cat(own, 1).mean(1, keepdim=True).clamp(min=1e-12)), y)
 
 
+def mean_squared_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Mean over rows i of |a_i - b_i|^2."""
+    return ((a - b) ** 2).sum(1).mean()
+
+
 def mean_squared_cosine(T_new: Float[Tensor, "j d"], T_old: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     """Mean over pairs of (t_a . t_b)^2, a new, b old, unit rows: 0 where every new text is orthogonal to every old one.
 

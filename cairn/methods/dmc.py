@@ -27,6 +27,12 @@ class DmcConfig(GaussianSettings):
 
     stage1: VisionStage = Field(default=VisionStage())
     stage2: TextStage = Field(default=TextStage())
+    prior: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the squared distance of texts and embeddings from those of the towers as they came [K: KgCoOp, 8, "
+        "on texts]; null: where classes have fewer than 8 images, chosen by images left out, else 0 [I]",
+    )
     template_weight: float = Field(
         default=0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
@@ -57,6 +63,7 @@ class DMC(TwoStageState):
         passes="one per image and epoch, with gradients, and one more",
         text=True,
         moves=True,
+        older={"prior": 0.0},
         former={"stage1": {"margin": 0.0}},
         quick={
             "stage1.schedule.epochs": 1,
@@ -72,13 +79,15 @@ class DMC(TwoStageState):
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.stage1.schedule.batch)
         self.add_texts(task, loader, ctx)
 
-        # Stage 1: vision moves, the template texts are its anchor [P]. L = CE(s z T^T, y), in both stages.
-        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
+        # Stage 1: vision moves, the template texts are its anchor [P]. L = CE(s z T^T, y), in both stages; with few images
+        # plus a prior [K], w mean_i |z_i - z0_i|^2 here and w mean_c |t_c - a_c|^2 in stage 2.
+        prior = self.vision_prior(loader.labels)
+        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1), prior)
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.
         z, y = self.features(loader, ctx, "Z")
         old, self.memory = self.memory, self.memory.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from N(mu_c, S_c) [P].
-        align_text(config.stage2, self.texts, z, y, old, s, class_cross_entropy, ctx.at(stage=2))
+        align_text(config.stage2, self.texts, z, y, old, s, class_cross_entropy, ctx.at(stage=2), self.text_prior())
         self.cache_texts()

@@ -63,6 +63,12 @@ class DmcOtConfig(GaussianSettings):
         ge=0,
         description="weight of the mean squared cosine between new and old class texts [K: STAR-Prompt, 0..30]",
     )
+    prior: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the squared distance of texts and embeddings from those of the towers as they came [K: KgCoOp, 8, "
+        "on texts]; null: where classes have fewer than 8 images, chosen by images left out, else 0 [I]",
+    )
     template_weight: float = Field(
         default=0.0, ge=0, le=1, description="share of the template text in the class text at inference [K]"
     )
@@ -112,6 +118,7 @@ class DMCOT(TwoStageState):
         passes="one per image and epoch, with gradients, one before and one after",
         text=True,
         moves=True,
+        older={"prior": 0.0},
         former={"stage1": {"margin": 0.0}},
         quick={
             "stage1.schedule.epochs": 1,
@@ -140,7 +147,8 @@ class DMCOT(TwoStageState):
         Z0 = self._encoded(loader, probes, ctx, "Z0")[0] if moves else None
 
         # Stage 1: vision moves, the class texts are its anchor [P].
-        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
+        prior = self.vision_prior(loader.labels)
+        align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1), prior)
         Z1, y = self._encoded(loader, probes, ctx, "Z1")
 
         # Calibration: every old Gaussian follows the encoder, before the new ones are added [P].
@@ -156,7 +164,7 @@ class DMCOT(TwoStageState):
                 value = value + config.separability * mean_squared_cosine(T[old.classes :], T[: old.classes])
             return value
 
-        align_text(config.stage2, self.texts, z, y, old, s, text_loss, ctx.at(stage=2))
+        align_text(config.stage2, self.texts, z, y, old, s, text_loss, ctx.at(stage=2), self.text_prior())
         self.cache_texts()
 
     def _encoded(self, loader: Loader, probes: Probes, ctx: Context, name: str) -> tuple[Features, Labels]:

@@ -34,10 +34,12 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import ConfigError
 from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
+from cairn.maths.losses import mean_squared_distance
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.parts.described import sentences_of
+from cairn.methods.parts.prior import PriorWeight
 from cairn.methods.parts.projector import Projectors, UnitLength
 from cairn.methods.parts.stages import class_anchors
 from cairn.methods.protocol import (
@@ -107,6 +109,12 @@ class SpaConfig(GaussianSettings):
         ge=0,
         description="pseudo-features per old class and batch; null: as many as of a new one; 0: none [K: AREA, 4]",
     )
+    prior: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the squared distance of what the projectors give from what they are given [K: KgCoOp, 8, on texts]; "
+        "null: where classes have fewer than 8 images, chosen by images left out, else 0 [I]",
+    )
     schedule: Schedule = Field(
         default=Schedule(epochs=20, batch=64, lr=0.05, optimizer="sgd"),
         description="training of the projectors; epochs=0: none [K: ENGINE, AREA, 10 epochs]",
@@ -137,7 +145,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         needs="images; descriptions help if the towers can read them",
         passes="one per image, can be cached",
         text=True,
-        older={"local": {"among": "seen"}},
+        older={"local": {"among": "seen"}, "prior": 0.0},
         quick={"schedule.epochs": 2, "schedule.batch": 4},
     )
 
@@ -157,6 +165,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         self.guides = 0
         width = towers.dim * (2 if self.two else 1)
         self.memory = config.memory(width)
+        self.prior_weight = PriorWeight(config.prior)
         self._tokens: list[Tensor] = []
         self._padded = self._nothing_said()
 
@@ -176,15 +185,30 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         # Task-specific projectors: this task's start at zero, those before stand still [P].
         old = self.memory
         self.projectors.grow()
+        current = self.projectors.current
 
         def loss(rows: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+            """CE(s (cos(g(z), h(t_c)) + lambda S_c), y)."""
             x, S = rows
             return cross_entropy(s * (self._cosines(x) + config.local.weight * S), labels.to(x.device))
 
         share = max(1, config.schedule.batch // len(y.unique()))
         replay = share if config.replay is None else config.replay
-        batches = _Batches(x, S, y, old, config.schedule.batch, replay, self.on_sphere)
-        fit(loss, self.projectors.current, batches, config.schedule, ctx.logged_at(stage=1))
+
+        def train(rows: Tensor, weight: float, ctx: Context) -> None:
+            def with_prior(given: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+                value = loss(given, labels)
+                return value + weight * self._displacement(given[0]) if weight else value
+
+            batches = _Batches(x[rows], S[rows], y[rows], old, config.schedule.batch, replay, self.on_sphere)
+            fit(with_prior, current, batches, config.schedule, ctx.logged_at(stage=1))
+
+        def left_out_loss(rows: Tensor) -> Tensor:
+            return loss((x[rows], S[rows]), y[rows])
+
+        # With few images a prior keeps the projectors near the identity [K: KgCoOp, of texts].
+        weight = self.prior_weight.chosen(y, old.counts, current, train, left_out_loss, ctx)
+        train(torch.arange(len(y)), weight, ctx)
         old.tell_repairs(ctx.log)
 
         # Statistics of the new classes. Nothing of them moves later [P], unless all classes seen choose patches (`_seen`).
@@ -226,9 +250,22 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         scores = self._global(x[:, :d])
         if not self.two:
             return scores
+        local = project["local_visual"](x[:, d:]) @ project["local_textual"](self._said()).T
+        return scores + self.config.local.weight * local
+
+    def _said(self) -> Features:
+        """d_c, one unit row per class."""
         D, b = self._padded
-        said = unit((D * b[..., None]).sum(1))
-        return scores + self.config.local.weight * project["local_visual"](x[:, d:]) @ project["local_textual"](said).T
+        return unit((D * b[..., None]).sum(1))
+
+    def _displacement(self, x: Float[Tensor, "n w"]) -> Float[Tensor, ""]:
+        """mean_i |g(z_i) - z_i|^2 + mean_c |h(t_c) - t_c|^2, and where rows are [z ; v] the same of g'(v_i) and h'(d_c)."""
+        given: dict[str, Tensor] = dict(zip(("visual", "local_visual"), x.split(self.towers.dim, 1), strict=False))
+        given["textual"] = self.anchors.to(x.device)
+        if self.two:
+            given["local_textual"] = self._said()
+        distances = [mean_squared_distance(self.projectors[name](rows), rows) for name, rows in given.items()]
+        return torch.stack(distances).sum()
 
     def _global(self, z: Features) -> Scores:
         """cos(g(z), h(t_c))."""
@@ -367,7 +404,8 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         held = {"anchors": self.anchors, "tokens": tokens, "sizes": sizes, "sentences": said, "counts": counts}
         held["guides"] = torch.tensor(self.guides)
         projectors = {name: value.cpu().clone() for name, value in self.projectors.state_dict().items()}
-        return held | flattened({"projectors": projectors, "memory": self.memory.state_dict()})
+        parts = {"projectors": projectors, "memory": self.memory.state_dict(), "prior": self.prior_weight.state_dict()}
+        return held | flattened(parts)
 
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
@@ -375,6 +413,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         self.guides = int(state["guides"]) if "guides" in state else len(self.anchors)
         self.projectors.load_state_dict(part(state, "projectors"))
         self.memory = self.memory.restored(part(state, "memory"))
+        self.prior_weight.load_state_dict(part(state, "prior"))
         self._tokens = list(state["tokens"].to(self.towers.device).split(state["sizes"].tolist()))
         if self._tokens:
             self._padded = padded_tokens(self._tokens)

@@ -130,7 +130,7 @@ def test_replay_is_the_number_of_draws_per_old_class_and_batch(towers, small_str
         return plain(loss, parameters, given, *rest, **named)
 
     monkeypatch.setattr(spa, "fit", fit)
-    learned(towers, small_stream.tasks, f"replay={replay}")
+    learned(towers, small_stream.tasks, f"replay={replay}", "prior=0")
     for task, given in enumerate(batches):
         for _, y in next(given.epochs([torch.Generator().manual_seed(0)])):
             counts = y.bincount(minlength=6)[: 2 * task]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -13,10 +13,11 @@ from torch import Tensor
 from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.losses import text_anchor_contrast
+from cairn.maths.losses import class_cross_entropy, mean_squared_distance, text_anchor_contrast
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
+from cairn.methods.parts.prior import PriorWeight
 from cairn.towers.prompts import ClassText, FixedTexts, Prompts, Residual, SoftPrompts
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
@@ -26,6 +27,7 @@ from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
+from cairn.types import Features, Pixels
 
 Loss = Callable[[Float[Tensor, "n d"], Float[Tensor, "k d"], Int[Tensor, " n"], float], Float[Tensor, ""]]
 """Of unit images z, unit class texts T, labels y and the scale s."""
@@ -121,6 +123,13 @@ def as_tuned(
     return schedule, None if beta is None else BetaAverage(encoder.parameters(), beta)
 
 
+class VisionPrior(NamedTuple):
+    """That embeddings stay near those of `image`, the towers as they came (see `parts.prior`)."""
+
+    weight: float
+    image: Callable[[Pixels], Features]
+
+
 def align_vision(
     stage: VisionStage,
     encoder: ImageEncoder,
@@ -129,10 +138,12 @@ def align_vision(
     s: float,
     loss: Loss,
     ctx: Context,
+    prior: VisionPrior | None = None,
 ) -> None:
-    """Stage 1. Minimise loss(z, T, y, s) over what is trainable of f, z = f(x) / |f(x)|, T held fixed.
+    """Stage 1. Minimise loss(z, T, y, s) + w mean_i |z_i - z0_i|^2 over what is trainable of f, z = f(x) / |f(x)|, T fixed.
 
-    T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`).
+    T are the rows of `anchors` (all classes seen) that are in the softmax (see `competing`); w is the weight of `prior`, and
+    z0 what the towers as they came make of the same images.
     Source: [P] for the stage; what it is made of is in docs/methods.md.
     """
     if not encoder.parameters() or not stage.schedule.epochs:
@@ -148,11 +159,22 @@ def align_vision(
         value = loss(z, T, y, s)
         if stage.text_anchor_contrast:
             value = value + stage.text_anchor_contrast * text_anchor_contrast(z, T, y, s)
+        if prior and prior.weight:
+            with torch.no_grad():
+                z0 = unit(prior.image(pixels))
+            value = value + prior.weight * mean_squared_distance(z, z0)
         return value
 
     schedule, average = as_tuned(encoder, stage.schedule, stage.average)
     fit(vision_loss, encoder.parameters(), batches, schedule, ctx, average=average, model=encoder)
     encoder.version += 1
+
+
+class TextPrior(NamedTuple):
+    """That class texts stay near `anchors`, the unit template texts of all classes seen (see `parts.prior`)."""
+
+    weight: PriorWeight
+    anchors: Float[Tensor, "k d"]
 
 
 def align_text(
@@ -164,19 +186,30 @@ def align_text(
     s: float,
     loss: Loss,
     ctx: Context,
+    prior: TextPrior | None = None,
 ) -> None:
-    """Stage 2. Minimise loss(z, T, y, s) over what is trainable of T, all classes seen.
+    """Stage 2. Minimise loss(z, T, y, s) + w mean_c |t_c - a_c|^2 over what is trainable of T, all classes seen.
 
-    z are the cached unit features of the task and unit draws from the Gaussians in `old`. Source: [P].
+    z are the cached unit features of the task and unit draws from the Gaussians in `old`; w and a_c are those of `prior`.
+    Source: [P]; the prior [K: KgCoOp].
     """
-
-    def text_loss(z: Tensor, y: Tensor) -> Tensor:
-        T = texts()
-        return loss(z.to(T.device), T, y.to(T.device), s)
-
     schedule = stage.schedule
     if isinstance(stage.text, Prompts):
         schedule = schedule.model_copy(update={"lr": stage.text.lr})
-    batches = ReplayBatches(features, labels, old, batch=schedule.batch, real_share=stage.real_share)
-    fit(text_loss, texts.trainable(), batches, schedule, ctx)
+
+    def train(rows: Tensor, weight: float, ctx: Context) -> None:
+        def text_loss(z: Tensor, y: Tensor) -> Tensor:
+            T = texts()
+            value = loss(z.to(T.device), T, y.to(T.device), s)
+            return value + weight * mean_squared_distance(T, prior.anchors.to(T.device)) if prior and weight else value
+
+        batches = ReplayBatches(features[rows], labels[rows], old, batch=schedule.batch, real_share=stage.real_share)
+        fit(text_loss, texts.trainable(), batches, schedule, ctx)
+
+    def left_out_loss(rows: Tensor) -> Tensor:
+        T = texts()
+        return class_cross_entropy(features[rows].to(T.device), T, labels[rows].to(T.device), s)
+
+    weight = prior.weight.chosen(labels, old.counts, texts.trainable(), train, left_out_loss, ctx) if prior else 0.0
+    train(torch.arange(len(labels)), weight, ctx)
     old.tell_repairs(ctx.log)

@@ -11,6 +11,8 @@ from cairn.data.stream import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.parts.prior import PriorWeight
+from cairn.methods.parts.stages import TextPrior, VisionPrior
 from cairn.methods.parts.vision_and_anchors import VisionAndAnchors
 from cairn.methods.protocol import GaussianScoring
 from cairn.towers.protocol import Towers
@@ -30,6 +32,7 @@ class TwoStageState(VisionAndAnchors, GaussianScoring[GaussianMemory]):
         super().__init__(towers, config, seed=seed)
         self.texts = config.stage2.text.build(towers).to(towers.device)
         self.memory = config.memory(towers.dim)
+        self.prior_weight = PriorWeight(config.prior)
         self._class_texts = self.anchors
 
     def add_texts(self, task: Task, loader: Loader, ctx: Context) -> None:
@@ -37,6 +40,14 @@ class TwoStageState(VisionAndAnchors, GaussianScoring[GaussianMemory]):
         new = self.add_anchors(task, loader, ctx)
         if task.names:
             self.texts.grow(task.names, new, ctx.seeds.generator("texts"))
+
+    def vision_prior(self, labels: Labels) -> VisionPrior:
+        """Of stage 1 of a task with these labels, before its Gaussians are in the memory."""
+        return VisionPrior(self.prior_weight.so_far(labels, self.memory.counts), self.towers.image)
+
+    def text_prior(self) -> TextPrior:
+        """Of stage 2."""
+        return TextPrior(self.prior_weight, self.anchors)
 
     def features(self, batches: Ordered, ctx: Context | None = None, name: str = "") -> tuple[Features, Labels]:
         """Unit features and labels of a collection under the encoder as it stands; one pass, called `name`."""
@@ -61,11 +72,17 @@ class TwoStageState(VisionAndAnchors, GaussianScoring[GaussianMemory]):
         return self._class_texts
 
     def state_dict(self) -> State:
-        return super().state_dict() | flattened({"texts": self.texts.state(), "memory": self.memory.state_dict()})
+        parts = {
+            "texts": self.texts.state(),
+            "memory": self.memory.state_dict(),
+            "prior": self.prior_weight.state_dict(),
+        }
+        return super().state_dict() | flattened(parts)
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         self.texts.restore(part(state, "texts"))
         self.memory = self.memory.restored(part(state, "memory"))
+        self.prior_weight.load_state_dict(part(state, "prior"))
         if len(self.anchors):
             self.cache_texts()

@@ -29,14 +29,7 @@ def card(record: LearnerRecord) -> str:
         "| date | what |",
         "|---|---|",
     ]
-    for learned in record.history:
-        if learned.forgotten:
-            lines.append(f"| {learned.date} | a class was forgotten |")
-        else:
-            again = f", more of {counted(len(learned.again), 'known one')}" if learned.again else ""
-            known = "" if learned.hashed else ", not known one by one"
-            new, images = counted(len(learned.new), "new class"), counted(learned.images, "image")
-            lines.append(f"| {learned.date} | {new}{again}, {images}{known} |")
+    lines += [f"| {entry.date} | {entry.told} |" for entry in record.history]
     return "\n".join(lines) + "\n"
 
 

@@ -14,12 +14,12 @@ from pydantic import BaseModel
 
 from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed, rehearsed_in_folds
 from cairn.classifier.estimator import Estimator
-from cairn.classifier.folder import StoredLearner, record_of, save_learner
+from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
 from cairn.classifier.predictions import Predictions
-from cairn.classifier.record import LearnerRecord
+from cairn.classifier.record import KEEP, LearnerRecord
 from cairn.classifier.scoring import BATCH, Scorer
 from cairn.classifier.stored import copied
 from cairn.config import with_values
@@ -38,7 +38,7 @@ from cairn.errors import (
     UnreadableImages,
 )
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method
+from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method, NamesClasses
 from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
@@ -103,6 +103,7 @@ class IncrementalClassifier(Estimator):
         self._novelty: Novelty | None = None
         self._notices: list[str] = []
         self._forgot = False
+        self._keep = KEEP
 
     def __repr__(self) -> str:
         towers = self.towers if isinstance(self.towers, str) else self.towers.name
@@ -229,7 +230,7 @@ class IncrementalClassifier(Estimator):
     ) -> None:
         learned, config, k = self._learned, self._settings(), len(self._learned.classes)
         task = Task(
-            len(learned.history),
+            learned.tasks,
             range(k, k + len(new)),
             tuple(new),
             prompt_templates(self.templates),
@@ -263,7 +264,8 @@ class IncrementalClassifier(Estimator):
 
     def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
         """Names the task, its images by their hashes, and the state that it is learned on."""
-        said = (task.index, task.names, list(self._learned.classes), self._settings().model_dump(mode="json"))
+        learned = self._learned
+        said = (len(learned.history), task.names, list(learned.classes), self._settings().model_dump(mode="json"))
         digest = hashlib.sha256(repr(said).encode())
         for label, value in zip(task.train.labels, hashes, strict=True):
             digest.update(label.tobytes() + value)
@@ -282,6 +284,42 @@ class IncrementalClassifier(Estimator):
             if isinstance(self.descriptions, Mapping):
                 self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
         return self
+
+    def rename(self, name: str, new: str, *, log: Log | None = None) -> IncrementalClassifier:
+        """Class `name` is called `new` from now on. Texts that the method made of the name are made anew, of the same templates
+        and of the class's own descriptions; what was trained or fitted with the old text stays (see docs/your-images.md).
+
+        Raises DataError for a class that is not known, for a name that another class has, and for one that no class may have.
+        """
+        with self._lock.writing():
+            learned = self._learned
+            c, new = learned.number(name), class_name(new)
+            old = str(learned.classes[c])
+            if (other := learned.numbers().get(new)) is not None:
+                called = "has that name already" if other == c else f"is there already; merge '{old}' with it instead"
+                raise DataError(f"class '{new}' {called}")
+            log = self._noting(log or Log())
+            others = [str(kept) for i, kept in enumerate(learned.classes) if i != c]
+            for notice in alike([*others, new], [new]):
+                log("notice", text=notice)
+            descriptions = _descriptions_renamed(self.descriptions, old, new)
+            self._method = self._named(self._copy(), c, new, descriptions, log)
+            self._learned, self._novelty, self.descriptions = learned.renamed(c, new), None, descriptions
+        return self
+
+    def _named(self, method: Method, c: int, name: str, descriptions: Sentences, log: Log) -> Method:
+        """The method, with class number `c` called so."""
+        if not isinstance(method, NamesClasses):
+            if method.card.text:
+                raise ConfigError(
+                    f"method '{self.method}': what it made of a class's name cannot be made anew; forget the class and learn its "
+                    "pictures under the new name"
+                )
+            return method
+        nothing = InMemoryImages([], np.zeros(0, dtype=np.int64), self._width)
+        templates = prompt_templates(self.templates)
+        method.rename(c, Task(0, range(c, c + 1), (name,), templates, nothing, descriptions_of(descriptions)), log)
+        return method
 
     # predicting
 
@@ -420,17 +458,33 @@ class IncrementalClassifier(Estimator):
             templates=prompt_templates(self.templates),
             descriptions=descriptions_of(self.descriptions),
             preprocess=self.preprocess,
+            keep=self._keep,
         )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, keep: int | None = None) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
-        Whole or not at all: a learner that was there stays until this one is written and checked. Raises ConfigError for a
-        method that keeps images."""
+        Whole or not at all: a learner that was there stays until this one is written and checked.
+
+        The last `keep` states stay, so that `undo` goes back to each that was saved, one after the other; by default as many as
+        were asked for last, at first 3. After something was forgotten or unlearned none of those before stays.
+        Raises ConfigError for a method that keeps images, and for a `keep` below 1.
+        """
+        if keep is not None and keep < 1:
+            raise ConfigError(f"keep {keep}: must be at least 1, the state that is saved")
         with self._lock.reading():
+            self._keep = self._keep if keep is None else keep
             # After forgetting, the state before must not stay beside this one
-            keep = 1 if self._forgot else 2
-            save_learner(Path(folder), self._record(), self._fitted(), self._learned, keep)
+            save_learner(Path(folder), self._record(), self._fitted(), self._learned, 1 if self._forgot else None)
             self._forgot = False
+
+    @classmethod
+    def undo(
+        cls, folder: str | Path, towers: str | Towers | None = None, device: str = "auto"
+    ) -> IncrementalClassifier:
+        """The classifier of a folder as it was before it was saved there the last time; it is that in the folder, too, from now
+        on. `towers` and `device` are as in `load`. Raises ResultError where no earlier state is kept."""
+        undo(Path(folder))
+        return cls.load(folder, towers, device)
 
     @classmethod
     def load(
@@ -461,6 +515,7 @@ class IncrementalClassifier(Estimator):
             revision=held.revision if towers in (None, held.name) else None,
         )
         learner._config, learner._learned, learner._notices = stored.config, stored.learned, list(stored.notices)
+        learner._keep = record.keep
         if learner.towers == ROWS:
             learner._towers = row_towers_named(held.fingerprint)
         try:
@@ -560,6 +615,16 @@ class IncrementalClassifier(Estimator):
             return None
         towers = self.open_towers()
         return None if towers.has_images else towers.dim
+
+
+def _descriptions_renamed(given: Sentences, old: str, new: str) -> Sentences:
+    """With the sentences of class `old` under its name `new`, unless that has some of its own."""
+    found = descriptions_of(given)
+    if found is None or old not in found.classes:
+        return given
+    sentences = {name: list(said.sentences) for name, said in found.classes.items()}
+    own = sentences.pop(old)
+    return {new: own} | sentences
 
 
 def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:

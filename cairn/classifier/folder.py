@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from cairn.classifier.card import card
 from cairn.classifier.learned import Learned
-from cairn.classifier.record import LearnerRecord
+from cairn.classifier.record import KEEP, LearnerRecord
 from cairn.classifier.stored import restore_checked
 from cairn.data.descriptions import Descriptions
 from cairn.errors import ConfigError, ResultError, counted
@@ -44,8 +45,9 @@ def record_of(
     templates: Sequence[str],
     descriptions: Descriptions | None,
     preprocess: Literal["crop", "squash"] | None,
+    keep: int = KEEP,
 ) -> LearnerRecord:
-    """The record of `method`, which is called `name` and was learned on `towers`."""
+    """The record of `method`, which is called `name` and was learned on `towers`; `keep` states of it are to stay."""
     record = {
         "method": name,
         "config": method.config.model_dump(mode="json"),
@@ -61,6 +63,7 @@ def record_of(
             "preprocess": preprocess,
             "revision": towers.revision,
         },
+        "keep": keep,
         "memory_bytes": method.memory_bytes,
         "bytes": sum(value.nbytes for value in method.state_dict().values()),
         "versions": versions(),
@@ -69,16 +72,72 @@ def record_of(
     return validated(LearnerRecord, record, "this learner")
 
 
-def save_learner(folder: Path, record: LearnerRecord, method: Method, learned: Learned, keep: int = 2) -> None:
-    """Whole or not at all: a learner that was there stays until this one is written and checked. The last `keep` stay."""
+def save_learner(
+    folder: Path, record: LearnerRecord, method: Method, learned: Learned, keep: int | None = None
+) -> None:
+    """Whole or not at all: a learner that was there stays until this one is written and checked. The last `keep` stay, by
+    default as many as the record says."""
     require_savable(record.method)
     Archive(folder, NAME).write(
         record.model_dump(mode="json", exclude_unset=True),
         {"method": method.state_dict(), "pictures": learned.pictures.state_dict()},
-        keep,
+        record.keep if keep is None else keep,
     )
+    _write_card(folder, record)
+
+
+def _write_card(folder: Path, record: LearnerRecord) -> None:
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card(record), encoding="utf-8")
+
+
+def read_record(folder: Path) -> tuple[LearnerRecord, list[str]]:
+    """What a folder says of its learner, without weights, and which newer states are damaged. Raises ResultError."""
+    found = Archive(folder, NAME).read()
+    if found is None:
+        raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+    return validated(LearnerRecord, found.record, f"'{folder}': record of the learner"), found.damaged
+
+
+def undo(folder: Path) -> LearnerRecord:
+    """Put the state before the last change in the place of the newest: what it held is as it was, to the bit, and its history
+    says besides that a change was undone. Called again, it goes one change further back.
+
+    Weights are not needed. Raises ResultError where no earlier state is kept, and says why.
+    """
+    record, _ = read_record(folder)
+    what = f"'{folder}': record of the state before"
+
+    def amended(last: dict[str, Any], before: dict[str, Any]) -> dict[str, Any] | None:
+        history, now = before["history"], last["history"]
+        # Saved twice, or left by an undo that was cut off: the same state once more
+        if now == history or (now[:-1] == history and now[-1].get("change") == "undone"):
+            return None
+        done = validated(LearnerRecord, last, f"'{folder}': record of the learner").history
+        kinds = [entry.kind for entry in done[len(history) :] if entry.kind != "undone"]
+        kind = kinds[-1] if kinds else done[-1].kind
+        entry = {"date": str(date.today()), "images": 0, "change": "undone", "undone": kind}
+        changed = before | {"history": [*history, entry], "keep": record.keep}
+        return validated(LearnerRecord, changed, what).model_dump(mode="json", exclude_unset=True)
+
+    if not Archive(folder, NAME).back(amended):
+        raise ResultError(f"'{folder}': {_why_not(record)}")
+    record, _ = read_record(folder)
+    _write_card(folder, record)
+    return record
+
+
+def _why_not(record: LearnerRecord) -> str:
+    """Why nothing can be undone."""
+    last = next((entry for entry in reversed(record.history) if entry.kind != "undone"), None)
+    if last is not None and last.kind == "forgotten":
+        return "the last change forgot a class, and nothing of that is kept; learn its pictures again"
+    if last is not None and last.kind == "unlearned":
+        return "the last change took pictures out, and nothing of them is kept; learn them again"
+    return (
+        f"no earlier state is there ({record.keep} of them {'is' if record.keep == 1 else 'are'} kept, with the newest); "
+        "`cairn learn --keep` keeps more from then on"
+    )
 
 
 @dataclass(frozen=True)

@@ -72,18 +72,29 @@ class Learned:
 
     def without_class(self, c: int) -> Learned:
         """Nothing tells of the class any more; that one was forgotten stays in the history."""
-        name = str(self.classes[c])
-        history = [
-            entry | {key: [other for other in entry.get(key, []) if other != name] for key in ("new", "again")}
-            for entry in self.history
-        ]
         forgotten = {"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1}
         return replace(
             self,
             classes=np.delete(self.classes, c),
             counts=np.delete(self.counts, c),
-            history=[*history, forgotten],
+            history=[*_without_name(self.history, str(self.classes[c])), forgotten],
             pictures=self.pictures.without_class(c),
+        )
+
+    def renamed(self, c: int, name: str) -> Learned:
+        """As if class number `c` had come under this name; that it did not is in the history."""
+        old, classes = str(self.classes[c]), self.classes.copy()
+        classes[c] = name
+        entry = {"date": str(date.today()), "images": 0, "change": "renamed", "names": [old, name]}
+        return replace(self, classes=classes, history=[*_with_name(self.history, old, name), entry])
+
+    @property
+    def tasks(self) -> int:
+        """How often images were learned: the number of the task that comes next. What is mended in between does not count, so
+        that after it learning goes on as if there had been nothing to mend."""
+        return sum(
+            entry.get("change") in (None, "learned", "relabelled") and not entry.get("forgotten")
+            for entry in self.history
         )
 
     @property
@@ -130,3 +141,25 @@ class Learned:
             "calibration": self.calibration.model_dump(mode="json"),
             "picture_hashes": len(self.pictures),
         }
+
+
+def _with_name(history: Sequence[dict[str, Any]], old: str, name: str) -> list[dict[str, Any]]:
+    """With what was learned of class `old` told of class `name`."""
+    return [
+        entry
+        | {key: [name if other == old else other for other in entry[key]] for key in ("new", "again") if key in entry}
+        for entry in history
+    ]
+
+
+def _without_name(history: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Without the name, and without those that the class had before it."""
+    gone, found = {name}, []
+    for entry in reversed(history):
+        names = entry.get("names", [])
+        if gone.intersection(names):
+            gone.update(names)
+            entry = entry | {"names": []}
+        kept = {key: [other for other in entry[key] if other != name] for key in ("new", "again") if key in entry}
+        found.append(entry | kept)
+    return found[::-1]

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cairn.classifier.calibration import Calibration
 from cairn.data.names import text_problem
 from cairn.data.templates import template_problem
+from cairn.errors import counted
 from cairn.storage.schema import Count, Record
 
 
@@ -36,6 +37,22 @@ Template = Annotated[str, AfterValidator(_template)]
 Sentence = Annotated[str, AfterValidator(_sentence)]
 
 
+Change = Literal["learned", "forgotten", "renamed", "merged", "unlearned", "relabelled", "undone"]
+
+UNDONE: dict[Change, str] = {
+    "learned": "learning",
+    "forgotten": "forgetting a class",
+    "renamed": "renaming a class",
+    "merged": "merging two classes",
+    "unlearned": "taking images out",
+    "relabelled": "relabelling images",
+    "undone": "undoing",
+}
+
+KEEP = 3
+"""States of a learner that stay in its folder: the newest, and those before it that can be gone back to."""
+
+
 class TowersRecord(Record):
     """The towers that it was learned on, and how they are opened."""
 
@@ -47,7 +64,7 @@ class TowersRecord(Record):
 
 
 class HistoryEntry(Record):
-    """What was learned, or forgotten, at once."""
+    """What was done at once."""
 
     date: datetime.date
     new: list[ClassName] = Field(default=[], description="classes learned for the first time")
@@ -58,6 +75,40 @@ class HistoryEntry(Record):
         default=None, description="in place of that in earlier versions: a hash of files and their classes"
     )
     forgotten: Count = 0
+    change: Change | None = Field(
+        default=None, description="what was done; null: learned, or forgotten if that is not 0"
+    )
+    names: list[ClassName] = Field(
+        default=[], description="of classes that were renamed or merged, the names before and behind them the one after"
+    )
+    taken_out: Count = Field(default=0, description="images that were taken out of the statistics again")
+    undone: Change | None = Field(default=None, description="what was taken back, where that was done")
+
+    @property
+    def kind(self) -> Change:
+        return self.change or ("forgotten" if self.forgotten else "learned")
+
+    @property
+    def told(self) -> str:
+        """In words, without the names of classes."""
+        again = f", more of {counted(len(self.again), 'known one')}" if self.again else ""
+        known = "" if self.hashed else ", not known one by one"
+        learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}"
+        match self.kind:
+            case "learned":
+                return learned
+            case "forgotten":
+                return "a class was forgotten"
+            case "renamed":
+                return "a class was renamed"
+            case "merged":
+                return "two classes became one"
+            case "unlearned":
+                return f"{counted(self.taken_out, 'image')} taken out again"
+            case "relabelled":
+                return f"{counted(self.taken_out, 'image')} taken out again, then {learned}"
+            case "undone":
+                return f"undone: {UNDONE[self.undone or 'learned']}"
 
 
 class LearnerRecord(Record):
@@ -79,6 +130,9 @@ class LearnerRecord(Record):
     calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
     picture_hashes: Count = Field(
         default=0, description="images that are known one by one, per class; see `cairn.data.identity`"
+    )
+    keep: Annotated[int, Field(ge=1)] = Field(
+        default=KEEP, description="states that stay in the folder: this one, and those that `cairn undo` goes back to"
     )
     memory_bytes: Count
     bytes: Count

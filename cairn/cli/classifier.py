@@ -53,6 +53,12 @@ def learn(
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            help="states that stay from now on, this one and those that `cairn undo` goes back to  [default: 3]"
+        ),
+    ] = None,
 ) -> None:
     """Learn the classes of a folder of pictures. New names are new classes, of known ones more is learned. Makes the learner
     if there is none. Killed in the middle, the same call goes on."""
@@ -68,6 +74,8 @@ def learn(
     from cairn.training.log import Log
 
     console, bad_images = Console(), checked_bad_image(on_bad_image)
+    if keep is not None and keep < 1:
+        raise ConfigError(f"--keep {keep}: must be at least 1, the state that is made")
     found = class_folders(pictures)
     items = [found.images.path(row) for row in range(len(found.images))]
     names = [found.classes[label] for label in found.images.labels]
@@ -112,7 +120,7 @@ def learn(
                 f"{learner}: nothing new: {counted(len(items), 'picture')}, learned already (--again for once more)"
             )
             return
-        held.save(learner)
+        held.save(learner, keep)
         work.clear()
     finally:
         lock.release()
@@ -163,18 +171,11 @@ def _shown(value: Any) -> str:
 def inspect(learner: Learner) -> None:
     """Show what a learner knows and what it keeps."""
     from cairn.classifier.card import card
-    from cairn.classifier.folder import NAME
-    from cairn.classifier.record import LearnerRecord
-    from cairn.errors import ResultError
-    from cairn.storage.archive import Archive
-    from cairn.storage.schema import validated
+    from cairn.classifier.folder import read_record
 
-    found = Archive(learner, NAME).read()
-    if found is None:
-        raise ResultError(f"'{learner}': no learner there; `cairn learn {learner} PICTURES` makes one")
-    record = validated(LearnerRecord, found.record, f"'{learner}': record of the learner")
-    for damaged in found.damaged:
-        Console().note(f"WARNING: {damaged}; the one before it was taken")
+    record, damaged = read_record(learner)
+    for told in damaged:
+        Console().note(f"WARNING: {told}; the one before it was taken")
     typer.echo(printable(card(record)))
 
 

@@ -10,3 +10,8 @@ def without(x: Tensor, c: int, dim: int = 0) -> Tensor:
     """x less what stands at c of its dimension `dim`, if it reaches that far: less row c, or with dim = 1 less column c."""
     kept = [i for i in range(x.shape[dim]) if i != c]
     return x.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=x.device))
+
+
+def replaced(x: Tensor, c: int, row: Tensor) -> Tensor:
+    """x with `row`, of one row or as a vector, in the place of row c."""
+    return torch.cat([x[:c], row.reshape(1, -1).to(x), x[c + 1 :]])

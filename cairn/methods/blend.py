@@ -34,16 +34,17 @@ from cairn.data.stream import Task
 from cairn.maths.opinion_pool import OpinionPool
 from cairn.maths.quadratic_discriminant import QuadraticDiscriminant, predicted_means
 from cairn.maths.ridge import one_hot
-from cairn.maths.rows import without
+from cairn.maths.rows import replaced, without
 from cairn.maths.similarity import unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import encode
+from cairn.training.log import Log
 from cairn.types import Features, Pixels, Scores
 
 KAPPAS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -106,7 +107,7 @@ class BlendConfig(Settings):
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory]):
+class Blend(GaussianScoring[ScatterMemory], NamesClasses):
     """argmax_c sum_e exp(phi_e) E_e(x, c) of the experts' scores."""
 
     card = Card(
@@ -203,6 +204,12 @@ class Blend(GaussianScoring[ScatterMemory]):
         trace."""
         self.texts, self.gram = without(self.texts, c), self.gram.without(c)
         self._set(self.memory.without(c))
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text. The weights of the experts were fitted with the old one and stay."""
+        if self.uses_text:
+            self.texts = replaced(self.texts, c, self.towers.class_texts(named.names, named.templates))
+            self._set(self.memory)
 
     @property
     def memory_bytes(self) -> int:

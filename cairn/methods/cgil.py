@@ -24,13 +24,14 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
 from cairn.memory.generators import GeneratorMemory
 from cairn.methods.parts.autoencoders import Vae
-from cairn.methods.parts.stages import TextStage, align_text, class_anchors
-from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring
+from cairn.methods.parts.stages import TextStage, align_text, class_anchors, rename_text
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring, NamesClasses
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import encode
+from cairn.training.log import Log
 from cairn.types import Features, Labels, Pixels
 
 
@@ -61,7 +62,7 @@ class CgilConfig(Settings):
         return cls(stage2=TextStage(real_share=0.0))
 
 
-class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory]):
+class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory], NamesClasses):
     """argmax_c s cos(f(x), t_c), t_c trained on draws of every class seen."""
 
     card = Card(
@@ -115,6 +116,13 @@ class CGIL(CosineScoring, GaussianScoring[GaussianMemory | GeneratorMemory]):
         self.memory = self.memory.without(c)
         self.texts.forget(c)
         self._class_texts = without(self._class_texts, c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The name in the class's prompt, or the text that its residual is added to. What was trained stays."""
+        if self.towers.has_text:
+            (text,) = self.towers.class_texts(named.names, named.templates)
+            rename_text(self.texts, c, named, text, log)
+            self._remember_texts()
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

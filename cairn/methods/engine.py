@@ -50,8 +50,8 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.methods.parts.described import sentences_of
 from cairn.methods.parts.projector import Projectors
-from cairn.methods.parts.stages import class_anchors
-from cairn.methods.protocol import FROZEN, Card, DescribedClasses
+from cairn.methods.parts.stages import class_anchors, renamed_anchors
+from cairn.methods.protocol import FROZEN, Card, DescribedClasses, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
@@ -120,7 +120,7 @@ class EngineConfig(Settings):
         return cls(descriptions="template")
 
 
-class ENGINE(DescribedClasses):
+class ENGINE(DescribedClasses, NamesClasses):
     """argmax_c of s (stat D_c + (1 - stat) (rerank R_c + (1 - rerank) cos(G_i(x), G_t(t_c))))."""
 
     card = Card(
@@ -248,6 +248,11 @@ class ENGINE(DescribedClasses):
         self.sentences = self.sentences[:c] + self.sentences[c + 1 :]
         if self.config.stat:
             self._set_head(self.head.without(c))
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text and its sentences. What the units were trained to, with the old ones, stays."""
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
+        (self.sentences[c],) = self._embedded(named, self.anchors[c : c + 1], log)
 
     def embed(self, pixels: Pixels) -> Features:
         """The embedding and, where there is an image tower, the features before the projection behind it."""

@@ -16,6 +16,7 @@ Letters: f image encoder; z = f(x)/|f(x)|, z0 that of the towers as they came; f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,13 +33,23 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.parts.kernel_ridge import KernelRidge
 from cairn.methods.parts.pooled import best_pool, pooled
-from cairn.methods.parts.stages import BOUND, TextStage, VisionStage, align_text, align_vision, class_anchors
-from cairn.methods.protocol import Card, HoldsOut, KeepsImages
+from cairn.methods.parts.stages import (
+    BOUND,
+    TextStage,
+    VisionStage,
+    align_text,
+    align_vision,
+    class_anchors,
+    rename_text,
+    renamed_anchors,
+)
+from cairn.methods.protocol import Card, HoldsOut, KeepsImages, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
 from cairn.training.encode import encode
+from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -64,7 +75,7 @@ class JointConfig(Settings):
         return cls(stage1=VisionStage.embedding().model_copy(update={"classes": "seen"}), stage2=TextStage())
 
 
-class Joint(KeepsImages, HoldsOut):
+class Joint(KeepsImages, HoldsOut, NamesClasses):
     """argmax_c sum_j w_j f_jc, everything fitted on all images seen so far."""
 
     card = Card(
@@ -198,6 +209,11 @@ class Joint(KeepsImages, HoldsOut):
         self._frozen = [z[own] for z, own in zip(self._frozen, left, strict=False)]
         self.tasks = [without_class(task, c) for task in self.tasks]
 
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
+        rename_text(self.texts, c, named, self.anchors[c], log)
+        self.tasks = [_renamed(task, c, *named.names) for task in self.tasks]
+
     def embed(self, pixels: Pixels) -> Features:
         """z0, and z behind it where the encoder moves."""
         untouched = self.towers.image(pixels)
@@ -221,6 +237,11 @@ class Joint(KeepsImages, HoldsOut):
         self.texts.restore(part(state, "texts"))
         for i, ridge in enumerate(self.ridges):
             ridge.load_state_dict(part(state, f"ridge-{i}"))
+
+
+def _renamed(task: Task, c: int, name: str) -> Task:
+    """The task with class number c, if it came with it, under this name."""
+    return replace(task, names=tuple(name if i == c else own for i, own in zip(task.classes, task.names, strict=True)))
 
 
 def chosen(labels: np.ndarray, share: float, rng: torch.Generator) -> Tensor:

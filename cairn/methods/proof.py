@@ -31,13 +31,14 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.means import ClassMeans
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.projector import Projectors
-from cairn.methods.parts.stages import class_anchors
-from cairn.methods.protocol import FROZEN, Card
+from cairn.methods.parts.stages import class_anchors, renamed_anchors
+from cairn.methods.protocol import FROZEN, Card, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
+from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.types import Features, Pixels, Scores
 
@@ -94,7 +95,7 @@ class Fusion(nn.Module):
         return along / squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 
 
-class PROOF:
+class PROOF(NamesClasses):
     """argmax_c of the mean of three scores: s cos(z, P_t(t_c)), s cos(T(z), T(P_i(p_c))) and s cos(T(z), T(P_t(t_c)))."""
 
     card = Card(
@@ -171,6 +172,10 @@ class PROOF:
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)
         self.means, self.exemplars = self.means.without(c), self.exemplars.without(c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text. What was trained with the old one stays."""
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

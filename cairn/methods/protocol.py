@@ -20,6 +20,7 @@ from cairn.memory.protocol import ClassMemory
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
+from cairn.training.log import Log
 from cairn.types import Features, Labels, Pixels, Scores
 
 FROZEN = "frozen"
@@ -210,6 +211,16 @@ class DescribedClasses(ABC):
         """Whether, with its settings, a new class must come with sentences of its own."""
 
 
+class NamesClasses(ABC):
+    """Holds something that it made of a class's name: its text, prompt or sentences."""
+
+    @abstractmethod
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """With what it made of the name of class number `c` made anew of the name, the templates and the descriptions of `named`,
+        a task of that class alone, without images. What was trained stays. Raises a CairnError where nothing can be made of the
+        name."""
+
+
 class KeepsImages(ABC):
     """Learns again on the images of earlier tasks, which its state does not hold."""
 
@@ -227,4 +238,12 @@ class HoldsOut(ABC):
     """Scores and labels of those of the task that was learned last."""
 
 
-CAPABILITIES: tuple[type, ...] = (CosineScoring, GaussianScoring, PatchReasons, DescribedClasses, KeepsImages, HoldsOut)
+CAPABILITIES: tuple[type, ...] = (
+    CosineScoring,
+    GaussianScoring,
+    PatchReasons,
+    DescribedClasses,
+    NamesClasses,
+    KeepsImages,
+    HoldsOut,
+)

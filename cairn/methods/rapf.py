@@ -35,13 +35,14 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.replay import ReplayBatches
-from cairn.methods.parts.stages import class_anchors
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring
+from cairn.methods.parts.stages import class_anchors, renamed_anchors
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
+from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Labels, Pixels, Scores
@@ -91,7 +92,7 @@ class RapfConfig(GaussianSettings):
     )
 
 
-class RAPF(GaussianScoring[GaussianMemory]):
+class RAPF(GaussianScoring[GaussianMemory], NamesClasses):
     """argmax_c s cos(W f(x), t_c)."""
 
     card = Card(
@@ -164,6 +165,10 @@ class RAPF(GaussianScoring[GaussianMemory]):
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)
         self.memory = self.memory.without(c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text. What was trained with the old one stays."""
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

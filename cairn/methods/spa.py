@@ -41,7 +41,7 @@ from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.parts.described import sentences_of
 from cairn.methods.parts.prior import PriorWeight
 from cairn.methods.parts.projector import Projectors, UnitLength
-from cairn.methods.parts.stages import class_anchors
+from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import (
     FROZEN,
     Card,
@@ -49,6 +49,7 @@ from cairn.methods.protocol import (
     CosineScoring,
     DescribedClasses,
     GaussianScoring,
+    NamesClasses,
     PatchReasons,
 )
 from cairn.towers.patches import Attention
@@ -57,6 +58,7 @@ from cairn.towers.state import State, flattened, part, spelled, words
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.fit import fit
+from cairn.training.log import Log
 from cairn.training.schedule import Schedule
 from cairn.types import Features, Pixels, Scores
 
@@ -126,7 +128,7 @@ class SpaConfig(GaussianSettings):
         return cls(local=Local(weight=0.0), descriptions="template")
 
 
-class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, DescribedClasses):
+class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, DescribedClasses, NamesClasses):
     """argmax_c s (cos(g(z), h(t_c)) + lambda S_c)."""
 
     card = Card(
@@ -176,7 +178,10 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
         self.guides = self.guides or len(self.anchors)
         if config.local.weight:
-            self._describe(sentences_of(config.descriptions, task, ctx.log))
+            sentences = sentences_of(config.descriptions, task, ctx.log)
+            self.sentences += sentences
+            self._tokens += self._described(sentences)
+            self._padded = padded_tokens(self._tokens)
 
         # One pass of the frozen tower: descriptions choose patches, transport weighs them [P]. Patches are not kept.
         x, S, y = encode(loader, self._seen, ctx, "rows", embed=self.embed)
@@ -222,6 +227,15 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         if self._tokens:
             del self._tokens[c], self.sentences[c]
             self._padded = padded_tokens(self._tokens) if self._tokens else self._nothing_said()
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text and its sentences. What the projectors were trained to, with the old ones, stays; so do the Gaussians
+        of local features, for whose patches these sentences may have looked."""
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
+        if self.config.local.weight:
+            (self._tokens[c],) = self._described(sentences := sentences_of(self.config.descriptions, named, log))
+            (self.sentences[c],) = sentences
+            self._padded = padded_tokens(self._tokens)
 
     def embed(self, pixels: Pixels) -> Features:
         """The image's embedding and behind it, in the same row, its unit patches one after the other."""
@@ -361,14 +375,11 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
     def _how(self) -> dict[str, Any]:
         return self.config.local.model_dump(include={"patches", "guide", "transport", "eps", "iterations"})
 
-    def _describe(self, sentences: tuple[tuple[str, ...], ...]) -> None:
-        """Description tokens of new classes."""
-        for own in sentences:
-            by_word = self.config.local.tokens == "words"
-            tokens = torch.cat(self.towers.word_tokens(own)) if by_word else self.towers.text(own)
-            self._tokens.append(unit(tokens).to(self.towers.device))
-        self.sentences += sentences
-        self._padded = padded_tokens(self._tokens)
+    def _described(self, sentences: Sequence[tuple[str, ...]]) -> list[Tensor]:
+        """The unit tokens of each class's sentences."""
+        read = self.towers.word_tokens if self.config.local.tokens == "words" else None
+        rows = [self.towers.text(own) if read is None else torch.cat(read(own)) for own in sentences]
+        return [unit(tokens).to(self.towers.device) for tokens in rows]
 
     def _seen(self, features: Features, labels: Tensor | None) -> tuple[Float[Tensor, "n w"], Scores]:
         """What scoring and training need of embedded images: rows z or [z ; v], and the plan's scores, if those count.

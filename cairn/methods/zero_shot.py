@@ -9,15 +9,16 @@ import torch
 
 from cairn.config import NoSettings
 from cairn.data.stream import Task
-from cairn.maths.rows import without
-from cairn.methods.protocol import FROZEN, Card, CosineScoring
+from cairn.maths.rows import replaced, without
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
+from cairn.training.log import Log
 from cairn.types import Features, Pixels
 
 
-class ZeroShot(CosineScoring):
+class ZeroShot(CosineScoring, NamesClasses):
     """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
 
     card = Card(
@@ -46,6 +47,9 @@ class ZeroShot(CosineScoring):
 
     def forget(self, c: int) -> None:
         self.texts = without(self.texts, c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        self.texts = replaced(self.texts, c, self.towers.class_texts(named.names, named.templates))
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -82,15 +82,7 @@ class Archive:
                     entries[name] = before[1]
                 else:
                     entries[name] = self._part(name, state)
-            manifest = {"schema_version": SCHEMA_VERSION, "parts": entries, "record": dict(record)}
-            manifest["sha256"] = digest(manifest)
-            path = self._manifest(numbers[-1] + 1 if numbers else 1)
-            write_json(path, manifest)
-            try:
-                self._checked(path)
-            except ResultError:
-                path.unlink(missing_ok=True)
-                raise ResultError(f"'{path}': does not read back as it was written; check the disk") from None
+            self._write_manifest(numbers[-1] + 1 if numbers else 1, record, entries)
         except BaseException:
             self._sweep()
             raise
@@ -118,12 +110,56 @@ class Archive:
             raise ResultError(f"{damaged[0]}; no undamaged copy is left in '{self.folder}'")
         return None
 
+    def back(self, amended: Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any] | None]) -> bool:
+        """Put an earlier generation in the place of the newest: the nearest for which `amended(record of the newest, its record)`
+        gives a record, which is then its own. Those between are removed; False if there is none.
+
+        The newest manifest is replaced by one renaming, so that whatever happens meanwhile either is whole. Raises ResultError
+        where the newest manifest, or one that would be passed, is damaged.
+        """
+        *earlier, newest = self._numbers() or [0]
+        last = self._checked(self._manifest(newest))[0] if newest else {}
+        for number in reversed(earlier):
+            record, entries = self._checked(self._manifest(number))
+            if (record := amended(last, record)) is None:
+                continue
+            for entry in entries.values():
+                read_tensors(self.folder / entry["file"], entry["sha256"], entry["bytes"])
+            self._write_manifest(newest, record, entries)
+            for passed in earlier[earlier.index(number) :]:
+                with suppress(OSError):
+                    self._manifest(passed).unlink()
+            self._written = {}
+            self._sweep()
+            return True
+        return False
+
+    def bytes_of_each(self) -> dict[int, int]:
+        """By the number of each generation that is kept, the newest last, the bytes of its files; 0 where they cannot be told."""
+        found = {}
+        for number in self._numbers():
+            with suppress(ResultError):
+                found[number] = sum(entry["bytes"] for entry in self._checked(self._manifest(number))[1].values())
+            found.setdefault(number, 0)
+        return found
+
     def clear(self) -> None:
         """Remove every generation, and the folder if nothing else is in it."""
         self._written = {}
         self._sweep(keep=0)
         with suppress(OSError):
             self.folder.rmdir()
+
+    def _write_manifest(self, number: int, record: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+        manifest = {"schema_version": SCHEMA_VERSION, "parts": dict(entries), "record": dict(record)}
+        manifest["sha256"] = digest(manifest)
+        path = self._manifest(number)
+        write_json(path, manifest)
+        try:
+            self._checked(path)
+        except ResultError:
+            path.unlink(missing_ok=True)
+            raise ResultError(f"'{path}': does not read back as it was written; check the disk") from None
 
     def _part(self, name: str, state: State) -> dict[str, Any]:
         if not re.fullmatch(PART, name):
@@ -173,7 +209,7 @@ class Archive:
         """Remove all but the `keep` newest manifests (None: none of them), and parts that no manifest names."""
         numbers = self._numbers()
         if keep is not None:
-            for number in numbers[: len(numbers) - keep]:
+            for number in numbers[: max(0, len(numbers) - keep)]:
                 with suppress(OSError):
                     self._manifest(number).unlink()
             numbers = numbers[-keep:] if keep else []

@@ -78,11 +78,17 @@ class FeatureTowers:
         return list(self.text(prompts))
 
     def class_texts(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
-        """The stored rows; the templates were chosen when the file was made. Raises TowersError without any."""
+        """The stored rows; the templates were chosen when the file was made. Raises TowersError for a class without."""
         if self._text is None:
             raise TowersError(
                 f"towers '{self.name}': the features file has no text_features, which this needs; add them"
             )
+        for name in names:
+            if name not in self._row:
+                raise TowersError(
+                    f"towers '{self.name}': the features file has no text of class '{name}'; add one, or take a method that uses "
+                    "no class texts"
+                )
         return self._text[[self._row[name] for name in names]]
 
     def vision(self) -> nn.Module:

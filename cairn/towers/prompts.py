@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from cairn.data.templates import spoken
 from cairn.errors import ConfigError
-from cairn.maths.rows import without
+from cairn.maths.rows import replaced, without
 from cairn.towers.prefix import PromptTree, prompt_tree
 from cairn.towers.protocol import TextTower, Towers
 from cairn.towers.state import State, spelled, words
@@ -138,6 +138,11 @@ class FixedTexts(nn.Module):
         """Without class number c."""
         self.anchors = without(self.anchors, c)
 
+    def rename(self, c: int, name: str, anchor: Float[Tensor, " d"]) -> bool:
+        """Class number c is called `name` and starts from another text; False where its text does not depend on that any more."""
+        self.anchors = replaced(self.anchors, c, anchor)
+        return True
+
     def trainable(self) -> list[nn.Parameter]:
         return []
 
@@ -235,6 +240,12 @@ class SoftPrompts(nn.Module):
             self.task = nn.ParameterList([block for i, block in enumerate(self.task) if i != task])
         if self.names:
             self._plan()
+
+    def rename(self, c: int, name: str, anchor: Float[Tensor, " d"]) -> bool:
+        """Class number c is called `name` behind its context vectors, which stay; False where its text is of a finished task."""
+        self.names[c] = name
+        self._plan()
+        return c >= len(self.cached)
 
     def _start(self, rng: torch.Generator, length: int, *, words: bool) -> Float[Tensor, "M w"]:
         values = 0.02 * torch.randn(length, self._towers.width, generator=rng)

@@ -360,6 +360,7 @@ def test_weights_that_moved_can_be_given_to_every_command(pictures, tmp_path, mo
         ("export", learner, "--onnx", tmp_path / "x.onnx"),
         ("serve", learner),
         ("forget", learner, name),
+        ("rename", learner, name, "x"),
     ]
     for words in calls:
         assert "say where they are now with --towers" in refused(monkeypatch, capsys, *words)

@@ -18,10 +18,11 @@ from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.protocol import CAPABILITIES, CosineScoring, GaussianScoring
+from cairn.methods.protocol import CAPABILITIES, CosineScoring, GaussianScoring, KeepsImages, NamesClasses
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
+from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
 TOGETHER = {
@@ -220,6 +221,54 @@ def test_what_was_kept_of_a_state_does_not_change_with_learning(world):
     copy = {key: value.clone() for key, value in state.items()}
     method.learn(stream.tasks[1], Context(Seeds(1)))
     assert not [key for key in copy if not torch.equal(copy[key], state[key])]
+
+
+def test_a_class_that_is_renamed_is_as_if_it_had_come_with_that_name(world):
+    """In all that is made of names, and in nothing else: what was trained stays, and where nothing was, or no name is used, the
+    method is the one that learned it so. Every method that uses class texts can do it."""
+    entry, towers, stream = world
+    assert (NamesClasses in entry.capabilities) == entry.card.text
+    if not entry.card.text:
+        return
+    first, second = stream.tasks[:2]
+    new = stream.tasks[2].names[0]  # of which a features file has a text
+    called = replace(second, names=(new, *second.names[1:]))
+    method, right = build(entry, towers), build(entry, towers)
+    for task, other in ((first, first), (second, called)):
+        method.learn(task, Context(Seeds(1)))
+        right.learn(other, Context(Seeds(1)))
+    c = second.classes.start
+    named = replace(
+        second, index=0, classes=range(c, c + 1), names=(new,), train=Subset(second.train, [], np.zeros(0, int))
+    )
+    pixels, before = test_images(stream, towers), scores(method, test_images(stream, towers))
+    others = [i for i in range(second.classes.stop) if i != c]
+    method.rename(c, named, Log())
+    after = scores(method, pixels)
+    assert after.shape == before.shape
+    assert after.isfinite().all()
+    assert not torch.equal(after[:, c], before[:, c])
+    if entry.name not in TOGETHER:
+        torch.testing.assert_close(after[:, others], before[:, others])
+    if entry.card.trains == "nothing":
+        torch.testing.assert_close(after, scores(right, pixels), rtol=1e-5, atol=1e-5)
+    # Of what was trained nothing moves; what is made of the name is that of the method that learned it so
+    held, wanted = method.state_dict(), right.state_dict()
+    assert held.keys() == wanted.keys()
+    for key in ("texts", "anchors", "sentences", "tokens", "texts.anchors", "texts.names"):
+        if key in held:
+            torch.testing.assert_close(held[key], wanted[key], rtol=0, atol=1e-6)  # texts in one batch or another
+    fresh = build(entry, towers)
+    fresh.load_state_dict({key: value.clone() for key, value in held.items()})
+    if isinstance(fresh, KeepsImages):
+        fresh.attach_images(method.tasks)
+        assert method.tasks[1].names == called.names
+    torch.testing.assert_close(scores(fresh, pixels), after)
+    last = stream.tasks[2]
+    fresh.learn(
+        replace(last, names=(second.names[0], *last.names[1:])), Context(Seeds(1))
+    )  # the old name is free again
+    assert scores(fresh, pixels).shape == (len(pixels), last.classes.stop)
 
 
 class Sealed:

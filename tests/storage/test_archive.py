@@ -122,6 +122,91 @@ def test_an_unchanged_part_is_not_written_again(tmp_path, monkeypatch):
     assert number(tmp_path) == 1
 
 
+def one_back(last, before):
+    """The state before, saying what was taken back; None for one that is the same as the last."""
+    return None if before["n"] == last["n"] else {**before, "taken back": last["n"]}
+
+
+def write_three(folder):
+    for value in (1, 2, 3):
+        Archive(folder, "run").write({"n": value}, {"learner": state(value), "same": {"x": torch.ones(2)}}, keep=3)
+
+
+def test_back_is_the_generation_before_under_its_own_record(tmp_path):
+    write_three(tmp_path)
+    sizes = Archive(tmp_path, "run").bytes_of_each()
+    assert sizes == {
+        number: sum(part["bytes"] for part in read_json(tmp_path / f"run-00000{number}.json")["parts"].values())
+        for number in (1, 2, 3)
+    }
+    for value, left in ((2, [1, 3]), (1, [3])):
+        assert Archive(tmp_path, "run").back(one_back)
+        found = Archive(tmp_path, "run").read()
+        assert (number(tmp_path), found.record["taken back"], found.damaged) == (value, value + 1, [])
+        assert list(Archive(tmp_path, "run").bytes_of_each()) == left
+        assert only_what_is_named(tmp_path)
+    before = files(tmp_path)
+    assert not Archive(tmp_path, "run").back(one_back)
+    assert not Archive(tmp_path / "none", "run").back(one_back)
+    assert files(tmp_path) == before
+    write(tmp_path, 4)
+    assert manifests(tmp_path) == ["run-000003.json", "run-000004.json"]
+
+
+def test_what_is_passed_on_the_way_back_is_removed(tmp_path):
+    for value in (1, 2, 2):
+        Archive(tmp_path, "run").write({"n": value}, {"learner": state(value)}, keep=3)
+    assert Archive(tmp_path, "run").back(one_back)
+    assert number(tmp_path) == 1
+    assert manifests(tmp_path) == ["run-000003.json"]
+    assert only_what_is_named(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["run-000003.json", "run-000002.json", "run-learner-{}.safetensors"])
+def test_there_is_no_way_back_over_what_is_damaged(tmp_path, what):
+    write_three(tmp_path)
+    digest_of = read_json(tmp_path / "run-000002.json")["parts"]["learner"]["sha256"]
+    (tmp_path / what.format(digest_of[:16])).write_bytes(b"{}")
+    before = files(tmp_path)
+    with pytest.raises(ResultError):
+        Archive(tmp_path, "run").back(one_back)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("failure", ["kill", "interrupt", "full"])
+def test_the_way_back_may_end_at_every_call_to_the_system(tmp_path, failure, after):
+    """The newest or the one before is there, whole; and called again it comes to the same."""
+    failures = {
+        "kill": Dead(),
+        "interrupt": KeyboardInterrupt(),
+        "full": OSError(errno.ENOSPC, "No space left on device"),
+    }
+    places = 0
+    for at in count(1):
+        folder = tmp_path / str(at)
+        write_three(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            machine, raised = Machine(patch, at, after, failures[failure], failure == "kill"), None
+            try:
+                assert Archive(folder, "run").back(one_back)
+            except (Dead, KeyboardInterrupt, ResultError) as error:
+                raised = error
+        if not machine.struck:
+            break
+        places += 1
+        assert number(folder) in ((2, 3) if raised else (2,))
+        assert Archive(folder, "run").read().damaged == []
+        if number(folder) == 3:
+            assert Archive(folder, "run").back(one_back)
+        assert number(folder) == 2
+        assert Archive(folder, "run").back(one_back)  # and one more, over what an end in the middle may have left
+        assert number(folder) == 1
+        assert only_what_is_named(folder)
+        assert len(manifests(folder)) == 1
+    assert places > 5
+
+
 def test_clearing_leaves_no_folder(tmp_path):
     for value in (1, 2):
         write(tmp_path / "checkpoint", value)

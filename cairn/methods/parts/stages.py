@@ -14,6 +14,7 @@ from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.losses import class_cross_entropy, mean_squared_distance, text_anchor_contrast
+from cairn.maths.rows import replaced
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
@@ -96,6 +97,22 @@ def class_anchors(towers: Towers, task: Task, loader: Loader, log: Log) -> Float
         log("notice", text="no text_features in the file: class means of the frozen embeddings stand in as anchors")
     z, y = encode(loader, lambda pixels, _: towers.image(pixels))
     return unit(torch.stack([unit(z[y == c]).mean(0) for c in task.classes]))
+
+
+def renamed_anchors(anchors: Float[Tensor, "k d"], c: int, towers: Towers, named: Task) -> Float[Tensor, "k d"]:
+    """With the unit text of the class of `named` for class c. A mean that stands in for a text has nothing of the name."""
+    return replaced(anchors, c, towers.class_texts(named.names, named.templates)) if towers.has_text else anchors
+
+
+def rename_text(texts: FixedTexts | SoftPrompts, c: int, named: Task, anchor: Float[Tensor, " d"], log: Log) -> None:
+    """The learned text of class c starts from the name of `named`, whose unit text is `anchor`; what was learned of it stays. A
+    notice where all of it was."""
+    (name,) = named.names
+    if not texts.rename(c, name, anchor):
+        log(
+            "notice",
+            text="the text of that class is one of a finished task: it stays what it was trained to, whatever the name",
+        )
 
 
 def competing(present: Int[Tensor, " j"], seen: int, log: Log) -> Int[Tensor, " i"]:

@@ -12,13 +12,14 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.parts.prior import PriorWeight
-from cairn.methods.parts.stages import TextPrior, VisionPrior
+from cairn.methods.parts.stages import TextPrior, VisionPrior, rename_text
 from cairn.methods.parts.vision_and_anchors import VisionAndAnchors
 from cairn.methods.protocol import GaussianScoring
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import Ordered, encode
+from cairn.training.log import Log
 from cairn.types import Features, Labels
 
 
@@ -66,6 +67,11 @@ class TwoStageState(VisionAndAnchors, GaussianScoring[GaussianMemory]):
         self.memory = self.memory.without(c)
         self.texts.forget(c)
         self._class_texts = without(self._class_texts, c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        super().rename(c, named, log)
+        rename_text(self.texts, c, named, self.anchors[c], log)
+        self.cache_texts()
 
     @property
     def class_matrix(self) -> Features:

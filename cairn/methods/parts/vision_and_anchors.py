@@ -11,17 +11,18 @@ from torch import nn
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.rows import without
-from cairn.methods.parts.stages import class_anchors
-from cairn.methods.protocol import CosineScoring
+from cairn.methods.parts.stages import class_anchors, renamed_anchors
+from cairn.methods.protocol import CosineScoring, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
+from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 from cairn.types import Features, Pixels
 
 
-class VisionAndAnchors(CosineScoring):
+class VisionAndAnchors(CosineScoring, NamesClasses):
     """f(x), trained, and t_c, the unit template texts; what is learned, and the class matrix, are the method's own."""
 
     def __init__(self, towers: Towers, config: Any, *, seed: int):
@@ -41,6 +42,10 @@ class VisionAndAnchors(CosineScoring):
 
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)
+
+    def rename(self, c: int, named: Task, log: Log) -> None:
+        """The class's text. What vision was trained to, with the old one for its anchor, stays."""
+        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)

@@ -1,0 +1,112 @@
+"""The commands that mend a learner: history, undo, rename. Parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cairn.cli.classifier import Learner, Weights
+from cairn.errors import DataError, counted, one_line
+from cairn.reports.console import Console
+
+if TYPE_CHECKING:
+    from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.classifier.record import HistoryEntry, LearnerRecord
+    from cairn.experiment.folder import Lock
+
+Name = Annotated[str, typer.Argument(help="a class of `cairn inspect`")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (history, undo, rename):
+        app.command()(command)
+
+
+def history(learner: Learner) -> None:
+    """Show what was done to a learner when, and how far `cairn undo` can go back."""
+    from cairn.classifier.folder import NAME, read_record
+    from cairn.storage.archive import Archive
+
+    record, damaged = read_record(learner)
+    for told in damaged:
+        Console().note(f"WARNING: {told}; the one before it was taken")
+    for number, entry in enumerate(record.history, 1):
+        typer.echo(one_line(f"{number:4d}  {entry.date}  {entry.told}{_named(entry)}"))
+    *earlier, newest = Archive(learner, NAME).bytes_of_each().values()
+    steps = counted(len(earlier), "step") if earlier else "nothing"
+    typer.echo(
+        f"`cairn undo` can take back {steps}: {counted(len(earlier), 'earlier state')} of {counted(sum(earlier), 'byte')} beside "
+        f"the newest of {counted(newest, 'byte')}; {record.keep} are kept at most (`cairn learn --keep`)"
+    )
+
+
+def _named(entry: HistoryEntry) -> str:
+    """The classes that an entry of the history names, some of many."""
+    from cairn.data.names import listed
+
+    names = [f"'{name}'" for name in entry.names or [*entry.new, *entry.again]]
+    match entry.kind:
+        case "renamed" if names:
+            return f": {names[0]} to {names[1]}"
+        case "merged" if names:
+            return f": {names[0]} and {names[1]} to {names[2]}"
+    return f": {listed(names)}" if names else ""
+
+
+def undo(learner: Learner) -> None:
+    """Take back the last change: the state before it is there again, to the bit. Again: the change before that."""
+    from cairn.classifier.folder import undo as undone
+
+    with _held(learner):
+        record = undone(learner)
+    Console().note(f"{learner}: {record.history[-1].told}; {_what_is_there(record)}")
+
+
+def rename(
+    learner: Learner,
+    old: Name,
+    new: Annotated[str, typer.Argument(help="its name from now on")],
+    towers: Weights = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+) -> None:
+    """Give a class another name. Texts that were made of its name are made anew; what was trained with them stays."""
+    with _changed(learner, towers, device) as held:
+        held.rename(old, new)
+    Console().note(f"{learner}: '{one_line(old)}' is called '{one_line(new)}' now")
+
+
+@contextmanager
+def _held(learner: Path) -> Iterator[Lock]:
+    """The lock of the folder of a learner."""
+    from cairn.experiment.folder import Lock
+
+    if not learner.is_dir():
+        raise DataError(f"'{learner}': no such folder")
+    lock = Lock(learner).take()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _changed(learner: Path, towers: str | None, device: str) -> Iterator[IncrementalClassifier]:
+    """The learner of a folder, to be changed; saved if it was. What the change had to say is told."""
+    from cairn.classifier.classifier import IncrementalClassifier
+
+    with _held(learner):
+        held = IncrementalClassifier.load(learner, towers, device)
+        told, calls = len(held.notices_), len(held.history_)
+        yield held
+        for notice in held.notices_[told:]:
+            Console().note(f"note: {notice}")
+        if len(held.history_) > calls:
+            held.save(learner)
+
+
+def _what_is_there(record: LearnerRecord) -> str:
+    return f"{counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}"

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from cairn import IncrementalClassifier
-from cairn.classifier.onnx import image_scores
+from cairn.classifier.onnx import scores_module
 from cairn.cli import app as cli
 from cairn.config import settings
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, one_line
 from cairn.methods.catalogue import METHODS
-from cairn.methods.protocol import CosineScoring, DescribedClasses, KeepsImages, PatchReasons
+from cairn.methods.protocol import DescribedClasses, KeepsImages, PatchReasons, ScoresAsModule
 from cairn.serve.app import application
 from cairn.serve.guard import Rules
 from cairn.serve.service import Service
@@ -112,14 +112,14 @@ def test_serve_answers_everything(learner, pictures, towers, tmp_path):
 
 def test_export_is_exact_or_refused_in_one_line(learner, pictures, towers):
     """The module that is exported; that ONNX makes the same of it is another test."""
-    if CosineScoring not in METHODS[learner.method].capabilities or learner.method == "spa":
+    if ScoresAsModule not in METHODS[learner.method].capabilities or learner.method == "spa":
         with pytest.raises(ConfigError) as caught:
-            image_scores(learner)
+            scores_module(learner)
         assert one_line(str(caught.value)) == str(caught.value)
         return
     pixels = towers.pixels(torch.stack([towers.prepare(image) for image in pictures[2]]))
     with torch.no_grad():
-        found = image_scores(learner)(pixels)
+        found = scores_module(learner)(pixels)
     torch.testing.assert_close(found, learner.predictions(pictures[2]).scores, rtol=1e-4, atol=1e-4)
 
 

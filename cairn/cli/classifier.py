@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from cairn.reports.console import Console
 
 if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.classifier.onnx import Form
 
 METHOD, TOWERS = "blend", "openai/clip-vit-base-patch16"
 Weights = Annotated[
@@ -204,15 +205,37 @@ def forget(
 def export(
     learner: Learner,
     onnx: Annotated[Path, typer.Option(help="the file to write")],
+    form: Annotated[str, typer.Option(help="the image tower in float32, float16 or int8")] = "float32",
+    from_images: Annotated[
+        bool, typer.Option("--from-images", help="the file takes uint8 images of any size: preprocessing is in it")
+    ] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="a folder of pictures on which the file is compared with the learner")
+    ] = None,
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Write image tower and class matrix as one ONNX file. It is checked against the learner before it is kept."""
+    """Write a learner as one ONNX file: scores and probabilities of pictures. It is compared with the learner before it is
+    kept."""
     from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.onnx import export_onnx
+    from cairn.classifier.onnx import FORMS, export_onnx
+    from cairn.data.picture_files import pictures_below
 
-    difference = export_onnx(IncrementalClassifier.load(learner, towers, device), onnx)
-    Console().note(f"-> {onnx}: scores within {difference:.0e} of the learner's, relative to the largest")
+    if form not in FORMS:
+        raise ConfigError(f"--form {form}: must be {', '.join(FORMS)}")
+    images = None if pictures is None else pictures_below(pictures)[0]
+    made = export_onnx(
+        IncrementalClassifier.load(learner, towers, device),
+        onnx,
+        form=cast("Form", form),
+        images=images,
+        preprocessing=from_images,
+    )
+    Console().note(
+        f"-> {onnx}: {_bytes(made.bytes)}; on {counted(made.images, 'picture' if images else 'random image')} the same class for "
+        f"{100 * made.agreement:.1f} %, probabilities within {100 * made.probability:.2g} points, scores within "
+        f"{made.difference:.0e} of the largest"
+    )
 
 
 def _bytes(number: int) -> str:

@@ -40,8 +40,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from cairn.maths.score_modules import QuadraticScores
 
 GROUP = 1024
 """Rows of factors that are multiplied at once."""
@@ -123,6 +125,12 @@ class QuadraticDiscriminant:
             projected = torch.einsum("brd,nd->brn", P, z) - torch.einsum("brd,bd->br", P, mu[group])[:, :, None]
             squares[:, group] -= projected.square().sum(1).T
         return -(self._scale * squares + self._logdet) / 2
+
+    def module(self, kappa: float) -> QuadraticScores:
+        """`scores` as a module in float32."""
+        longest = max((P.shape[1] for _, P in self._P), default=0)
+        P = torch.cat([nn.functional.pad(P, (0, 0, 0, longest - P.shape[1])) for _, P in self._P])
+        return QuadraticScores(self._origin, self._W, self._middles(kappa), P, self._scale, self._logdet)
 
     def _whitened(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         return (x.double() - self._origin) @ self._W.T

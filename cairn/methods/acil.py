@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from cairn.config import Settings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.ridge import one_hot, recursive_ridge
 from cairn.maths.rows import without
+from cairn.maths.score_modules import RandomFeatureScores
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card
+from cairn.methods.protocol import FROZEN, Card, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -36,7 +38,7 @@ class AcilConfig(Settings):
     ridge: float = Field(default=100.0, gt=0, description="lam, fixed for the whole stream [I]")
 
 
-class ACIL:
+class ACIL(ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(
@@ -82,6 +84,10 @@ class ACIL:
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * self.random(features) @ self.W.to(features)
+
+    def scores_module(self) -> nn.Sequential:
+        head = RandomFeatureScores(self.random.V, self.W, self.towers.logit_scale)
+        return nn.Sequential(self.towers.vision(), head).cpu().float().eval()
 
     def state_dict(self) -> State:
         return {"P": self.P, "W": self.W, "seed": torch.tensor(self.random.seed)}

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cairn.config import Settings
 from cairn.data.loading import Loader
@@ -35,11 +35,12 @@ from cairn.maths.opinion_pool import OpinionPool
 from cairn.maths.quadratic_discriminant import QuadraticDiscriminant, predicted_means
 from cairn.maths.ridge import one_hot
 from cairn.maths.rows import replaced, without
+from cairn.maths.score_modules import CosineScores, FirstColumns, PatchMoments, PooledScores, RandomFeatureScores
 from cairn.maths.similarity import unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
@@ -107,7 +108,7 @@ class BlendConfig(Settings):
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory], NamesClasses):
+class Blend(GaussianScoring[ScatterMemory], NamesClasses, ScoresAsModule):
     """argmax_c sum_e exp(phi_e) E_e(x, c) of the experts' scores."""
 
     card = Card(
@@ -242,6 +243,18 @@ class Blend(GaussianScoring[ScatterMemory], NamesClasses):
                 self._W = self.gram.solution(self.ridge)
             scores.append(self._widened(rows) @ self._W)
         return self.pool.joined(torch.stack(scores, 2)).to(x)
+
+    def scores_module(self) -> nn.Sequential:
+        towers, d = self.towers, self.towers.dim
+        experts: list[nn.Module] = [self._gaussians().module(self.kappa)]
+        if self.uses_text:
+            experts.append(FirstColumns(d, CosineScores(self.texts, towers.logit_scale)))
+        if self.random:
+            scale = math.sqrt(2 / self.config.features)
+            experts.append(RandomFeatureScores(self.random.V, self.gram.solution(self.ridge), scale))
+        vision = towers.vision() if self.blocks == 1 else towers.vision_and_patches()
+        pooled = PooledScores(experts, self.pool.weights.tolist())
+        return nn.Sequential(PatchMoments(vision, self.blocks), pooled).cpu().float().eval()
 
     def _gaussians(self) -> QuadraticDiscriminant:
         if self._discriminant is None:

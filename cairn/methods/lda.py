@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
+from cairn.maths.score_modules import QuadraticScores, UnitRows
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, Shared
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -36,7 +38,7 @@ class LdaConfig(GaussianSettings):
     )
 
 
-class LDA(GaussianScoring[GaussianMemory]):
+class LDA(GaussianScoring[GaussianMemory], ScoresAsModule):
     """argmax_c log N(z; mu_c, S_c)."""
 
     card = Card(
@@ -83,6 +85,17 @@ class LDA(GaussianScoring[GaussianMemory]):
                 return (-(near**2) / 2).to(z)
             columns.append((W.diagonal().log().sum() - ((x - mu[c]) @ W.T).square().sum(1) / 2)[:, None])
         return torch.cat(columns, 1).to(z)
+
+    def scores_module(self) -> nn.Sequential:
+        if not self.config.covariance.pooled:
+            raise ConfigError(
+                "covariance: one per class cannot be exported; with covariance=shared, the default, it can"
+            )
+        (W,), k, d = self._inverse_factors(), self.memory.classes, self.memory.dim
+        head = QuadraticScores(
+            torch.zeros(d), W, self.memory.means @ W.T, torch.zeros(k, 0, d), torch.ones(k), torch.zeros(k)
+        )
+        return nn.Sequential(UnitRows(self.towers.vision()), head).cpu().float().eval()
 
     def _inverse_factors(self) -> list[Tensor]:
         """L_c^-1 for every class, one in all if the covariance is shared."""

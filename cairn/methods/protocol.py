@@ -15,6 +15,7 @@ from torch import nn
 
 from cairn.config import NoSettings, Settings
 from cairn.data.stream import Task
+from cairn.maths.score_modules import CosineScores
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.towers.protocol import Towers
@@ -117,6 +118,15 @@ class Method(Protocol):
     def load_state_dict(self, state: State) -> None: ...
 
 
+class ScoresAsModule(ABC):
+    """Scores of prepared pixels can be computed by one module of plain products: the method can be exported."""
+
+    @abstractmethod
+    def scores_module(self) -> nn.Sequential:
+        """Two modules, pixels to rows (n, d) and rows to scores (n, k), in float32 on the processor, apart from the method.
+        Raises ConfigError where the settings add something that no such module has."""
+
+
 class CosineForm(NamedTuple):
     """Scores as one module and one matrix: s cos(vision(pixels), matrix_c)."""
 
@@ -126,8 +136,8 @@ class CosineForm(NamedTuple):
     """One row per class."""
 
 
-class CosineScoring(ABC):
-    """Scores are scaled cosines s cos(f(x), w_c) of an image embedding and one vector per class: the method can be exported.
+class CosineScoring(ScoresAsModule):
+    """Scores are scaled cosines s cos(f(x), w_c) of an image embedding and one vector per class.
 
     `embed` is to give f(x) alone.
     """
@@ -146,6 +156,10 @@ class CosineScoring(ABC):
     def cosine_form(self) -> CosineForm:
         """Raises ConfigError where the settings add something else to the scores."""
         return CosineForm(self.vision(), self.class_matrix)
+
+    def scores_module(self) -> nn.Sequential:
+        form = self.cosine_form()
+        return nn.Sequential(form.vision, CosineScores(form.matrix, self.towers.logit_scale)).cpu().float().eval()
 
     def scores(self, features: Features) -> Scores:
         return self.row_scores(unit(features))
@@ -239,6 +253,7 @@ class HoldsOut(ABC):
 
 
 CAPABILITIES: tuple[type, ...] = (
+    ScoresAsModule,
     CosineScoring,
     GaussianScoring,
     PatchReasons,

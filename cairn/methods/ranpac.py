@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from torch import nn
 
 from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
@@ -23,10 +24,11 @@ from cairn.data.stream import Task
 from cairn.errors import NotFinite
 from cairn.maths.ridge import descended, one_hot
 from cairn.maths.rows import without
+from cairn.maths.score_modules import RandomFeatureScores
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, HoldsOut
+from cairn.methods.protocol import FROZEN, Card, HoldsOut, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
@@ -70,7 +72,7 @@ class RanpacConfig(Settings):
         return [10.0**exponent for exponent in range(self.lowest, self.highest + 1)]
 
 
-class RanPAC(HoldsOut):
+class RanPAC(HoldsOut, ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(
@@ -162,6 +164,10 @@ class RanPAC(HoldsOut):
 
     def scores(self, features: Features) -> Scores:
         return self.towers.logit_scale * self.random(features) @ self.W.to(features)
+
+    def scores_module(self) -> nn.Sequential:
+        head = RandomFeatureScores(self.random.V, self.W, self.towers.logit_scale)
+        return nn.Sequential(self.image.copied(), head).cpu().float().eval()
 
     def state_dict(self) -> State:
         chosen = torch.tensor(self.lam, dtype=torch.float64)

@@ -72,7 +72,8 @@ class CachedTowers:
         self.has_images, self.has_text = towers.has_images, towers.has_text
         self.text, self.tokens, self.word_tokens = towers.text, towers.tokens, towers.word_tokens
         self.class_texts = towers.class_texts
-        self.vision, self.text_tower, self.preprocessing = towers.vision, towers.text_tower, towers.preprocessing
+        self.vision, self.vision_and_patches = towers.vision, towers.vision_and_patches
+        self.text_tower, self.preprocessing = towers.text_tower, towers.preprocessing
         self.device, self.revision = towers.device, towers.revision
         self.precision: Precision = towers.precision
         self.source, self.notices = towers.source, towers.notices

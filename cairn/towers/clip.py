@@ -75,10 +75,22 @@ class VisionTower(nn.Module):
 
     def tokens(self, pixels: Pixels, attention: Attention = "native") -> tuple[Features, Float[Tensor, "n p d"]]:
         """The embedding of each image and those of its patches, from one pass."""
-        self.passes["images"] += len(pixels)
+        if not torch.compiler.is_compiling():
+            self.passes["images"] += len(pixels)
         with self._autocast(pixels):
             image, patches = embedded_tokens(self.vision_model, self.visual_projection, pixels, attention)
         return image.float(), patches.float()
+
+
+class VisionAndPatches(nn.Module):
+    """Pixels to the embedding of each image (n, d) and those of its patches (n, p, d)."""
+
+    def __init__(self, vision: VisionTower):
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n p d"]]:
+        return self.vision.tokens(pixels)
 
 
 class ClipTowers:
@@ -163,6 +175,9 @@ class ClipTowers:
 
     def vision(self) -> VisionTower:
         return copy.deepcopy(self._vision)
+
+    def vision_and_patches(self) -> VisionAndPatches:
+        return VisionAndPatches(self.vision())
 
     # text side
 

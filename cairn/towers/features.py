@@ -93,3 +93,6 @@ class FeatureTowers:
 
     def vision(self) -> nn.Module:
         return nn.Identity()
+
+    def vision_and_patches(self) -> nn.Module:
+        raise TowersError(f"towers '{self.name}': embeddings have no patches; take image towers")

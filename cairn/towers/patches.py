@@ -31,6 +31,9 @@ def embedded_tokens(
     Source: value-value attention in dense prediction with CLIP (Li et al.
     2023, CLIP Surgery). Ours: residual and MLP of the block are kept.
     """
+    if attention == "native":
+        seen = vision_model(pixel_values=pixels)
+        return projection(seen.pooler_output), projection(vision_model.post_layernorm(seen.last_hidden_state[:, 1:]))
     block, entered = cast("CLIPEncoderLayer", vision_model.encoder.layers[-1]), []
     hook = block.register_forward_pre_hook(
         lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -39,8 +42,7 @@ def embedded_tokens(
         seen = vision_model(pixel_values=pixels)
     finally:
         hook.remove()
-    tokens = seen.last_hidden_state if attention == "native" else _by_values(block, entered[0])
-    patches = projection(vision_model.post_layernorm(tokens[:, 1:]))
+    patches = projection(vision_model.post_layernorm(_by_values(block, entered[0])[:, 1:]))
     return projection(seen.pooler_output), patches
 
 

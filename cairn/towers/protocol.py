@@ -130,3 +130,7 @@ class Towers(Protocol):
     def vision(self) -> nn.Module:
         """A trainable copy of the image tower: pixels to embeddings, frozen until a tuning says otherwise."""
         ...
+
+    def vision_and_patches(self) -> nn.Module:
+        """The same with two results: embeddings of images and of their patches (n, p, d)."""
+        ...

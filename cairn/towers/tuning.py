@@ -6,6 +6,7 @@ values follows MG-CLIP [K], full tuning with a Beta moving average CLIPood [K], 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -168,6 +169,17 @@ class ImageEncoder:
 
     def __call__(self, pixels: Pixels) -> Features:
         return self.module(pixels)
+
+    def copied(self) -> nn.Module:
+        """A copy that shares nothing with it."""
+        if self._frozen is None:
+            return copy.deepcopy(self.module)
+        vision = self._frozen.vision()
+        if not isinstance(self.module, _Residual):
+            return vision
+        twin = _Residual(vision, self._frozen.dim)
+        twin.map.load_state_dict(self.module.map.state_dict())
+        return twin
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]

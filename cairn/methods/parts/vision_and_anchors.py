@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class VisionAndAnchors(CosineScoring, NamesClasses):
         return self.image(pixels)
 
     def vision(self) -> nn.Module:
-        return copy.deepcopy(self.image.module)
+        return self.image.copied()
 
     def state_dict(self) -> State:
         return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})

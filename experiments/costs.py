@@ -57,7 +57,7 @@ def trained(result: dict[str, Any]) -> int:
 
 def table(stream: str) -> Table:
     rows = []
-    for folder in METHOD_ROWS[stream]:
+    for folder in [*METHOD_ROWS[stream], "blend"]:
         at = ROOT / "results" / stream / folder
         if not at.is_dir():
             continue

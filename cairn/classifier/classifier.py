@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,20 +26,25 @@ from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
+from cairn.data.identity import SHOWN
 from cairn.data.in_memory import InMemoryImages, Item, items_of
-from cairn.data.names import alike, class_name, normal_form
+from cairn.data.loading import Loader
+from cairn.data.names import alike, class_name, listed, normal_form
 from cairn.data.stream import Task
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
     ConfigError,
     DataError,
+    InvalidInput,
     NotFitted,
     TowersError,
     UnknownName,
     UnreadableImages,
+    counted,
+    one_line,
 )
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method, NamesClasses
+from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, KeepsSums, Method, NamesClasses
 from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
@@ -48,6 +54,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
+from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
@@ -281,8 +288,7 @@ class IncrementalClassifier(Estimator):
             method.forget(c)
             self._method, self._novelty = method, None
             self._learned, self._forgot = self._learned.without_class(c), True
-            if isinstance(self.descriptions, Mapping):
-                self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
+            self._drop_descriptions(name)
         return self
 
     def rename(self, name: str, new: str, *, log: Log | None = None) -> IncrementalClassifier:
@@ -306,6 +312,166 @@ class IncrementalClassifier(Estimator):
             self._method = self._named(self._copy(), c, new, descriptions, log)
             self._learned, self._novelty, self.descriptions = learned.renamed(c, new), None, descriptions
         return self
+
+    def merge(self, name: str, other: str, into: str | None = None, *, log: Log | None = None) -> IncrementalClassifier:
+        """Two classes become one, called `into`, by default `name`: as if the images of both had been learned under that name.
+        It stands where the first of them stood. What was fitted to both of them stays (see docs/your-images.md).
+
+        Raises ConfigError for a method that trains on images, DataError for a class that is not known or a name that a third has.
+        """
+        with self._lock.writing():
+            learned = self._learned
+            first, second = sorted((learned.number(name), learned.number(other)))
+            into = str(learned.classes[learned.number(name)]) if into is None else class_name(into)
+            if first == second:
+                raise DataError(f"class '{name}' and class '{other}' are one class already")
+            if learned.numbers().get(into, first) not in (first, second):
+                raise DataError(f"class '{into}' is there already; merge two of the three first")
+            log, method = self._noting(log or Log()), self._copy()
+            both = self._sums(method, "two classes cannot become one")
+            old, gone = str(learned.classes[first]), str(learned.classes[second])
+            descriptions = self.descriptions
+            for called in (old, gone):
+                if called != into:
+                    descriptions = _descriptions_renamed(descriptions, called, into)
+            both.merge(first, second)
+            if into != old:
+                self._named(method, first, into, descriptions, log)
+            self._learned = learned.merged(first, second, into)
+            self._method, self._novelty, self.descriptions = method, None, descriptions
+            if twice := len(learned.pictures.of_both(first, second)):
+                log("notice", text=f"learned as either class, now twice as one: {counted(twice, 'image')}")
+        return self
+
+    def unlearn(
+        self,
+        images: Item | Iterable[Item],
+        labels: str | Iterable[str] | None = None,
+        *,
+        log: Log | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> IncrementalClassifier:
+        """Take pictures that were learned out of the statistics again, as if they had never been learned; they can be learned
+        anew. With `labels`, a class for each or one for all, only what was learned as that class is taken out.
+
+        Pictures are known by a hash; those that were not learned are counted in a notice, and nothing is done about them. A class
+        without any picture left is gone. What was fitted to them once stays (see docs/your-images.md).
+        Raises ConfigError for a method that trains on images; UnreadableImages and DataError as `partial_fit` does.
+        """
+        with self._lock.writing(), self._all_or_nothing():
+            log = self._noting(log or Log())
+            given, names = self._pictures(images, labels, on_bad_image, log)
+            numbers = None if names is None else [self._learned.number(name) for name in names]
+            if self._take_out(given, lambda row, c: numbers is None or c == numbers[row], "", log):
+                self._forgot = True
+        return self
+
+    def relabel(
+        self,
+        images: Item | Iterable[Item],
+        name: str,
+        *,
+        log: Log | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> IncrementalClassifier:
+        """These pictures are of class `name`, and of no other: `unlearn` as whatever else they were learned as and `partial_fit`
+        as that, both or neither. Pictures that were not learned before are learned, with a notice. Raises as these do."""
+        with self._lock.writing(), self._all_or_nothing():
+            log, name, since = self._noting(log or Log()), class_name(name), len(self._known().history)
+            given, _ = self._pictures(images, None, on_bad_image, log)
+            target = self._learned.numbers().get(name)
+            self._take_out(given, lambda _, c: c != target, " as another class", log)
+            self.partial_fit(given.items, [name] * len(given), log=log)
+            if len(self._learned.history) > since:
+                self._learned = self._learned.relabelled(since)
+        return self
+
+    def _pictures(
+        self,
+        images: Item | Iterable[Item],
+        labels: str | Iterable[str] | None,
+        on_bad_image: Literal["stop", "skip"],
+        log: Log,
+    ) -> tuple[InMemoryImages, list[str] | None]:
+        """Those that can be read, and a class for each if any was given."""
+        items = items_of(images, self._width)
+        if not items:
+            raise InvalidInput("no image given")
+        rows = np.arange(len(items))
+        readable_rows = readable(InMemoryImages(items, rows, self._width), {}, on_bad_image, log).labels
+        names = None
+        if labels is not None:
+            _, all_names = labelled(items, [labels] * len(items) if isinstance(labels, str) else labels, self._width)
+            names = [all_names[row] for row in readable_rows]
+        nothing = np.zeros(len(items), dtype=np.int64)
+        return InMemoryImages(items, nothing, self._width).taken(readable_rows), names
+
+    def _take_out(self, given: InMemoryImages, wanted: Callable[[int, int], bool], how: str, log: Log) -> bool:
+        """Without pictures as the classes that they were learned as and `wanted(row, class number)` says; whether there was any.
+        `how` is what a notice says of those not learned so."""
+        method, learned, hashes = self._copy(), self._learned, given.content_hashes()
+        sums = self._sums(method, "pictures cannot be taken out")
+        pairs: dict[tuple[bytes, int], int] = {}
+        missing = []
+        for row, value in enumerate(hashes):
+            own = [c for c in sorted({*learned.pictures.learned_as(value)}) if wanted(row, c)]
+            missing += [] if own else [row]
+            for c in own:
+                pairs.setdefault((value, c), row)
+        if missing:
+            shown = listed([one_line(given.describe(row)) for row in missing], SHOWN)
+            log("notice", text=f"not learned{how}: {len(missing)} of {counted(len(given), 'image')}, {shown}")
+        if not pairs:
+            return False
+        copies = {(value, c): learned.pictures.learned_as(value).count(c) for value, c in pairs}
+        for c in sorted({c for _, c in pairs}):
+            if unknown := int(learned.counts[c]) - learned.pictures.number(c):
+                log(
+                    "notice",
+                    text=f"class '{learned.classes[c]}': {counted(unknown, 'image')} not known one by one; copies of these may be "
+                    "among them, which stay",
+                )
+        rows = sorted({*pairs.values()})
+        place = {row: i for i, row in enumerate(rows)}
+        towers = method.towers
+        loader = Loader(given.taken(rows), towers.prepare, towers.pixels, batch=BATCH)
+        features, _ = encode(loader, lambda features, _: features, embed=method.embed)
+        each = [(place[row], pair[1]) for pair, row in pairs.items() for _ in range(copies[pair])]
+        index, labels = torch.tensor(each).T
+        sums.unlearn(features[index], labels)
+        emptied = learned.emptied(copies)
+        for c in emptied:
+            method.forget(c)
+            name = str(learned.classes[c])
+            self._drop_descriptions(name)
+            log("notice", text=f"class '{name}': all of its images are taken out, so it is gone")
+        self._method, self._learned, self._novelty = method, learned.without_pictures(copies), None
+        return True
+
+    def _sums(self, method: Method, what: str) -> KeepsSums:
+        """The method, if what it keeps are sums alone. Raises ConfigError, whose beginning is `what`, otherwise."""
+        reason = (
+            method.trained if isinstance(method, KeepsSums) else "it trains on images, or keeps more of them than sums"
+        )
+        if not isinstance(method, KeepsSums) or reason is not None:
+            raise ConfigError(
+                f"method '{self.method}': {what}: {reason}; undo the change that learned them, or forget the class and learn again"
+            )
+        return method
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """If anything fails, the classifier is as it was."""
+        before = {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_notices", "_towers")}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def _drop_descriptions(self, name: str) -> None:
+        if isinstance(self.descriptions, Mapping):
+            self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
 
     def _named(self, method: Method, c: int, name: str, descriptions: Sentences, log: Log) -> Method:
         """The method, with class number `c` called so."""

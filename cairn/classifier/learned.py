@@ -73,13 +73,58 @@ class Learned:
     def without_class(self, c: int) -> Learned:
         """Nothing tells of the class any more; that one was forgotten stays in the history."""
         forgotten = {"date": str(date.today()), "new": [], "again": [], "images": 0, "forgotten": 1}
+        less = self._dropped(c)
+        return replace(less, history=[*less.history, forgotten])
+
+    def _dropped(self, c: int) -> Learned:
         return replace(
             self,
             classes=np.delete(self.classes, c),
             counts=np.delete(self.counts, c),
-            history=[*_without_name(self.history, str(self.classes[c])), forgotten],
+            history=_without_name(self.history, str(self.classes[c])),
             pictures=self.pictures.without_class(c),
         )
+
+    def without_pictures(self, copies: Mapping[tuple[bytes, int], int]) -> Learned:
+        """Less these pictures, by hash and class number, each as often as it was learned; a class without any is gone."""
+        counts = self.counts.copy()
+        for (_, c), times in copies.items():
+            counts[c] -= times
+        less = replace(self, counts=counts, pictures=self.pictures.without_pictures(copies))
+        for c in self.emptied(copies):
+            less = less._dropped(c)
+        out = {"date": str(date.today()), "images": 0, "change": "unlearned", "taken_out": sum(copies.values())}
+        return replace(less, history=[*less.history, out])
+
+    def emptied(self, copies: Mapping[tuple[bytes, int], int]) -> list[int]:
+        """Numbers of the classes that have no image without these, the last first."""
+        out = np.zeros_like(self.counts)
+        for (_, c), times in copies.items():
+            out[c] += times
+        return np.flatnonzero(out >= self.counts)[::-1].tolist()
+
+    def merged(self, c: int, other: int, name: str) -> Learned:
+        """As if the images of class `other` had been learned as class c < other, under this name."""
+        names = [str(self.classes[c]), str(self.classes[other])]
+        classes, counts = np.delete(self.classes, other), self.counts.copy()
+        classes[c] = name
+        counts[c] += counts[other]
+        history = _with_name(_joined(self.history, *names), names[0], name)
+        entry = {"date": str(date.today()), "images": 0, "change": "merged", "names": [*names, name]}
+        return replace(
+            self,
+            classes=classes,
+            counts=np.delete(counts, other),
+            history=[*history, entry],
+            pictures=self.pictures.merged(c, other),
+        )
+
+    def relabelled(self, since: int) -> Learned:
+        """With what was done after the first `since` entries of the history told as one change."""
+        done = self.history[since:]
+        entry = {key: value for one in done for key, value in one.items()}
+        one = entry | {"change": "relabelled", "taken_out": sum(each.get("taken_out", 0) for each in done)}
+        return replace(self, history=[*self.history[:since], one])
 
     def renamed(self, c: int, name: str) -> Learned:
         """As if class number `c` had come under this name; that it did not is in the history."""
@@ -92,10 +137,7 @@ class Learned:
     def tasks(self) -> int:
         """How often images were learned: the number of the task that comes next. What is mended in between does not count, so
         that after it learning goes on as if there had been nothing to mend."""
-        return sum(
-            entry.get("change") in (None, "learned", "relabelled") and not entry.get("forgotten")
-            for entry in self.history
-        )
+        return sum(entry["images"] > 0 for entry in self.history)
 
     @property
     def unhashed(self) -> int:
@@ -150,6 +192,19 @@ def _with_name(history: Sequence[dict[str, Any]], old: str, name: str) -> list[d
         | {key: [name if other == old else other for other in entry[key]] for key in ("new", "again") if key in entry}
         for entry in history
     ]
+
+
+def _joined(history: Sequence[dict[str, Any]], name: str, other: str) -> list[dict[str, Any]]:
+    """With what was learned of class `other` told of `name`, which came before it or with it."""
+    found: list[dict[str, Any]] = []
+    known = False
+    for entry in _with_name(history, other, name):
+        new, again = ([*dict.fromkeys(entry.get(key, []))] for key in ("new", "again"))
+        if known and name in new:
+            new, again = [own for own in new if own != name], [*dict.fromkeys([*again, name])]
+        known = known or name in new
+        found.append(entry | {key: names for key, names in (("new", new), ("again", again)) if names or key in entry})
+    return found
 
 
 def _without_name(history: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The commands that mend a learner: history, undo, rename. Parse, call, print."""
+"""The commands that mend a learner: history, undo, rename, merge, unlearn, relabel. Parse, call, print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cairn.cli.classifier import Learner, Weights
-from cairn.errors import DataError, counted, one_line
+from cairn.cli.predict import files_of
+from cairn.cli.run import BadImages, checked_bad_image
+from cairn.errors import ConfigError, DataError, counted, one_line
 from cairn.reports.console import Console
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from cairn.experiment.folder import Lock
 
 Name = Annotated[str, typer.Argument(help="a class of `cairn inspect`")]
+Pictures = Annotated[list[Path], typer.Argument(help="image files, or folders of them, as they were learned")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (history, undo, rename):
+    for command in (history, undo, rename, merge, unlearn, relabel):
         app.command()(command)
 
 
@@ -71,12 +75,68 @@ def rename(
     old: Name,
     new: Annotated[str, typer.Argument(help="its name from now on")],
     towers: Weights = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Give a class another name. Texts that were made of its name are made anew; what was trained with them stays."""
     with _changed(learner, towers, device) as held:
         held.rename(old, new)
     Console().note(f"{learner}: '{one_line(old)}' is called '{one_line(new)}' now")
+
+
+def merge(
+    learner: Learner,
+    first: Name,
+    second: Name,
+    into: Annotated[str | None, typer.Option(help="its name  [default: that of the first]")] = None,
+    towers: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Make one class of two, as if the pictures of both had been learned under one name."""
+    with _changed(learner, towers, device) as held:
+        held.merge(first, second, into)
+    Console().note(
+        f"{learner}: '{one_line(first)}' and '{one_line(second)}' are '{one_line(into or first)}' now; left: "
+        f"{counted(len(held.classes_), 'class')}"
+    )
+
+
+def unlearn(
+    learner: Learner,
+    pictures: Pictures,
+    name: Annotated[str | None, typer.Option("--as", help="only what was learned as this class")] = None,
+    on_bad_image: BadImages = "stop",
+    towers: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Take pictures out of what was learned, as if they had never been. They are known by a hash of their pixels."""
+    files, bad_images = files_of(pictures), checked_bad_image(on_bad_image)
+    with _changed(learner, towers, device) as held:
+        before = sum(held.counts_)
+        held.unlearn(files, name, on_bad_image=bad_images)
+    out = counted(int(before - sum(held.counts_)), "picture")
+    Console().note(f"{learner}: {out} taken out; left: {_what_is_left(held)}")
+
+
+def relabel(
+    learner: Learner,
+    pictures: Annotated[list[str], typer.Argument(help="image files, or folders of them, and behind them the class")],
+    on_bad_image: BadImages = "stop",
+    towers: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Say of which class pictures are: they are taken out of the others and learned as that, both or neither.
+
+    cairn relabel LEARNER PICTURES CLASS
+    """
+    *files, name = pictures
+    if not files:
+        raise ConfigError(f"'{name}': give pictures and behind them the name of their class")
+    paths, bad_images = files_of([Path(file) for file in files]), checked_bad_image(on_bad_image)
+    with _changed(learner, towers, device) as held:
+        calls = len(held.history_)
+        held.relabel(paths, name, on_bad_image=bad_images)
+    done = "are" if len(held.history_) > calls else "were already"
+    Console().note(f"{learner}: {counted(len(paths), 'picture')} {done} '{one_line(name)}'; {_what_is_left(held)}")
 
 
 @contextmanager
@@ -106,6 +166,10 @@ def _changed(learner: Path, towers: str | None, device: str) -> Iterator[Increme
             Console().note(f"note: {notice}")
         if len(held.history_) > calls:
             held.save(learner)
+
+
+def _what_is_left(held: IncrementalClassifier) -> str:
+    return f"{counted(len(held.classes_), 'class')} from {counted(int(sum(held.counts_)), 'image')}"
 
 
 def _what_is_there(record: LearnerRecord) -> str:

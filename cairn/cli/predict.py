@@ -90,7 +90,7 @@ def predict(
         raise ConfigError("no images: name files or folders, or --watch a folder")
     require_threshold(unknown_below, "--unknown-below")
     bad_images = checked_bad_image(on_bad_image)
-    files, errors = _files(images or []), Console(sys.stderr)
+    files, errors = files_of(images or []), Console(sys.stderr)
     sorted_folder = None if sort_into is None else SortedFolder(sort_into, "copy" if copy else "link")
     names, unread = set[str](), list[str]()
     counts = {"answered": 0, "unreadable": 0, "explained": 0}
@@ -203,7 +203,7 @@ def _ascii_where_unseen(line: str) -> str:
     return "".join(sign if one_line(sign) == sign else json.dumps(sign)[1:-1] for sign in line)
 
 
-def _files(images: list[Path]) -> list[Path]:
+def files_of(images: list[Path]) -> list[Path]:
     """The files that are meant: those named, and the pictures below the folders named. What is passed over is noted."""
     from cairn.data.picture_files import passed_over, pictures_below
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,41 +59,67 @@ class Found(NamedTuple):
             more = ", ..." if len(self.relabelled) > SHOWN else ""
             yield (
                 f"learned under a second class: {counted(len(self.relabelled), 'image')}, {shown}{more}; under the other "
-                "one they stay too. If that one is wrong, forget it and learn its other images again"
+                "one they stay too; if that one is wrong, relabel them"
             )
 
 
 class LearnedPictures:
-    """Hashes of the pictures that were learned, each with the numbers of the classes that it was learned as."""
+    """Hashes of the pictures that were learned, each with the numbers of the classes that it was learned as: one that was learned
+    twice as a class has it twice."""
 
-    def __init__(self, classes: Mapping[bytes, frozenset[int]] | None = None):
+    def __init__(self, classes: Mapping[bytes, tuple[int, ...]] | None = None):
         self._classes = dict(classes or {})
 
     def __len__(self) -> int:
-        """Pairs of a picture and a class."""
+        """Pairs of a picture and a class, each as often as it was learned."""
         return sum(map(len, self._classes.values()))
 
     def compare(self, hashes: Sequence[bytes], labels: np.ndarray) -> Found:
         found, met = Found([], [], []), dict(self._classes)
         for row, (value, c) in enumerate(zip(hashes, map(int, labels), strict=True)):
-            before = met.get(value, frozenset())
+            before = met.get(value, ())
             if c in before:
                 found.repeated.append(row)
                 continue
             found.fresh.append(row)
-            found.relabelled.extend((row, other) for other in sorted(before))
-            met[value] = before | {c}
+            found.relabelled.extend((row, other) for other in sorted({*before}))
+            met[value] = (*before, c)
         return found
 
     def with_more(self, hashes: Sequence[bytes], labels: np.ndarray) -> LearnedPictures:
         classes = dict(self._classes)
         for value, c in zip(hashes, map(int, labels), strict=True):
-            classes[value] = classes.get(value, frozenset()) | {c}
+            classes[value] = (*classes.get(value, ()), c)
         return LearnedPictures(classes)
+
+    def learned_as(self, value: bytes) -> tuple[int, ...]:
+        """The numbers of the classes that a picture of this hash was learned as, each as often as that was."""
+        return self._classes.get(value, ())
+
+    def number(self, c: int) -> int:
+        """How many pictures are known of class number `c`, each as often as it was learned."""
+        return sum(own.count(c) for own in self._classes.values())
+
+    def of_both(self, c: int, other: int) -> list[bytes]:
+        """Hashes of the pictures that were learned as class c and as class `other`."""
+        return [value for value, own in self._classes.items() if {c, other} <= {*own}]
+
+    def without_pictures(self, pairs: Collection[tuple[bytes, int]]) -> LearnedPictures:
+        """Less these pictures as these classes, however often they were learned as such."""
+        left = {value: tuple(c for c in own if (value, c) not in pairs) for value, own in self._classes.items()}
+        return LearnedPictures({value: own for value, own in left.items() if own})
+
+    def merged(self, c: int, other: int) -> LearnedPictures:
+        """With those of class `other` as class c < other; later classes one number lower."""
+
+        def number(k: int) -> int:
+            return c if k == other else k - (k > other)
+
+        return LearnedPictures({value: tuple(map(number, own)) for value, own in self._classes.items()})
 
     def without_class(self, c: int) -> LearnedPictures:
         """Less the pictures of class number `c`; later classes one number lower."""
-        left = {value: frozenset(k - (k > c) for k in own if k != c) for value, own in self._classes.items()}
+        left = {value: tuple(k - (k > c) for k in own if k != c) for value, own in self._classes.items()}
         return LearnedPictures({value: own for value, own in left.items() if own})
 
     def state_dict(self) -> dict[str, Tensor]:

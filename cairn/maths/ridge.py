@@ -51,6 +51,25 @@ def descended(error: Callable[[int], float], start: int, stop: int) -> int:
     return at
 
 
+def reduced_ridge(
+    P: Float[Tensor, "m m"], W: Float[Tensor, "m k"], H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, "m m"], Float[Tensor, "m k"]]:
+    """The solution and P = (G + lam I)^-1 without n of the rows learned: `recursive_ridge` with H^T H taken away from G.
+
+    P' = P + P H^T (I - H P H^T)^-1 H P
+    W' = W - P' H^T (Y - H W)
+
+    Raises ValueError where the rows cannot have been learned.
+    """
+    PH = P @ H.T
+    L, failed = torch.linalg.cholesky_ex(torch.eye(len(H), dtype=P.dtype) - H @ PH)
+    if failed:
+        raise ValueError("rows that were not learned")
+    P = P + PH @ torch.cholesky_solve(PH.T, L)
+    P = (P + P.T) / 2
+    return P, W - P @ (H.T @ (Y - H @ W))
+
+
 def recursive_ridge(
     P: Float[Tensor, "m m"], W: Float[Tensor, "m j"], H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]
 ) -> tuple[Float[Tensor, "m m"], Float[Tensor, "m k"]]:

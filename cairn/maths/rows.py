@@ -15,3 +15,9 @@ def without(x: Tensor, c: int, dim: int = 0) -> Tensor:
 def replaced(x: Tensor, c: int, row: Tensor) -> Tensor:
     """x with `row`, of one row or as a vector, in the place of row c."""
     return torch.cat([x[:c], row.reshape(1, -1).to(x), x[c + 1 :]])
+
+
+def merged(x: Tensor, c: int, other: int, dim: int = 0) -> Tensor:
+    """x with what stands at `other` of its dimension `dim` added to what stands at c < other, and gone."""
+    added = x.index_add(dim, torch.tensor([c], device=x.device), x.narrow(dim, other, 1))
+    return without(added, other, dim)

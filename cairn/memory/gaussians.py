@@ -19,12 +19,12 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cairn.config import Settings, kind_by_name
-from cairn.errors import NotFinite, ResultError, counted
+from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
 from cairn.memory.arrival import rows_by_class
-from cairn.memory.covariances import Covariance, Full, Held
+from cairn.memory.covariances import Covariance, Full, Held, LowRank
 from cairn.types import Features, Labels
 
 CHUNK_VALUES = 2**24
@@ -35,6 +35,12 @@ CACHE_BYTES = 2**30
 
 LONE_VARIANCE = 0.01
 """Share of |mean|^2 that is the total variance of a class without scatter, when no other class has any either."""
+
+ROUNDING = 1e-6
+"""A trace below this share of what it was before features were taken out is rounding: they were all the scatter there was."""
+
+FOREIGN = 1e-3
+"""A trace that would be negative by more than this share is no rounding: the features were not learned."""
 
 FLAT = 1e-12
 """A trace below this share of |mean|^2 is rounding: the class counts as having no scatter."""
@@ -248,6 +254,65 @@ class GaussianMemory:
             self._place(stored, 0, self._plus_moved(after, stored, last, share), "all classes")
         return self._with(stored)
 
+    def without_rows(self, features: Features, labels: Labels) -> GaussianMemory:
+        """As if these features had not been learned; a class of which none is left stays with count 0. The inverse of `add`, with
+        m of n features taken out and n' = n - m left:
+
+        mean' = mean - m/n' (mean of them - mean)
+        S' = n/n' S - B B^T,  B = [Z0, sqrt(n' m/n) (mean of them - mean')] / sqrt(n')
+
+        Exact for full, diagonal and shared, up to storage in float32. Raises ValueError for low_rank, DataError for features
+        that were not learned.
+        """
+        if isinstance(self._kind, LowRank):
+            raise ValueError("low_rank: what was cut off of a class cannot be told apart")
+        left = rows_by_class(features, labels, self._dim, self.classes)
+        stored = self._room_for(self.classes)
+        for c, index in left.items():
+            x = _exact(features)[index]
+            weight = int(self._weights(stored.counts)[self._row(c)])
+            n, m, mean, row = int(stored.counts[c]), len(x), stored.means[c].double(), self._row(c)
+            if m > n:
+                raise DataError(f"class {c}: {m} features to take out of {n} that were learned")
+            after = mean - m / (n - m) * (x.mean(0) - mean) if n > m else torch.zeros_like(mean)
+            bridge = ((n - m) * m / n) ** 0.5 * (x.mean(0) - after)
+            B, total = torch.cat([(x - x.mean(0)).T, bridge[:, None]], 1), weight - m
+            held = _blank(self._kind, self._dim)
+            if total:
+                out = self._kind.absorbed(held, 0.0, B / total**0.5)
+                old = self._kind.absorbed(_row_of(stored, row), weight / total, B[:, :0])
+                new = self._kind.plus(old, _several(out), torch.tensor([-1.0], dtype=torch.float64))
+                before, trace = (float(self._kind.trace(_several(part), self._dim)) for part in (old, new))
+                if trace < -FOREIGN * before:
+                    raise DataError(f"class {c}: features that were not learned cannot be taken out")
+                single = total == 1 and not self._kind.pooled
+                held = held if single or trace < ROUNDING * before else new
+            for name, tensor in held.items():
+                _write(stored.held[name], row, tensor, f"covariance of class {c}")
+            _write(stored.means, c, after, f"mean of class {c}")
+            stored.counts[c] -= m
+        return self._with(stored)
+
+    def merged(self, c: int, other: int) -> GaussianMemory:
+        """With class `other` gone into class c < other, as if its features had been learned as c's; later classes one number lower.
+        The merge of `add`. Raises ValueError for low_rank."""
+        if isinstance(self._kind, LowRank):
+            raise ValueError("low_rank: what was cut off of classes is not that of both as one")
+        stored = self._room_for(self.classes)
+        n, m = int(stored.counts[c]), int(stored.counts[other])
+        gap = (stored.means[other].double() - stored.means[c].double())[:, None]
+        row, total = self._row(c), int(stored.counts.sum()) if self._kind.pooled else n + m
+        share = 1.0 if self._kind.pooled else n / total
+        held = self._kind.absorbed(_row_of(stored, row), share, (n * m / (n + m) / total) ** 0.5 * gap)
+        if not self._kind.pooled:
+            held = self._kind.plus(
+                held, _several(_row_of(stored, other)), torch.tensor([m / total], dtype=torch.float64)
+            )
+        self._place(stored, row, held, f"class {c}")
+        _write(stored.means, c, stored.means[c].double() + m / (n + m) * gap[:, 0], f"mean of class {c}")
+        stored.counts[c] += m
+        return self._with(stored).without(other)
+
     def without(self, c: int) -> GaussianMemory:
         """With class c gone and later classes one number lower. A pooled covariance keeps what the class put into it: what
         is kept does not tell which part that is. Raises IndexError for a class not held."""
@@ -418,6 +483,11 @@ class GaussianMemory:
 
 def _blank(kind: Covariance, d: int) -> Held:
     return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in kind.shapes(d).items()}
+
+
+def _several(held: Held) -> Held:
+    """Of one class, as of several."""
+    return {name: tensor[None] for name, tensor in held.items()}
 
 
 def _row_of(stored: _Stored, row: int) -> Held:

@@ -12,30 +12,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cairn.maths.rows import without
+from cairn.maths.rows import merged, without
 
 
 class Gram:
-    """G and C in float32, of which W is solved in float64. Immutable: `joined` and `without` return others."""
+    """G and C, by default in float32, of which W is solved in float64. Immutable: `joined` and `without` return others."""
 
     def __init__(self, G: Float[Tensor, "m m"], C: Float[Tensor, "m k"]):
         self.G, self.C = G, C
 
     @classmethod
-    def empty(cls, m: int) -> Gram:
-        return cls(torch.zeros(m, m), torch.zeros(m, 0))
+    def empty(cls, m: int, dtype: torch.dtype = torch.float32) -> Gram:
+        return cls(torch.zeros(m, m, dtype=dtype), torch.zeros(m, 0, dtype=dtype))
 
     @property
     def bytes(self) -> int:
         """Of one triangle of G, and of C."""
         m = len(self.G)
-        return 4 * (m * (m + 1) // 2) + self.C.nbytes
+        return self.G.itemsize * (m * (m + 1) // 2) + self.C.nbytes
 
     def joined(self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]) -> Gram:
         """With n more rows learned, of at least as many classes."""
         H, Y = H.double(), Y.double()
         C = torch.cat([self.C, self.C.new_zeros(len(self.C), Y.shape[1] - self.C.shape[1])], 1)
-        return Gram((self.G + H.T @ H).float(), (C + H.T @ Y).float())
+        return Gram((self.G + H.T @ H).to(self.G), (C + H.T @ Y).to(self.C))
+
+    def without_rows(self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]) -> Gram:
+        """As if these rows had not been learned."""
+        H, Y = H.double(), Y.double()
+        return Gram((self.G - H.T @ H).to(self.G), (self.C - H.T @ Y).to(self.C))
+
+    def merged(self, c: int, other: int) -> Gram:
+        """With class `other` gone into class c < other, and later ones one number lower."""
+        return Gram(self.G, merged(self.C, c, other, 1))
 
     def without(self, c: int) -> Gram:
         """Column c of C gone; in G its images stay, as counterexamples of the others."""

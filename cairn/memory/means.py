@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cairn.maths.rows import without
+from cairn.maths.rows import merged, without
 from cairn.types import Features, Labels
 
 
@@ -34,6 +34,21 @@ class ClassMeans:
             n[c] += len(own)
             p[c] += (own.mean(0) - p[c]) * (len(own) / n[c])
         return ClassMeans(p, n)
+
+    def without_rows(self, rows: Features, labels: Labels) -> ClassMeans:
+        """As if these rows had not been learned: p_c - (mean of them - p_c) m / (n - m); 0 where no row is left."""
+        p, n = self.means.double(), self.counts.clone()
+        for c in labels.unique().tolist():
+            own = rows[labels == c].double()
+            n[c] -= len(own)
+            p[c] = p[c] - (own.mean(0) - p[c]) * (len(own) / n[c]) if n[c] else 0.0
+        return ClassMeans(p.to(self.means), n)
+
+    def merged(self, c: int, other: int) -> ClassMeans:
+        """With class `other` gone into class c < other, and later ones one number lower."""
+        sums = merged(self.counts.double()[:, None] * self.means.double(), c, other)
+        n = merged(self.counts, c, other)
+        return ClassMeans((sums / n[:, None]).to(self.means), n)
 
     def without(self, c: int) -> ClassMeans:
         p, n = self.means, self.counts

@@ -23,14 +23,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cairn.errors import NotFinite, ResultError
+from cairn.errors import DataError, NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap, cholesky_repaired
 from cairn.maths.quadratic_discriminant import ScatterStatistics
-from cairn.maths.rows import without
+from cairn.maths.rows import merged, without
 from cairn.memory.arrival import rows_by_class
 from cairn.types import Features, Labels
 
 Precision = Literal["float16", "float32", "float64"]
+
+FOREIGN = 0.02
+"""What factors in float16 lack of the rows that they are of, at most, as a share: rows that leave more were not learned."""
 
 FLAT = 1e-13
 """Principal axes with less than this share of the largest scatter are rounding."""
@@ -150,6 +153,46 @@ class ScatterMemory:
         rest = None if rest is None else ((rest + rest.T) / 2).to(fine)
         return self._with(self._counts, self._means.to(fine), factors, cut.to(fine), rest)
 
+    def without_rows(self, features: Features, labels: Labels) -> ScatterMemory:
+        """As if these rows had not been learned; a class of which none is left stays with count 0.
+
+        A_c loses B^T B, B the rows less their mean and one more for the shift of the mean. What of that a factor's axes do not
+        span, and what they have not enough of, is taken from the rest: the sum of all classes stays exact, to rounding, whatever
+        was cut off, and a class's own scatter does where nothing was. Raises DataError for rows that were not learned.
+        """
+        left = rows_by_class(features, labels, self._dim, self.classes)
+        x = features.detach().to("cpu", torch.float64)
+        counts, means, cut = self._counts.clone(), self.means.clone(), self._cut.double().clone()
+        factors, rest = list(self._factors), None if self._rest is None else self._rest.double().clone()
+        for c, index in left.items():
+            own, F = x[index], factors[c].double()
+            n, m, mean = int(counts[c]), len(own), own.mean(0)
+            if m > n:
+                raise DataError(f"class {c}: {m} rows to take out of {n} that were learned")
+            means[c] = means[c] - m / (n - m) * (mean - means[c]) if n > m else 0.0
+            counts[c] -= m
+            B = torch.cat([own - mean, math.sqrt((n - m) * m / n) * (mean - means[c])[None]])
+            kept, over = _reduced(F, B, max(0, n - m - 1))
+            if cut[c] > 0 and rest is not None:
+                rest += over
+                cut[c] = (cut[c] + over.trace()).clamp(min=0) if n - m > 1 else 0.0
+            elif over.norm() > FOREIGN * max((F.T @ F).norm(), 1e-6 * own.square().sum()):
+                raise DataError(f"class {c}: rows that were not learned cannot be taken out")
+            factors[c] = kept
+        return self._with(counts, means, factors, cut, rest).stored()
+
+    def merged(self, c: int, other: int) -> ScatterMemory:
+        """With class `other` gone into class c < other, as if its rows had been learned as c's; later classes one number lower."""
+        n, m, means = int(self._counts[c]), int(self._counts[other]), self.means.clone()
+        gap = means[other] - means[c]
+        bridge = math.sqrt(n * m / (n + m)) * gap
+        means[c] += m / (n + m) * gap
+        factors = list(self._factors)
+        factors[c] = principal_axes(torch.cat([factors[c].double(), factors[other].double(), bridge[None]]))
+        del factors[other]
+        counts, cut = merged(self._counts, c, other), merged(self._cut.double(), c, other)
+        return self._with(counts, without(means, other), factors, cut, self._rest).stored()
+
     def without(self, c: int) -> ScatterMemory:
         """With class c gone and later classes one number lower. Of what was cut off its share of the sum goes: only if nothing
         was is all of it gone."""
@@ -241,6 +284,18 @@ class ScatterMemory:
             rest[j, i] = state["rest"]
         factors = list(state["factors"].split(state["sizes"].tolist()))
         return self._with(state["counts"], state["means"], factors, state["cut"], rest)
+
+
+def _reduced(
+    F: Float[Tensor, "r d"], B: Float[Tensor, "b d"], most: int
+) -> tuple[Float[Tensor, "q d"], Float[Tensor, "d d"]]:
+    """At most `most` principal axes of what is positive of F^T F - B^T B in the span of F, and what of the difference they lack."""
+    Q = torch.linalg.qr(F.T)[0]
+    own, out = F @ Q, B @ Q
+    values, U = torch.linalg.eigh(own.T @ own - out.T @ out)
+    kept = (values > FLAT * own.square().sum()).nonzero()[:, 0].flip(0)[:most]
+    axes = values[kept].sqrt()[:, None] * (Q @ U[:, kept]).T
+    return axes, F.T @ F - B.T @ B - axes.T @ axes
 
 
 def principal_axes(rows: Float[Tensor, "n d"]) -> Float[Tensor, "r d"]:

@@ -6,8 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cairn.errors import DataError
 from cairn.maths.ridge import compressed, solved
-from cairn.maths.rows import without
+from cairn.maths.rows import merged, without
+
+ROUNDING = 1e-5
+"""What is left of a direction that an image alone had, in float32."""
+
+FOREIGN = 1e-3
+"""Share of rows beyond what was learned from which on they were not."""
 
 
 class SecondOrder:
@@ -58,6 +65,36 @@ class SecondOrder:
         )
         K = torch.cat([torch.cat([self.K, X], 1), torch.cat([X.T, new @ new.T], 1)])
         return SecondOrder(R, D, K)
+
+    def without_rows(self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]) -> SecondOrder:
+        """As if these rows had not been learned.
+
+        H = A R, so that R^T R - H^T H = R^T (I - A^T A) R. With A = U s V^T and c = (1 - s^2)^1/2 the root of the matrix in
+        the middle is I - V (1 - c) V^T; D follows from R'^T D' = R^T D - H^T Y. Where c is 0 there is one row less.
+        Raises DataError for rows that were not learned.
+        """
+        R, H, Y = self.R.double(), H.double(), Y.double()
+        K = self.K.clone()
+        K.diagonal().add_(1e-12 * K.diagonal().amax())  # copies of one image leave K singular
+        A = torch.cholesky_solve(R @ H.T, torch.linalg.cholesky(K)).T
+        _, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        squares = 1 - s.square()
+        if (H - A @ R).square().sum() > FOREIGN * H.square().sum() or squares.amin() < -FOREIGN:
+            raise DataError("these images were not learned with these towers: the sums do not hold them")
+        gone = squares < ROUNDING
+        c = squares.clamp(min=0).sqrt().masked_fill(gone, 0.0)
+        inverse = torch.where(gone, 0.0, 1 / c.masked_fill(gone, 1.0))
+        D = self.D.double() - A.T @ Y
+        R = R - Vh.T @ ((1 - c)[:, None] * (Vh @ R))
+        D = D - Vh.T @ ((1 - inverse)[:, None] * (Vh @ D))
+        if gone.any():
+            reflections = torch.geqrf(Vh[gone].T.contiguous())
+            R, D = (torch.ormqr(*reflections, x, transpose=True)[int(gone.sum()) :] for x in (R, D))
+        return SecondOrder(R.to(self.R), D.to(self.D))
+
+    def merged(self, c: int, other: int) -> SecondOrder:
+        """With class `other` gone into class c < other, and later ones one number lower."""
+        return SecondOrder(self.R, merged(self.D, c, other, 1), self._K)
 
     def without(self, c: int) -> SecondOrder:
         """Column c of D gone; in R its images stay, as counterexamples of the others."""

@@ -17,16 +17,17 @@ from torch import nn
 from cairn.config import Settings
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
-from cairn.maths.ridge import one_hot, recursive_ridge
-from cairn.maths.rows import without
+from cairn.errors import DataError
+from cairn.maths.ridge import one_hot, recursive_ridge, reduced_ridge
+from cairn.maths.rows import merged, without
 from cairn.maths.score_modules import RandomFeatureScores
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, KeepsSums, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 
 class AcilConfig(Settings):
@@ -38,7 +39,7 @@ class AcilConfig(Settings):
     ridge: float = Field(default=100.0, gt=0, description="lam, fixed for the whole stream [I]")
 
 
-class ACIL(ScoresAsModule):
+class ACIL(KeepsSums, ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(
@@ -78,6 +79,18 @@ class ACIL(ScoresAsModule):
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""
         self.W = without(self.W, c, 1)
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        for rows in torch.arange(len(labels)).split(self.random.width):
+            H, Y = self.random(features[rows]).double(), one_hot(labels[rows], self.W.shape[1])
+            try:
+                self.P, self.W = reduced_ridge(self.P, self.W, H, Y)
+            except ValueError:
+                raise DataError("these images were not learned with these towers: the sums do not hold them") from None
+
+    def merge(self, c: int, other: int) -> None:
+        """W is linear in the labels."""
+        self.W = merged(self.W, c, other, 1)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

@@ -40,13 +40,13 @@ from cairn.maths.similarity import unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, NamesClasses, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.log import Log
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 KAPPAS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 KAPPA = 2.0
@@ -86,7 +86,7 @@ class BlendConfig(Settings):
         ge=0,
         description="principal axes kept of a class's own scatter; null: all; 0: one covariance for all",
     )
-    precision: Precision = Field(default="float16", description="in which they are kept")
+    precision: Precision = Field(default="float16", description="in which they are kept; with float64 all sums are")
     pull: float = Field(
         default=1.0, gt=0, description="nu / d: pseudo-images of the common covariance in a class's own"
     )
@@ -108,7 +108,7 @@ class BlendConfig(Settings):
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory], NamesClasses, ScoresAsModule):
+class Blend(GaussianScoring[ScatterMemory], KeepsSums, NamesClasses, ScoresAsModule):
     """argmax_c sum_e exp(phi_e) E_e(x, c) of the experts' scores."""
 
     card = Card(
@@ -134,7 +134,7 @@ class Blend(GaussianScoring[ScatterMemory], NamesClasses, ScoresAsModule):
         d = towers.dim * self.blocks
         self.texts = torch.zeros(0, towers.dim)
         self.random = RandomFeatures(d, config.features, seed) if config.features else None
-        self.gram = Gram.empty(config.features)
+        self.gram = Gram.empty(config.features, torch.float64 if config.precision == "float64" else torch.float32)
         self.ridge_errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         starts = [GAUSSIAN, *([TEXT] if self.uses_text else []), *([RIDGE] if self.random else [])]
         self.pools = [OpinionPool.starting(starts, STRENGTH, math.log(kappa / KAPPA) ** 2 / 2) for kappa in KAPPAS]
@@ -205,6 +205,18 @@ class Blend(GaussianScoring[ScatterMemory], NamesClasses, ScoresAsModule):
         trace."""
         self.texts, self.gram = without(self.texts, c), self.gram.without(c)
         self._set(self.memory.without(c))
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        """Weights, kappa and ridge stay as they were fitted."""
+        x = self.memory_rows(features).cpu()
+        if self.random:
+            self.gram = self.gram.without_rows(self._widened(x), one_hot(labels, self.memory.classes))
+        self._set(self.memory.without_rows(x, labels))
+
+    def merge(self, c: int, other: int) -> None:
+        """Weights, kappa and ridge stay as they were fitted."""
+        self.texts, self.gram = without(self.texts, other), self.gram.merged(c, other)
+        self._set(self.memory.merged(c, other))
 
     def rename(self, c: int, named: Task, log: Log) -> None:
         """The class's text. The weights of the experts were fitted with the old one and stay."""

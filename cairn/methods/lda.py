@@ -19,14 +19,14 @@ from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.score_modules import QuadraticScores, UnitRows
 from cairn.maths.similarity import unit
-from cairn.memory.covariances import Covariance, Shared
+from cairn.memory.covariances import Covariance, LowRank, Shared
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores
 
 
 class LdaConfig(GaussianSettings):
@@ -38,7 +38,7 @@ class LdaConfig(GaussianSettings):
     )
 
 
-class LDA(GaussianScoring[GaussianMemory], ScoresAsModule):
+class LDA(GaussianScoring[GaussianMemory], KeepsSums, ScoresAsModule):
     """argmax_c log N(z; mu_c, S_c)."""
 
     card = Card(
@@ -71,6 +71,17 @@ class LDA(GaussianScoring[GaussianMemory], ScoresAsModule):
 
     def forget(self, c: int) -> None:
         self._set(self.memory.without(c))
+
+    @property
+    def trained(self) -> str | None:
+        low = isinstance(self.config.covariance, LowRank)
+        return "covariance low_rank keeps leading directions alone" if low else None
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        self._set(self.memory.without_rows(unit(features), labels))
+
+    def merge(self, c: int, other: int) -> None:
+        self._set(self.memory.merged(c, other))
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

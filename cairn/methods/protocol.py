@@ -225,6 +225,24 @@ class DescribedClasses(ABC):
         """Whether, with its settings, a new class must come with sentences of its own."""
 
 
+class KeepsSums(ABC):
+    """What it keeps of images are sums: an image can be taken out of them again, and those of two classes be joined."""
+
+    @property
+    def trained(self) -> str | None:
+        """What, with its settings, holds images beyond its sums, so that neither can be done; None: nothing."""
+        return None
+
+    @abstractmethod
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        """As if images that were learned, given as `embed` has them, had not been. Classes of which none is left stay for
+        `forget`. Raises DataError for images that the sums do not hold."""
+
+    @abstractmethod
+    def merge(self, c: int, other: int) -> None:
+        """As if the images of class `other` had been learned as class c < other; later classes move up. A text stays that of c."""
+
+
 class NamesClasses(ABC):
     """Holds something that it made of a class's name: its text, prompt or sentences."""
 
@@ -258,6 +276,7 @@ CAPABILITIES: tuple[type, ...] = (
     GaussianScoring,
     PatchReasons,
     DescribedClasses,
+    KeepsSums,
     NamesClasses,
     KeepsImages,
     HoldsOut,

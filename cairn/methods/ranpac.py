@@ -23,12 +23,12 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.errors import NotFinite
 from cairn.maths.ridge import descended, one_hot
-from cairn.maths.rows import without
+from cairn.maths.rows import merged, without
 from cairn.maths.score_modules import RandomFeatureScores
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, HoldsOut, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
@@ -72,7 +72,7 @@ class RanpacConfig(Settings):
         return [10.0**exponent for exponent in range(self.lowest, self.highest + 1)]
 
 
-class RanPAC(HoldsOut, ScoresAsModule):
+class RanPAC(HoldsOut, KeepsSums, ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(
@@ -158,6 +158,21 @@ class RanPAC(HoldsOut, ScoresAsModule):
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""
         self.sums, self.W = self.sums.without(c), without(self.W, c, 1)
+
+    @property
+    def trained(self) -> str | None:
+        return "the image encoder was trained on those of the first task" if self.image.parameters() else None
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        """The ridge stays."""
+        for rows in torch.arange(len(labels)).split(self.random.width):
+            Y = one_hot(labels[rows], self.sums.D.shape[1])
+            self.sums = self.sums.without_rows(self.random(features[rows]), Y)
+        self.W = self.sums.solution(self.lam)
+
+    def merge(self, c: int, other: int) -> None:
+        """The ridge stays."""
+        self.sums, self.W = self.sums.merged(c, other), merged(self.W, c, other, 1)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.image(pixels)

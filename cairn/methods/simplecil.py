@@ -10,15 +10,15 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
-from cairn.methods.protocol import FROZEN, Card, CosineScoring
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Pixels
+from cairn.types import Features, Labels, Pixels
 
 
-class SimpleCIL(CosineScoring):
+class SimpleCIL(CosineScoring, KeepsSums):
     """argmax_c s cos(f(x), p_c), p_c the mean embedding of the class's training images."""
 
     card = Card(
@@ -49,6 +49,12 @@ class SimpleCIL(CosineScoring):
 
     def forget(self, c: int) -> None:
         self.means = self.means.without(c)
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        self.means = self.means.without_rows(features, labels)
+
+    def merge(self, c: int, other: int) -> None:
+        self.means = self.means.merged(c, other)
 
     def embed(self, pixels: Pixels) -> Features:
         return self.towers.image(pixels)

@@ -10,15 +10,15 @@ import torch
 from cairn.config import NoSettings
 from cairn.data.stream import Task
 from cairn.maths.rows import replaced, without
-from cairn.methods.protocol import FROZEN, Card, CosineScoring, NamesClasses
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.log import Log
-from cairn.types import Features, Pixels
+from cairn.types import Features, Labels, Pixels
 
 
-class ZeroShot(CosineScoring, NamesClasses):
+class ZeroShot(CosineScoring, KeepsSums, NamesClasses):
     """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
 
     card = Card(
@@ -47,6 +47,12 @@ class ZeroShot(CosineScoring, NamesClasses):
 
     def forget(self, c: int) -> None:
         self.texts = without(self.texts, c)
+
+    def unlearn(self, features: Features, labels: Labels) -> None:
+        """Nothing was learned of them."""
+
+    def merge(self, c: int, other: int) -> None:
+        self.texts = without(self.texts, other)
 
     def rename(self, c: int, named: Task, log: Log) -> None:
         self.texts = replaced(self.texts, c, self.towers.class_texts(named.names, named.templates))

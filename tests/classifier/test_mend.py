@@ -257,3 +257,189 @@ def test_a_name_in_another_form_is_found(towers):
     assert list(learner.classes_) == ["owl", "\u00e9lan"]
     learner.rename("e\u0301lan", "elan")
     assert list(learner.classes_) == ["owl", "elan"]
+
+
+# unlearn, relabel, merge
+
+SUMS = ["simplecil", "lda", "acil", "ranpac", "zero-shot", "blend"]
+
+
+def near(one, other, x):
+    """Whether two learners keep the same and answer alike; blend with the same weights, which stay as they were fitted."""
+    if one.method == "blend":
+        fitted = {k: v for k, v in one.method_.state_dict().items() if k.startswith(("pools", "ridge_errors"))}
+        other.method_.load_state_dict({**other.method_.state_dict(), **fitted})
+    assert list(one.classes_) == list(other.classes_)
+    assert one.counts_.tolist() == other.counts_.tolist()
+    hashes, known = (learner._learned.pictures.state_dict() for learner in (one, other))
+    assert all(torch.equal(hashes[key], known[key]) for key in known)
+    assert one.predict(x).tolist() == other.predict(x).tolist()
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_unlearned_pictures_were_never_learned_and_can_be_learned_anew(method, towers, tmp_path):
+    x, y = rows_of("owl", "fox", "bear")
+    learner = learner_of(method, towers, (x, y), ("elk",))
+    learner.save(tmp_path)
+    gone = [0, 3, 9, 12, 14]
+    kept = np.setdiff1d(np.arange(len(x)), gone)
+    right = learner_of(method, towers, (x[kept], [y[i] for i in kept]), ("elk",))
+    stranger = rows_of("newt")[0][:1]
+    assert learner.unlearn(np.concatenate([x[gone], stranger, x[gone[:1]]])) is learner
+    assert "not learned: 1 of 7 images, row 5" in learner.notices_
+    far, _ = rows_of("owl", "fox", "bear", "elk", start=20)
+    near(learner, right, far)
+    assert kinds(learner) == ["learned", "learned", "unlearned"]
+    assert learner.history_[-1]["taken_out"] == 5
+    learner.save(tmp_path)
+    assert len(Archive(tmp_path, NAME).bytes_of_each()) == 1  # no state stays that knew them
+    with pytest.raises(ResultError, match="took pictures out, and nothing of them is kept; learn them again"):
+        IncrementalClassifier.undo(tmp_path, towers)
+    found = IncrementalClassifier.load(tmp_path, towers).partial_fit(x[gone], [y[i] for i in gone])
+    right = learner_of(method, towers, (x, y), ("elk",))
+    near(found, right, far)
+    before = found.history_
+    assert found.unlearn(stranger).history_ == before  # nothing to take out, nothing done
+
+
+def test_a_picture_that_was_learned_twice_is_taken_out_twice(towers):
+    x, y = rows_of("owl", "fox")
+    learner = learner_of("simplecil", towers, (x, y))
+    learner.partial_fit(x[:2], y[:2], again=True).partial_fit(x[:1], ["fox"])
+    assert learner.counts_.tolist() == [11, 5]
+    learner.unlearn(x[:1], "owl")  # as fox it stays
+    assert learner.counts_.tolist() == [9, 5]
+    rows, names = np.concatenate([x[1:2], x[1:], x[:1]]), [y[1], *y[1:], "fox"]
+    right = IncrementalClassifier("simplecil", towers).partial_fit(rows, names, again=True)
+    torch.testing.assert_close(learner.method_.means.means, right.method_.means.means, rtol=0, atol=1e-5)
+    learner.unlearn(x[:1])
+    assert learner.counts_.tolist() == [9, 4]
+    with pytest.raises(DataError, match="class 'wolf' is not known"):
+        learner.unlearn(x[:1], "wolf")
+
+
+def test_a_class_without_pictures_is_gone_with_its_name(towers, tmp_path):
+    learner = IncrementalClassifier("lda", towers, descriptions={"fox": ["a bushy tail"]})
+    learner.partial_fit(*rows_of("owl", "fox", "bear")).rename("fox", "wolf").unlearn(rows_of("fox")[0])
+    assert list(learner.classes_) == ["owl", "bear"]
+    assert learner.descriptions == {}
+    learner.save(tmp_path)
+    for file in tmp_path.iterdir():
+        for name in (b"fox", b"wolf"):
+            assert name not in file.read_bytes()
+    right = learner_of("lda", towers, ("owl", "bear"))
+    torch.testing.assert_close(learner.method_.memory.scatter, right.method_.memory.scatter, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_relabelled_is_never_learned_as_anything_else(method, towers, tmp_path):
+    """Also to a class that is new, and from one of which nothing is left."""
+    x, y = rows_of("owl", "fox", "bear")
+    wrong = [*range(2), *range(9, 13)]  # two owls, and all foxes
+    learner = learner_of(method, towers, (x, y))
+    learner.save(tmp_path)
+    learner.relabel(x[wrong], "newt")
+    assert kinds(learner) == ["learned", "relabelled"]
+    assert learner.history_[-1]["taken_out"] == learner.history_[-1]["images"] == 6
+    kept = np.setdiff1d(np.arange(len(x)), wrong)
+    right = learner_of(method, towers, (x[kept], [y[i] for i in kept]), (x[wrong], ["newt"] * 6))
+    far, _ = rows_of("owl", "bear", start=20)
+    near(learner, right, far)
+    learner.save(tmp_path)
+    assert list(IncrementalClassifier.undo(tmp_path, towers).classes_) == ["owl", "fox", "bear"]
+
+
+def test_relabelling_is_done_whole_or_not_at_all(towers, monkeypatch):
+    x, y = rows_of("owl", "fox")
+    learner, right = (learner_of("simplecil", towers, (x, y)) for _ in range(2))
+    monkeypatch.setattr(IncrementalClassifier, "_learn", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        learner.relabel(x[:3], "fox")
+    assert_same(learner, right)
+    assert learner.history_ == right.history_
+    monkeypatch.undo()
+    learner.relabel(np.concatenate([x[:2], rows_of("newt")[0][:1]]), "fox")
+    assert "not learned as another class: 1 of 3 images, row 2" in learner.notices_
+    assert learner.counts_.tolist() == [7, 7]
+    before = learner.history_
+    learner.relabel(x[:2], "fox")  # they are
+    assert learner.history_ == before
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_merged_classes_were_learned_as_one(method, towers, tmp_path):
+    learner = learner_of(method, towers, ("owl", "fox"), ("bear", "elk"))
+    learner.save(tmp_path)
+    x, y = rows_of("owl", "fox")
+    again, names = rows_of("bear", "elk")
+    right = learner_of(method, towers, (x, y), (again, [name.replace("bear", "fox") for name in names]))
+    assert learner.merge("bear", "fox", into="fox") is learner
+    near(learner, right, rows_of("owl", "fox", "elk", start=20)[0])
+    assert learner.history_[1]["new"] == ["elk"]
+    assert learner.history_[1]["again"] == ["fox"]
+    assert learner.history_[2]["names"] == ["fox", "bear", "fox"]
+    learner.save(tmp_path)
+    assert list(IncrementalClassifier.undo(tmp_path, towers).classes_) == ["owl", "fox", "bear", "elk"]
+    learner.merge("elk", "owl", into="newt")
+    assert list(learner.classes_) == ["newt", "fox"]
+    learner.save(tmp_path)
+    if method in ("zero-shot", "blend"):
+        state = IncrementalClassifier.load(tmp_path, towers).method_.state_dict()["texts"]
+        torch.testing.assert_close(state, towers.class_texts(["newt", "fox"], []))
+
+
+def test_what_was_learned_as_both_is_said_when_they_are_merged(towers):
+    x, y = rows_of("owl", "fox")
+    learner = learner_of("simplecil", towers, (x, y)).partial_fit(x[:2], ["fox", "fox"]).merge("owl", "fox")
+    assert "learned as either class, now twice as one: 2 images" in learner.notices_
+    assert learner.counts_.tolist() == [15]
+    assert learner.unlearn(x[:2]).counts_.tolist() == [11]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "reason"),
+    [
+        ("dmc", QUICK["dmc"], "it trains on images"),
+        ("lda", {"covariance": "low_rank"}, "low_rank keeps leading directions alone"),
+        ("ranpac", {"width": 40, "tuning": "adapter", "schedule.epochs": 1}, "was trained on those of the first task"),
+    ],
+)
+def test_where_it_cannot_be_done_it_is_refused_in_one_line(method, settings, reason, towers):
+    x, y = rows_of("owl", "fox")
+    learner = IncrementalClassifier(method, towers, settings=settings).partial_fit(x, y)
+    state = {key: value.clone() for key, value in learner.method_.state_dict().items()}
+    for change in (
+        lambda: learner.unlearn(x[:2]),
+        lambda: learner.relabel(x[:2], "fox"),
+        lambda: learner.merge("owl", "fox"),
+    ):
+        with pytest.raises(ConfigError, match=f"{reason}.*undo the change that learned them, or forget the class"):
+            change()
+    assert all(torch.equal(value, state[key]) for key, value in learner.method_.state_dict().items())
+    assert kinds(learner) == ["learned"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("owl", "owl"), "one class already"),
+        (("owl", "wolf"), "class 'wolf' is not known"),
+        (("owl", "fox", "bear"), "class 'bear' is there already; merge two of the three first"),
+        (("owl", "fox", "a\nb"), "control character"),
+    ],
+)
+def test_classes_that_cannot_be_merged(words, error, towers):
+    learner, right = (learner_of("simplecil", towers, ("owl", "fox", "bear")) for _ in range(2))
+    with pytest.raises(DataError, match=error):
+        learner.merge(*words)
+    assert_same(learner, right)
+
+
+@pytest.mark.parametrize("method", ["lda", "ranpac", "blend"])  # under a large ridge, acil cannot tell
+def test_rows_that_the_sums_do_not_hold_are_refused(method, towers):
+    """As of a picture whose hash is known, on towers that make something else of it."""
+    x, y = rows_of("owl", "fox", number=4)
+    learner = learner_of(method, towers, (x, y))
+    other = np.random.default_rng(3).normal(size=(3, D)).astype("float32")
+    with pytest.raises(DataError, match=r"not learned"):
+        learner._copy().unlearn(torch.from_numpy(50 * other), torch.zeros(3, dtype=torch.int64))

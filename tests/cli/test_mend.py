@@ -77,6 +77,33 @@ def test_history_undo_and_rename(shop, cairn):
     assert cairn("history", shop).splitlines()[1].endswith("  undone: learning")
 
 
+def test_merge_unlearn_and_relabel(shop, pictures, cairn):
+    first, second = pictures / "first", pictures / "second"
+    said = cairn("unlearn", shop, first / "class 0" / "0.png", first / "class 1", "--device", "cpu")
+    assert "4 pictures taken out; left: 3 classes from 14 images" in said
+    assert "note: class 'class 1': all of its images are taken out, so it is gone" in said
+    assert "0 pictures taken out" in cairn("unlearn", shop, first / "class 1", "--as", "class 2", "--device", "cpu")
+    said = cairn(
+        "relabel", shop, second / "class 2" / "0.png", second / "class 2" / "1.png", "class 3", "--device", "cpu"
+    )
+    assert "2 pictures are 'class 3'; 3 classes from 14 images" in said
+    assert "are 'thing' now; left: 2 classes" in cairn(
+        "merge", shop, "class 0", "class 3", "--into", "thing", "--device", "cpu"
+    )
+    held = IncrementalClassifier.load(shop, device="cpu")
+    assert dict(zip(held.classes_, held.counts_.tolist(), strict=True)) == {"thing": 12, "class 2": 2}
+    told = [line.split("  ")[-1] for line in cairn("history", shop).splitlines()[2:-1]]
+    assert told == [
+        "4 images taken out again",
+        "2 images taken out again, then 0 new classes, more of 1 known one, 2 images: 'thing'",
+        "two classes became one: 'class 0' and 'class 3' to 'thing'",
+    ]
+    assert "undone: merging two classes" in cairn("undo", shop)
+    assert "undone: relabelling images" in cairn("undo", shop)
+    with pytest.raises(RuntimeError, match="took pictures out, and nothing of them is kept"):
+        cairn("undo", shop)
+
+
 def test_keep_says_how_many_states_stay(shop, pictures, cairn):
     cairn("learn", shop, pictures / "second", "--again", "--keep", "1", "--device", "cpu")
     assert "can take back nothing: 0 earlier states" in cairn("history", shop)
@@ -96,6 +123,10 @@ def test_what_cannot_be_is_one_line_and_changes_nothing(shop, pictures, cairn, t
         (("rename", shop, "class 9", "x"), "class 'class 9' is not known"),
         (("rename", shop, "class 1", "class 2"), "is there already"),
         (("rename", shop, "class 1", "a\tb"), "control character"),
+        (("merge", shop, "class 1", "class 9"), "is not known"),
+        (("unlearn", shop, pictures / "nowhere.png"), "cannot be read"),
+        (("relabel", shop, "class 1"), "give pictures and behind them"),
+        (("unlearn", shop, pictures / "first", "--on-bad-image", "no"), "on-bad-image"),
     ):
         with pytest.raises(RuntimeError, match=said):
             cairn(*words)
@@ -111,6 +142,6 @@ def test_another_process_that_writes_is_waited_for_by_nobody(shop, cairn, monkey
 
     monkeypatch.setattr(Lock, "take", taken)
     monkeypatch.setattr(IncrementalClassifier, "load", lambda *_: pytest.fail("read without the lock"))
-    for words in (("undo", shop), ("rename", shop, "class 1", "x")):
+    for words in (("undo", shop), ("rename", shop, "class 1", "x"), ("merge", shop, "class 1", "class 2")):
         with pytest.raises(Timeout):
             cairn(*words)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
+from ipaddress import ip_address
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -24,7 +27,7 @@ from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Dataset, Subset
 from cairn.data.loading import Loader
 from cairn.data.templates import spoken
-from cairn.errors import CairnError, ConfigError, UnreadableImages, counted
+from cairn.errors import CairnError, ConfigError, UnreadableImages, counted, one_line
 from cairn.maths.similarity import representative_and_diverse
 from cairn.storage.distribution import extra_remedy
 from cairn.towers.protocol import Towers
@@ -165,6 +168,9 @@ def described(
         import openai
     except ImportError:
         raise ConfigError(f"describe: the openai client is missing; {extra_remedy('describe')}") from None
+    address = base_url or os.environ.get("OPENAI_BASE_URL")
+    if api_key is None and address and is_own_machine(address):
+        api_key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own wants no key, the client a text
     try:
         client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=config.retries, timeout=config.timeout)
     except openai.OpenAIError:
@@ -177,12 +183,26 @@ def described(
                 raise ConfigError(
                     f"describe: the server refuses: {_line(error)}; check key, address and model"
                 ) from None
+            except openai.APIConnectionError as error:
+                raise CairnError(
+                    f"describe: class '{name}': no server answers at {one_line(str(client.base_url))} ({_line(error)}); start it, or "
+                    "give --base-url; the same command goes on here"
+                ) from None
             except openai.APIError as error:
                 raise CairnError(
                     f"describe: class '{name}': {_line(error)}, after {config.retries} retries; the same command goes on here"
                 ) from None
             if found is not None:
                 yield found
+
+
+def is_own_machine(address: str) -> bool:
+    """Whether a URL leads to this machine."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _class_described(

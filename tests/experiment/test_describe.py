@@ -13,7 +13,7 @@ from PIL import Image
 
 from cairn.cli.app import main
 from cairn.data.descriptions import read_descriptions
-from cairn.experiment.describe import DescribeConfig, problem_with
+from cairn.experiment.describe import DescribeConfig, is_own_machine, problem_with
 
 NAMES = ("ant", "bee", "cat")
 GOOD = ["six thin legs", "two feelers"]
@@ -193,9 +193,41 @@ def test_a_refused_key_or_model_is_one_line(ask, server, refusal, tmp_path):
     assert not (tmp_path / "said.json").exists()
 
 
+def test_a_server_on_this_machine_wants_no_key(ask, monkeypatch, tmp_path):
+    """As llama.cpp, Ollama and vLLM serve; the address may also come from the environment."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    status, _, _ = ask()
+    assert status == 0
+    assert (tmp_path / "said.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [
+        ("http://localhost:11434/v1", True),
+        ("http://127.0.0.1:8080/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("https://api.openai.com/v1", False),
+        ("http://localhost.example.org/v1", False),
+        ("http://127.example.org", False),
+        ("nonsense", False),
+    ],
+)
+def test_which_addresses_are_this_machine(address, own):
+    assert is_own_machine(address) is own
+
+
+def test_a_server_that_is_not_there_is_named(ask, server):
+    server.http.shutdown()
+    server.http.server_close()
+    status, _, err = ask()
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no server answers at http://127.0.0.1" in err
+
+
 def test_no_key_is_one_line(ask, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    status, _, err = ask()
+    status, _, err = ask("--base-url", "https://models.example.org/v1")
     assert (status, err.count("\n")) == (2, 1)
     assert "set OPENAI_API_KEY" in err
 

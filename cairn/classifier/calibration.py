@@ -138,8 +138,9 @@ def _rehearsed_without(out: np.ndarray, before: Callable[[], Method], task: Task
         rows = (other.memory_rows(features),) if isinstance(other, GaussianScoring) else ()
         return other.scores(features), *rows
 
-    if with_tower and ctx.checkpoint.sampled is not None:
-        y, features = torch.as_tensor(labels[out]), ctx.checkpoint.sampled.to(torch.device(towers.device))
+    features = ctx.checkpoint.features_of(torch.from_numpy(out)) if with_tower else None
+    if features is not None:
+        y, features = torch.as_tensor(labels[out]), features.to(torch.device(towers.device))
         with torch.no_grad():
             found = [seen(rows, y) for rows in features.split(BATCH)]
         scores, *rows = (torch.cat(column).cpu() for column in zip(*found, strict=True))
@@ -150,11 +151,14 @@ def _rehearsed_without(out: np.ndarray, before: Callable[[], Method], task: Task
 
 
 def rehearsed_in_folds(before: Callable[[], Method], task: Task, ctx: Context) -> Iterator[LeftOut]:
-    """Every image of a task of embeddings left out once, by FOLDS rehearsals, near-duplicates always together."""
-    z = torch.stack([torch.as_tensor(task.train[i]) for i in range(len(task.train))])
+    """Every image of a task left out once, by FOLDS rehearsals, near-duplicates always together. The images are embeddings, or
+    the checkpoint has kept the features of all of them."""
+    z = ctx.checkpoint.features_of(torch.arange(len(task.train)))
+    if z is None:
+        z = torch.stack([torch.as_tensor(task.train[i]) for i in range(len(task.train))])
     chosen = folds(z, np.asarray(task.train.labels), ctx.seeds.at(task=task.index).generator("folds"))
     for fold in np.unique(chosen[chosen >= 0]):
-        yield _rehearsed_without(np.flatnonzero(chosen == fold), before, task, Context(ctx.seeds))
+        yield _rehearsed_without(np.flatnonzero(chosen == fold), before, task, ctx)
 
 
 def folds(z: Features, labels: np.ndarray, rng: torch.Generator) -> np.ndarray:
@@ -190,9 +194,11 @@ def near_duplicates(z: Features) -> np.ndarray:
         group = smaller
 
 
-def keep_left_out(task: Task, ctx: Context) -> None:
-    """Before a task is learned: have the passes over it keep the features of images that `rehearsed` will leave out."""
-    ctx.checkpoint.keep_features(torch.from_numpy(left_out_of(task, ctx)), len(task.train))
+def keep_left_out(task: Task, ctx: Context, every: bool = False) -> None:
+    """Before a task is learned: have the passes over it keep the features of images that `rehearsed` will leave out, or of
+    every image, for `rehearsed_in_folds`."""
+    rows = np.arange(len(task.train)) if every else left_out_of(task, ctx)
+    ctx.checkpoint.keep_features(torch.from_numpy(rows), len(task.train))
 
 
 def left_out_of(task: Task, ctx: Context) -> np.ndarray:

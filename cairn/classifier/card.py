@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from cairn.classifier.advice import accuracy_lines
+from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.record import LearnerRecord
 from cairn.errors import counted, one_line
 from cairn.methods.catalogue import method_named
@@ -22,15 +26,28 @@ def card(record: LearnerRecord) -> str:
         "be made from one, but who has an image can tell whether it was learned",
         f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}",
         "",
-        "| class | images |",
-        "|---|---|",
-        *(f"| {_cell(name)} | {count} |" for name, count in zip(record.classes, record.counts, strict=True)),
+        *(f"- {line}" for line in accuracy_lines(record.estimate, [*map(_cell, record.classes)], record.counts)),
+        "",
+        "| class | images | estimated accuracy, with its interval |",
+        "|---|---|---|",
+        *(
+            f"| {_cell(name)} | {count} | {_estimated(record.estimate, c)} |"
+            for c, (name, count) in enumerate(zip(record.classes, record.counts, strict=True))
+        ),
         "",
         "| date | what |",
         "|---|---|",
     ]
     lines += [f"| {entry.date} | {entry.told} |" for entry in record.history]
     return "\n".join(lines) + "\n"
+
+
+def _estimated(estimate: AccuracyEstimate, c: int) -> str:
+    a = estimate.by_class[c] if c < len(estimate.doubt) else math.nan
+    if math.isnan(a):
+        return "not known"
+    low, high = estimate.interval_of(c)
+    return f"{100 * a:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _cell(name: str) -> str:

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from cairn.classifier.calibration import Calibration, LeftOut, keep_left_out, rehearsed, rehearsed_in_folds
+from cairn.classifier.advice import advice, alike_names
+from cairn.classifier.assessment import assessed, needs_every_image
+from cairn.classifier.calibration import Calibration, keep_left_out
+from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
-from cairn.classifier.novelty import Novelty, gaussians_of, require_threshold
+from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import KEEP, LearnerRecord
 from cairn.classifier.scoring import BATCH, Scorer
@@ -61,8 +64,6 @@ from cairn.training.seeds import Seeds
 WORK = "work"
 AHEAD = 16
 """Batches for which images are taken from a generator at once."""
-
-REFERENCES = 256
 
 
 class IncrementalClassifier(Estimator):
@@ -159,6 +160,11 @@ class IncrementalClassifier(Estimator):
         return self._known().calibration
 
     @property
+    def estimate_(self) -> AccuracyEstimate:
+        """How many new images it classifies correctly, by class and in all, from images left out of learning."""
+        return self._known().estimate
+
+    @property
     def notices_(self) -> list[str]:
         self._fitted()
         return self._notices
@@ -247,27 +253,11 @@ class IncrementalClassifier(Estimator):
         method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
-        keep_left_out(task, ctx)
+        keep_left_out(task, ctx, every=needs_every_image(method, task))
         method.learn(task, ctx)
-        left_out = rehearsed(method, self._copy, task, ctx)
-        calibration, references = learned.calibration.with_images(left_out), self._references(left_out, task, ctx)
-        self._learned = learned.with_task(task, hashes, calibration, references)
+        found = assessed(learned.calibration, learned.estimate, method, self._method, self._copy, task, ctx)
+        self._learned = learned.with_task(task, hashes, found.calibration, found.references, found.estimate)
         self._method, self._config, self._novelty = method, config, None
-
-    def _references(self, left_out: LeftOut | None, task: Task, ctx: Context) -> list[float]:
-        """What the known score is read against, at most REFERENCES values of a task: see `cairn.classifier.novelty`.
-
-        Where fewer embeddings than that were left out, all of the task are in turn: a few say little of a threshold.
-        """
-        if left_out is None or left_out.rows is None or gaussians_of(left_out.method) is None:
-            return []
-        few = len(left_out.rows) < REFERENCES and not self.open_towers().has_images
-        found = rehearsed_in_folds(self._copy, task, ctx) if few else [left_out]
-        values = [Novelty(part.method, self.seed).fit(part.rows) for part in found if part.rows is not None]
-        a = torch.cat(values) if values else torch.empty(0, dtype=torch.float64)
-        if len(a) > REFERENCES:
-            a = torch.quantile(a, torch.linspace(0, 1, REFERENCES, dtype=a.dtype))
-        return a.tolist()
 
     def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
         """Names the task, its images by their hashes, and the state that it is learned on."""
@@ -603,6 +593,13 @@ class IncrementalClassifier(Estimator):
         items, names = labelled(images, labels, self._width)
         found = [normal_form(name) for name in self.predict(items)]
         return float(np.mean([name == normal_form(label) for name, label in zip(found, names, strict=True)]))
+
+    def advice(self, pairs: Sequence[ConfusedPair]) -> list[str]:
+        """What to do about classes that are mixed up, a line for each pair, such as those of `estimate_.confused`."""
+        method, names = self._fitted(), list(map(str, self.classes_))
+        templates = prompt_templates(self.templates)
+        same = alike_names(method.towers, names, templates, pairs) if method.card.text else [False] * len(pairs)
+        return advice(pairs, names, self.counts_.tolist(), same)
 
     def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
         """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.record import LearnerRecord
 from cairn.data.identity import LearnedPictures
 from cairn.data.names import normal_form
@@ -30,6 +31,7 @@ class Learned:
     referenced_among: Sequence[int] = ()
     calibration: Calibration = field(default_factory=Calibration)
     pictures: LearnedPictures = field(default_factory=LearnedPictures)
+    estimate: AccuracyEstimate = field(default_factory=AccuracyEstimate)
 
     def numbers(self) -> dict[str, int]:
         """The classes' numbers by name, and by its normal form: a learner made before names were normalised may hold others."""
@@ -45,7 +47,12 @@ class Learned:
         return found
 
     def with_task(
-        self, task: Task, hashes: Sequence[bytes], calibration: Calibration, references: Sequence[float]
+        self,
+        task: Task,
+        hashes: Sequence[bytes],
+        calibration: Calibration,
+        references: Sequence[float],
+        estimate: AccuracyEstimate,
     ) -> Learned:
         """After `task`, whose images have these hashes."""
         k, labels = len(self.classes), task.train.labels
@@ -68,6 +75,7 @@ class Learned:
             [*self.referenced_among, *[len(classes)] * len(references)],
             calibration,
             self.pictures.with_more(hashes, labels),
+            estimate,
         )
 
     def without_class(self, c: int) -> Learned:
@@ -83,6 +91,7 @@ class Learned:
             counts=np.delete(self.counts, c),
             history=_without_name(self.history, str(self.classes[c])),
             pictures=self.pictures.without_class(c),
+            estimate=self.estimate.without_class(c),
         )
 
     def without_pictures(self, copies: Mapping[tuple[bytes, int], int]) -> Learned:
@@ -157,6 +166,7 @@ class Learned:
                 for task in tasks
             ],
             calibration=calibration,
+            estimate=AccuracyEstimate().for_classes(len(classes)),
         )
 
     @classmethod
@@ -170,6 +180,7 @@ class Learned:
             record.referenced_among or [len(record.classes)] * len(record.references),
             record.calibration,
             LearnedPictures() if pictures is None else LearnedPictures.from_state(pictures, len(record.classes)),
+            record.estimate.for_classes(len(record.classes)),
         )
 
     def to_record(self) -> dict[str, Any]:
@@ -181,6 +192,7 @@ class Learned:
             "references": list(self.references),
             "referenced_among": list(self.referenced_among),
             "calibration": self.calibration.model_dump(mode="json"),
+            "estimate": self.estimate.model_dump(mode="json"),
             "picture_hashes": len(self.pictures),
         }
 

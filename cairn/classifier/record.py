@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.estimate import AccuracyEstimate
 from cairn.data.names import text_problem
 from cairn.data.templates import template_problem
 from cairn.errors import counted
@@ -128,6 +129,9 @@ class LearnerRecord(Record):
         default=[], description="of each reference, classes that were known when it was taken; empty: all weigh alike"
     )
     calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
+    estimate: AccuracyEstimate = Field(
+        default=AccuracyEstimate(), description="counts of left-out images, of which its accuracy is estimated"
+    )
     picture_hashes: Count = Field(
         default=0, description="images that are known one by one, per class; see `cairn.data.identity`"
     )
@@ -146,6 +150,8 @@ class LearnerRecord(Record):
             raise ValueError(f"counts: {len(self.counts)} of them for {len(self.classes)} classes")
         if self.referenced_among and len(self.referenced_among) != len(self.references):
             raise ValueError(f"referenced_among: {len(self.referenced_among)} for {len(self.references)} references")
+        if len(self.estimate.doubt) not in (0, len(self.classes)):
+            raise ValueError(f"estimate: of {len(self.estimate.doubt)} classes, where there are {len(self.classes)}")
         learned = [name for entry in self.history for name in entry.new]
         if sorted(learned) != sorted(self.classes):
             raise ValueError("history: the classes that were learned are not those in 'classes'")

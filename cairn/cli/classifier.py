@@ -133,6 +133,19 @@ def learn(
         f"{learner}: {counted(held.history_[-1]['images'], 'picture')} learned, {counted(new, 'new class')}, "
         f"{len(held.classes_)} in all; {_bytes(held.method_.memory_bytes)} of statistics, no picture is stored"
     )
+    for line in _accuracy(held):
+        console.note(line)
+
+
+def _accuracy(held: IncrementalClassifier) -> list[str]:
+    """How good the learner is, as far as pictures left out tell, and what to do about it."""
+    from cairn.classifier.advice import accuracy_lines, pair_line
+
+    estimate, names = held.estimate_, list(map(str, held.classes_))
+    lines = accuracy_lines(estimate, names, held.counts_.tolist())
+    if worst := estimate.confused[:1]:
+        lines.append(f"mixed up most: {pair_line(worst[0], names, estimate.images.tolist())}; {held.advice(worst)[0]}")
+    return lines
 
 
 def _require_same(

@@ -52,6 +52,7 @@ class ACIL(KeepsSums, ScoresAsModule):
         trains="head",
         keeps="second-order",
         bytes=lambda k, d, n, i, w: 8 * 2048**2,
+        closed_form=True,
         passes="one per image, can be cached",
     )
 

@@ -40,7 +40,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, NamesClasses, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, LeavesOut, NamesClasses, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
@@ -108,7 +108,7 @@ class BlendConfig(Settings):
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory], KeepsSums, NamesClasses, ScoresAsModule):
+class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, ScoresAsModule):
     """argmax_c sum_e exp(phi_e) E_e(x, c) of the experts' scores."""
 
     card = Card(
@@ -122,6 +122,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, NamesClasses, ScoresAsMod
         trains="head",
         keeps="gaussians",
         bytes=_bytes,
+        closed_form=True,
         passes="one per image, can be cached",
         text=True,
     )
@@ -137,6 +138,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, NamesClasses, ScoresAsMod
         self.gram = Gram.empty(config.features, torch.float64 if config.precision == "float64" else torch.float32)
         self.ridge_errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         starts = [GAUSSIAN, *([TEXT] if self.uses_text else []), *([RIDGE] if self.random else [])]
+        self.left_out = None
         self.pools = [OpinionPool.starting(starts, STRENGTH, math.log(kappa / KAPPA) ** 2 / 2) for kappa in KAPPAS]
         self._set(ScatterMemory(d, config.rank, config.precision))
 
@@ -176,10 +178,12 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, NamesClasses, ScoresAsMod
         # Of a class's only image nothing tells kappa: without it the class is where texts predict it.
         several = self.memory.counts[y] > 1
         ageing = (before / self.memory.classes) ** config.ageing if before else 1.0
+        gaussians = self._gaussians().left_out(x.double(), y, KAPPAS)
         self.pools = [
             pool.fitted(torch.stack([g, *others], 2), y, ageing, several)
-            for pool, g in zip(self.pools, self._gaussians().left_out(x.double(), y, KAPPAS), strict=True)
+            for pool, g in zip(self.pools, gaussians, strict=True)
         ]
+        self.left_out = (self.pool.joined(torch.stack([gaussians[self._best], *others], 2)), y)
         self._set(self.memory.stored())
         ctx.log("blend", kappa=self.kappa, weights=self.pool.weights.tolist(), ridge=self.ridge)
 

@@ -51,6 +51,7 @@ class LDA(GaussianScoring[GaussianMemory], KeepsSums, ScoresAsModule):
         trains="nothing",
         keeps="gaussians",
         bytes=lambda k, d, n, i, w: k * (4 * d + 8) + 2 * d * (d + 1),
+        closed_form=True,
         passes="one per image, can be cached",
     )
 

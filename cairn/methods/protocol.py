@@ -54,6 +54,8 @@ class Card:
     """How often an image passes the image tower in learning."""
     text: bool = False
     """Whether class texts are used."""
+    closed_form: bool = False
+    """Whether a task is learned without steps of an optimiser: from features that are there it is learned again in no time."""
     moves: bool = False
     """Whether the image encoder is trained, once or in every task."""
     older: Mapping[str, Any] = field(default_factory=dict)
@@ -270,6 +272,14 @@ class HoldsOut(ABC):
     """Scores and labels of those of the task that was learned last."""
 
 
+class LeavesOut(ABC):
+    """Scores the images of each task as if each had not been learned, exactly and without learning again."""
+
+    left_out: tuple[Scores, Labels] | None
+    """Scores among all classes seen, and labels, of the task that was learned last: of all its images, or of as many as the
+    method scores so."""
+
+
 CAPABILITIES: tuple[type, ...] = (
     ScoresAsModule,
     CosineScoring,
@@ -280,4 +290,5 @@ CAPABILITIES: tuple[type, ...] = (
     NamesClasses,
     KeepsImages,
     HoldsOut,
+    LeavesOut,
 )

@@ -88,6 +88,7 @@ class RanPAC(HoldsOut, KeepsSums, ScoresAsModule):
         trains="head",
         keeps="second-order",
         bytes=lambda k, d, n, i, w: 4 * min(n, 10000) * (10000 + k),
+        closed_form=True,
         passes="one per image, can be cached",
         quick={"schedule.epochs": 2, "schedule.batch": 4},
     )

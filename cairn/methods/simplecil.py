@@ -29,6 +29,7 @@ class SimpleCIL(CosineScoring, KeepsSums):
         trains="nothing",
         keeps="means",
         bytes=lambda k, d, n, i, w: k * (4 * d + 8),
+        closed_form=True,
         passes="one per image, can be cached",
     )
 

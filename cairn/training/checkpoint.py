@@ -73,6 +73,12 @@ class Checkpoint:
         """Which of so many images, (number,) of bool, are asked for with `keep_features`; None if it was another number."""
         return self._sample if self._sample is not None and len(self._sample) == number else None
 
+    def features_of(self, rows: Tensor) -> Tensor | None:
+        """(m, w): features of these images, in their order; None where not all of them were kept."""
+        if self._sample is None or self.sampled is None or not self._sample[rows].all():
+            return None
+        return self.sampled[self._sample.cumsum(0)[rows] - 1]
+
     def work(self, name: str) -> State | None:
         """What is known of a piece of work, None if it was not begun."""
         return self._work.get(name)

@@ -165,7 +165,7 @@ def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkey
     assert capsys.readouterr().err == "cairn: interrupted (Ctrl-C); the same call goes on where it was\n"
     called(monkeypatch, *words)
     assert re.search(
-        r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored$",
+        r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored",
         capsys.readouterr().out.replace("\n", " ").strip(),
     )
 

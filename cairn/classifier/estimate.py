@@ -170,6 +170,16 @@ class AccuracyEstimate(Record):
         """With classes of which nothing is known, k in all."""
         return self.model_copy(update={"doubt": [*self.doubt, *[0.0] * (k - len(self.doubt))]})
 
+    def merged(self, c: int, other: int) -> AccuracyEstimate:
+        """Class `other` counted as class c < other: what was taken for one another is right then."""
+        M = self.matrix
+        M[c] += M[other]
+        M[:, c] += M[:, other]
+        found = self.model_copy(update={"confusions": _sparse(M)}).without_class(other)
+        doubt = [*found.doubt]
+        doubt[c] = max(self.doubt[c], self.doubt[other])
+        return found.model_copy(update={"doubt": doubt, "before": []})
+
     def without_class(self, c: int) -> AccuracyEstimate:
         """Class c forgotten, with the images of others that were taken for it."""
         return AccuracyEstimate(

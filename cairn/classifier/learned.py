@@ -126,6 +126,7 @@ class Learned:
             counts=np.delete(counts, other),
             history=[*history, entry],
             pictures=self.pictures.merged(c, other),
+            estimate=self.estimate.merged(c, other),
         )
 
     def relabelled(self, since: int) -> Learned:

@@ -86,6 +86,7 @@ def test_a_forgotten_class_is_gone_and_one_of_an_older_version_is_not_known():
     both = AccuracyEstimate().with_task(FIRST, "left out one by one").with_task(SECOND, "left out one by one")
     assert both.without_class(0).matrix.tolist() == [[4, 0], [0, 6]]
     assert both.without_class(0).before == [0.8]
+    assert both.merged(0, 1).matrix.tolist() == [[12.5, 2.5], [2, 6]]
     assert AccuracyEstimate().accuracy is None
 
 

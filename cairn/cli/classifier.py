@@ -228,8 +228,8 @@ def export(
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Write a learner as one ONNX file: scores and probabilities of pictures. It is compared with the learner before it is
-    kept."""
+    """Write a learner as one ONNX file. It gives scores and probabilities of pictures, and is compared with the learner
+    before it is kept."""
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.classifier.onnx import FORMS, export_onnx
     from cairn.data.picture_files import pictures_below

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def history(learner: Learner) -> None:
-    """Show what was done to a learner when, and how far `cairn undo` can go back."""
+    """Show what was done to a learner when. Tells also how far `cairn undo` can go back."""
     from cairn.classifier.folder import NAME, read_record
     from cairn.storage.archive import Archive
 
@@ -62,7 +62,7 @@ def _named(entry: HistoryEntry) -> str:
 
 
 def undo(learner: Learner) -> None:
-    """Take back the last change: the state before it is there again, to the bit. Again: the change before that."""
+    """Take back the last change. The state before it is there again, to the bit; again: the change before that."""
     from cairn.classifier.folder import undo as undone
 
     with _held(learner):
@@ -91,7 +91,7 @@ def merge(
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Make one class of two, as if the pictures of both had been learned under one name."""
+    """Make one class of two. As if the pictures of both had been learned under one name."""
     with _changed(learner, towers, device) as held:
         held.merge(first, second, into)
     Console().note(
@@ -108,7 +108,7 @@ def unlearn(
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Take pictures out of what was learned, as if they had never been. They are known by a hash of their pixels."""
+    """Take pictures out of what was learned. As if they had never been; they are known by a hash of their pixels."""
     files, bad_images = files_of(pictures), checked_bad_image(on_bad_image)
     with _changed(learner, towers, device) as held:
         before = sum(held.counts_)
@@ -124,7 +124,7 @@ def relabel(
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Say of which class pictures are: they are taken out of the others and learned as that, both or neither.
+    """Say of which class pictures are. They are taken out of the others and learned as that, both or neither.
 
     cairn relabel LEARNER PICTURES CLASS
     """

@@ -135,7 +135,7 @@ def relabel(
     with _changed(learner, towers, device) as held:
         calls = len(held.history_)
         held.relabel(paths, name, on_bad_image=bad_images)
-    done = "are" if len(held.history_) > calls else "were already"
+    done = "learned as" if len(held.history_) > calls else "known already as"
     Console().note(f"{learner}: {counted(len(paths), 'picture')} {done} '{one_line(name)}'; {_what_is_left(held)}")
 
 

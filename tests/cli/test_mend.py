@@ -86,7 +86,7 @@ def test_merge_unlearn_and_relabel(shop, pictures, cairn):
     said = cairn(
         "relabel", shop, second / "class 2" / "0.png", second / "class 2" / "1.png", "class 3", "--device", "cpu"
     )
-    assert "2 pictures are 'class 3'; 3 classes from 14 images" in said
+    assert "2 pictures learned as 'class 3'; 3 classes from 14 images" in said
     assert "are 'thing' now; left: 2 classes" in cairn(
         "merge", shop, "class 0", "class 3", "--into", "thing", "--device", "cpu"
     )

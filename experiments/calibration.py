@@ -23,10 +23,11 @@ from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
-from cairn.experiment.metrics import calibration_error, mean_and_deviation
+from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import best_temperature, least_loss, log_probabilities, loss_curve
+from cairn.maths.calibration_error import calibration_error
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import Method
 from cairn.towers.cached import kept

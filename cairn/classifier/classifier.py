@@ -18,6 +18,7 @@ from cairn.classifier.assessment import assessed, needs_every_image
 from cairn.classifier.calibration import Calibration, keep_left_out
 from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
+from cairn.classifier.evaluation import Evaluation
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
 from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
@@ -600,6 +601,23 @@ class IncrementalClassifier(Estimator):
         templates = prompt_templates(self.templates)
         same = alike_names(method.towers, names, templates, pairs) if method.card.text else [False] * len(pairs)
         return advice(pairs, names, self.counts_.tolist(), same)
+
+    def evaluate(
+        self,
+        images: Item | Iterable[Item],
+        labels: str | Iterable[str],
+        *,
+        unknown_below: float = 0.05,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> Evaluation:
+        """How labelled images are classified: see `Evaluation`. Labels that are no class of the learner are no error: their
+        images count for how many unknown ones are found. Raises DataError unless there is a label, a text, for each image."""
+        require_threshold(unknown_below, "unknown_below")
+        items, names = labelled(images, labels, self._width)
+        found = self.predictions(items, known=True, on_bad_image=on_bad_image)
+        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
+        rows = found.positions.tolist()
+        return Evaluation(found, [names[row] for row in rows], [given.describe(row) for row in rows], unknown_below)
 
     def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
         """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches

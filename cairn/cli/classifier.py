@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 def learn(
     learner: Learner,
-    pictures: Annotated[Path, typer.Argument(help="a folder with a folder of pictures per class")],
+    pictures: Annotated[
+        Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
+    ],
     method: Annotated[
         str | None, typer.Option(help=f"for a new learner: a method of `cairn list`  [default: {METHOD}]")
     ] = None,
@@ -66,7 +68,7 @@ def learn(
     from cairn.classifier.classifier import WORK, IncrementalClassifier
     from cairn.classifier.folder import NAME, require_savable
     from cairn.config import parsed
-    from cairn.data.folders import class_folders
+    from cairn.data.labelled import labelled_pictures
     from cairn.data.templates import DEFAULT, prompt_templates
     from cairn.experiment.folder import Lock
     from cairn.storage.archive import Archive
@@ -77,9 +79,8 @@ def learn(
     console, bad_images = Console(), checked_bad_image(on_bad_image)
     if keep is not None and keep < 1:
         raise ConfigError(f"--keep {keep}: must be at least 1, the state that is made")
-    found = class_folders(pictures)
-    items = [found.images.path(row) for row in range(len(found.images))]
-    names = [found.classes[label] for label in found.images.labels]
+    found = labelled_pictures(pictures)
+    items, names = found.files, found.names
     for notice in found.notices:
         console.note(f"note: {notice}")
     settings = parsed(set_ or ())

@@ -18,7 +18,7 @@ from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
-from cairn.experiment.metrics import calibration_error, negative_log_likelihood
+from cairn.maths.calibration_error import calibration_error, negative_log_likelihood
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite

@@ -26,19 +26,27 @@ class CosineScores(nn.Module):
 
 
 class RandomFeatureScores(nn.Module):
-    """s h W of the random features h = relu(z V) of a unit row z; V None: h = z."""
+    """s h W + b of the random features h = relu(z V) of a unit row z; V None: h = z."""
 
     V: Tensor | None
     W: Tensor
+    b: Tensor
 
-    def __init__(self, V: Float[Tensor, "d m"] | None, W: Float[Tensor, "m k"], s: float):
+    def __init__(
+        self,
+        V: Float[Tensor, "d m"] | None,
+        W: Float[Tensor, "m k"],
+        s: float,
+        b: Float[Tensor, " k"] | None = None,
+    ):
         super().__init__()
+        self.register_buffer("b", torch.zeros(W.shape[1]) if b is None else b.detach().cpu().float())
         self.register_buffer("V", None if V is None else V.detach().cpu().float())
         self.register_buffer("W", (s * W.detach().cpu().double()).float())
 
     def forward(self, x: Tensor) -> Tensor:
         z = unit(x)
-        return (z if self.V is None else torch.relu(z @ self.V)) @ self.W
+        return (z if self.V is None else torch.relu(z @ self.V)) @ self.W + self.b
 
 
 class QuadraticScores(nn.Module):

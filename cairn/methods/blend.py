@@ -174,7 +174,9 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
         if self.random:
             left_out = self.gram.left_out(self._widened(x), Y, RIDGES)
             self.ridge_errors = self.ridge_errors + torch.stack([(f - Y).square().sum() for f in left_out])
-            others.append(left_out[int(self.ridge_errors.argmin())])
+            others.append(
+                left_out[int(self.ridge_errors.argmin())] - self._for_being_many(self.gram.solution(self.ridge))
+            )
         # Of a class's only image nothing tells kappa: without it the class is where texts predict it.
         several = self.memory.counts[y] > 1
         ageing = (before / self.memory.classes) ** config.ageing if before else 1.0
@@ -257,7 +259,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
         if self.random:
             if self._W is None:
                 self._W = self.gram.solution(self.ridge)
-            scores.append(self._widened(rows) @ self._W)
+            scores.append(self._widened(rows) @ self._W - self._for_being_many(self._W))
         return self.pool.joined(torch.stack(scores, 2)).to(x)
 
     def scores_module(self) -> nn.Sequential:
@@ -267,7 +269,8 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
             experts.append(FirstColumns(d, CosineScores(self.texts, towers.logit_scale)))
         if self.random:
             scale = math.sqrt(2 / self.config.features)
-            experts.append(RandomFeatureScores(self.random.V, self.gram.solution(self.ridge), scale))
+            W = self.gram.solution(self.ridge)
+            experts.append(RandomFeatureScores(self.random.V, W, scale, -self._for_being_many(W)))
         vision = towers.vision() if self.blocks == 1 else towers.vision_and_patches()
         pooled = PooledScores(experts, self.pool.weights.tolist())
         return nn.Sequential(PatchMoments(vision, self.blocks), pooled).cpu().float().eval()
@@ -287,6 +290,13 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
     def _text_scores(self, x: Features) -> Tensor:
         z = x[:, : self.towers.dim].double() * math.sqrt(self.blocks)
         return self.towers.logit_scale * z @ self.texts.double().T
+
+    def _for_being_many(self, W: Tensor) -> Tensor:
+        """What the regression gives each class for the number of its images: its mean output over classes less that over
+        images, and its share of images less 1 / k. 0 where all classes have as many."""
+        n = self.memory.counts.double()
+        share, means = n / n.sum(), (self.gram.C.double() / n).T @ W  # means[j, c]: mean output for c over images of j
+        return means.mean(0) - share @ means + share - 1 / len(n)
 
     def _widened(self, x: Features) -> Tensor:
         """h, of length about one."""

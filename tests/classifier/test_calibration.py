@@ -15,10 +15,10 @@ from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
-from cairn.experiment.metrics import calibration_error
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.maths.calibration import INVERSE_TEMPERATURES, loss_curve
+from cairn.maths.calibration_error import calibration_error
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context

@@ -11,13 +11,12 @@ from sklearn.metrics import log_loss
 from cairn.experiment.metrics import (
     average_incremental,
     backward_transfer,
-    calibration_error,
     class_mean,
     forgetting,
     mean_and_deviation,
-    negative_log_likelihood,
     seen_accuracy,
 )
+from cairn.maths.calibration_error import calibration_error, negative_log_likelihood
 
 A = [
     [0.9, None, None],

@@ -135,3 +135,24 @@ def test_compact_is_small(world):
     whole, compact = learned(dataset, stream.tasks, text), learned(dataset, stream.tasks, text, rank=4, features=128)
     assert compact.memory_bytes < whole.memory_bytes / 10
     assert accuracy(compact, stream) > accuracy(whole, stream) - 0.1
+
+
+def test_what_a_class_gets_for_being_many_is_taken_out_of_the_regression(world):
+    """Against its outputs on every image: nothing where all classes have as many; elsewhere mean outputs over classes as even
+    as they would be then."""
+    dataset, stream, texts = world
+    task = stream.tasks[0]
+    counts = {4: 4, 9: 9}
+    even = learned(dataset, [some(task, 4)], texts)
+    labels = task.train.labels
+    first, second = np.unique(labels)[:2]
+    rows = np.concatenate([np.flatnonzero(labels == first)[: counts[4]], np.flatnonzero(labels == second)[: counts[9]]])
+    uneven = learned(dataset, [replace(task, train=Subset(task.train, rows, labels[rows]))], texts)
+    assert even._for_being_many(even.gram.solution(even.ridge)).abs().max() < 1e-5
+    W = uneven.gram.solution(uneven.ridge)
+    x = uneven.memory_rows(torch.tensor(np.stack([task.train[i] for i in rows])))
+    f = uneven._widened(x) @ W  # (13, 2)
+    by_class, share = torch.stack([f[:4].mean(0), f[4:].mean(0)]), torch.tensor([4, 9]).double() / 13
+    expected = by_class.mean(0) - f.mean(0) + share - 0.5
+    torch.testing.assert_close(uneven._for_being_many(W), expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 5e-4

@@ -1,0 +1,137 @@
+"""`cairn evaluate`: how a learner does on labelled pictures. Parse, call, print."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cairn.cli.classifier import Device, Learner, Weights
+from cairn.cli.run import checked_bad_image
+from cairn.errors import ConfigError, counted, one_line, printable
+from cairn.reports.console import Console
+from cairn.reports.formats import csv_text
+
+if TYPE_CHECKING:
+    from cairn.classifier.evaluation import Evaluation
+
+SHOWN = 5
+"""Pairs that are printed, and shown on the page."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(evaluate)
+
+
+def evaluate(
+    learner: Learner,
+    pictures: Annotated[
+        Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
+    ],
+    unknown_below: Annotated[
+        float, typer.Option(help="the known score below which a picture counts as unknown")
+    ] = 0.05,
+    topk: Annotated[int, typer.Option(help="a class among so many likeliest counts in the second accuracy")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="the whole report as JSON on standard output")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="the classes as CSV on standard output")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="a page with the confusion matrix and pictures that are mixed up")
+    ] = None,
+    on_bad_image: Annotated[str, typer.Option(help="images that cannot be read: skip them, or stop")] = "skip",
+    towers: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Tell how well labelled pictures are classified. Per class and in all: precision, recall, calibration, unknown pictures,
+    and which classes are mixed up."""
+    from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.classifier.novelty import require_threshold
+    from cairn.data.labelled import labelled_pictures
+
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv: give only one of them")
+    if topk < 1:
+        raise ConfigError(f"--topk {topk}: must be at least 1")
+    require_threshold(unknown_below, "--unknown-below")
+    bad_images, console, errors = checked_bad_image(on_bad_image), Console(), Console(sys.stderr)
+    given = labelled_pictures(pictures, "test")
+    for notice in given.notices:
+        errors.note(f"note: {notice}")
+    held = IncrementalClassifier.load(learner, towers, device)
+    found = held.evaluate(given.files, given.names, unknown_below=unknown_below, on_bad_image=bad_images)
+    for row, reason in found.predictions.unreadable.items():
+        errors.note(f"cannot be read: {one_line(given.files[row])} ({reason})")
+    advice = held.advice(found.confused[:SHOWN])
+    report = found.report(topk, advice)
+    if html is not None:
+        _write_page(found, report, html, str(learner))
+        errors.note(f"-> {html}")
+    if as_json:
+        typer.echo(printable(json.dumps(report, indent=2, ensure_ascii=False)))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["class", "precision", "recall", "f1", "pictures"])
+        for one in found.by_class:
+            figures = [f"{value:.6f}" for value in (one.precision, one.recall, one.f1)]
+            writer.writerow([csv_text(one_line(one.name)), *figures, one.support])
+    else:
+        _tell(console, found, report, topk, advice)
+
+
+def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int, advice: list[str]) -> None:
+    console.table(
+        None,
+        ("class", "precision %", "recall %", "f1 %", "pictures"),
+        [
+            (
+                one_line(one.name),
+                *(f"{100 * value:.1f}" for value in (one.precision, one.recall, one.f1)),
+                str(one.support),
+            )
+            for one in found.by_class
+        ],
+    )
+    images = counted(len(found.known), "picture")
+    console.note(
+        f"accuracy {100 * found.accuracy:.1f} % of {images}, mean over classes {100 * found.class_mean_accuracy:.1f} %, among the "
+        f"{topk} likeliest {100 * report[f'top{topk}']:.1f} %"
+    )
+    console.note(f"calibration error {100 * found.ece:.1f} points, negative log-likelihood {found.nll:.3f}")
+    lost = "-" if found.lost is None else f"{100 * found.lost:.1f} %"
+    console.note(f"called unknown (known score below {found.unknown_below:g}): {lost} of known classes")
+    if found.foreign:
+        named = ", ".join(f"'{one_line(name)}' ({number})" for name, number in list(found.foreign.items())[:SHOWN])
+        number = counted(sum(found.foreign.values()), "picture")
+        console.note(
+            f"of classes that were not learned: {number} of {counted(len(found.foreign), 'label')}, {named}; called unknown: "
+            f"{100 * (found.found_unknown or 0):.1f} %"
+        )
+    names = list(map(str, found.predictions.classes))
+    for pair, said in zip(found.confused[:SHOWN], advice, strict=False):
+        examples = ", ".join(one_line(found.images[row]) for row in found.examples(pair)[:2])
+        console.note(
+            f"mixed up: '{one_line(names[pair.a])}' and '{one_line(names[pair.b])}', {counted(int(pair.images), 'picture')} "
+            f"({examples}); {said}"
+        )
+
+
+def _write_page(found: Evaluation, report: dict[str, Any], path: Path, learner: str) -> None:
+    from cairn.data.folders import decoded
+    from cairn.reports.evaluation import evaluation_page, thumbnail
+    from cairn.storage.files import make_folder, write_chunks
+
+    shown = [row for pair in found.confused[:SHOWN] for row in found.examples(pair)]
+    names = list(map(str, found.predictions.classes))
+    pictures = {
+        found.images[row]: (
+            thumbnail(decoded(Path(found.images[row]))),
+            names[found.labels[row]],
+            names[found.predicted[row]],
+        )
+        for row in shown
+    }
+    make_folder(path.parent)
+    write_chunks(path, [evaluation_page(report, pictures, learner, SHOWN).encode()])

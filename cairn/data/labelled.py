@@ -1,0 +1,70 @@
+"""Labelled pictures as people have them: a folder per class, or a CSV of files and labels."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cairn.data.descriptions import Descriptions
+from cairn.data.folders import class_folders
+from cairn.data.picture_files import list_folder
+from cairn.errors import DataError, one_line
+
+FILE, LABEL = "file_name", "label"
+"""Columns of a CSV, as Hugging Face's imagefolder calls the first."""
+
+METADATA = "metadata.csv"
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Files, the class name of each, and what a user should hear of how they were found."""
+
+    files: list[Path]
+    names: list[str]
+    descriptions: Descriptions | None = None
+    notices: tuple[str, ...] = ()
+
+
+def labelled_pictures(path: Path, part: Literal["train", "test"] = "train") -> LabelledPictures:
+    """What a CSV with columns `file_name` and `label` lists, paths relative to it; of a folder what its `metadata.csv` lists,
+    or a folder of pictures per class. Where it has folders `train/` and `test/` with classes in them, those of `part`.
+
+    Raises DataError for what is neither, naming the line of a CSV that is wrong.
+    """
+    if path.is_file():
+        return _of_csv(path)
+    if path.is_dir() and (path / METADATA).is_file():
+        return _of_csv(path / METADATA)
+    if part == "test" and path.is_dir() and {"train", "test"} <= {*list_folder(path).folders}:
+        path = path / "test"
+    found = class_folders(path)
+    files = [found.images.path(row) for row in range(len(found.images))]
+    return LabelledPictures(
+        files, [found.classes[label] for label in found.images.labels], found.descriptions, found.notices
+    )
+
+
+def _of_csv(path: Path) -> LabelledPictures:
+    files, names, shown = [], [], one_line(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if missing := {FILE, LABEL} - {*(rows.fieldnames or ())}:
+                raise DataError(
+                    f"'{shown}': no column {' or '.join(sorted(missing))}; a first line 'file_name,label' names them"
+                )
+            for row in rows:
+                if not row[FILE] or not row[LABEL]:
+                    raise DataError(
+                        f"'{shown}', line {rows.line_num}: a file_name and a label must be there; correct it"
+                    )
+                files.append(path.parent / row[FILE])
+                names.append(row[LABEL])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{shown}': not a CSV in UTF-8 ({one_line(str(error))}); save it as one") from None
+    if not files:
+        raise DataError(f"'{shown}': lists no picture; add lines of file_name and label")
+    return LabelledPictures(files, names)

@@ -1,0 +1,52 @@
+"""The page of an evaluation: one file that asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cairn.errors import ConfigError
+from cairn.storage.distribution import extra_remedy
+
+SIDE = 112
+"""Of a thumbnail, in pixels."""
+
+MOST = 60
+"""Classes of which the confusion matrix is shown; of more it would not be legible."""
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A picture as an address that holds it."""
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def evaluation_page(
+    report: Mapping[str, Any], pictures: Mapping[str, tuple[str, str, str]], learner: str, pairs: int
+) -> str:
+    """HTML of `Evaluation.report()`. `pictures` has for the images that are shown a thumbnail, their class and the one that they
+    are taken for. Raises ConfigError if Jinja2 is missing."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise ConfigError(f"--html: jinja2 is missing; {extra_remedy('report')}") from None
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    most = max((max(row) for row in report["confusion"]["counts"]), default=0)
+    top = next(key for key in report if key.startswith("top"))
+    return environment.get_template("evaluation.html.jinja").render(
+        report=report, pictures=pictures, learner=learner, pairs=pairs, most=max(1, most), top=top, legible=MOST
+    )

@@ -11,7 +11,8 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -204,16 +205,28 @@ def _in_form(proto: ModelProto, form: Form, folder: Path) -> ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     onnx.save(proto, folder / "tower.onnx")
-    logging.getLogger().setLevel(logging.ERROR)  # advice to run a step that dynamic quantisation does without
-    quantize_dynamic(
-        folder / "tower.onnx",
-        folder / "tower-int8.onnx",
-        op_types_to_quantize=["MatMul", "Gemm"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    with _quiet_log():  # of advice to run a step that dynamic quantisation does without
+        quantize_dynamic(
+            folder / "tower.onnx",
+            folder / "tower-int8.onnx",
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
     return onnx.load(folder / "tower-int8.onnx")
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Nothing below an error is logged meanwhile."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _joined(parts: Sequence[ModelProto]) -> ModelProto:

@@ -105,7 +105,7 @@ class Evaluator:
             total.tolist(),
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
-            ece=calibration_error(confidence, right),
+            ece=calibration_error(confidence, [bool(one) for one in right]),
             nll=negative_log_likelihood(log_probability),
             temperature=calibration.temperature,
         )

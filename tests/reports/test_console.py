@@ -78,7 +78,7 @@ def test_cells_that_start_a_formula_are_quoted(start):
         (("run", "dmc", "--step", "abc"), "cairn: --step abc: must be a whole number; see `cairn run --help`\n"),
         (("run", "dmc", "--validation=x"), "cairn: --validation x: must be a number; see `cairn run --help`\n"),
         (("run", "dmc", "--on-bad-image", "no"), "cairn: --on-bad-image no: must be stop or skip\n"),
-        (("predict", "l"), "cairn: Missing argument 'images'; see `cairn predict --help`\n"),
+        (("predict",), "cairn: Missing argument 'learner'; see `cairn predict --help`\n"),
         (("cache", "info", "--x"), "see `cairn cache info --help`\n"),
     ],
 )

@@ -36,11 +36,11 @@ RUNS = {
     "spa": {"method": "spa", "settings": ("schedule.epochs=2", "schedule.batch=16")},
     "bfloat16": {"method": "dmc", "precision": "bfloat16", "settings": (*STAGES, PLAIN)},
 }
-LIMITS = {"image": 1e-5, "memory": 1e-6, "texts": 1e-5}
+LIMITS = {"image": 1e-5, "memory": 1e-6, "texts": 1e-5, "prior": 1e-4}
 """Largest differences, by sums in another order: of what stage 1 moves; of class means and factors of the scatter; of what
-stage 2 moves."""
+stage 2 moves; of losses that choose the weight of the prior."""
 
-COARSE = {"image": 5e-3, "memory": 2e-3, "texts": 1e-2}
+COARSE = {"image": 5e-3, "memory": 2e-3, "texts": 1e-2, "prior": 0.2}
 """The same in bfloat16, where an order of sums shows in the third digit."""
 
 WORKER = """

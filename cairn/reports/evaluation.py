@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from cairn.errors import ConfigError
-from cairn.storage.distribution import extra_remedy
+from cairn.reports.templates import rendered
 
 SIDE = 112
 """Of a thumbnail, in pixels."""
@@ -34,19 +32,16 @@ def evaluation_page(
 ) -> str:
     """HTML of `Evaluation.report()`. `pictures` has for the images that are shown a thumbnail, their class and the one that they
     are taken for. Raises ConfigError if Jinja2 is missing."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        raise ConfigError(f"--html: jinja2 is missing; {extra_remedy('report')}") from None
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     most = max((max(row) for row in report["confusion"]["counts"]), default=0)
     top = next(key for key in report if key.startswith("top"))
-    return environment.get_template("evaluation.html.jinja").render(
-        report=report, pictures=pictures, learner=learner, pairs=pairs, most=max(1, most), top=top, legible=MOST
+    return rendered(
+        "evaluation.html.jinja",
+        "--html",
+        report=report,
+        pictures=pictures,
+        learner=learner,
+        pairs=pairs,
+        most=max(1, most),
+        top=top,
+        legible=MOST,
     )

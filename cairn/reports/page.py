@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cairn.errors import ConfigError, UnknownName, counted
+from cairn.errors import UnknownName, counted
 from cairn.reports.cautions import Caution, remarks, warnings
 from cairn.reports.drift import errors_by_task, estimator_table
 from cairn.reports.figures import BOUND, UNTOUCHED, Chart, Series, Style, curves, matrix, styles
 from cairn.reports.formats import FORMS, Cell, Column, Estimate, Table, estimate
 from cairn.reports.runs import Line, Stream, differing, flat, read_drifts, read_results, streams_of
 from cairn.reports.tables import Result, gains_table, none_below, paired_seeds, seed_list, summary_table, used_precision
-from cairn.storage.distribution import extra_remedy
+from cairn.reports.templates import rendered
 from cairn.storage.files import make_folder, write_chunks
 
 MATRICES = 8
@@ -81,18 +81,7 @@ class Page:
 
     def html(self) -> str:
         """Raises ConfigError if Jinja2 is missing."""
-        try:
-            from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        except ImportError:
-            raise ConfigError(f"report: jinja2 is missing; {extra_remedy('report')}") from None
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        return environment.get_template("page.html.jinja").render(page=self, folded=MATRICES)
+        return rendered("page.html.jinja", "report", page=self, folded=MATRICES)
 
     def write_files(self, folder: Path) -> list[Path]:
         """Figures as PNG and SVG; tables, and what the figures show, as Markdown, LaTeX and CSV."""

@@ -82,7 +82,7 @@ def described(stream):
 def refused(root, *names, why):
     """Those files, below `root`, are all named before training and when opened; `skip` leaves out them and no others, and names them
     in its notice: whether it does."""
-    refusal(
+    assert refusal(
         lambda: prepared(config(root)),
         f"{counted(len(names), 'image')} that cannot be read",
         why,
@@ -94,7 +94,7 @@ def refused(root, *names, why):
     for images in (data.train, data.test):
         for i in range(len(images)):
             if images.describe(i) in names:
-                refusal(lambda images=images, i=i: images[i], images.describe(i), why, "remove the file")
+                assert refusal(lambda images=images, i=i: images[i], images.describe(i), why, "remove the file")
     stream = prepared(config(root, on_bad_image="skip")).stream
     assert sorted([*described(stream), *names]) == sorted(described(task_stream(data, step=1)))
     assert f"left out: {counted(len(names), 'image')}" in stream.notices[-1]
@@ -223,7 +223,7 @@ def test_damaged_images_left_out(root, monkeypatch, capsys):
     (root / "train" / "cat" / "bad.png").touch()
     monkeypatch.chdir(root.parent)
     call = ["run", "zero-shot", "--data", "pictures", "--step", "1", "--out", "here"]
-    refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png")
+    assert refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png")
     assert not Path("here").exists()
     cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
     assert "note: left out: 1 image that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_damaged_images_in_drift(root, monkeypatch, capsys):
     monkeypatch.chdir(root.parent)
     quick = [word for stage in (1, 2) for word in ("--set", f"stage{stage}.schedule.epochs=1")]
     call = ["drift", "--data", "pictures", "--step", "1", "--estimators", "mean", "--out", "here", *quick]
-    refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png", "--on-bad-image skip")
+    assert refusal(lambda: cli.app(call, standalone_mode=False), "train/cat/bad.png", "--on-bad-image skip")
     assert not Path("here").exists()
     cli.app([*call, "--on-bad-image", "skip"], standalone_mode=False)
     assert "note: left out: 1 image that cannot be read: train/cat/bad.png (not an image)" in capsys.readouterr().out
@@ -250,7 +250,7 @@ def test_damaged_images_in_drift(root, monkeypatch, capsys):
 def test_class_of_damaged_images(root):
     for file in (root / "test" / "dog").iterdir():
         file.write_bytes(b"")
-    refusal(
+    assert refusal(
         lambda: prepared(config(root, on_bad_image="skip")), "class 'dog' loses all its test images", "remove the class"
     )
 
@@ -326,7 +326,7 @@ def test_damaged_row_of_a_table():
     found = unreadable(images)
     assert list(found) == [1, 2]
     assert "truncated" in found[1]
-    refusal(lambda: images[1], "toy/train[1]", "truncated", "repair the copy")
+    assert refusal(lambda: images[1], "toy/train[1]", "truncated", "repair the copy")
 
 
 # --- kinds of pixels ---
@@ -442,7 +442,7 @@ def test_file_link_to_itself(root):
 @pytest.mark.parametrize("target", ["owl", "gone"])
 def test_class_link_to_nowhere(root, target):
     (root / "train" / "owl").symlink_to(target)
-    refusal(lambda: prepared(config(root)), str(root / "train" / "owl"), "leads nowhere", "repair or remove it")
+    assert refusal(lambda: prepared(config(root)), str(root / "train" / "owl"), "leads nowhere", "repair or remove it")
 
 
 def test_folder_link_upwards(root):
@@ -516,7 +516,7 @@ def test_files_that_are_passed_over(root, tmp_path, learner, cairn, monkeypatch)
     (root / "train" / "owl").mkdir()
     paint(root / "train" / "owl" / "e.heic")
     paint(root / "test" / "owl" / "e.png")
-    refusal(lambda: folder_dataset(root), "class 'owl': no image", "1 .heic", "pillow-heif")
+    assert refusal(lambda: folder_dataset(root), "class 'owl': no image", "1 .heic", "pillow-heif")
 
 
 def test_linked_folder_in_predict(root, tmp_path, learner, cairn):
@@ -605,24 +605,24 @@ def test_class_name_that_is_no_text(root, embedded_dataset, name):
         "control character, an invisible or direction-changing one, or is not UTF-8",
         "rename the class",
     )
-    refusal(lambda: task_stream(replace(embedded_dataset, classes=(name, *"abcde")), step=1), *asks)
+    assert refusal(lambda: task_stream(replace(embedded_dataset, classes=(name, *"abcde")), step=1), *asks)
     with pytest.raises(DataError, match="rename the class"):
         IncrementalClassifier("zero-shot", "tiny").partial_fit([np.zeros((4, 4, 3), np.uint8)], [name])
     try:
         paint(root / "train" / name / "1.png")
     except OSError:
         pytest.skip("this file system does not take such a name")
-    refusal(lambda: prepared(config(root)), *asks)
+    assert refusal(lambda: prepared(config(root)), *asks)
 
 
 def test_empty_class_name(root, embedded_dataset):
     for name in ("", " ", "\t"):
-        refusal(lambda name=name: replace(embedded_dataset, classes=(name, *"abcde")), "at least one visible character")
+        assert refusal(lambda name=name: replace(embedded_dataset, classes=(name, *"abcde")), "at least one visible character")
         with pytest.raises(DataError, match="at least one visible character"):
             IncrementalClassifier("zero-shot", "tiny").partial_fit([np.zeros((4, 4, 3), np.uint8)], [name])
     for side in ("train", "test"):
         paint(root / side / " " / "1.png")
-    refusal(lambda: prepared(config(root)), "class ' '", "at least one visible character", "give the class a name")
+    assert refusal(lambda: prepared(config(root)), "class ' '", "at least one visible character", "give the class a name")
 
 
 def test_one_class_name_in_two_spellings(root, towers):
@@ -664,7 +664,7 @@ ODD = ["<script>alert(1)</script>", "..%2f", "../../x", "[red]b[/red]", "%s", "$
 
 def test_template_without_a_place(root):
     for template in ("a photo of a {label}.", "a photo.", "a {} and a {}.", ""):
-        refusal(lambda template=template: prepared(config(root, template=template)), template, kind=ConfigError)
+        assert refusal(lambda template=template: prepared(config(root, template=template)), template, kind=ConfigError)
     assert prepared(config(root, template="a {}")).stream.tasks[0].templates == ("a {}",)
 
 
@@ -725,7 +725,7 @@ def test_class_called_train(tmp_path, cairn):
     assert "12 pictures learned, 3 new classes" in out
     # with folders in it, it is a part as before
     paint(tmp_path / "data" / "train" / "owl" / "1.png")
-    refusal(lambda: folder_dataset(tmp_path / "data"), "has train/ but neither test/ nor val/ with a folder per class")
+    assert refusal(lambda: folder_dataset(tmp_path / "data"), "has train/ but neither test/ nor val/ with a folder per class")
 
 
 @pytest.mark.parametrize(
@@ -755,7 +755,7 @@ def test_order_file_where_classes_are_called_by_numbers(tmp_path, file, text, sa
 
 def test_positions_in_a_text_file(root, tmp_path):
     (tmp_path / "order.txt").write_text("1\n0\n")
-    refusal(
+    assert refusal(
         lambda: prepared(config(root, order=str(tmp_path / "order.txt"))),
         "2 unknown class names: '1', '0'",
         "positions are whole numbers without quotes, in a JSON or YAML list",
@@ -771,13 +771,13 @@ def test_class_with_one_image(root):
         (root / "train" / name / "2.png").unlink()
     result = run_stream(config(root, method="dmc", settings=QUICK))
     assert result.test_sizes == [1, 1]
-    refusal(lambda: prepared(config(root, validation=0.2)), "has one training image", "needs two")
+    assert refusal(lambda: prepared(config(root, validation=0.2)), "has one training image", "needs two")
 
 
 def test_class_with_one_image_to_split(tmp_path):
     for file in ("cat/1.png", "cat/2.png", "owl/1.png"):
         paint(tmp_path / file)
-    refusal(lambda: prepared(config(tmp_path)), "class 'owl'", "has one image, a split needs two", "add some")
+    assert refusal(lambda: prepared(config(tmp_path)), "class 'owl'", "has one image, a split needs two", "add some")
 
 
 def test_one_image_in_two_classes(root):
@@ -790,7 +790,7 @@ def test_one_image_in_two_classes(root):
 def test_empty_class(root, side):
     paint(root / ("test" if side == "train" else "train") / "owl" / "1.png")
     (root / side / "owl").mkdir()
-    refusal(lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder")
+    assert refusal(lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder")
 
 
 def taught(root):
@@ -822,7 +822,7 @@ def test_relabelled_picture(root):
 def test_array_that_is_no_picture(root):
     learner, _ = taught(root)
     for array in (np.zeros((3, 6, 5), np.uint8), np.zeros((6, 5, 3)), np.zeros(8, np.float32), torch.zeros(3, 6, 5)):
-        refusal(lambda array=array: learner.predict(array), str(tuple(array.shape)), "uint8 (h, w, 3)")
+        assert refusal(lambda array=array: learner.predict(array), str(tuple(array.shape)), "uint8 (h, w, 3)")
     assert len(learner.predict(np.zeros((6, 5, 3), np.uint8))) == 1
 
 
@@ -839,7 +839,7 @@ def test_class_that_comes_back(root):
 
 
 def test_empty_task(root):
-    refusal(lambda: prepared(config(root, step=0)), "step 0", "at least 1", kind=ConfigError)
+    assert refusal(lambda: prepared(config(root, step=0)), "step 0", "at least 1", kind=ConfigError)
     assert all(size > 0 for base in range(8) for step in range(1, 8) for size in task_sizes(7, base, step))
 
 
@@ -874,7 +874,7 @@ def test_prefix_of_a_wrapper(tmp_path, towers):
 
 
 def test_path_of_towers_that_is_not_there():
-    refusal(lambda: load_towers("./copies/clip"), "'./copies/clip': no such folder", kind=TowersError)
+    assert refusal(lambda: load_towers("./copies/clip"), "'./copies/clip': no such folder", kind=TowersError)
 
 
 def test_weights_that_are_not_finite(tmp_path):
@@ -882,7 +882,7 @@ def test_weights_that_are_not_finite(tmp_path):
     weights = load_file(path)
     weights["text_projection.weight"][3, 4] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
-    refusal(lambda: load_towers(str(path.parent)), "not finite", "'text_projection.weight'", kind=TowersError)
+    assert refusal(lambda: load_towers(str(path.parent)), "not finite", "'text_projection.weight'", kind=TowersError)
 
 
 def tiny_copy(tmp_path) -> Path:
@@ -892,7 +892,7 @@ def tiny_copy(tmp_path) -> Path:
 def test_checkpoint_without_a_tokenizer(tmp_path):
     folder = tiny_copy(tmp_path)
     (folder / "tokenizer.json").unlink()
-    refusal(lambda: load_towers(str(folder)), "tokenizer.json is missing", "merges.txt", kind=TowersError)
+    assert refusal(lambda: load_towers(str(folder)), "tokenizer.json is missing", "merges.txt", kind=TowersError)
 
 
 def test_checkpoint_with_a_foreign_tokenizer(tmp_path):
@@ -900,7 +900,7 @@ def test_checkpoint_with_a_foreign_tokenizer(tmp_path):
     stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     stored["model"] = {"type": "WordLevel", "vocab": {"a": 0, "photo": 1, "<unk>": 2}, "unk_token": "<unk>"}
     (folder / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": []}), encoding="utf-8")
-    refusal(lambda: load_towers(str(folder)), "ids up to", "a table of 784 rows", kind=TowersError)
+    assert refusal(lambda: load_towers(str(folder)), "ids up to", "a table of 784 rows", kind=TowersError)
 
 
 def test_preprocessing_that_is_not_understood(tmp_path):
@@ -908,7 +908,7 @@ def test_preprocessing_that_is_not_understood(tmp_path):
     stored = json.loads(path.read_text(encoding="utf-8"))
     for field, value in (("sharpen", 2), ("do_center_crop", False), ("do_pad", True), ("resample", 77)):
         path.write_text(json.dumps(stored | {field: value}), encoding="utf-8")
-        refusal(lambda: load_towers(str(path.parent)), field, "correct the file", kind=TowersError)
+        assert refusal(lambda: load_towers(str(path.parent)), field, "correct the file", kind=TowersError)
 
 
 def test_metadata_of_a_features_file(root):
@@ -925,7 +925,7 @@ def test_metadata_of_a_features_file(root):
         "model": "\x1b[2J",
     }.items():
         save_file(tensors, file, sound | {key: text})
-        refusal(lambda: features_dataset(file), f"features file '{file}': metadata {key}", "; store ", f"under '{key}'")
+        assert refusal(lambda: features_dataset(file), f"features file '{file}': metadata {key}", "; store ", f"under '{key}'")
 
 
 def test_embedding_that_is_not_finite():
@@ -933,4 +933,4 @@ def test_embedding_that_is_not_finite():
     towers = FeatureTowers(name="x", dim=4, logit_scale=9.0, fingerprint="x", names=tuple("abcd"), text=rows)
     learner = IncrementalClassifier("simplecil", towers).partial_fit(rows, list("abcd"))
     rows[2] = float("nan")
-    refusal(lambda: learner.predict(rows), "row 2", "not finite")
+    assert refusal(lambda: learner.predict(rows), "row 2", "not finite")

@@ -617,12 +617,16 @@ def test_class_name_that_is_no_text(root, embedded_dataset, name):
 
 def test_empty_class_name(root, embedded_dataset):
     for name in ("", " ", "\t"):
-        assert refusal(lambda name=name: replace(embedded_dataset, classes=(name, *"abcde")), "at least one visible character")
+        assert refusal(
+            lambda name=name: replace(embedded_dataset, classes=(name, *"abcde")), "at least one visible character"
+        )
         with pytest.raises(DataError, match="at least one visible character"):
             IncrementalClassifier("zero-shot", "tiny").partial_fit([np.zeros((4, 4, 3), np.uint8)], [name])
     for side in ("train", "test"):
         paint(root / side / " " / "1.png")
-    assert refusal(lambda: prepared(config(root)), "class ' '", "at least one visible character", "give the class a name")
+    assert refusal(
+        lambda: prepared(config(root)), "class ' '", "at least one visible character", "give the class a name"
+    )
 
 
 def test_one_class_name_in_two_spellings(root, towers):
@@ -725,7 +729,9 @@ def test_class_called_train(tmp_path, cairn):
     assert "12 pictures learned, 3 new classes" in out
     # with folders in it, it is a part as before
     paint(tmp_path / "data" / "train" / "owl" / "1.png")
-    assert refusal(lambda: folder_dataset(tmp_path / "data"), "has train/ but neither test/ nor val/ with a folder per class")
+    assert refusal(
+        lambda: folder_dataset(tmp_path / "data"), "has train/ but neither test/ nor val/ with a folder per class"
+    )
 
 
 @pytest.mark.parametrize(
@@ -790,7 +796,9 @@ def test_one_image_in_two_classes(root):
 def test_empty_class(root, side):
     paint(root / ("test" if side == "train" else "train") / "owl" / "1.png")
     (root / side / "owl").mkdir()
-    assert refusal(lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder")
+    assert refusal(
+        lambda: prepared(config(root)), "class 'owl'", str(root / side / "owl"), "add some", "or remove the folder"
+    )
 
 
 def taught(root):
@@ -925,7 +933,9 @@ def test_metadata_of_a_features_file(root):
         "model": "\x1b[2J",
     }.items():
         save_file(tensors, file, sound | {key: text})
-        assert refusal(lambda: features_dataset(file), f"features file '{file}': metadata {key}", "; store ", f"under '{key}'")
+        assert refusal(
+            lambda: features_dataset(file), f"features file '{file}': metadata {key}", "; store ", f"under '{key}'"
+        )
 
 
 def test_embedding_that_is_not_finite():

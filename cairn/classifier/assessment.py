@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cairn.classifier.calibration import Calibration, LeftOut, rehearsed, rehearsed_in_folds
+from cairn.classifier.calibration import Calibration, LeftOut, rehearsed, rehearsed_in_folds, unlearned
 from cairn.classifier.estimate import AccuracyEstimate, Source, confusion_counts
 from cairn.classifier.novelty import Novelty, gaussians_of
 from cairn.classifier.retention import drawn_shares
@@ -56,8 +56,10 @@ def assessed(
 
     Where fewer embeddings than REFERENCES were left out, all of the task are in turn: a few say little of a threshold.
     """
-    left_out = rehearsed(method, before, task, ctx)
-    fits = [] if left_out is None else _fits(left_out, ctx)
+    left_out = rehearsal = unlearned(method, before, task, ctx)
+    if isinstance(method, LeavesOut) and gaussians_of(method) is not None:  # the known score wants the statistics too
+        rehearsal = rehearsed(before, task, ctx)
+    fits = [] if rehearsal is None else _fits(rehearsal, ctx)
     few = bool(fits) and len(fits[0]) < REFERENCES and not method.towers.has_images
     counted = [] if left_out is None else [_counted(left_out.scores, left_out.labels)]
     source: Source = "a fifth left out"
@@ -67,8 +69,8 @@ def assessed(
             counted.append(_counted(part.scores, part.labels))
             if few:
                 fits += _fits(part, ctx)
-    if isinstance(method, LeavesOut) and method.left_out is not None:
-        counted, source = [_counted(*method.left_out)], "left out one by one"
+    if isinstance(method, LeavesOut) and left_out is not None:
+        counted, source = [_counted(left_out.scores, left_out.labels)], "left out one by one"
     K = len(estimate.doubt) + len(task.classes)
     return Assessment(
         calibration.with_images(left_out),

@@ -10,7 +10,7 @@ learned.
 The rehearsal takes over what the method already did with those images, as a learner that was cut off would: passes of a
 tower, and what a tower was trained to (see `Checkpoint.handed_on`). Only what is fitted on embeddings is fitted anew. So an
 encoder that is trained has seen the images that are left out, and a method that overfits there is surer than it should be.
-A method that holds images out itself (`HoldsOut`) needs no rehearsal.
+A method that scores images as if it had not learned them by itself (`HoldsOut`, `LeavesOut`) needs no rehearsal.
 
 What is kept are sums over all images that were left out, a few hundred numbers however many tasks there are.
 """
@@ -30,7 +30,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.maths.similarity import unit
-from cairn.methods.protocol import GaussianScoring, HoldsOut, Method
+from cairn.methods.protocol import GaussianScoring, HoldsOut, LeavesOut, Method
 from cairn.storage.schema import Amount, Count, Record, Share
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
@@ -113,13 +113,23 @@ class LeftOut:
     """What `method` remembers of them, where it keeps statistics (`GaussianScoring`)."""
 
 
-def rehearsed(method: Method, before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut | None:
-    """Images left out of `task`, which `method` just learned. `before()` makes a method as it was before that.
+def unlearned(method: Method, before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut | None:
+    """Images of `task`, which `method` just learned, scored without having been learned: by the method itself where it does
+    so, else by a rehearsal. `before()` makes a method as it was before the task.
 
-    None where there are too few images to leave one out.
+    None where there are too few images.
     """
     if isinstance(method, HoldsOut):
-        return None if method.held_out is None else LeftOut(*method.held_out)
+        own = method.held_out
+    elif isinstance(method, LeavesOut):
+        own = method.left_out
+    else:
+        return rehearsed(before, task, ctx)
+    return None if own is None else LeftOut(*own)
+
+
+def rehearsed(before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut | None:
+    """Images left out of `task`; None where there are too few images to leave one out."""
     out = left_out_of(task, ctx)
     return _rehearsed_without(out, before, task, ctx) if len(out) else None
 

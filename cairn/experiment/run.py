@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cairn.classifier.calibration import Calibration, keep_left_out, rehearsed
+from cairn.classifier.calibration import Calibration, keep_left_out, unlearned
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
@@ -98,8 +98,7 @@ def run_stream(
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
         with course.passing("calibrating"):
-            left_out = rehearsed(method, before, task, ctx)
-            calibration = course.calibration.with_images(left_out)
+            calibration = course.calibration.with_images(unlearned(method, before, task, ctx))
         with course.passing("evaluating"):
             found = evaluator.after(task.index, method, calibration)
         course.evaluations.append(found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cairn import IncrementalClassifier
-from cairn.classifier.calibration import MOST, Calibration, LeftOut, left_out, rehearsed
+from cairn.classifier.calibration import MOST, Calibration, LeftOut, left_out, rehearsed, unlearned
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
@@ -83,7 +83,7 @@ def test_left_out_images_were_not_learned_from(method, features):
         alone = before()
         learned.learn(task, Context(Seeds(1), checkpoint=checkpoint))
         calibration = calibration.with_images(
-            rehearsed(learned, before, task, Context(Seeds(1), checkpoint=checkpoint))
+            unlearned(learned, before, task, Context(Seeds(1), checkpoint=checkpoint))
         )
         out = left_out(task.train.labels, Seeds(1).at(task=task.index).generator("calibration"))
         kept = np.setdiff1d(np.arange(len(task.train)), out)
@@ -103,9 +103,27 @@ def test_ranpac_gives_what_it_holds_out_itself(features):
     assert scores.shape == (len(labels), 3)
     assert len(labels) == round(method.config.held_out * len(stream.tasks[0].train))
     found = Calibration().with_images(
-        rehearsed(method, lambda: pytest.fail("needs no rehearsal"), stream.tasks[0], Context(Seeds(1)))
+        unlearned(method, lambda: pytest.fail("needs no rehearsal"), stream.tasks[0], Context(Seeds(1)))
     )
     np.testing.assert_allclose(found.loss, loss_curve(scores, labels, 0.5))
+
+
+def test_blend_is_calibrated_on_the_images_that_it_leaves_out_one_by_one(features, monkeypatch):
+    """In a run without a rehearsal; a learner has the same temperature."""
+    dataset, config = open_dataset(features), RunConfig(method="blend", data=features, step=3, order="seed:1")
+    towers, expected = towers_for(config, dataset), Calibration()
+    stream, method = task_stream(dataset, step=3, order="seed:1"), built("blend", towers)
+    for task in stream.tasks:
+        method.learn(task, Context(Seeds(config.seed)))
+        expected = expected.with_images(LeftOut(*method.left_out))
+    learner = IncrementalClassifier("blend", towers, seed=config.seed)
+    for task in stream.tasks:
+        images = [task.train[i] for i in range(len(task.train))]
+        learner.partial_fit(images, [stream.class_names[c] for c in task.train.labels])
+    assert learner.calibration_ == expected
+    assert expected.rows == sum(len(task.train) for task in stream.tasks)
+    monkeypatch.setattr("cairn.classifier.calibration.rehearsed", lambda *_: pytest.fail("needs no rehearsal"))
+    assert run_stream(config).temperature[-1] == expected.temperature
 
 
 def test_a_class_that_is_held_out_whole_tells_ranpac_nothing(features):
@@ -131,7 +149,7 @@ def test_a_tower_that_was_trained_is_not_trained_again(towers, small_stream):
 
     method.learn(task, Context(Seeds(1), checkpoint=checkpoint))
     state, passes = {k: v.clone() for k, v in method.state_dict().items()}, towers.passes["images"]
-    rehearsed(method, before, task, Context(Seeds(1), checkpoint=checkpoint))
+    rehearsed(before, task, Context(Seeds(1), checkpoint=checkpoint))
     assert towers.passes["images"] - passes <= len(left_out(task.train.labels, torch.Generator()))
     own, other = method.image.state_dict(), rehearsals[0].image.state_dict()
     assert all(torch.equal(own[key], other[key]) for key in own)
@@ -143,7 +161,7 @@ def test_a_tower_that_was_trained_is_not_trained_again(towers, small_stream):
 def test_temperature_changes_no_class_and_no_accuracy(method, features, monkeypatch):
     config = RunConfig(method=method, data=features, step=2)
     result = run_stream(config)
-    monkeypatch.setattr("cairn.experiment.run.rehearsed", lambda *_: None)
+    monkeypatch.setattr("cairn.experiment.run.unlearned", lambda *_: None)
     plain = run_stream(config)
     assert result.accuracy == plain.accuracy
     assert plain.temperature == [1.0] * 3

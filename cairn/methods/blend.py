@@ -152,11 +152,15 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
         self._W: Tensor | None = None
 
     def learn(self, task: Task, ctx: Context) -> None:
-        config, before = self.config, self.memory.classes
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
         x, y = encode(loader, lambda features, _: self.memory_rows(features), ctx, "X", embed=self.embed)
-        if self.uses_text and task.names:
-            texts = self.towers.class_texts(task.names, task.templates).cpu()
+        texts = self.towers.class_texts(task.names, task.templates).cpu() if self.uses_text and task.names else None
+        self.learn_rows(x, y, texts, ctx)
+
+    def learn_rows(self, x: Features, y: Labels, texts: Tensor | None, ctx: Context) -> None:
+        """A task by the rows of its images and the texts of the classes that it brings."""
+        config, before = self.config, self.memory.classes
+        if texts is not None:
             self.texts = torch.cat([self.texts, texts])
 
         # Statistics: sums over images, of which none is kept.

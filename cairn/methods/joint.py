@@ -5,10 +5,12 @@ whether training the towers pays on a data set. So a fifth of the images of each
 (both stages of DMC on all the others), and chooses how much what they were and what they have become has to say. The test split
 has no part in it.
 
-Four classifiers are pooled: class texts as they came and as they were trained, each with the embeddings they belong to, and a
-kernel ridge regression on either embedding. On the images held out the ridges are chosen, the weights of the pool found, and
-whether the texts have a part in it at all; then both regressions learn these images, too. Where nothing trains the encoder,
-there is one embedding and one regression.
+Five classifiers are pooled: class texts as they came and as they were trained, each with the embeddings they belong to, a kernel
+ridge regression on either embedding, and `blend`, whose sums do not depend on the order of learning. On the images held out
+the ridges are chosen, the weights of the pool found, and which of the classifiers have a part in it: blend alone, the
+regressions beside it, or the texts, too, if by more than chance they tell more images right. For this a second blend learns all
+images but these; the regressions learn them afterwards. Where nothing trains the encoder, there is one embedding and one
+regression; where no image can be held out, blend, which weighs its parts without, is alone.
 
 Letters: f image encoder; z = f(x)/|f(x)|, z0 that of the towers as they came; f_j score of classifier j, w_j its weight.
 """
@@ -20,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
@@ -31,6 +34,7 @@ from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.blend import Blend, BlendConfig
 from cairn.methods.parts.kernel_ridge import KernelRidge
 from cairn.methods.parts.pooled import best_pool, pooled
 from cairn.methods.parts.stages import (
@@ -86,7 +90,7 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         stages=(
             "both stages of DMC on all images so far but a fifth",
             "that fifth weighs what was trained against the towers as they came",
-            "kernel ridge regression on all images so far",
+            "kernel ridge regression, and blend, on all images so far",
         ),
         trains="vision, then text",
         keeps="images",
@@ -106,12 +110,13 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
     )
 
     def __init__(self, towers: Towers, config: JointConfig, *, seed: int):
-        self.towers, self.config = towers, config
+        self.towers, self.config, self.seed = towers, config, seed
         self.tasks: list[Task] = []
         self.out: list[Tensor] = []
         """Of each task, which of its images are held out."""
         self._frozen: list[Features] = []
-        """z0 of each task, as they can be made again from its images."""
+        """Of each task what blend's towers say of its images, as it can be made again from them."""
+        self.blend, self._without_held_out = self._blend(), self._blend()
         self.anchors = torch.zeros(0, towers.dim)
         self._start(Seeds(seed))
         self.moves = bool(self.image.parameters())
@@ -119,6 +124,11 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         """On z0, and on z where the encoder moves."""
         self.weights = torch.zeros(0)
         self.held_out: tuple[Scores, Labels] | None = None
+
+    def _blend(self) -> Blend:
+        """That has learned nothing."""
+        config = BlendConfig() if self.towers.has_images else BlendConfig.embedding()
+        return Blend(self.towers, config, seed=self.seed)
 
     def _start(self, seeds: Seeds) -> None:
         """The pretrained weights."""
@@ -159,33 +169,42 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         learned = Subset(everything, kept, everything.labels[kept])
         loader = Loader(learned, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
         align_vision(stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
-        rows = self._embedded(everything, ctx)
+        x, rows = self._embedded(everything, ctx)
         nothing = GaussianMemory(self.towers.dim)
         align_text(stage2, self.texts, rows[-1][~out], y[~out], nothing, s, class_cross_entropy, ctx.at(stage=2))
 
         # The ridges and the weights by images held out; the regressions learn these, too.
         k = len(self.anchors)
         fitted = [ridge.fit(z, y, k, out) for ridge, z in zip(self.ridges, rows, strict=True)]
-        scores = [*(f.cpu() for f in self._by_texts([z[out] for z in rows])), *fitted]
+        self._blends_learn(task, self.blend.memory_rows(self._frozen[-1]), self.out[-1], ctx)
+        blended = self._without_held_out.row_scores(x[out])
+        scores = [*(f.cpu() for f in self._by_texts([z[out] for z in rows])), *fitted, blended]
         every = range(len(scores))
-        self.weights = best_pool(scores, y[out], [every, every[-len(fitted) :]])
+        self.weights = best_pool(scores, y[out], [every[-1:], every[-1 - len(fitted) :], every])
         self.held_out = (pooled(self.weights, scores), y[out]) if out.any() else None
         ctx.log(
             "pool", weights=self.weights.tolist(), ridges=[ridge.lam for ridge in self.ridges], held_out=int(out.sum())
         )
 
-    def _embedded(self, everything: Concatenation, ctx: Context) -> list[Features]:
-        """z0 of all images, and z where the encoder moves."""
+    def _blends_learn(self, task: Task, x: Features, out: Bool[Tensor, " n"], ctx: Context) -> None:
+        texts = self.anchors[task.classes.start : task.classes.stop] if task.names and self.blend.uses_text else None
+        y = torch.as_tensor(task.train.labels)
+        self.blend.learn_rows(x, y, texts, ctx)
+        self._without_held_out.learn_rows(x[~out], y[~out], texts, ctx)
+
+    def _embedded(self, everything: Concatenation, ctx: Context) -> tuple[Features, list[Features]]:
+        """Blend's rows of all images, and z0, and z where the encoder moves."""
         for task in self.tasks[len(self._frozen) :]:
             loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
-            self._frozen.append(encode(loader, lambda pixels, _: unit(self.towers.image(pixels)))[0])
-        found = [torch.cat(self._frozen)]
+            self._frozen.append(encode(loader, lambda pixels, _: self.blend.embed(pixels))[0])
+        frozen = torch.cat(self._frozen)
+        found = [unit(frozen[:, : self.towers.dim])]
         if self.moves:
             loader = Loader(everything, self.towers.prepare, self.towers.pixels)
             with self.image.inference():
                 z, _ = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z")
             found.append(unit(z))
-        return found
+        return self.blend.memory_rows(frozen), found
 
     @torch.no_grad()
     def _by_texts(self, rows: Sequence[Features]) -> list[Scores]:
@@ -202,6 +221,8 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
     def forget(self, c: int) -> None:
         self.anchors = without(self.anchors, c)
         self.texts.forget(c)
+        for blend in (self.blend, self._without_held_out):
+            blend.forget(c)
         for ridge in self.ridges:
             ridge.forget(c)
         left = [torch.as_tensor(task.train.labels) != c for task in self.tasks]
@@ -212,21 +233,30 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
     def rename(self, c: int, named: Task, log: Log) -> None:
         self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
         rename_text(self.texts, c, named, self.anchors[c], log)
+        for blend in (self.blend, self._without_held_out):
+            blend.rename(c, named, log)
         self.tasks = [_renamed(task, c, *named.names) for task in self.tasks]
 
     def embed(self, pixels: Pixels) -> Features:
-        """z0, and z behind it where the encoder moves."""
-        untouched = self.towers.image(pixels)
+        """What blend's towers say, z0 first, and z behind it where the encoder moves."""
+        untouched = self.blend.embed(pixels)
         return torch.cat([untouched, self.image(pixels)], 1) if self.moves else untouched
 
     def scores(self, features: Features) -> Scores:
-        rows = [unit(z) for z in features.split(self.towers.dim, 1)]
+        d, frozen = self.towers.dim, features[:, : self.towers.dim * self.blend.blocks]
+        rows = [unit(frozen[:, :d]), *([unit(features[:, -d:])] if self.moves else [])]
         ridges = [ridge(z) for ridge, z in zip(self.ridges, rows, strict=True)]
-        return pooled(self.weights, [*self._by_texts(rows), *ridges])
+        return pooled(self.weights, [*self._by_texts(rows), *ridges, self.blend.scores(frozen)])
 
     def state_dict(self) -> State:
         ridges = {f"ridge-{i}": ridge.state_dict() for i, ridge in enumerate(self.ridges)}
-        parts = {"image": self.image.state_dict(), "texts": self.texts.state(), **ridges}
+        parts = {
+            "image": self.image.state_dict(),
+            "texts": self.texts.state(),
+            "blend": self.blend.state_dict(),
+            "without-held-out": self._without_held_out.state_dict(),
+            **ridges,
+        }
         out = torch.cat([torch.zeros(0, dtype=torch.bool), *self.out])
         return {"anchors": self.anchors, "weights": self.weights, "out": out} | flattened(parts)
 
@@ -235,6 +265,8 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         self.anchors, self.weights, self.out = state["anchors"], state["weights"], [state["out"]]
         self.image.load_state_dict(part(state, "image"))
         self.texts.restore(part(state, "texts"))
+        self.blend.load_state_dict(part(state, "blend"))
+        self._without_held_out.load_state_dict(part(state, "without-held-out"))
         for i, ridge in enumerate(self.ridges):
             ridge.load_state_dict(part(state, f"ridge-{i}"))
 

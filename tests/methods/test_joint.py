@@ -16,6 +16,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.maths.kernels import arc_cosine
 from cairn.maths.similarity import unit
+from cairn.methods.blend import Blend, BlendConfig
 from cairn.methods.catalogue import METHODS
 from cairn.methods.joint import chosen
 from cairn.methods.parts.kernel_ridge import RIDGES, KernelRidge
@@ -116,6 +117,15 @@ def test_the_pool_that_tells_most_rows_right_is_taken_and_the_first_of_several()
     assert torch.equal(best_pool(same, y, [(0, 1), (1,)]), pool_weights(same, y))
 
 
+def test_a_pool_that_tells_more_rows_right_by_no_more_than_chance_is_not_taken():
+    """Two of 40 rows that only the later one tells are more than the deviation of chance, one is not."""
+    y = torch.arange(40) % 2
+    for missed, later in ((1, False), (2, True)):
+        first = one_hot(torch.where(torch.arange(40) < missed, 1 - y, y), 2).double()
+        scores = [first, one_hot(y, 2).double()]
+        assert bool(best_pool(scores, y, [(0,), (1,)])[1]) is later
+
+
 def test_a_share_of_each_class_is_held_out_and_never_all_of_it():
     labels = np.repeat([4, 5, 6, 7], [11, 1, 2, 5])
     out = chosen(labels, 0.2, torch.Generator().manual_seed(0))
@@ -169,8 +179,8 @@ def right(method, stream, towers):
 
 
 def alone(method, j):
-    """The j-th classifier without the others: texts as they came and as trained, ridges on z0 and z."""
-    method.weights = torch.eye(4, dtype=torch.float64)[j]
+    """The j-th classifier without the others: texts as they came and as trained, ridges on z0 and z, blend."""
+    method.weights = torch.eye(5, dtype=torch.float64)[j]
     return method
 
 
@@ -203,11 +213,20 @@ def embeddings(embedded_dataset):
     return features_towers(made, "made.safetensors"), task_stream(made, step=2)
 
 
-def test_scores_are_the_weighed_sum_of_texts_and_ridges(embeddings):
+def blended(flat, stream):
+    """Blend by itself."""
+    blend = Blend(flat, BlendConfig.embedding(), seed=1)
+    for task in stream.tasks:
+        blend.learn(task, Context(Seeds(1)).at(task=task.index))
+    return blend
+
+
+def test_scores_are_the_weighed_sum_of_texts_ridges_and_blend(embeddings):
     flat, stream = embeddings
     method = build(flat)
     for task in stream.tasks:
         method.learn(task, Context(Seeds(1)))
+    method.weights = torch.tensor([0.5, 0.2, 3.0, 2.0, 0.3], dtype=torch.float64)
     x = torch.stack([torch.as_tensor(stream.tests[0][i]) for i in range(8)])
     train = torch.cat([torch.stack([torch.as_tensor(t.train[i]) for i in range(len(t.train))]) for t in stream.tasks])
     y = torch.cat([torch.as_tensor(task.train.labels) for task in stream.tasks])
@@ -218,18 +237,39 @@ def test_scores_are_the_weighed_sum_of_texts_and_ridges(embeddings):
             flat.logit_scale * z @ t.T,
             theirs(unit(train), y, method.ridges[0].lam, x, 6),
             theirs(unit(method.image(train)), y, method.ridges[1].lam, z, 6),
+            blended(flat, stream).scores(x),
         ]
         found = method.scores(method.embed(x))
-    assert (method.weights[2:] > 0).all()
     expected = sum(float(w) * part for w, part in zip(method.weights, parts, strict=True))
     torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_where_nothing_can_be_held_out_it_is_blend(embeddings):
+    flat, stream = embeddings
+    first = [np.flatnonzero(task.train.labels == c)[0] for task in stream.tasks for c in task.classes]
+    labels = np.arange(6)
+    rows = [np.asarray(stream.tasks[c // 2].train[i]) for c, i in enumerate(first)]
+    tasks = [
+        replace(task, train=Rows(np.stack(rows[2 * t : 2 * t + 2]), labels[2 * t : 2 * t + 2], "made"))
+        for t, task in enumerate(stream.tasks)
+    ]
+    method = build(flat)
+    for task in tasks:
+        method.learn(task, Context(Seeds(1)))
+    assert method.held_out is None
+    assert method.weights[:-1].tolist() == [0.0] * 4
+    x = torch.stack([torch.as_tensor(stream.tests[0][i]) for i in range(50)])
+    blend = blended(flat, replace(stream, tasks=tuple(tasks)))
+    with torch.no_grad():
+        found, expected = method.scores(method.embed(x)), method.weights[-1] * blend.scores(x)
+    torch.testing.assert_close(found.double(), expected.double(), atol=1e-6, rtol=1e-6)
 
 
 def test_on_a_world_of_embeddings_no_method_tells_more_right(embeddings):
     """By more than half a point, nine of the 1800 test rows."""
     flat, stream = embeddings
     reached = {}
-    for name in ("joint", "zero-shot", "simplecil", "lda", "acil", "ranpac"):
+    for name in ("joint", "zero-shot", "simplecil", "lda", "acil", "ranpac", "blend"):
         entry = METHODS[name]
         method = entry.build(flat, entry.default_config(flat), seed=1)
         for task in stream.tasks:

@@ -8,6 +8,7 @@ Source: logarithmic opinion pools (Genest and Zidek 1986), weights by held-out l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -50,14 +51,16 @@ def pool_weights(scores: Sequence[Float[Tensor, "n k"]], y: Labels) -> Float[Ten
 def best_pool(
     scores: Sequence[Float[Tensor, "n k"]], y: Labels, choices: Sequence[Sequence[int]]
 ) -> Float[Tensor, " j"]:
-    """`pool_weights` of some of the classifiers, 0 for the others: of the choices the one that tells most of the rows right, the
-    first of several. Likelihood alone does not tell: scores of a regression are no logits, and what is sure may mend their loss
-    and spoil their order."""
-    best, most = torch.zeros(len(scores), dtype=torch.float64), -1
+    """`pool_weights` of some of the classifiers, 0 for the others: of the choices the first, or a later one that tells more of the
+    rows right, by more than the deviation of chance: of m rows that one of two tells right, the difference has sqrt(m) if both
+    are as good. Likelihood alone does not tell: scores of a regression are no logits, and what is sure may mend their loss and
+    spoil their order."""
+    best = right = None
     for choice in choices:
-        weights = torch.zeros_like(best)
+        weights = torch.zeros(len(scores), dtype=torch.float64)
         weights[list(choice)] = pool_weights([scores[j] for j in choice], y)
-        right = int((pooled(weights, scores).argmax(1) == y).sum())
-        if right > most:
-            best, most = weights, right
+        told = pooled(weights, scores).argmax(1) == y
+        if right is None or int(told.sum() - right.sum()) > math.sqrt(int((told ^ right).sum())):
+            best, right = weights, told
+    assert best is not None
     return best

@@ -20,7 +20,7 @@ from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.evaluation import Evaluation
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
-from cairn.classifier.inputs import Sentences, columns, descriptions_of, labelled, readable
+from cairn.classifier.inputs import Labelled, Sentences, columns, descriptions_of, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
@@ -179,7 +179,7 @@ class IncrementalClassifier(Estimator):
 
     # learning
 
-    def fit(self, images: Item | Iterable[Item], labels: str | Iterable[str], **options: Any) -> IncrementalClassifier:
+    def fit(self, images: Labelled, labels: str | Iterable[str] | None = None, **options: Any) -> IncrementalClassifier:
         """Forget everything, then `partial_fit`, whose options these are. If it fails, the classifier is as it was."""
         learner = type(self)(**self.get_params()).partial_fit(images, labels, **options)
         with self._lock.writing():
@@ -188,8 +188,8 @@ class IncrementalClassifier(Estimator):
 
     def partial_fit(
         self,
-        images: Item | Iterable[Item],
-        labels: str | Iterable[str],
+        images: Labelled,
+        labels: str | Iterable[str] | None = None,
         *,
         log: Log | None = None,
         checkpoint: Checkpoint | None = None,
@@ -199,7 +199,8 @@ class IncrementalClassifier(Estimator):
     ) -> IncrementalClassifier:
         """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
 
-        One image with its class name may stand without a list. Images that were learned as the same class already are left
+        One image with its class name may stand without a list; a data set that has labels itself, of Hugging Face, pandas or
+        PyTorch, needs none beside it (see `cairn.data.labelled_datasets`). Images that were learned as the same class already are left
         out, and a notice counts them, unless `again` is true: they are known by a hash of their pixels (see
         `cairn.data.identity`). If all were, nothing changes.
         Names are kept in Unicode form NFC, without spaces at their ends. All files are read once before anything is learned;
@@ -589,7 +590,7 @@ class IncrementalClassifier(Estimator):
         assert known is not None
         return known
 
-    def score(self, images: Item | Iterable[Item], labels: str | Iterable[str]) -> float:
+    def score(self, images: Labelled, labels: str | Iterable[str] | None = None) -> float:
         """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
         items, names = labelled(images, labels, self._width)
         found = [normal_form(name) for name in self.predict(items)]
@@ -604,8 +605,8 @@ class IncrementalClassifier(Estimator):
 
     def evaluate(
         self,
-        images: Item | Iterable[Item],
-        labels: str | Iterable[str],
+        images: Labelled,
+        labels: str | Iterable[str] | None = None,
         *,
         unknown_below: float = 0.05,
         on_bad_image: Literal["stop", "skip"] = "stop",

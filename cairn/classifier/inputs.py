@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
+from cairn.data.labelled_datasets import labelled_items
 from cairn.errors import InvalidInput, UnreadableImages, counted
 from cairn.training.log import Log
 
@@ -21,17 +22,24 @@ Sentences: TypeAlias = Mapping[str, Sequence[str] | str] | str | Path | None
 """Descriptions of classes: by name, or where a file of them is."""
 
 
+Labelled: TypeAlias = Any
+"""Images, `Item | Iterable[Item]`, whose labels are beside them; or a data set that has labels of its own."""
+
+
 def unlabelled(images: Item | Iterable[Item], width: int | None) -> InMemoryImages:
     items = items_of(images, width)
     return InMemoryImages(items, np.zeros(len(items), dtype=np.int64), width)
 
 
-def labelled(
-    images: Item | Iterable[Item], labels: str | Iterable[str], width: int | None
-) -> tuple[list[Item], list[str]]:
-    """Images and a label for each, at least one. A single image and a single label may stand without a list. Raises
-    InvalidInput."""
-    items = items_of(images, width)
+def labelled(images: Labelled, labels: str | Iterable[str] | None, width: int | None) -> tuple[list[Item], list[str]]:
+    """Images and a label for each, at least one. A single image and a single label may stand without a list; without labels the
+    images are a data set that has them (see `cairn.data.labelled_datasets`). Raises InvalidInput."""
+    if labels is None:
+        if width is not None:
+            raise InvalidInput("labels: none given; this learner takes embeddings, with one class name for each")
+        items, labels = labelled_items(images)
+    else:
+        items = items_of(images, width)
     if not isinstance(labels, Iterable):
         raise InvalidInput(f"labels: {labels!r}; give one class name for each image")
     names = [labels] if isinstance(labels, str) else list(labels)

@@ -23,6 +23,9 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", help="pictures in folders inside a class's folder are taken too")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +56,7 @@ def learn(
         str | None,
         typer.Option(help="for a new learner: float32, bfloat16, or auto, the faster of them here  [default: float32]"),
     ] = None,
+    recursive: Recursive = False,
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
@@ -79,7 +83,7 @@ def learn(
     console, bad_images = Console(), checked_bad_image(on_bad_image)
     if keep is not None and keep < 1:
         raise ConfigError(f"--keep {keep}: must be at least 1, the state that is made")
-    found = labelled_pictures(pictures)
+    found = labelled_pictures(pictures, recursive=recursive)
     items, names = found.files, found.names
     for notice in found.notices:
         console.note(f"note: {notice}")

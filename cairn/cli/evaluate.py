@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cairn.cli.classifier import Device, Learner, Weights
+from cairn.cli.classifier import Device, Learner, Recursive, Weights
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, counted, one_line, printable
 from cairn.reports.console import Console
@@ -32,6 +32,7 @@ def evaluate(
     pictures: Annotated[
         Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
     ],
+    recursive: Recursive = False,
     unknown_below: Annotated[
         float, typer.Option(help="the known score below which a picture counts as unknown")
     ] = 0.05,
@@ -57,7 +58,7 @@ def evaluate(
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
     bad_images, console, errors = checked_bad_image(on_bad_image), Console(), Console(sys.stderr)
-    given = labelled_pictures(pictures, "test")
+    given = labelled_pictures(pictures, "test", recursive)
     for notice in given.notices:
         errors.note(f"note: {notice}")
     held = IncrementalClassifier.load(learner, towers, device)

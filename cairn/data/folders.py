@@ -30,6 +30,7 @@ from cairn.data.picture_files import (
     list_folder,
     no_picture,
     passed_over,
+    pictures_in_tree,
     readable_formats,
 )
 from cairn.data.stream import held_out
@@ -247,14 +248,14 @@ class ClassFolders:
     notices: tuple[str, ...]
 
 
-def class_folders(path: str | Path) -> ClassFolders:
-    """All images below `path/<class>/`, or where there are folders in `train/` those below `path/train/<class>/`. Raises
-    DataError as `folder_dataset`."""
+def class_folders(path: str | Path, recursive: bool = False) -> ClassFolders:
+    """All images in `path/<class>/`, or where there are folders in `train/` those in `path/train/<class>/`; with `recursive`
+    those in folders inside a class too, but for linked ones. Raises DataError as `folder_dataset`."""
     root, shown = Path(os.path.expanduser(path)), one_line(path)
     if not os.path.isdir(root):
         raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
     prefix = "train/" if "train" in list_folder(root).folders and _holds_classes(root / "train") else ""
-    images, classes, passed = _images(root, prefix, _classes(root / prefix))
+    images, classes, passed = _images(root, prefix, _classes(root / prefix), recursive)
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
     return ClassFolders(images, classes, said, tuple(passed_over(passed)))
@@ -286,24 +287,35 @@ def _classes(folder: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _images(root: Path, prefix: str, classes: Mapping[str, str]) -> tuple[FolderImages, tuple[str, ...], PassedOver]:
+def _images(
+    root: Path, prefix: str, classes: Mapping[str, str], recursive: bool = False
+) -> tuple[FolderImages, tuple[str, ...], PassedOver]:
     """All images of the classes in `root/prefix`, class by class; the classes' names; and what was passed over."""
     names: list[str] = []
     counts = []
     passed = {str(root / prefix): Counter({STRAY: len(list_folder(root / prefix).pictures)})}
     for name, own in classes.items():
         folder = root / prefix / own
-        there = list_folder(folder)
-        passed[prefix + own] = there.others + Counter({FOLDER: len(there.folders)})
-        if not there.pictures:
+        pictures, others = _inside(folder, prefix + own, recursive)
+        if not pictures:
             raise DataError(
                 f"class '{name}': no image in '{one_line(folder)}'; add some (.jpg, .png, ...) or remove the folder"
-                f"{no_picture({prefix + own: passed[prefix + own]})}"
+                f"{no_picture(others)}"
             )
-        names += there.pictures
-        counts.append(len(there.pictures))
+        passed |= others
+        names += pictures
+        counts.append(len(pictures))
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return FolderImages(root, [prefix + own for own in classes.values()], names, labels), tuple(classes), passed
+
+
+def _inside(folder: Path, shown: str, recursive: bool) -> tuple[list[str], dict[str, Counter[str]]]:
+    """A class's pictures, relative to its folder, and what was passed over there."""
+    if recursive:
+        found, passed = pictures_in_tree(folder)
+        return [file.relative_to(folder).as_posix() for file in found], dict(passed)
+    there = list_folder(folder)
+    return there.pictures, {shown: there.others + Counter({FOLDER: len(there.folders)})}
 
 
 @runtime_checkable

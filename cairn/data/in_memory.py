@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,16 @@ class Reduced:
     content: bytes
 
 
-Item = str | Path | Image.Image | np.ndarray | torch.Tensor | Reduced
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A picture of a data set, read whenever it is asked for: `read` gives a file, a PIL image or an array; `name` is for
+    messages."""
+
+    read: Callable[[], Any]
+    name: str
+
+
+Item = str | Path | Image.Image | np.ndarray | torch.Tensor | Reduced | Deferred
 """A file, a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or where embeddings are learned a row (d,)."""
 
 
@@ -47,7 +56,7 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     With `width` rows of embeddings are expected: (width,) is one, (n, width) are n. Otherwise an array (h, w) or (h, w, 3)
     is one picture and (n, h, w, 3) are n. Raises InvalidInput for anything else.
     """
-    if isinstance(given, (str, bytes, Path, Image.Image, Reduced)):
+    if isinstance(given, (str, bytes, Path, Image.Image, Reduced, Deferred)):
         return [given]
     if not isinstance(given, (np.ndarray, torch.Tensor)):
         if not isinstance(given, (Iterable, ArrayLike)):
@@ -97,6 +106,13 @@ class InMemoryImages:
 
     def _picture(self, index: int) -> Image.Image:
         item = self.items[index]
+        if isinstance(item, Deferred):
+            try:
+                item = item.read()
+            except Exception as error:  # whatever a data set's own reading may raise
+                raise InvalidInput(
+                    f"image '{item.name}': cannot be read ({reason(error)}); replace or leave it out"
+                ) from None
         if isinstance(item, (str, Path)):
             try:
                 return decoded(Path(item))
@@ -147,6 +163,8 @@ class InMemoryImages:
 
     def describe(self, index: int) -> str:
         item = self.items[index]
+        if isinstance(item, Deferred):
+            return item.name
         return str(item) if isinstance(item, (str, Path)) else f"{'image' if self.width is None else 'row'} {index}"
 
     def identity(self, index: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Literal
 from cairn.data.descriptions import Descriptions
 from cairn.data.folders import class_folders
 from cairn.data.picture_files import list_folder
-from cairn.errors import DataError, one_line
+from cairn.errors import ConfigError, DataError, one_line
 
 FILE, LABEL = "file_name", "label"
 """Columns of a CSV, as Hugging Face's imagefolder calls the first."""
@@ -28,19 +28,23 @@ class LabelledPictures:
     notices: tuple[str, ...] = ()
 
 
-def labelled_pictures(path: Path, part: Literal["train", "test"] = "train") -> LabelledPictures:
+def labelled_pictures(
+    path: Path, part: Literal["train", "test"] = "train", recursive: bool = False
+) -> LabelledPictures:
     """What a CSV with columns `file_name` and `label` lists, paths relative to it; of a folder what its `metadata.csv` lists,
-    or a folder of pictures per class. Where it has folders `train/` and `test/` with classes in them, those of `part`.
+    or a folder of pictures per class, with `recursive` those in folders inside it as well. Where it has folders `train/` and
+    `test/` with classes in them, those of `part`.
 
-    Raises DataError for what is neither, naming the line of a CSV that is wrong.
+    Raises DataError for what is neither, naming the line of a CSV that is wrong; ConfigError for a CSV with `recursive`.
     """
-    if path.is_file():
-        return _of_csv(path)
-    if path.is_dir() and (path / METADATA).is_file():
-        return _of_csv(path / METADATA)
+    table = next((file for file in (path, path / METADATA) if file.is_file()), None)
+    if table is not None and recursive:
+        raise ConfigError(f"--recursive: '{one_line(table)}' says which pictures there are; leave it out")
+    if table is not None:
+        return _of_csv(table)
     if part == "test" and path.is_dir() and {"train", "test"} <= {*list_folder(path).folders}:
         path = path / "test"
-    found = class_folders(path)
+    found = class_folders(path, recursive)
     files = [found.images.path(row) for row in range(len(found.images))]
     return LabelledPictures(
         files, [found.classes[label] for label in found.images.labels], found.descriptions, found.notices

@@ -160,7 +160,9 @@ def _advice(kinds: set[str]) -> list[str]:
     if NO_ENDING in kinds:
         found.append("give a picture an ending that says what it is, such as .jpg or .png")
     if FOLDER in kinds:
-        found.append("move pictures in folders inside a class up into the class's own folder")
+        found.append(
+            "move pictures in folders inside a class up into the class's own folder (learn and evaluate: --recursive)"
+        )
     if LINKED_FOLDER in kinds:
         found.append("name a linked folder in the call as well")
     if STRAY in kinds:

@@ -88,6 +88,7 @@ def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
         "towers": result.towers.fingerprint,
         "settings": texts(result.run.settings),
         "ece": result.ece,
+        "ece_by_chance": result.ece_by_chance,
         "nll": result.nll,
         "temperature": result.temperature,
         "seen_accuracy": result.seen_accuracy,
@@ -172,8 +173,9 @@ def forms_table(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| stream | method | ECE, mean over tasks | largest | last | NLL, last | temperature, last | last accuracy % | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stream | method | ECE, mean over tasks | by chance | largest | last | by chance | NLL, last | temperature, last "
+        "| last accuracy % | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def cell(values: list[float], digits: int) -> str:
@@ -186,10 +188,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             if not own:
                 continue
             errors = [[100 * error for error in row["ece"]] for row in own]
+            chance = [[100 * error for error in row["ece_by_chance"]] for row in own if "ece_by_chance" in row]
             columns = (
                 cell([sum(e) / len(e) for e in errors], 1),
+                cell([sum(e) / len(e) for e in chance], 1) if chance else "-",
                 cell([max(e) for e in errors], 1),
                 cell([e[-1] for e in errors], 1),
+                cell([e[-1] for e in chance], 1) if chance else "-",
                 cell([row["nll"][-1] for row in own], 3),
                 cell([row["temperature"][-1] for row in own], 2),
                 cell([100 * row["seen_accuracy"][-1] for row in own], 1),

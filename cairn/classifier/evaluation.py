@@ -16,7 +16,11 @@ from cairn.classifier.estimate import ConfusedPair, confused_pairs, confusion_co
 from cairn.classifier.predictions import Predictions
 from cairn.data.names import normal_form
 from cairn.errors import InvalidInput
-from cairn.maths.calibration_error import calibration_error, negative_log_likelihood
+from cairn.maths.calibration_error import (
+    calibration_error,
+    calibration_error_by_chance,
+    negative_log_likelihood,
+)
 
 EXAMPLES = 4
 """Images that are named of a pair, at most."""
@@ -109,8 +113,16 @@ class Evaluation:
     def ece(self) -> float:
         """Expected calibration error in 15 bins, over images of known classes."""
         rows = self._some()
-        confidence = self.predictions.probabilities[rows].amax(1).tolist()
-        return calibration_error(confidence, (self.predicted[rows] == self.labels[rows]).tolist())
+        return calibration_error(self._confidence, (self.predicted[rows] == self.labels[rows]).tolist())
+
+    @property
+    def ece_by_chance(self) -> float:
+        """What it would be on average if the probabilities were perfect: with few images that is most of it."""
+        return calibration_error_by_chance(self._confidence)
+
+    @property
+    def _confidence(self) -> list[float]:
+        return self.predictions.probabilities[self._some()].amax(1).tolist()
 
     @property
     def nll(self) -> float:
@@ -162,6 +174,7 @@ class Evaluation:
             f"top{topk}": self.topk(topk),
             "class_mean_accuracy": self.class_mean_accuracy,
             "ece": self.ece,
+            "ece_by_chance": self.ece_by_chance,
             "nll": self.nll,
             "unknown": {
                 "below": self.unknown_below,

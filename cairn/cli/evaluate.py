@@ -100,7 +100,10 @@ def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int
         f"accuracy {100 * found.accuracy:.1f} % of {images}, mean over classes {100 * found.class_mean_accuracy:.1f} %, among the "
         f"{topk} likeliest {100 * report[f'top{topk}']:.1f} %"
     )
-    console.note(f"calibration error {100 * found.ece:.1f} points, negative log-likelihood {found.nll:.3f}")
+    console.note(
+        f"calibration error {100 * found.ece:.1f} points ({100 * found.ece_by_chance:.1f} by chance alone on as many pictures), "
+        f"negative log-likelihood {found.nll:.3f}"
+    )
     lost = "-" if found.lost is None else f"{100 * found.lost:.1f} %"
     console.note(f"called unknown (known score below {found.unknown_below:g}): {lost} of known classes")
     if found.foreign:

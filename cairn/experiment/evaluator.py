@@ -18,7 +18,11 @@ from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
-from cairn.maths.calibration_error import calibration_error, negative_log_likelihood
+from cairn.maths.calibration_error import (
+    calibration_error,
+    calibration_error_by_chance,
+    negative_log_likelihood,
+)
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite
@@ -38,8 +42,8 @@ class Evaluation:
     """After one task: `accuracy[j]` on task j <= i, correct and total per class seen; `future`: zero-shot accuracy of the
     current image side on the classes still to come, among those classes (None if there are none); `zero_shot`: that of
     the towers as they came, on the classes seen. Both are None without class texts. `ece` and `nll`: calibration error and
-    negative log-likelihood of the calibrated probabilities, whose T is `temperature`, over all test images of classes seen;
-    None in what was kept before there were any."""
+    negative log-likelihood of the calibrated probabilities, whose T is `temperature`, over all test images of classes seen,
+    and `ece_by_chance` the error that perfect ones would have; None in what was kept before there were any."""
 
     accuracy: list[float]
     correct: list[int]
@@ -47,6 +51,7 @@ class Evaluation:
     future: float | None
     zero_shot: float | None
     ece: float | None = None
+    ece_by_chance: float | None = None
     nll: float | None = None
     temperature: float | None = None
 
@@ -106,6 +111,7 @@ class Evaluator:
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
             zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
             ece=calibration_error(confidence, [bool(one) for one in right]),
+            ece_by_chance=calibration_error_by_chance(confidence),
             nll=negative_log_likelihood(log_probability),
             temperature=calibration.temperature,
         )

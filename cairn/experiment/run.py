@@ -148,6 +148,7 @@ def run_stream(
         seen_accuracy_by_class=[class_mean(e.correct, e.total) for e in evaluations],
         future_accuracy=[e.future for e in evaluations],
         ece=[e.ece for e in evaluations],
+        ece_by_chance=[e.ece_by_chance for e in evaluations],
         nll=[e.nll for e in evaluations],
         temperature=[e.temperature for e in evaluations],
         zero_shot_accuracy=[e.zero_shot for e in evaluations],

@@ -124,6 +124,9 @@ class RunResult(BaseModel):
         default=[],
         description="expected calibration error in 15 bins, after task i, over all test images of classes seen",
     )
+    ece_by_chance: list[Share | None] = Field(
+        default=[], description="what `ece` would be on average if the probabilities were perfect: chance alone"
+    )
     nll: list[Amount | None] = Field(
         default=[],
         description="mean negative log-probability of the true class, after task i, over the same images; in nats",

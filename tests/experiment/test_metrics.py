@@ -16,7 +16,12 @@ from cairn.experiment.metrics import (
     mean_and_deviation,
     seen_accuracy,
 )
-from cairn.maths.calibration_error import calibration_error, negative_log_likelihood
+from cairn.maths.calibration_error import (
+    MOST_EXACTLY,
+    calibration_error,
+    calibration_error_by_chance,
+    negative_log_likelihood,
+)
 
 A = [
     [0.9, None, None],
@@ -95,3 +100,17 @@ def test_negative_log_likelihood_is_scikit_learns_log_loss():
     y = rng.integers(0, 5, 60)
     found = negative_log_likelihood(np.log(p[np.arange(60), y]).tolist())
     assert found == pytest.approx(log_loss(y, p, labels=range(5)))
+
+
+@pytest.mark.parametrize(("n", "draws"), [(3, 4000), (40, 2000), (3 * MOST_EXACTLY, 200)])
+def test_chance_alone_makes_the_calibration_error_that_drawing_makes(n, draws):
+    """Images are classified correctly with the probabilities that are stated, few of them even and many near 1."""
+    rng = np.random.default_rng(n)
+    p = 1 - rng.beta(0.4, 2, n)
+    drawn = [calibration_error(p.tolist(), (rng.random(n) < p).tolist()) for _ in range(draws)]
+    assert calibration_error_by_chance(p.tolist()) == pytest.approx(np.mean(drawn), rel=0.05)
+
+
+def test_chance_has_no_part_where_everything_is_certain():
+    assert calibration_error_by_chance([1.0] * 5) == 0.0
+    assert calibration_error_by_chance([0.5]) == 0.5

@@ -74,6 +74,42 @@ class Prediction(BaseModel):
     reasons: list[Reason]
 
 
+class ClassAccuracy(BaseModel):
+    name: str
+    accuracy: float | None = Field(description="null where no picture of it was left out")
+
+
+class Confused(BaseModel):
+    first: str
+    second: str
+    pictures: float = Field(description="left-out pictures of either that are taken for the other")
+    advice: str
+
+
+class Estimate(BaseModel):
+    accuracy: float | None = Field(description="mean over classes; null before any picture was left out")
+    interval: tuple[float, float] | None
+    sources: list[str] = Field(description="how many pictures were left out, and how")
+    classes: list[ClassAccuracy] = Field(description="in order of arrival")
+    confused: list[Confused] = Field(description="the pairs that are mixed up most")
+    shown: list[str] = Field(description="classes of `confusions`: all, or of many those that are mixed up most")
+    confusions: list[list[float]] = Field(
+        description="pictures of each of these classes (row) taken for each (column); fractions are expected numbers"
+    )
+    others: list[float] = Field(description="of each of these classes, pictures that are taken for a class not shown")
+
+
+class Entry(BaseModel):
+    date: str
+    change: str
+    names: list[str]
+
+
+class History(BaseModel):
+    entries: list[Entry] = Field(description="the first first")
+    undoable: int = Field(description="how many changes can be undone")
+
+
 class Health(BaseModel):
     status: str = "ok"
     version: str
@@ -81,6 +117,7 @@ class Health(BaseModel):
     may_ask: bool
     may_change: bool
     describes: bool = Field(description="whether a new class needs sentences")
+    relabels: bool = Field(description="whether pictures that were learned can be learned as another class instead")
     max_bytes: int
     max_images: int = IMAGES
 
@@ -117,6 +154,7 @@ def application(service: Service, rules: Rules) -> ASGIApp:
             may_ask=rules.local or trusted,
             may_change=trusted,
             describes=service.describes,
+            relabels=service.relabels,
             max_bytes=rules.max_bytes,
         )
 
@@ -145,6 +183,33 @@ def application(service: Service, rules: Rules) -> ASGIApp:
             small(image)
         await service.learn(name, [image.file for image in images], sentences or ())
         return classes()
+
+    @app.post("/api/relabel")
+    async def relabel(
+        name: Annotated[str, Form(description="the class that the pictures are of, new or known")],
+        images: Annotated[list[UploadFile], File(min_length=1, max_length=IMAGES, description="the pictures")],
+    ) -> Classes:
+        """Pictures are of this class and of no other: taken out of those that they were learned as, and learned as this."""
+        for image in images:
+            small(image)
+        await service.relabel(name, [image.file for image in images])
+        return classes()
+
+    @app.post("/api/undo")
+    async def undo() -> Classes:
+        """Take back the last change."""
+        await service.undo()
+        return classes()
+
+    @app.get("/api/history")
+    def history() -> History:
+        """What was done when."""
+        return History.model_validate(service.history())
+
+    @app.get("/api/estimate")
+    def estimate() -> Estimate:
+        """How good it is, estimated from pictures left out of learning, and what it mixes up."""
+        return Estimate.model_validate(service.estimate())
 
     @app.delete("/api/classes/{name:path}")
     async def forget(name: str) -> Classes:

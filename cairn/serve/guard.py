@@ -73,7 +73,9 @@ class Rules:
         return self.loopback and self.public_url is None
 
     def body_limit(self, path: str) -> int:
-        return ROOM + self.max_bytes * {"/api/predict": 1, "/api/learn": LEARN_TIMES}.get(path, 0)
+        return ROOM + self.max_bytes * {"/api/predict": 1, "/api/learn": LEARN_TIMES, "/api/relabel": LEARN_TIMES}.get(
+            path, 0
+        )
 
 
 class Guard:

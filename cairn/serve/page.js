@@ -6,9 +6,12 @@ const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00
 const KEY = "token";
 
 let health = null;
-let answer = null; // what was last said of the picture
-let picture = null; // the picture it was said of
-let asked = 0; // only the answer to the last question is shown
+let looked = []; // the pictures looked at: {file, url, answer, problem}
+let current = 0; // which of them is shown in full
+let answer = null; // what was said of that one
+let round = 0; // only answers of the last round of questions count
+let camera = null; // its stream, while it is on
+let snapped = 0;
 let why = 0; // whose patches are shown
 let chosen = []; // pictures to teach with
 let busy = false;
@@ -33,7 +36,7 @@ function percent(p) {
 }
 
 const megabytes = (bytes) => `${+(bytes / 1e6).toFixed(1)} MB`;
-const counted = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
+const counted = (n, one, many = `${one}s`) => `${n} ${String(n) === "1" ? one : many}`;
 
 function tell(id, text) {
   $(id).textContent = text;
@@ -74,7 +77,12 @@ async function begin() {
     $("teach").hidden = !health.may_change;
     $("look").hidden = !health.may_ask;
     $("sentences-field").hidden = !health.describes;
-    if (health.may_ask) know((await api("classes")).classes);
+    $("mend").hidden = $("snap-teach").hidden = !health.may_change;
+    $("mend-hint").textContent = health.relabels
+      ? "It is learned as that; if it was learned as another class, it is taken out there."
+      : "It is learned as that. What it was learned as before stays.";
+    $("camera-on").hidden = !health.may_ask || !navigator.mediaDevices?.getUserMedia || Boolean(camera);
+    if (health.may_ask) await know((await api("classes")).classes);
     else $("summary").textContent = "This service asks for an access code.";
   } catch (error) {
     $("summary").textContent = error.message;
@@ -83,40 +91,98 @@ async function begin() {
 
 // --- looking --------------------------------------------------------------------------------------------------------
 
-async function look(file) {
-  const question = ++asked;
-  tell("look-problem", tooLarge(file));
-  if (!$("look-problem").hidden) return;
-  if (file !== picture) {
-    picture = file;
-    answer = null;
-    if ($("picture").src) URL.revokeObjectURL($("picture").src);
-    $("picture").src = URL.createObjectURL(file);
-    $("bars").replaceChildren();
-    draw();
-  }
-  $("result").hidden = false;
-  $("result").classList.add("waiting");
-  $("verdict").className = "";
-  $("verdict").textContent = "Looking …";
-  const form = new FormData();
-  form.append("image", file);
-  try {
-    const found = await api("predict", { method: "POST", body: form });
-    if (question !== asked) return;
-    [answer, why] = [found, 0];
-    say();
-  } catch (error) {
-    if (question !== asked) return;
-    $("result").hidden = true;
-    tell("look-problem", error.message);
-  } finally {
-    if (question === asked) $("result").classList.remove("waiting");
-  }
+function look(files) {
+  for (const { url } of looked) URL.revokeObjectURL(url);
+  looked = files.map((file) => ({ file, url: URL.createObjectURL(file), answer: null, problem: "" }));
+  $("batch").hidden = looked.length < 2;
+  $("rows").replaceChildren(...(looked.length < 2 ? [] : looked.map(row)));
+  current = -1;
+  show(0);
+  return lookAgain();
+}
+
+// Ask of all of them, two at a time: each is a request of its own, whatever their number
+async function lookAgain() {
+  const own = ++round;
+  for (const one of looked) [one.answer, one.problem] = [null, tooLarge(one.file)];
+  const waiting = looked.filter((one) => !one.problem);
+  looked.forEach(tellRow);
+  say();
+  const asking = async () => {
+    for (let one = waiting.shift(); one && own === round; one = waiting.shift()) {
+      const form = new FormData();
+      form.append("image", one.file);
+      const [found, problem] = await api("predict", { method: "POST", body: form }).then((had) => [had, ""], (e) => [null, e.message]);
+      if (own !== round) return;
+      [one.answer, one.problem] = [found, problem];
+      tellRow(one, looked.indexOf(one));
+      if (one === looked[current]) {
+        why = 0;
+        say();
+      }
+    }
+  };
+  await Promise.all([asking(), asking()]);
+}
+
+function row(one, i) {
+  const image = element("img", { alt: "", src: one.url, loading: "lazy" });
+  const made = element(
+    "button", { type: "button", class: "one" }, image,
+    element("span", { class: "name", dir: "auto" }), element("span", { class: "percent" }), element("span", { class: "file", dir: "auto" }, one.file.name),
+  );
+  made.addEventListener("click", () => show(i));
+  return element("li", {}, made);
+}
+
+// What is said of a picture in a line: a class, or why there is none
+function inShort({ answer: found, problem }) {
+  if (problem) return { text: problem, kind: "unread" };
+  if (!found) return { text: "…", kind: "" };
+  const unsure = found.known < Number($("threshold").value);
+  return { text: unsure ? `Not sure, ${found.classes[0].name}?` : found.classes[0].name, kind: unsure ? "unsure" : "" };
+}
+
+function tellRow(one, i) {
+  const made = $("rows").children[i];
+  if (!made) return;
+  const { text, kind } = inShort(one);
+  made.querySelector(".name").textContent = text;
+  made.querySelector(".name").className = `name ${kind}`;
+  made.querySelector(".percent").textContent = one.answer ? percent(one.answer.classes[0].probability) : "";
+  const done = looked.filter((other) => other.answer || other.problem).length;
+  $("batch-status").textContent = done < looked.length
+    ? `${done} of ${counted(looked.length, "picture")}`
+    : counted(looked.length, "picture");
+  $("csv").disabled = done < looked.length;
+}
+
+// The picture number i in full
+function show(i) {
+  if (i === current || !looked[i]) return;
+  [current, why] = [i, 0];
+  [...$("rows").children].forEach((made, j) => made.firstChild.setAttribute("aria-current", String(i === j)));
+  $("picture").src = looked[i].url;
+  $("picture").alt = looked[i].file.name;
+  $("mend").open = false;
+  $("mend-status").textContent = "";
+  tell("mend-problem", "");
+  say();
 }
 
 function say() {
-  if (!answer) return;
+  const one = looked[current];
+  answer = one?.answer ?? null;
+  tell("look-problem", one?.problem ?? "");
+  $("result").hidden = !one || Boolean(one.problem);
+  $("result").classList.toggle("waiting", !answer);
+  if (!answer) {
+    $("verdict").className = "";
+    $("verdict").textContent = "Looking …";
+    $("bars").replaceChildren();
+    draw();
+    return;
+  }
   const [best] = answer.classes;
   const unsure = answer.known < Number($("threshold").value);
   const verdict = unsure
@@ -127,6 +193,82 @@ function say() {
   $("fit").textContent = percent(answer.known);
   $("bars").replaceChildren(...answer.classes.map(bar));
   draw();
+}
+
+// A cell, as a spreadsheet shows it: what it would take for a formula gets an apostrophe in front
+function cell(text) {
+  const plain = /^[=+@\t\r-]/.test(text) ? `'${text}` : text;
+  return /[",\r\n]/.test(plain) ? `"${plain.replaceAll('"', '""')}"` : plain;
+}
+
+function table() {
+  const least = Number($("threshold").value);
+  const head = ["image", "known", "unknown", "class", "probability", "second", "problem"];
+  const lines = looked.map(({ file, answer: found, problem }) => {
+    if (!found) return [file.name, "", "", "", "", "", problem];
+    const [best, second] = found.classes;
+    return [
+      file.name, found.known.toFixed(6), String(found.known < least), best.name, best.probability.toFixed(6), second?.name ?? "", "",
+    ];
+  });
+  return [head, ...lines].map((line) => `${line.map(cell).join(",")}\n`).join("");
+}
+
+function download() {
+  const url = URL.createObjectURL(new Blob([table()], { type: "text/csv" }));
+  const link = element("a", { href: url, download: "pictures.csv" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+
+// --- the camera -----------------------------------------------------------------------------------------------------
+
+async function openCamera() {
+  tell("look-problem", "");
+  try {
+    camera = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+  } catch (error) {
+    const refused = error.name === "NotAllowedError";
+    tell("look-problem", refused ? "The browser may not use the camera; allow it for this page." : "There is no camera that can be used.");
+    return;
+  }
+  $("live").srcObject = camera;
+  $("camera").hidden = false;
+  $("camera-on").hidden = true;
+  $("snap").focus();
+}
+
+function closeCamera() {
+  for (const track of camera?.getTracks() ?? []) track.stop();
+  camera = $("live").srcObject = null;
+  $("camera").hidden = true;
+  $("camera-on").hidden = false;
+  $("camera-on").focus();
+}
+
+// The picture that the camera shows, as a file
+async function snap() {
+  const live = $("live");
+  if (!live.videoWidth) return null;
+  const canvas = element("canvas", { width: live.videoWidth, height: live.videoHeight });
+  canvas.getContext("2d").drawImage(live, 0, 0);
+  const blob = await new Promise((done) => { canvas.toBlob(done, "image/jpeg", 0.92); });
+  return new File([blob], `camera ${++snapped}.jpg`, { type: "image/jpeg" });
+}
+
+// --- correcting -----------------------------------------------------------------------------------------------------
+
+async function correct() {
+  const [name, one] = [$("right").value.trim(), looked[current]];
+  if (!name || !one) return;
+  const form = new FormData();
+  form.append("name", name);
+  form.append("images", one.file);
+  await changing(`Learning it as “${name}” …`, "mend-problem", async () => {
+    await know((await api(health.relabels ? "relabel" : "learn", { method: "POST", body: form })).classes);
+    $("right").value = "";
+    return `Learned as “${name}”.`;
+  }, "mend-status");
 }
 
 function bar({ name, probability }) {
@@ -230,7 +372,7 @@ async function teach() {
   for (const file of chosen) form.append("images", file);
   if (health.describes && $("sentences").value.trim()) form.append("sentences", $("sentences").value);
   await changing(`Learning “${name}” from ${counted(chosen.length, "picture")} …`, "teach-problem", async () => {
-    know((await api("learn", { method: "POST", body: form })).classes);
+    await know((await api("learn", { method: "POST", body: form })).classes);
     chosen = [];
     showChosen();
     $("name").value = $("sentences").value = "";
@@ -238,23 +380,23 @@ async function teach() {
   });
 }
 
-async function changing(text, problem, change) {
+async function changing(text, problem, change, status = "teach-status") {
   if (busy) return;
   busy = true;
   tell(problem, "");
-  $("teach-status").textContent = text;
+  $(status).textContent = text;
   $("progress").removeAttribute("value");
-  $("progress").hidden = false;
+  $("progress").hidden = status !== "teach-status";
   enable();
   const polling = setInterval(async () => {
     const share = await api("health", {}, false).then((now) => now.learning, () => null);
     if (busy && share) $("progress").value = share;
   }, 1000);
   try {
-    $("teach-status").textContent = await change();
-    if (picture && !$("result").hidden) look(picture);
+    $(status).textContent = await change();
+    if (looked.length) lookAgain();
   } catch (error) {
-    $("teach-status").textContent = "";
+    $(status).textContent = "";
     tell(problem, error.message);
   } finally {
     clearInterval(polling);
@@ -265,12 +407,12 @@ async function changing(text, problem, change) {
 }
 
 function enable() {
-  for (const button of [$("learn"), ...$("known").querySelectorAll("button")]) button.disabled = busy;
+  for (const button of [$("learn"), $("correct"), $("undo"), ...$("known").querySelectorAll("button")]) button.disabled = busy;
 }
 
 // --- what is known --------------------------------------------------------------------------------------------------
 
-function know(classes) {
+async function know(classes) {
   $("summary").textContent = `It knows ${counted(classes.length, "class", "classes")} and keeps no picture.`;
   $("names").replaceChildren(...classes.map(({ name }) => element("option", { value: name })));
   $("known").replaceChildren(...classes.map(({ name, images }) => {
@@ -279,26 +421,92 @@ function know(classes) {
     );
     if (health.may_change && classes.length > 1) {
       const button = element("button", { type: "button", "aria-label": `Forget ${name}` }, "Forget");
-      button.addEventListener("click", () => ask(name));
+      button.addEventListener("click", () => forget(name));
       row.append(button);
     }
     return row;
   }));
   enable();
+  const [good, done] = await Promise.all([api("estimate"), api("history")].map((asked) => asked.catch(() => null)));
+  judge(good);
+  recall(done);
 }
 
-function ask(name) {
-  $("ask-title").textContent = `Forget “${name}”?`;
+// Ask once more before what cannot be taken back; whether to go on
+function ask(title, text, no, yes) {
+  $("ask-title").textContent = title;
+  $("ask-text").textContent = text;
+  $("ask-no").textContent = no;
+  $("ask-yes").textContent = yes;
   $("ask").returnValue = "keep";
-  $("ask").onclose = () => {
-    if ($("ask").returnValue !== "forget") return;
-    changing(`Forgetting “${name}” …`, "known-problem", async () => {
-      know((await api(`classes/${encodeURIComponent(name)}`, { method: "DELETE" })).classes);
-      $("known-title").focus();
-      return `Forgot “${name}”.`;
-    });
-  };
-  $("ask").showModal();
+  return new Promise((done) => {
+    $("ask").onclose = () => done($("ask").returnValue === "go");
+    $("ask").showModal();
+  });
+}
+
+async function forget(name) {
+  const text = "It will no longer be told apart. To have it back, it must be taught again.";
+  if (!(await ask(`Forget “${name}”?`, text, "Keep it", "Forget it"))) return;
+  await changing(`Forgetting “${name}” …`, "known-problem", async () => {
+    await know((await api(`classes/${encodeURIComponent(name)}`, { method: "DELETE" })).classes);
+    $("known-title").focus();
+    return `Forgot “${name}”.`;
+  });
+}
+
+// --- how good it is, and what was done --------------------------------------------------------------------------------
+
+const rounded = (n) => String(n < 10 ? +n.toFixed(1) : Math.round(n));
+
+function judge(good) {
+  $("good").hidden = good?.accuracy == null;
+  if ($("good").hidden) return;
+  const [low, high] = good.interval;
+  $("accuracy").textContent = `About ${percent(good.accuracy)} of new pictures right (${percent(low)} to ${percent(high)})`;
+  $("sources").textContent = `Estimated from ${good.sources.join(" and ")}; every class counts the same.`;
+  $("confused-title").hidden = !good.confused.length;
+  $("confused").replaceChildren(...good.confused.map(({ first, second, pictures, advice }, i) => {
+    const again = advice === good.confused[i + 1]?.advice; // told once, below the last of those that it is for
+    const said = again ? [] : [element("span", { class: "soft" }, advice[0].toUpperCase() + advice.slice(1))];
+    return element("li", {}, `${first} and ${second}, ${counted(rounded(pictures), "picture")}`, ...said);
+  }));
+  const { shown, confusions, others, classes } = good;
+  const some = shown.length < classes.length;
+  $("matrix-choice").hidden = shown.length < 2;
+  $("matrix-hint").textContent = `Of left-out pictures of a class (row), how many are taken for which (column)${some ? "; the classes that are mixed up most" : ""}.`;
+  const heads = [...shown, ...(some ? ["others"] : [])];
+  const head = element("tr", {}, element("td"), ...heads.map((name) => element("th", { scope: "col", title: name }, element("span", {}, name))));
+  const lines = confusions.map((line, i) => {
+    const numbers = some ? [...line, others[i]] : line;
+    const whole = line.reduce((a, b) => a + b, others[i]) || 1;
+    return element("tr", {}, element("th", { scope: "row", title: shown[i] }, shown[i]), ...numbers.map((n, j) => {
+      const made = element("td", { class: i === j ? "right" : "wrong" }, n >= 0.05 ? rounded(n) : "");
+      made.style.setProperty("--share", Math.min(1, 2 * n / whole));
+      return made;
+    }));
+  });
+  $("matrix").replaceChildren(element("thead", {}, head), element("tbody", {}, ...lines));
+}
+
+function recall(done) {
+  $("changes").hidden = !done?.entries.length;
+  if (!done) return;
+  $("history").replaceChildren(...[...done.entries].reverse().map(({ date, change, names }) => {
+    const called = names.length ? `: ${names.slice(0, 5).join(", ")}${names.length > 5 ? `, and ${names.length - 5} more` : ""}` : "";
+    return element("li", {}, element("time", { class: "soft", datetime: date }, date), element("span", {}, change + called));
+  }));
+  $("undo").hidden = !health.may_change || !done.undoable;
+}
+
+async function undo() {
+  const text = "What it learned, forgot or was corrected in last is taken back. This cannot itself be undone.";
+  if (!(await ask("Undo the last change?", text, "Leave it", "Undo it"))) return;
+  await changing("Undoing …", "changes-problem", async () => {
+    await know((await api("undo", { method: "POST" })).classes);
+    $("changes-title").focus();
+    return "The last change is undone.";
+  }, "changes-status");
 }
 
 // --- the page -------------------------------------------------------------------------------------------------------
@@ -319,12 +527,12 @@ function takes(area, input, given) {
 // A file that misses its place must not take the place of the page
 for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
 
-takes("drop", "file", ([file]) => look(file));
+takes("drop", "file", look);
 takes("teach-drop", "files", choose);
 
 document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
-  if (file && !$("look").hidden) look(file);
+  const files = [...event.clipboardData.files];
+  if (files.length && !$("look").hidden) look(files);
 });
 
 $("picture").addEventListener("error", () => { $("view").hidden = true; $("no-preview").hidden = false; });
@@ -334,12 +542,19 @@ $("picture").addEventListener("load", () => {
   $("no-preview").hidden = true;
 });
 $("show-patches").addEventListener("change", draw);
-$("known-title").tabIndex = -1;
+$("known-title").tabIndex = $("changes-title").tabIndex = -1;
+$("csv").addEventListener("click", download);
+$("undo").addEventListener("click", undo);
+$("camera-on").addEventListener("click", openCamera);
+$("camera-off").addEventListener("click", closeCamera);
+$("snap").addEventListener("click", async () => { const file = await snap(); if (file) look([file]); });
+$("snap-teach").addEventListener("click", async () => { const file = await snap(); if (file) choose([file]); });
+$("mend-form").addEventListener("submit", (event) => { event.preventDefault(); correct(); });
 
 function threshold() {
   $("threshold-value").textContent = percent(Number($("threshold").value));
 }
-$("threshold").addEventListener("input", () => { threshold(); say(); });
+$("threshold").addEventListener("input", () => { threshold(); looked.forEach(tellRow); say(); });
 threshold();
 
 $("teach-form").addEventListener("submit", (event) => { event.preventDefault(); teach(); });

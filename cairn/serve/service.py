@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,13 +18,17 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from cairn.classifier.classifier import IncrementalClassifier
+from cairn.classifier.folder import NAME, undo
+from cairn.classifier.record import HistoryEntry
 from cairn.data.folders import decoded_within, reason
 from cairn.data.identity import content_hash
 from cairn.data.in_memory import Reduced
 from cairn.data.names import class_name, require_text
-from cairn.errors import ConfigError, DataError, Interrupted, one_line
+from cairn.errors import ConfigError, DataError, Interrupted, ResultError, counted, one_line
 from cairn.experiment.folder import Lock
-from cairn.methods.protocol import DescribedClasses
+from cairn.methods.protocol import DescribedClasses, KeepsSums
+from cairn.storage.archive import Archive
+from cairn.storage.schema import validated
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.log import Log
 
@@ -33,6 +38,9 @@ DECODED = 4
 
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
+
+PAIRS, SHOWN = 5, 20
+"""Of classes that are mixed up: pairs that are told, and classes between which the confusions are."""
 
 Change = Callable[[IncrementalClassifier, "Work"], Any]
 
@@ -70,6 +78,7 @@ class Service:
         self.max_pixels = max_pixels
         self.work: Work | None = None
         self.stopping: int | None = None
+        self._told: tuple[IncrementalClassifier, dict[str, Any]] | None = None
         self._free = threading.Lock()
         self._worker = ThreadPoolExecutor(1, "learning")
         self._slots = threading.Semaphore(os.cpu_count() or 1)  # a large picture, unpacked, is some hundred MB
@@ -98,6 +107,32 @@ class Service:
                 "reasons": reasons,
             }
 
+    def estimate(self) -> dict[str, Any]:
+        """How good it is, as far as pictures left out of learning tell: in all, of each class, and what is mixed up. Of many
+        classes the confusions are those of the ones that are mixed up most."""
+        learner, told = self.learner, self._told
+        if told is None or told[0] is not learner:
+            with self._slots:
+                self._told = told = learner, _estimate(learner)
+        return told[1]
+
+    def history(self) -> dict[str, Any]:
+        """What was done when, the first first, and how many changes can be undone."""
+        entries = [validated(HistoryEntry, entry, "history") for entry in self.learner.history_]
+        return {
+            "entries": [
+                {"date": str(entry.date), "change": entry.told, "names": entry.names or [*entry.new, *entry.again]}
+                for entry in entries
+            ],
+            "undoable": max(0, len(Archive(self.folder, NAME).bytes_of_each()) - 1),
+        }
+
+    @property
+    def relabels(self) -> bool:
+        """Whether pictures that were learned can be taken out again, and so be learned as another class."""
+        method = self.learner.method_
+        return isinstance(method, KeepsSums) and method.trained is None
+
     @property
     def describes(self) -> bool:
         """Whether a new class needs sentences that say what it looks like."""
@@ -125,6 +160,31 @@ class Service:
 
         await self._changed(f"'{name}' is being learned", change)
 
+    async def relabel(self, name: str, files: Sequence[IO[bytes]]) -> None:
+        """Raises HTTPException as `learn`: 409 too where these pictures are of that class and no other already."""
+        name = _class_name(name)
+
+        def change(copy: IncrementalClassifier, work: Work) -> None:
+            calls = len(copy.history_)
+            images = [self._whole(file, f"picture {i}") for i, file in enumerate(files, 1)]
+            copy.relabel(images, name, log=Log(show=work.progress))
+            if len(copy.history_) == calls:
+                raise HTTPException(409, f"'{name}' has learned these pictures already; nothing was changed")
+
+        await self._changed(f"pictures are being learned as '{name}'", change)
+
+    async def undo(self) -> None:
+        """Take back the last change. Raises HTTPException 409 where no earlier state is kept, and while another change is made."""
+
+        def undone() -> IncrementalClassifier:
+            try:
+                undo(self.folder)
+            except ResultError:
+                raise HTTPException(409, "nothing can be undone: no earlier state is kept") from None
+            return IncrementalClassifier.load(self.folder, self.towers)
+
+        await self._replaced("the last change is being undone", lambda _: undone())
+
     async def forget(self, name: str) -> None:
         """Raises HTTPException: 404 for a class that is not known, 409 for the last one and while another change is made."""
 
@@ -147,6 +207,19 @@ class Service:
         self._worker.shutdown()
 
     async def _changed(self, what: str, change: Change) -> None:
+        def changed(work: Work) -> IncrementalClassifier:
+            # What is on disk, which another process may have taught meanwhile
+            copy = IncrementalClassifier.load(self.folder, self.towers)
+            change(copy, work)
+            if self.stopping is not None:
+                raise _stopped()
+            copy.save(self.folder)
+            return copy
+
+        await self._replaced(what, changed)
+
+    async def _replaced(self, what: str, make: Callable[[Work], IncrementalClassifier]) -> None:
+        """The learner is what `make` gives, which has the folder to itself."""
         if self.stopping is not None:
             raise _stopped()
         if not self._free.acquire(blocking=False):
@@ -156,21 +229,15 @@ class Service:
             )
         self.work = work = Work(what)
         # Not waited for by whoever asked, if they hang up: it is finished all the same
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, self._change, change, work))
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, self._replace, make, work))
 
-    def _change(self, change: Change, work: Work) -> None:
+    def _replace(self, make: Callable[[Work], IncrementalClassifier], work: Work) -> None:
         try:
             lock = Lock(self.folder).take()
             try:
-                # What is on disk, which another process may have taught meanwhile
-                copy = IncrementalClassifier.load(self.folder, self.towers)
-                change(copy, work)
-                if self.stopping is not None:
-                    raise _stopped()
-                copy.save(self.folder)
+                self.learner = make(work)
             finally:
                 lock.release()
-            self.learner = copy
         except Interrupted:
             raise _stopped() from None
         finally:
@@ -200,6 +267,30 @@ class Service:
     def _blank(self) -> Tensor:
         """A picture without anything in it, as the tower sees it."""
         return self.towers.prepare(np.zeros((8, 8, 3), np.uint8))
+
+
+def _estimate(learner: IncrementalClassifier) -> dict[str, Any]:
+    found, names = learner.estimate_, list(map(str, learner.classes_))
+    pairs, M = found.confused[:PAIRS], found.matrix
+    shown = list(range(len(names)))
+    if len(names) > SHOWN:
+        shown = sorted([*dict.fromkeys(c for pair in found.confused for c in pair[:2])][:SHOWN])
+    return {
+        "accuracy": found.accuracy,
+        "interval": found.interval,
+        "sources": [f"{counted(n, 'picture')} {source}" for source, n in found.sources.items()],
+        "classes": [
+            {"name": name, "accuracy": None if math.isnan(accuracy) else accuracy}
+            for name, accuracy in zip(names, found.by_class.tolist(), strict=True)
+        ],
+        "confused": [
+            {"first": names[pair.a], "second": names[pair.b], "pictures": pair.images, "advice": said}
+            for pair, said in zip(pairs, learner.advice(pairs), strict=True)
+        ],
+        "shown": [names[c] for c in shown],
+        "confusions": M[np.ix_(shown, shown)].tolist(),
+        "others": [float(M[c].sum() - M[c, shown].sum()) for c in shown],
+    }
 
 
 def _unreadable(what: str, error: Exception) -> HTTPException:

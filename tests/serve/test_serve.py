@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import io
 import os
 import re
@@ -18,6 +19,8 @@ import tracemalloc
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -26,6 +29,7 @@ import pytest
 from PIL import Image
 
 from cairn import IncrementalClassifier
+from cairn.classifier.estimate import AccuracyEstimate
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError
 from cairn.experiment.folder import Lock
@@ -119,7 +123,8 @@ def test_predicts_as_the_learner_does(service, drawn):
     health = ask("GET", "/api/health").json()
     assert (health["status"], health["may_change"], health["learning"]) == ("ok", True, None)
     paths = ask("GET", "/openapi.json").json()["paths"]
-    assert {"/api/classes", "/api/predict", "/api/learn", "/api/health", "/api/classes/{name}"} == set(paths)
+    names = ("classes", "predict", "learn", "relabel", "undo", "history", "estimate", "health", "classes/{name}")
+    assert {f"/api/{name}" for name in names} == set(paths)
 
 
 def test_learns_saves_and_forgets(service, drawn, towers):
@@ -146,6 +151,104 @@ def test_learns_saves_and_forgets(service, drawn, towers):
         ask("DELETE", f"/api/classes/{name}")
     assert "only class" in error(ask("DELETE", f"/api/classes/{names[3]}"), 409)
     assert not (service.folder / ".lock").exists()
+
+
+def sums(drawn, towers, folder, method="lda"):
+    """A service of a learner that can unlearn: three classes of 8, 8 and 7 pictures in two tasks."""
+    names = list(drawn)
+    learner = IncrementalClassifier(method, towers, device="cpu")
+    for task in ((names[0], drawn[names[0]][:8]), (names[1], drawn[names[1]][:8])), ((names[2], drawn[names[2]][:7]),):
+        rows = [(np.asarray(Image.open(io.BytesIO(file))), name) for name, files in task for file in files]
+        learner.partial_fit(*zip(*rows, strict=True))
+        learner.save(folder)
+    return Service(folder, learner)
+
+
+def test_relabels_as_the_learner_does(drawn, towers, tmp_path):
+    names = list(drawn)
+    service = sums(drawn, towers, tmp_path)
+    ask, wrong = client(service), drawn[names[2]][6]
+    twin = IncrementalClassifier.load(tmp_path, towers)
+    assert ask("GET", "/api/health").json()["relabels"] is True
+    for name in ("new one", names[0]):  # a class that is not known, and one that is
+        found = ask("POST", "/api/relabel", data={"name": f" {name}"}, files=pictures(wrong, drawn[names[3]][0]))
+        twin.relabel([np.asarray(Image.open(io.BytesIO(file))) for file in (wrong, drawn[names[3]][0])], name)
+        counts = {row["name"]: row["images"] for row in found.json()["classes"]}
+        assert counts == dict(zip(twin.classes_, twin.counts_, strict=True))
+    assert counts == {names[0]: 10, names[1]: 8, names[2]: 6}
+    image = [np.asarray(Image.open(io.BytesIO(drawn[names[2]][8])))]
+    np.testing.assert_array_equal(service.learner.predict_proba(image), twin.predict_proba(image))
+    repeated = ask("POST", "/api/relabel", data={"name": names[0]}, files=pictures(wrong))
+    assert "has learned these pictures already" in error(repeated, 409)
+    before = service.learner
+    assert "picture 2 cannot be read" in error(
+        ask("POST", "/api/relabel", data={"name": names[1]}, files=pictures(wrong, b"no image")), 415
+    )
+    error(ask("POST", "/api/relabel", data={"name": " "}, files=pictures(wrong)), 422)
+    assert service.learner is before
+    service.close()
+
+
+def test_where_pictures_cannot_be_taken_out_relabelling_is_refused(service, drawn):
+    ask, names = client(service), list(drawn)
+    assert ask("GET", "/api/health").json()["relabels"] is False
+    refused = ask("POST", "/api/relabel", data={"name": names[1]}, files=pictures(drawn[names[0]][0]))
+    assert "pictures cannot be taken out" in error(refused, 422)
+
+
+def test_undoes_and_tells_what_was_done(drawn, towers, tmp_path):
+    names = list(drawn)
+    service = sums(drawn, towers, tmp_path)
+    ask, image = client(service), [np.asarray(Image.open(io.BytesIO(drawn[names[0]][8])))]
+    before = service.learner.predict_proba(image)
+    ask("POST", "/api/learn", data={"name": names[3]}, files=pictures(*drawn[names[3]][:3]))
+    done = ask("GET", "/api/history").json()
+    assert [entry["names"] for entry in done["entries"]] == [names[:2], [names[2]], [names[3]]]
+    assert done["entries"][0]["change"] == "2 new classes, 16 images"
+    assert done["undoable"] == 2
+    known = ask("POST", "/api/undo").json()["classes"]
+    assert [row["name"] for row in known] == names[:3]
+    np.testing.assert_array_equal(service.learner.predict_proba(image), before)
+    assert list(IncrementalClassifier.load(tmp_path, towers).classes_) == names[:3]
+    done = ask("GET", "/api/history").json()
+    assert (done["entries"][-1]["change"], done["undoable"]) == ("undone: learning", 1)
+    assert len(ask("POST", "/api/undo").json()["classes"]) == 2
+    now = service.learner
+    assert "nothing can be undone" in error(ask("POST", "/api/undo"), 409)
+    assert service.learner is now
+    other = Lock(tmp_path).take()
+    try:
+        assert str(tmp_path) not in error(ask("POST", "/api/undo"), 503)
+    finally:
+        other.release()
+    service.stop(signal.SIGTERM)
+    assert "being stopped" in error(ask("POST", "/api/undo"), 503)
+    service.close()
+
+
+def test_tells_how_good_it_is(drawn, towers, tmp_path):
+    names = list(drawn)
+    service = sums(drawn, towers, tmp_path)
+    ask, learner = client(service), service.learner
+    M = np.array([[5.0, 3, 0], [1, 6, 1], [1, 0, 6]])
+    known = AccuracyEstimate().with_task(M, "left out one by one")
+    learner._learned = replace(learner._learned, estimate=known)
+    found = ask("GET", "/api/estimate").json()
+    assert found["accuracy"] == pytest.approx((5 / 8 + 6 / 8 + 6 / 7) / 3)
+    assert found["interval"] == list(known.interval)
+    assert found["sources"] == ["23 pictures left out one by one"]
+    assert [row["name"] for row in found["classes"]] == found["shown"] == names[:3]
+    assert [row["accuracy"] for row in found["classes"]] == pytest.approx([5 / 8, 6 / 8, 6 / 7])
+    assert (found["confusions"], found["others"]) == (M.tolist(), [0, 0, 0])
+    pairs = [(row["first"], row["second"], row["pictures"]) for row in found["confused"]]
+    assert pairs == [(names[0], names[1], 4), (names[0], names[2], 1), (names[1], names[2], 1)]
+    assert found["confused"][0]["advice"] == learner.advice(known.confused)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cairn.serve.service.SHOWN", 2)
+        service.learner = deepcopy(learner)
+        few = ask("GET", "/api/estimate").json()
+    assert (few["shown"], few["confusions"], few["others"]) == (names[:2], [[5, 3], [1, 6]], [0, 1])
+    service.close()
 
 
 def test_a_picture_is_the_same_one_for_the_service_and_the_command_line(service, drawn, towers, tmp_path, cairn):
@@ -275,7 +378,10 @@ def test_sizes_are_limited_while_they_come_in(service):
     ask = client(service, max_bytes=1000)
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     assert "0.001 MB" in error(ask("POST", "/api/predict", files={"image": png(image)}), 413)
-    assert "too large" in error(ask("POST", "/api/learn", data={"name": "x"}, files=pictures(png(image))), 413)
+    for path in ("/api/learn", "/api/relabel"):
+        assert "too large" in error(ask("POST", path, data={"name": "x"}, files=pictures(png(image))), 413)
+        assert "too large" in error(ask("POST", path, content=b"x" * (ROOM + 20_001)), 413)
+    assert "too large" in error(ask("POST", "/api/undo", content=b"x" * (ROOM + 1)), 413)
     assert "too large" in error(ask("POST", "/api/predict", content=b"x" * (ROOM + 1001)), 413)
     sent = 0
 
@@ -290,7 +396,8 @@ def test_sizes_are_limited_while_they_come_in(service):
     assert "too large" in error(ask("POST", "/api/predict", content=endless(), headers=form), 413)
     assert sent < 2 * ROOM
     many = pictures(*[b"x"] * 101)
-    assert "100" in error(ask("POST", "/api/learn", data={"name": "x"}, files=many), 422)
+    for path in ("/api/learn", "/api/relabel"):
+        assert "100" in error(ask("POST", path, data={"name": "x"}, files=many), 422)
 
 
 def test_who_may_ask_for_what(service, drawn):
@@ -302,13 +409,19 @@ def test_who_may_ask_for_what(service, drawn):
     for headers in wrong:
         here = client(service)
         assert here("POST", "/api/predict", files=image, headers=headers).status_code == 200
-        for method, path in (("POST", "/api/learn"), ("DELETE", f"/api/classes/{name}")):
+        for method, path in (
+            ("POST", "/api/learn"),
+            ("POST", "/api/relabel"),
+            ("POST", "/api/undo"),
+            ("DELETE", f"/api/classes/{name}"),
+        ):
             refused = here(method, path, headers=headers)
             assert "access code" in error(refused, 401)
             assert refused.headers["www-authenticate"] == "Bearer"
     assert here("GET", "/api/health", headers=wrong[0]).json()["may_change"] is False
     there = client(service, loopback=False, host="0.0.0.0")
-    for method, path in (("POST", "/api/predict"), ("GET", "/api/classes"), ("POST", "/api/learn")):
+    asking = ("classes", "history", "estimate")
+    for method, path in (("POST", "/api/predict"), *(("GET", f"/api/{one}") for one in asking), ("POST", "/api/learn")):
         error(there(method, path, headers=wrong[2]), 401)
     assert there("POST", "/api/predict", files=image, headers={"Host": "any.example"}).status_code == 200
     assert there("GET", "/api/health", headers=wrong[0]).json()["may_ask"] is False
@@ -341,7 +454,10 @@ def test_requests_of_other_sites_are_refused(service):
     ask = client(service)
     for site in ("cross-site", "same-site"):
         headers = {"Authorization": "Bearer wrong", "Sec-Fetch-Site": site}
-        assert "other sites" in error(ask("GET", "/api/classes", headers=headers), 403)
+        for path in ("classes", "history", "estimate"):
+            assert "other sites" in error(ask("GET", f"/api/{path}", headers=headers), 403)
+        for path in ("relabel", "undo"):
+            assert "other sites" in error(ask("POST", f"/api/{path}", headers=BEARER | headers), 403)
     assert ask("GET", "/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link leads there
     for site in ("same-origin", "none"):
         assert ask("GET", "/api/classes", headers={"Sec-Fetch-Site": site}).status_code == 200
@@ -613,6 +729,86 @@ def test_the_page_in_a_browser(service, drawn):
         browser.close()
     assert not problems
     assert not [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_several_pictures_corrections_and_the_camera_in_a_browser(drawn, towers, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names, service = list(drawn), sums(drawn, towers, tmp_path / "learner")
+    files = [
+        {"name": name, "mimeType": "image/png", "buffer": content}
+        for name, content in (
+            ("=1+1.png", drawn[names[0]][8]),
+            ('a "quoted", one.png', drawn[names[1]][8]),
+            ("broken.png", b"no image"),
+            ("wrong.png", drawn[names[2]][6]),
+        )
+    ]
+    arguments = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    with served(service) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(30_000)
+        problems = []
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.goto(f"{address}#token={TOKEN}")
+        page.wait_for_selector("#good:not([hidden])")
+        share = round(100 * service.learner.estimate_.accuracy)
+        assert page.locator("#accuracy").inner_text().startswith(f"About {share}\u00a0%")
+        page.locator("#matrix-choice summary").click()
+        assert page.locator("#matrix tbody th").all_inner_texts() == names[:3]
+
+        # several at once, one of them damaged
+        page.set_input_files("#file", files)
+        page.wait_for_function("() => !$('csv').disabled")
+        images = [np.asarray(Image.open(io.BytesIO(file["buffer"]))) for i, file in enumerate(files) if i != 2]
+        predictions = service.learner.predictions(images, known=True)
+        with page.expect_download() as download:
+            page.click("#csv")
+        lines = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text(), newline="")))
+        assert [line["image"] for line in lines] == ["'=1+1.png", *(file["name"] for file in files[1:])]
+        assert "cannot be read as a picture" in lines[2]["problem"]
+        assert lines[2]["class"] == ""
+        best = [classes[0] for classes in predictions.topk(1)]
+        rows = [lines[i] for i in (0, 1, 3)]
+        assert [(row["class"], row["probability"]) for row in rows] == [(n, f"{p:.6f}") for n, p in best]
+        assert [row["known"] for row in rows] == [f"{known:.6f}" for known in predictions.known_scores()]
+        assert [row["unknown"] for row in rows] == [str(known < 0.05).lower() for known in predictions.known_scores()]
+
+        # by keyboard: the last picture, which was learned under a wrong name
+        page.locator(".one").first.focus()
+        for _ in range(3):
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        assert page.locator(".one[aria-current=true] .file").inner_text() == "wrong.png"
+        page.locator("#mend summary").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        page.keyboard.type(names[0])
+        page.keyboard.press("Enter")
+        page.get_by_text(f"Learned as “{names[0]}”.").wait_for()
+        assert page.locator("#known .soft").all_inner_texts() == ["9 pictures", "8 pictures", "6 pictures"]
+        assert "1 image taken out again" in page.locator("#history li").first.inner_text()
+
+        page.click("#undo")
+        page.get_by_role("button", name="Undo it").click()
+        page.get_by_text("The last change is undone.").wait_for()
+        assert page.locator("#known .soft").all_inner_texts() == ["8 pictures", "8 pictures", "7 pictures"]
+
+        page.click("#camera-on")
+        page.wait_for_function("() => $('live').videoWidth > 0")
+        page.click("#snap-teach")
+        page.wait_for_selector("#chosen img")
+        page.click("#snap")
+        page.wait_for_function("() => looked.length === 1 && answer !== null")
+        page.click("#camera-off")
+        assert page.evaluate("camera") is None
+        for width in (1200, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    service.close()
+    assert not problems
 
 
 def nginx_block() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,18 @@ from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.evaluation import Evaluation
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
-from cairn.classifier.inputs import Labelled, Sentences, columns, descriptions_of, labelled, readable
+from cairn.classifier.inputs import (
+    Labelled,
+    Sentences,
+    columns,
+    descriptions_of,
+    labelled,
+    pictures,
+    readable,
+    unlabelled,
+)
 from cairn.classifier.learned import Learned
+from cairn.classifier.mending import Mended, Mending
 from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import KEEP, LearnerRecord
@@ -30,25 +40,20 @@ from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.identity import SHOWN
 from cairn.data.in_memory import InMemoryImages, Item, items_of
-from cairn.data.loading import Loader
-from cairn.data.names import alike, class_name, listed, normal_form
+from cairn.data.names import alike, class_name, normal_form
 from cairn.data.stream import Task
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
     ConfigError,
     DataError,
-    InvalidInput,
     NotFitted,
     TowersError,
     UnknownName,
     UnreadableImages,
-    counted,
-    one_line,
 )
 from cairn.methods.catalogue import method_named
-from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, KeepsSums, Method, NamesClasses
+from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method
 from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
@@ -58,7 +63,6 @@ from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
-from cairn.training.encode import encode
 from cairn.training.log import Log
 from cairn.training.seeds import Seeds
 
@@ -270,17 +274,14 @@ class IncrementalClassifier(Estimator):
             digest.update(label.tobytes() + value)
         return digest.hexdigest()
 
+    # changing what was learned
+
     def forget(self, name: str) -> IncrementalClassifier:
         """Without that class: its name, texts and statistics go. What shared weights learned of it stays. Raises DataError for
         a class that is not known."""
         with self._lock.writing():
-            c = self._learned.number(name)
-            name = str(self._learned.classes[c])
-            method = self._copy()
-            method.forget(c)
-            self._method, self._novelty = method, None
-            self._learned, self._forgot = self._learned.without_class(c), True
-            self._drop_descriptions(name)
+            self._take(self._mending(Log()).forget(name))
+            self._forgot = True
         return self
 
     def rename(self, name: str, new: str, *, log: Log | None = None) -> IncrementalClassifier:
@@ -290,19 +291,7 @@ class IncrementalClassifier(Estimator):
         Raises DataError for a class that is not known, for a name that another class has, and for one that no class may have.
         """
         with self._lock.writing():
-            learned = self._learned
-            c, new = learned.number(name), class_name(new)
-            old = str(learned.classes[c])
-            if (other := learned.numbers().get(new)) is not None:
-                called = "has that name already" if other == c else f"is there already; merge '{old}' with it instead"
-                raise DataError(f"class '{new}' {called}")
-            log = self._noting(log or Log())
-            others = [str(kept) for i, kept in enumerate(learned.classes) if i != c]
-            for notice in alike([*others, new], [new]):
-                log("notice", text=notice)
-            descriptions = _descriptions_renamed(self.descriptions, old, new)
-            self._method = self._named(self._copy(), c, new, descriptions, log)
-            self._learned, self._novelty, self.descriptions = learned.renamed(c, new), None, descriptions
+            self._take(self._mending(self._noting(log or Log())).rename(name, new))
         return self
 
     def merge(self, name: str, other: str, into: str | None = None, *, log: Log | None = None) -> IncrementalClassifier:
@@ -312,27 +301,7 @@ class IncrementalClassifier(Estimator):
         Raises ConfigError for a method that trains on images, DataError for a class that is not known or a name that a third has.
         """
         with self._lock.writing():
-            learned = self._learned
-            first, second = sorted((learned.number(name), learned.number(other)))
-            into = str(learned.classes[learned.number(name)]) if into is None else class_name(into)
-            if first == second:
-                raise DataError(f"class '{name}' and class '{other}' are one class already")
-            if learned.numbers().get(into, first) not in (first, second):
-                raise DataError(f"class '{into}' is there already; merge two of the three first")
-            log, method = self._noting(log or Log()), self._copy()
-            both = self._sums(method, "two classes cannot become one")
-            old, gone = str(learned.classes[first]), str(learned.classes[second])
-            descriptions = self.descriptions
-            for called in (old, gone):
-                if called != into:
-                    descriptions = _descriptions_renamed(descriptions, called, into)
-            both.merge(first, second)
-            if into != old:
-                self._named(method, first, into, descriptions, log)
-            self._learned = learned.merged(first, second, into)
-            self._method, self._novelty, self.descriptions = method, None, descriptions
-            if twice := len(learned.pictures.of_both(first, second)):
-                log("notice", text=f"learned as either class, now twice as one: {counted(twice, 'image')}")
+            self._take(self._mending(self._noting(log or Log())).merge(name, other, into))
         return self
 
     def unlearn(
@@ -350,11 +319,13 @@ class IncrementalClassifier(Estimator):
         without any picture left is gone. What was fitted to them once stays (see docs/your-images.md).
         Raises ConfigError for a method that trains on images; UnreadableImages and DataError as `partial_fit` does.
         """
-        with self._lock.writing(), self._all_or_nothing():
+        with self._lock.writing():
             log = self._noting(log or Log())
-            given, names = self._pictures(images, labels, on_bad_image, log)
+            given, names = pictures(images, labels, self._width, on_bad_image, log)
             numbers = None if names is None else [self._learned.number(name) for name in names]
-            if self._take_out(given, lambda row, c: numbers is None or c == numbers[row], "", log):
+            found = self._mending(log).take_out(given, lambda row, c: numbers is None or c == numbers[row])
+            if found is not None:
+                self._take(found)
                 self._forgot = True
         return self
 
@@ -370,86 +341,22 @@ class IncrementalClassifier(Estimator):
         as that, both or neither. Pictures that were not learned before are learned, with a notice. Raises as these do."""
         with self._lock.writing(), self._all_or_nothing():
             log, name, since = self._noting(log or Log()), class_name(name), len(self._known().history)
-            given, _ = self._pictures(images, None, on_bad_image, log)
+            given, _ = pictures(images, None, self._width, on_bad_image, log)
             target = self._learned.numbers().get(name)
-            self._take_out(given, lambda _, c: c != target, " as another class", log)
+            if found := self._mending(log).take_out(given, lambda _, c: c != target, " as another class"):
+                self._take(found)
             self.partial_fit(given.items, [name] * len(given), log=log)
             if len(self._learned.history) > since:
                 self._learned = self._learned.relabelled(since)
         return self
 
-    def _pictures(
-        self,
-        images: Item | Iterable[Item],
-        labels: str | Iterable[str] | None,
-        on_bad_image: Literal["stop", "skip"],
-        log: Log,
-    ) -> tuple[InMemoryImages, list[str] | None]:
-        """Those that can be read, and a class for each if any was given."""
-        items = items_of(images, self._width)
-        if not items:
-            raise InvalidInput("no image given")
-        rows = np.arange(len(items))
-        readable_rows = readable(InMemoryImages(items, rows, self._width), {}, on_bad_image, log).labels
-        names = None
-        if labels is not None:
-            _, all_names = labelled(items, [labels] * len(items) if isinstance(labels, str) else labels, self._width)
-            names = [all_names[row] for row in readable_rows]
-        nothing = np.zeros(len(items), dtype=np.int64)
-        return InMemoryImages(items, nothing, self._width).taken(readable_rows), names
+    def _mending(self, log: Log) -> Mending:
+        return Mending(self.method, self._copy, self._learned, self.descriptions, self.templates, log)
 
-    def _take_out(self, given: InMemoryImages, wanted: Callable[[int, int], bool], how: str, log: Log) -> bool:
-        """Without pictures as the classes that they were learned as and `wanted(row, class number)` says; whether there was any.
-        `how` is what a notice says of those not learned so."""
-        method, learned, hashes = self._copy(), self._learned, given.content_hashes()
-        sums = self._sums(method, "pictures cannot be taken out")
-        pairs: dict[tuple[bytes, int], int] = {}
-        missing = []
-        for row, value in enumerate(hashes):
-            own = [c for c in sorted({*learned.pictures.learned_as(value)}) if wanted(row, c)]
-            missing += [] if own else [row]
-            for c in own:
-                pairs.setdefault((value, c), row)
-        if missing:
-            shown = listed([one_line(given.describe(row)) for row in missing], SHOWN)
-            log("notice", text=f"not learned{how}: {len(missing)} of {counted(len(given), 'image')}, {shown}")
-        if not pairs:
-            return False
-        copies = {(value, c): learned.pictures.learned_as(value).count(c) for value, c in pairs}
-        for c in sorted({c for _, c in pairs}):
-            if unknown := int(learned.counts[c]) - learned.pictures.number(c):
-                log(
-                    "notice",
-                    text=f"class '{learned.classes[c]}': {counted(unknown, 'image')} not known one by one; copies of these may be "
-                    "among them, which stay",
-                )
-        rows = sorted({*pairs.values()})
-        place = {row: i for i, row in enumerate(rows)}
-        towers = method.towers
-        loader = Loader(given.taken(rows), towers.prepare, towers.pixels, batch=BATCH)
-        features, _ = encode(loader, lambda features, _: features, embed=method.embed)
-        each = [(place[row], pair[1]) for pair, row in pairs.items() for _ in range(copies[pair])]
-        index, labels = torch.tensor(each).T
-        sums.unlearn(features[index], labels)
-        emptied = learned.emptied(copies)
-        for c in emptied:
-            method.forget(c)
-            name = str(learned.classes[c])
-            self._drop_descriptions(name)
-            log("notice", text=f"class '{name}': all of its images are taken out, so it is gone")
-        self._method, self._learned, self._novelty = method, learned.without_pictures(copies), None
-        return True
-
-    def _sums(self, method: Method, what: str) -> KeepsSums:
-        """The method, if what it keeps are sums alone. Raises ConfigError, whose beginning is `what`, otherwise."""
-        reason = (
-            method.trained if isinstance(method, KeepsSums) else "it trains on images, or keeps more of them than sums"
-        )
-        if not isinstance(method, KeepsSums) or reason is not None:
-            raise ConfigError(
-                f"method '{self.method}': {what}: {reason}; undo the change that learned them, or forget the class and learn again"
-            )
-        return method
+    def _take(self, mended: Mended) -> None:
+        """In place of what was learned before."""
+        self._method, self._learned, self.descriptions = mended
+        self._novelty = None
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -460,24 +367,6 @@ class IncrementalClassifier(Estimator):
         except BaseException:
             self.__dict__.update(before)
             raise
-
-    def _drop_descriptions(self, name: str) -> None:
-        if isinstance(self.descriptions, Mapping):
-            self.descriptions = {other: said for other, said in self.descriptions.items() if other != name}
-
-    def _named(self, method: Method, c: int, name: str, descriptions: Sentences, log: Log) -> Method:
-        """The method, with class number `c` called so."""
-        if not isinstance(method, NamesClasses):
-            if method.card.text:
-                raise ConfigError(
-                    f"method '{self.method}': what it made of a class's name cannot be made anew; forget the class and learn its "
-                    "pictures under the new name"
-                )
-            return method
-        nothing = InMemoryImages([], np.zeros(0, dtype=np.int64), self._width)
-        templates = prompt_templates(self.templates)
-        method.rename(c, Task(0, range(c, c + 1), (name,), templates, nothing, descriptions_of(descriptions)), log)
-        return method
 
     # predicting
 
@@ -556,7 +445,7 @@ class IncrementalClassifier(Estimator):
 
     def unreadable(self, items: Sequence[Item]) -> UnreadableImages:
         """The error that names all of these that cannot be read."""
-        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
+        given = unlabelled(items, self._width)
         bad = unreadable(given, whole=True)
         return UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad)
 
@@ -616,7 +505,7 @@ class IncrementalClassifier(Estimator):
         require_threshold(unknown_below, "unknown_below")
         items, names = labelled(images, labels, self._width)
         found = self.predictions(items, known=True, on_bad_image=on_bad_image)
-        given = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self._width)
+        given = unlabelled(items, self._width)
         rows = found.positions.tolist()
         return Evaluation(found, [names[row] for row in rows], [given.describe(row) for row in rows], unknown_below)
 
@@ -797,16 +686,6 @@ class IncrementalClassifier(Estimator):
             return None
         towers = self.open_towers()
         return None if towers.has_images else towers.dim
-
-
-def _descriptions_renamed(given: Sentences, old: str, new: str) -> Sentences:
-    """With the sentences of class `old` under its name `new`, unless that has some of its own."""
-    found = descriptions_of(given)
-    if found is None or old not in found.classes:
-        return given
-    sentences = {name: list(said.sentences) for name, said in found.classes.items()}
-    own = sentences.pop(old)
-    return {new: own} | sentences
 
 
 def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:

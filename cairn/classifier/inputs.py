@@ -74,6 +74,26 @@ def readable(
     return given.taken(rows)
 
 
+def pictures(
+    images: Item | Iterable[Item],
+    labels: str | Iterable[str] | None,
+    width: int | None,
+    on_bad_image: Literal["stop", "skip"],
+    log: Log,
+) -> tuple[InMemoryImages, list[str] | None]:
+    """Images that were learned, less those that cannot be read, and a label for each if any was given; one label stands for all.
+    Raises InvalidInput and UnreadableImages."""
+    items = items_of(images, width)
+    if not items:
+        raise InvalidInput("no image given")
+    rows = readable(InMemoryImages(items, np.arange(len(items)), width), {}, on_bad_image, log).labels
+    names = None
+    if labels is not None:
+        _, names = labelled(items, [labels] * len(items) if isinstance(labels, str) else labels, width)
+        names = [names[row] for row in rows]
+    return unlabelled(items, width).taken(rows), names
+
+
 def columns(images: Item | Iterable[Item]) -> int:
     """Numbers in a row, where nothing else tells it. Raises InvalidInput for what are no rows."""
     try:

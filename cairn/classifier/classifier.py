@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from cairn.classifier.advice import advice, alike_names
 from cairn.classifier.assessment import assessed, needs_every_image
 from cairn.classifier.calibration import Calibration, keep_left_out
+from cairn.classifier.choice import AUTO, FIRST, choice, comparable
 from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.evaluation import Evaluation
@@ -74,20 +76,23 @@ AHEAD = 16
 class IncrementalClassifier(Estimator):
     """Learns classes as they come and keeps none of their images.
 
-    `method` is a name of `cairn list`; `towers` a hub id, a folder, `tiny`, a features file, `rows` for embeddings without any
-    text, or a `Towers` object; `settings` are the method's, as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one
-    `{}` for the class name. `descriptions` (for SPA) is a mapping of class names to sentences, or a file. The remaining arguments
-    are as in `RunConfig`. The constructor stores them, as scikit-learn has it: nothing is loaded or checked before it is needed.
+    `method` is a name of `cairn list`, or `auto`: `blend`, unless the images of the first call, left out of learning, tell that
+    another in closed form does better (see `cairn.classifier.choice`); with `settings` always blend. `towers` is a hub id, a
+    folder, `tiny`, a features file, `rows` for embeddings without any text, or a `Towers` object; `settings` are the method's,
+    as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one `{}` for the class name. `descriptions` (for SPA) is a
+    mapping of class names to sentences, or a file. The remaining arguments are as in `RunConfig`. The constructor stores them,
+    as scikit-learn has it: nothing is loaded or checked before it is needed.
 
-    After `fit` or `partial_fit`, not before: `classes_`, in order of arrival (columns of `predict_proba`), `counts_`, images
-    learned per class, `history_`, what was learned when, `method_`, the method itself, and `notices_`, what it had to say.
+    After `fit` or `partial_fit`, not before: `chosen_`, the method's name, `classes_`, in order of arrival (columns of
+    `predict_proba`), `counts_`, images learned per class, `history_`, what was learned when, `method_`, the method itself, and
+    `notices_`, what it had to say.
 
     Predictions may be asked for from many threads; learning waits for them and they wait for it.
     """
 
     def __init__(
         self,
-        method: str = "blend",
+        method: str = AUTO,
         towers: str | Towers = "openai/clip-vit-base-patch16",
         *,
         settings: Mapping[str, Any] | None = None,
@@ -110,8 +115,9 @@ class IncrementalClassifier(Estimator):
         """Nothing learned, nothing loaded."""
         self._method: Method | None = None
         self._learned = Learned()
+        self._chosen: str | None = None
         self._config: BaseModel | None = None
-        """The settings that it was learned with: those given later are for another `fit`."""
+        """Method and settings that it was learned with: those given later are for another `fit`."""
         self._towers: Towers | None = None
         self._novelty: Novelty | None = None
         self._notices: list[str] = []
@@ -139,6 +145,12 @@ class IncrementalClassifier(Estimator):
     @property
     def method_(self) -> Method:
         return self._fitted()
+
+    @property
+    def chosen_(self) -> str:
+        """The name of the method that it learned with."""
+        self._fitted()
+        return self._name
 
     @property
     def classes_(self) -> np.ndarray:
@@ -247,7 +259,7 @@ class IncrementalClassifier(Estimator):
         checkpoint: Checkpoint,
         archive: Archive | None,
     ) -> None:
-        learned, config, k = self._learned, self._settings(), len(self._learned.classes)
+        learned, k, chosen = self._learned, len(self._learned.classes), self._name
         task = Task(
             learned.tasks,
             range(k, k + len(new)),
@@ -259,11 +271,22 @@ class IncrementalClassifier(Estimator):
         method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
-        keep_left_out(task, ctx, every=needs_every_image(method, task))
+        compares = self._method is None and self.method == AUTO and not self.settings and comparable(task)
+        keep_left_out(task, ctx, every=compares or needs_every_image(method, task))
         method.learn(task, ctx)
-        found = assessed(learned.calibration, learned.estimate, method, self._method, self._copy, task, ctx)
+        if compares:
+            found = choice(method, task, ctx)
+            log("notice", text=found.reason)
+            if found.method != chosen:  # it takes passes of its own
+                chosen, ctx = found.method, Context(ctx.seeds, log)
+                method = self._fresh(chosen)
+                keep_left_out(task, ctx, every=needs_every_image(method, task))
+                method.learn(task, ctx)
+        before = partial(self._copy, chosen)
+        found = assessed(learned.calibration, learned.estimate, method, self._method, before, task, ctx)
+        config = self._settings(chosen)
         self._learned = learned.with_task(task, hashes, found.calibration, found.references, found.estimate)
-        self._method, self._config, self._novelty = method, config, None
+        self._method, self._chosen, self._config, self._novelty = method, chosen, config, None
 
     def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
         """Names the task, its images by their hashes, and the state that it is learned on."""
@@ -351,7 +374,7 @@ class IncrementalClassifier(Estimator):
         return self
 
     def _mending(self, log: Log) -> Mending:
-        return Mending(self.method, self._copy, self._learned, self.descriptions, self.templates, log)
+        return Mending(self._name, self._copy, self._learned, self.descriptions, self.templates, log)
 
     def _take(self, mended: Mended) -> None:
         """In place of what was learned before."""
@@ -521,7 +544,7 @@ class IncrementalClassifier(Estimator):
 
     def _record(self) -> LearnerRecord:
         return record_of(
-            self.method,
+            self._name,
             self._fitted(),
             self._learned,
             self.open_towers(),
@@ -585,6 +608,7 @@ class IncrementalClassifier(Estimator):
             preprocess=held.preprocess,
             revision=held.revision if towers in (None, held.name) else None,
         )
+        learner._chosen = record.method
         learner._config, learner._learned, learner._notices = stored.config, stored.learned, list(stored.notices)
         learner._keep = record.keep
         if learner.towers == ROWS:
@@ -608,11 +632,16 @@ class IncrementalClassifier(Estimator):
 
     # inside
 
-    def _settings(self) -> BaseModel:
-        """The method's settings. Sentences that nobody gave are made of the templates."""
+    @property
+    def _name(self) -> str:
+        """The method that it was learned with, or will be if images do not tell of a better one."""
+        return self._chosen or (FIRST if self.method == AUTO else self.method)
+
+    def _settings(self, method: str | None = None) -> BaseModel:
+        """Those of the method that it was learned with, else of this one. Sentences that nobody gave are made of the templates."""
         if self._config is not None:
             return self._config
-        entry = method_named(self.method)
+        entry = method_named(method or self._name)
         config = entry.default_config(self.open_towers())
         if DescribedClasses in entry.capabilities and self.descriptions is None:
             config = config.model_copy(update={"descriptions": "template"})
@@ -628,12 +657,13 @@ class IncrementalClassifier(Estimator):
 
         return Log(keep=keep, show=log.show)
 
-    def _fresh(self) -> Method:
-        return method_named(self.method).build(self.open_towers(), self._settings(), seed=self.seed)
+    def _fresh(self, method: str | None = None) -> Method:
+        name = self._chosen or method or self._name
+        return method_named(name).build(self.open_towers(), self._settings(name), seed=self.seed)
 
-    def _copy(self) -> Method:
-        """The method as it stands, apart from the one that predicts."""
-        return self._fresh() if self._method is None else copied(self._fresh, *self._state())
+    def _copy(self, method: str | None = None) -> Method:
+        """The method as it stands, apart from the one that predicts; where nothing was learned, this one."""
+        return self._fresh(method) if self._method is None else copied(self._fresh, *self._state())
 
     def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""

@@ -71,7 +71,7 @@ def scores_module(learner: IncrementalClassifier) -> nn.Sequential:
     if not isinstance(method, ScoresAsModule):
         able = ", ".join(name for name, entry in METHODS.items() if ScoresAsModule in entry.capabilities)
         raise ConfigError(
-            f"method '{learner.method}': its scores are more than plain products of what the image tower gives, so it cannot be "
+            f"method '{learner.chosen_}': its scores are more than plain products of what the image tower gives, so it cannot be "
             f"exported; these can: {able}"
         )
     return method.scores_module()
@@ -122,7 +122,7 @@ def export_onnx(
         about = {
             "classes": list(map(str, learner.classes_)),
             "preprocessing": towers.preprocessing.model_dump(mode="json") if towers.preprocessing else {},
-            "method": learner.method,
+            "method": learner.chosen_,
             "towers": towers.fingerprint,
         }
         onnx.helper.set_model_props(proto, {f"cairn.{key}": json.dumps(value) for key, value in about.items()})

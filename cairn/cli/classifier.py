@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.classifier.onnx import Form
 
-METHOD, TOWERS = "blend", "openai/clip-vit-base-patch16"
+METHOD, TOWERS = "auto", "openai/clip-vit-base-patch16"
 Weights = Annotated[
     str | None, typer.Option("--towers", help="where the weights that it was learned on are now, if they moved")
 ]
@@ -39,7 +39,11 @@ def learn(
         Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
     ],
     method: Annotated[
-        str | None, typer.Option(help=f"for a new learner: a method of `cairn list`  [default: {METHOD}]")
+        str | None,
+        typer.Option(
+            help="for a new learner: a method of `cairn list`, or auto: blend, unless pictures left out tell of a better one  "
+            f"[default: {METHOD}]"
+        ),
     ] = None,
     towers: Annotated[
         str | None,
@@ -109,7 +113,8 @@ def learn(
                 device=device,
                 precision=precision or "float32",
             )
-            require_savable(held.method)
+            if held.method != METHOD:
+                require_savable(held.method)
             notices, before, calls = held.open_towers().notices, 0, 0
         if found.descriptions is not None:
             held.describe({name: list(said.sentences) for name, said in found.descriptions.classes.items()})
@@ -169,7 +174,7 @@ def _require_same(
     has = {path: value for path, value, _ in every_setting(config)}
     asked = {path: value for path, value, _ in every_setting(with_values(config, settings))}
     options = [
-        ("--method", method, held.method),
+        ("--method", None if method == METHOD else method, held.chosen_),
         *((f"--set {path}", value, has.get(path)) for path, value in asked.items()),
         ("--template", templates, held.templates),
         ("--seed", seed, held.seed),

@@ -197,7 +197,7 @@ METHOD_ROWS = {
         "spa",
         "joint",
     ],
-    "cifar100-50": [*BOUNDS, "simplecil", "dmc"],
+    "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
 }
 """What is compared on a stream, by folder."""
 

@@ -118,9 +118,9 @@ def test_the_pool_that_tells_most_rows_right_is_taken_and_the_first_of_several()
 
 
 def test_a_pool_that_tells_more_rows_right_by_no_more_than_chance_is_not_taken():
-    """Two of 40 rows that only the later one tells are more than the deviation of chance, one is not."""
+    """Five of 40 rows that only the later one tells are more than two deviations of chance, four are not."""
     y = torch.arange(40) % 2
-    for missed, later in ((1, False), (2, True)):
+    for missed, later in ((4, False), (5, True)):
         first = one_hot(torch.where(torch.arange(40) < missed, 1 - y, y), 2).double()
         scores = [first, one_hot(y, 2).double()]
         assert bool(best_pool(scores, y, [(0,), (1,)])[1]) is later

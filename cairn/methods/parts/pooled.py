@@ -52,7 +52,7 @@ def best_pool(
     scores: Sequence[Float[Tensor, "n k"]], y: Labels, choices: Sequence[Sequence[int]]
 ) -> Float[Tensor, " j"]:
     """`pool_weights` of some of the classifiers, 0 for the others: of the choices the first, or a later one that tells more of the
-    rows right, by more than the deviation of chance: of m rows that one of two tells right, the difference has sqrt(m) if both
+    rows right, by more than two deviations of chance: of m rows that one of two tells right, the difference has sqrt(m) if both
     are as good. Likelihood alone does not tell: scores of a regression are no logits, and what is sure may mend their loss and
     spoil their order."""
     best = right = None
@@ -60,7 +60,7 @@ def best_pool(
         weights = torch.zeros(len(scores), dtype=torch.float64)
         weights[list(choice)] = pool_weights([scores[j] for j in choice], y)
         told = pooled(weights, scores).argmax(1) == y
-        if right is None or int(told.sum() - right.sum()) > math.sqrt(int((told ^ right).sum())):
+        if right is None or int(told.sum() - right.sum()) > 2 * math.sqrt(int((told ^ right).sum())):
             best, right = weights, told
     assert best is not None
     return best

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from results import ROOT, STREAMS
 from stored import arguments, measured_rows, write_block
 
 from cairn.classifier.calibration import keep_left_out
@@ -26,6 +25,7 @@ from cairn.methods.catalogue import METHODS
 from cairn.storage.files import read_json
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
+from results import ROOT, STREAMS
 
 CHOSEN_ON = (
     "shapes",

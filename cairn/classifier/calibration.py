@@ -17,7 +17,7 @@ What is kept are sums over all images that were left out, a few hundred numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -204,10 +204,10 @@ def near_duplicates(z: Features) -> np.ndarray:
         group = smaller
 
 
-def keep_left_out(task: Task, ctx: Context, every: bool = False) -> None:
-    """Before a task is learned: have the passes over it keep the features of images that `rehearsed` will leave out, or of
-    every image, for `rehearsed_in_folds`."""
-    rows = np.arange(len(task.train)) if every else left_out_of(task, ctx)
+def keep_left_out(task: Task, ctx: Context, every: bool = False, others: Sequence[int] | np.ndarray = ()) -> None:
+    """Before a task is learned: have the passes over it keep the features of images that `rehearsed` will leave out and of those
+    `others`, or of every image, for `rehearsed_in_folds`."""
+    rows = np.arange(len(task.train)) if every else np.union1d(left_out_of(task, ctx), others).astype(np.int64)
     ctx.checkpoint.keep_features(torch.from_numpy(rows), len(task.train))
 
 

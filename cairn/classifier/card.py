@@ -39,6 +39,17 @@ def card(record: LearnerRecord) -> str:
         "|---|---|",
     ]
     lines += [f"| {entry.date} | {entry.told} |" for entry in record.history]
+    moved = [(entry.date, one) for entry in record.history if entry.drift for one in entry.drift.shifted]
+    if moved:
+        lines += [
+            "",
+            "| date | class whose new images were shifted | images | shift | by chance |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {date} | {_cell(one.name)} | {one.images} | {one.shift:.2f} | {one.by_chance:.2f} |"
+            for date, one in moved
+        ]
     return "\n".join(lines) + "\n"
 
 

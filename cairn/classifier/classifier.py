@@ -18,6 +18,8 @@ from cairn.classifier.advice import advice, alike_names
 from cairn.classifier.assessment import assessed, needs_every_image
 from cairn.classifier.calibration import Calibration, keep_left_out
 from cairn.classifier.choice import AUTO, FIRST, choice, comparable
+from cairn.classifier.comparison import compared_rows, drift_in_task, drift_of_images
+from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.evaluation import Evaluation
@@ -272,7 +274,7 @@ class IncrementalClassifier(Estimator):
         if archive is not None:
             _go_on(checkpoint, archive, self._fingerprint(task, hashes))
         compares = self._method is None and self.method == AUTO and not self.settings and comparable(task)
-        keep_left_out(task, ctx, every=compares or needs_every_image(method, task))
+        keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
         method.learn(task, ctx)
         if compares:
             found = choice(method, task, ctx)
@@ -285,7 +287,8 @@ class IncrementalClassifier(Estimator):
         before = partial(self._copy, chosen)
         found = assessed(learned.calibration, learned.estimate, method, self._method, before, task, ctx)
         config = self._settings(chosen)
-        self._learned = learned.with_task(task, hashes, found.calibration, found.references, found.estimate)
+        drift = drift_in_task(self._method, self._known_scores, task, ctx, list(map(str, learned.classes)))
+        self._learned = learned.with_task(task, hashes, found.calibration, found.references, found.estimate, drift)
         self._method, self._chosen, self._config, self._novelty = method, chosen, config, None
 
     def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
@@ -459,12 +462,15 @@ class IncrementalClassifier(Estimator):
 
     def _scorer(self, known: bool, reasons: int) -> Scorer:
         method = self._fitted()
-        if known and self._novelty is None:
-            self._novelty = Novelty(
-                method, self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
-            )
-        novelty = self._novelty if known else None
+        novelty = self._known_scores() if known else None
         return Scorer(method, self.classes_, self.calibration_, novelty, reasons, self._width)
+
+    def _known_scores(self) -> Novelty:
+        if self._novelty is None:
+            self._novelty = Novelty(
+                self._fitted(), self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
+            )
+        return self._novelty
 
     def unreadable(self, items: Sequence[Item]) -> UnreadableImages:
         """The error that names all of these that cannot be read."""
@@ -531,6 +537,20 @@ class IncrementalClassifier(Estimator):
         given = unlabelled(items, self._width)
         rows = found.positions.tolist()
         return Evaluation(found, [names[row] for row in rows], [given.describe(row) for row in rows], unknown_below)
+
+    def drift(
+        self,
+        images: Item | Iterable[Item],
+        *,
+        log: Log | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> Drift:
+        """Whether images, which need no labels, still look like those that were learned: see `cairn.classifier.drift`. Nothing of
+        them is kept. Raises ConfigError for a method that keeps no means and covariances."""
+        with self._lock.reading():
+            method = self._fitted()
+            given = readable(unlabelled(images, self._width), {}, on_bad_image, log or Log())
+            return drift_of_images(method, self._known_scores(), given, list(map(str, self.classes_)))
 
     def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
         """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches

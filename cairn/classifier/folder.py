@@ -182,7 +182,8 @@ class StoredLearner:
         if not same_towers(towers.fingerprint, held := self.record.towers.fingerprint):
             raise ResultError(
                 f"'{self.folder}': learned on towers {held}, '{towers.name}' is {towers.fingerprint} today; give the weights "
-                "and the tokenizer that it was learned on"
+                "and the tokenizer that it was learned on. What it learned holds for no others: to change them, learn its "
+                "pictures again in another folder"
             )
 
     def restore(self, method: Method) -> Method:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.record import LearnerRecord
 from cairn.data.identity import LearnedPictures
@@ -53,8 +54,9 @@ class Learned:
         calibration: Calibration,
         references: Sequence[float],
         estimate: AccuracyEstimate,
+        drift: Drift | None = None,
     ) -> Learned:
-        """After `task`, whose images have these hashes."""
+        """After `task`, whose images have these hashes and those of known classes this drift."""
         k, labels = len(self.classes), task.train.labels
         classes = np.array([*self.classes, *task.names], dtype=object)
         counts = np.bincount(labels, minlength=len(classes))
@@ -67,6 +69,8 @@ class Learned:
             "images": len(labels),
             "hashed": True,
         }
+        if drift is not None:
+            entry["drift"] = drift.model_dump(mode="json")
         return Learned(
             classes,
             counts,
@@ -203,8 +207,17 @@ def _with_name(history: Sequence[dict[str, Any]], old: str, name: str) -> list[d
     return [
         entry
         | {key: [name if other == old else other for other in entry[key]] for key in ("new", "again") if key in entry}
+        | _shifts(entry, lambda one: one | {"name": name} if one["name"] == old else one)
         for entry in history
     ]
+
+
+def _shifts(entry: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
+    """What an entry tells of drift, with the shift of each class changed, or left out where that gives None."""
+    if not (drift := entry.get("drift")):
+        return {}
+    changed = [change(one) for one in drift.get("shifts", [])]
+    return {"drift": drift | {"shifts": [one for one in changed if one is not None]}}
 
 
 def _joined(history: Sequence[dict[str, Any]], name: str, other: str) -> list[dict[str, Any]]:
@@ -229,5 +242,5 @@ def _without_name(history: Sequence[dict[str, Any]], name: str) -> list[dict[str
             gone.update(names)
             entry = entry | {"names": []}
         kept = {key: [other for other in entry[key] if other != name] for key in ("new", "again") if key in entry}
-        found.append(entry | kept)
+        found.append(entry | kept | _shifts(entry, lambda one: None if one["name"] == name else one))
     return found[::-1]

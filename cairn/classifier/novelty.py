@@ -95,6 +95,12 @@ class Novelty:
         self._references, order = a.sort()
         self._shares = torch.cat([torch.zeros(1, dtype=torch.float64), weights[order].cumsum(0) / weights.sum()])
 
+    @property
+    def references(self) -> float:
+        """m, how many references there are; where some weigh less, how many of one weight would tell as much."""
+        weights = self._shares.diff()
+        return float(weights.sum() ** 2 / weights.square().sum())
+
     def known(self, features: Features, scores: Scores) -> np.ndarray:
         """(n,) in [0, 1], from what the method made of the images; `scores` count where it keeps no Gaussians."""
         if self._memory is None:
@@ -117,14 +123,24 @@ class Novelty:
         return (g - g_mean) / g_scale + self._share * (t - t_mean) / t_scale
 
 
+def within_factor(memory: WithScatter) -> Float[Tensor, "d d"]:
+    """L of W = L L^T."""
+    return cholesky_repaired(_within(memory.scatter, memory.counts))[0]
+
+
+def _within(T: Tensor, n: Tensor) -> Tensor:
+    """W."""
+    d, N = len(T), int((n - 1).clamp_min(0).sum())
+    V, r = Oas()(T / max(1, N), torch.tensor(max(1, N))), 1 / (1 + (N / d) ** 2)
+    return (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
+
+
 class _Relative:
     """g(z), up to a constant."""
 
     def __init__(self, T: Tensor, mu: Tensor, n: Tensor):
-        share, d, N = n / n.sum(), len(T), int((n - 1).clamp_min(0).sum())
-        V, m = Oas()(T / max(1, N), torch.tensor(max(1, N))), share.double() @ mu
-        r = 1 / (1 + (N / d) ** 2)
-        W = (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
+        share, W = n / n.sum(), _within(T, n)
+        m = share.double() @ mu
         self.factor = cholesky_repaired(W)[0]
         self._means = _solved(self.factor, mu)
         self._whole = cholesky_repaired(W + (mu - m).T @ (share[:, None] * (mu - m)))[0]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import AccuracyEstimate
 from cairn.data.names import text_problem
 from cairn.data.templates import template_problem
@@ -84,17 +85,27 @@ class HistoryEntry(Record):
     )
     taken_out: Count = Field(default=0, description="images that were taken out of the statistics again")
     undone: Change | None = Field(default=None, description="what was taken back, where that was done")
+    drift: Drift | None = Field(
+        default=None, description="how images of known classes differed from those learned before them"
+    )
 
     @property
     def kind(self) -> Change:
         return self.change or ("forgotten" if self.forgotten else "learned")
 
     @property
+    def _drifted(self) -> str:
+        """What images of known classes told of drift, without the names of classes."""
+        if self.drift is None:
+            return ""
+        return f" (of known classes {self.drift.told})"
+
+    @property
     def told(self) -> str:
         """In words, without the names of classes."""
         again = f", more of {counted(len(self.again), 'known one')}" if self.again else ""
         known = "" if self.hashed else ", not known one by one"
-        learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}"
+        learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}{self._drifted}"
         match self.kind:
             case "learned":
                 return learned

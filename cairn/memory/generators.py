@@ -92,7 +92,7 @@ class GeneratorMemory:
         self,
         features: Features,
         labels: Labels,
-        train: Callable[[list[Features]], Decoders],
+        train: Callable[[list[Float[Tensor, "_ d"]]], Decoders],
         generator: torch.Generator,
     ) -> GeneratorMemory:
         """With these features learned: `train` is given the rows of each class present, in order, and makes its generators.

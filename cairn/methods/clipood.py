@@ -13,6 +13,7 @@ Letters: z = f(x)/|f(x)| unit image; t_c unit text of class c; s scale; lambda m
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -63,11 +64,11 @@ class CLIPood(FixedTextHead):
         quick={"stage1.schedule.epochs": 1, "stage1.schedule.batch": 8, "stage1.schedule.lr": 1e-3},
     )
 
-    def loss(self, z: Features, T: Features, y: Labels, s: float) -> Tensor:
+    def loss(self, z: Features, T: Float[Tensor, "k d"], y: Labels, s: float) -> Tensor:
         return margin_metric_softmax(z, T, y, s, self.config.stage1.margin)
 
 
-def margin_metric_softmax(z: Features, T: Features, y: Labels, s: float, margin: float) -> Tensor:
+def margin_metric_softmax(z: Features, T: Float[Tensor, "k d"], y: Labels, s: float, margin: float) -> Tensor:
     """Cross entropy in which a wrong class must be further behind, the less its text is like the right one.
 
     Mean over rows i of -log softmax_c(s (z_i . t_c + margin (1 - t_{y_i} . t_c)))_{y_i}. What is the same for all classes

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -157,7 +158,7 @@ class DMCOT(TwoStageState):
         self.memory = old.add(z, y)
 
         # Stage 2: text moves, vision is frozen; old classes are drawn from their calibrated Gaussians [P].
-        def text_loss(z: Features, T: Features, y: Labels, s: float) -> Tensor:
+        def text_loss(z: Features, T: Float[Tensor, "k d"], y: Labels, s: float) -> Tensor:
             """CE(s z T^T, y) + separability mean (t_new . t_old)^2; the second term is STAR-Prompt's [K]."""
             value = class_cross_entropy(z, T, y, s)
             if config.separability and 0 < old.classes < len(T):

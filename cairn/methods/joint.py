@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -192,7 +192,7 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         self.blend.learn_rows(x, y, texts, ctx)
         self._without_held_out.learn_rows(x[~out], y[~out], texts, ctx)
 
-    def _embedded(self, everything: Concatenation, ctx: Context) -> tuple[Features, list[Features]]:
+    def _embedded(self, everything: Concatenation, ctx: Context) -> tuple[Features, list[Float[Tensor, "n _"]]]:
         """Blend's rows of all images, and z0, and z where the encoder moves."""
         for task in self.tasks[len(self._frozen) :]:
             loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
@@ -207,7 +207,7 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         return self.blend.memory_rows(frozen), found
 
     @torch.no_grad()
-    def _by_texts(self, rows: Sequence[Features]) -> list[Scores]:
+    def _by_texts(self, rows: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ k"]]:
         """s z0 . t_c with the texts as they came, if they are texts, and s z . t_c as they were trained."""
         s, device = self.towers.logit_scale, rows[0].device
         texts = [(rows[0], self.anchors)] if self.towers.has_text else []

@@ -45,7 +45,7 @@ class Vae(Settings):
     def learned(self, memory: Any, x: Features, y: Labels, device: torch.device, ctx: Context) -> GeneratorMemory:
         """`memory` with these rows learned."""
 
-        def train(rows: list[Features]) -> Decoders:
+        def train(rows: list[Float[Tensor, "_ d"]]) -> Decoders:
             return trained(self, [unit(own) for own in rows], device, ctx)
 
         return memory.add(x, y, train, ctx.seeds.generator("returned"))
@@ -68,7 +68,7 @@ def negative_elbo(
     return likelihood + 0.5 * (p**2 + log_r2.exp() - 1 - log_r2).sum(-1)
 
 
-def trained(choice: Vae, rows: Sequence[Features], device: torch.device, ctx: Context) -> Decoders:
+def trained(choice: Vae, rows: Sequence[Float[Tensor, "_ d"]], device: torch.device, ctx: Context) -> Decoders:
     """A decoder for the rows of each class, all trained side by side and none depending on another.
 
     Training sees (x - mean) / scale, scale^2 the average of a dimension's variance and all dimensions' together; what comes
@@ -111,7 +111,7 @@ def _start(choice: Vae, k: int, d: int, rng: torch.Generator, device: torch.devi
 class _Rows:
     """One epoch of `steps` batches: of every class `batch` rows, drawn with replacement, and the latents' noise."""
 
-    def __init__(self, rows: Sequence[Features], choice: Vae):
+    def __init__(self, rows: Sequence[Float[Tensor, "_ d"]], choice: Vae):
         self.rows, self.choice = torch.cat(list(rows)), choice
         self.sizes = torch.tensor([len(own) for own in rows])
         self.starts = self.sizes.cumsum(0) - self.sizes

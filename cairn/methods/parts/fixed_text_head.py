@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 from cairn.data.loading import Loader
@@ -26,7 +27,7 @@ class FixedTextHead(VisionAndAnchors):
         s = self.towers.logit_scale
         align_vision(stage, self.image, self.anchors, loader, s, self.loss, ctx)
 
-    def loss(self, z: Features, T: Features, y: Labels, s: float) -> Tensor:
+    def loss(self, z: Features, T: Float[Tensor, "k d"], y: Labels, s: float) -> Tensor:
         """CE(s z T^T, y), unless a method has its own."""
         return class_cross_entropy(z, T, y, s)
 

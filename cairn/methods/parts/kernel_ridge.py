@@ -12,7 +12,7 @@ import math
 from functools import cache
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cairn.errors import NotFinite
@@ -31,7 +31,7 @@ class KernelRidge:
         self.Z, self.labels, self.A = torch.zeros(0, dim), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
         self.lam = RIDGES[len(RIDGES) // 2]
 
-    def fit(self, Z: Features, y: Labels, k: int, out: Bool[Tensor, " n"]) -> Scores:
+    def fit(self, Z: Features, y: Labels, k: int, out: Bool[Tensor, " n"]) -> Float[Tensor, "m k"]:
         """Scores of the rows `out`, learned from the others with the lam that suits them best; then all rows are learned."""
         K, Y = arc_cosine(Z, Z), one_hot(y, k)
         found = Y[out]

@@ -9,10 +9,7 @@ A normal-inverse-Wishart prior around p_c, its parameters shared by all classes 
     A'_c = A_c + n_c delta / (n_c + delta) (m_c - p_c)(m_c - p_c)^T,      N = sum_c (n_c - 1 + n_c delta / (n_c + delta))
     S    = (1 - rho) sum_c A'_c / N + rho D,                             rho = d / (sum_c n_c + d)
     S_c  = (nu S + A'_c) / (nu + n_c),                                   mu_c = (n_c m_c + kappa p_c) / (n_c + kappa)
-    g_c(x) = log N(x; mu_c, S_c) + b_c / 2,  b_c = d / (n_c + kappa),    up to what is the same for all classes.
-
-mu_c is off by the chance of n_c rows: its posterior covariance is S / (n_c + kappa), so that a row lies tr(S^-1 S) / (n_c + kappa) =
-b_c further from it, in squares, than from the true mean. Without b_c classes of few rows lose theirs to those of many.
+    g_c(x) = log N(x; mu_c, S_c),                                        up to what is the same for all classes.
 
 A scatter is given as its factor, A_c = F_c^T F_c + rest, where only the trace of the rest is known: t_c = tr(rest) / tr(S) rows
 of it count as pseudo-rows of S. With W S W^T = I, G_c = F_c W^T / sqrt(nu + t_c) and C C^T = I + G_c G_c^T,
@@ -21,7 +18,7 @@ of it count as pseudo-rows of S. With W S W^T = I, G_c = F_c W^T / sqrt(nu + t_c
 
 so a class costs as many numbers as its factor has, and nothing of the size d x d.
 
-Leave-one-out: x_i of class y is taken out of n_y, m_y, A'_y and sum_c A'_c; N, rho, D, t, b and the prior means stay as they are.
+Leave-one-out: x_i of class y is taken out of n_y, m_y, A'_y and sum_c A'_c; N, rho, D, t and the prior means stay as they are.
 With the weight w_y = n_y + delta, r = x_i - (n_y m_y + delta p_y) / w_y and gam = w_y / (w_y - 1), both A'_y and their sum change
 by -gam r r^T, hence every S_c by -w r r^T and S_y by a factor s besides:
 
@@ -127,21 +124,16 @@ class QuadraticDiscriminant:
             # p_bn = P_b (z_n - mu_b)
             projected = torch.einsum("brd,nd->brn", P, z) - torch.einsum("brd,bd->br", P, mu[group])[:, :, None]
             squares[:, group] -= projected.square().sum(1).T
-        return -(self._scale * squares + self._logdet - self._further(kappa)) / 2
+        return -(self._scale * squares + self._logdet) / 2
 
     def module(self, kappa: float) -> QuadraticScores:
         """`scores` as a module in float32."""
         longest = max((P.shape[1] for _, P in self._P), default=0)
         P = torch.cat([nn.functional.pad(P, (0, 0, 0, longest - P.shape[1])) for _, P in self._P])
-        offset = self._logdet - self._further(kappa)
-        return QuadraticScores(self._origin, self._W, self._middles(kappa), P, self._scale, offset)
+        return QuadraticScores(self._origin, self._W, self._middles(kappa), P, self._scale, self._logdet)
 
     def _whitened(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         return (x.double() - self._origin) @ self._W.T
-
-    def _further(self, kappa: float) -> Float[Tensor, " k"]:
-        """b_c."""
-        return self._d / (self._n + kappa)
 
     def _middles(self, kappa: float) -> Float[Tensor, "k d"]:
         """mu_c, whitened; with delta for kappa the middle of the scatter."""
@@ -160,7 +152,6 @@ class QuadraticDiscriminant:
         gam = torch.where(alone, 0.0, weight / (weight - 1).masked_fill(alone, 1.0))
         beta = (1 - self._rho) * gam / self._N
         found = torch.empty(len(kappas), len(n), len(x), dtype=z.dtype)
-        further = torch.stack([self._further(kappa) for kappa in kappas])
         zz, zr, rr = z.square().sum(1), (z * r).sum(1), r.square().sum(1)
         for group, P in self._P:
             # Of the classes b of a group and the rows n: z' S^-1 z and the like are z.z - (P z).(P z)
@@ -182,7 +173,7 @@ class QuadraticDiscriminant:
             q = scale * stretch**2 * e
             v = scale * stretch * ((zr - (zP * rP).sum(1)) - (m @ r.T - (mP @ rP).transpose(0, 1)))
             rest = self._logdet[group, None] + (1 - w * u).log() + self._d * s.log()
-            found[:, group] = (q + w * v**2 / (1 - w * u)) / s + rest - further[:, group, None]
+            found[:, group] = (q + w * v**2 / (1 - w * u)) / s + rest
         return [-g.T / 2 for g in found]
 
 

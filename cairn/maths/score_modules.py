@@ -26,27 +26,19 @@ class CosineScores(nn.Module):
 
 
 class RandomFeatureScores(nn.Module):
-    """s h W + b of the random features h = relu(z V) of a unit row z; V None: h = z."""
+    """s h W of the random features h = relu(z V) of a unit row z; V None: h = z."""
 
     V: Tensor | None
     W: Tensor
-    b: Tensor
 
-    def __init__(
-        self,
-        V: Float[Tensor, "d m"] | None,
-        W: Float[Tensor, "m k"],
-        s: float,
-        b: Float[Tensor, " k"] | None = None,
-    ):
+    def __init__(self, V: Float[Tensor, "d m"] | None, W: Float[Tensor, "m k"], s: float):
         super().__init__()
-        self.register_buffer("b", torch.zeros(W.shape[1]) if b is None else b.detach().cpu().float())
         self.register_buffer("V", None if V is None else V.detach().cpu().float())
         self.register_buffer("W", (s * W.detach().cpu().double()).float())
 
     def forward(self, x: Tensor) -> Tensor:
         z = unit(x)
-        return (z if self.V is None else torch.relu(z @ self.V)) @ self.W + self.b
+        return (z if self.V is None else torch.relu(z @ self.V)) @ self.W
 
 
 class QuadraticScores(nn.Module):
@@ -89,15 +81,18 @@ class QuadraticScores(nn.Module):
 
 
 class PooledScores(nn.Module):
-    """sum_e w_e E_e(x), experts on the same row; the text expert looks at its first `width` numbers."""
+    """sum_e w_e E_e(x) + b, experts on the same row; the text expert looks at its first `width` numbers."""
 
-    def __init__(self, experts: Sequence[nn.Module], weights: Sequence[float]):
+    b: Tensor
+
+    def __init__(self, experts: Sequence[nn.Module], weights: Sequence[float], b: Float[Tensor, " k"]):
         super().__init__()
         self.experts, self.weights = nn.ModuleList(experts), [float(weight) for weight in weights]
+        self.register_buffer("b", b.detach().cpu().float())
 
     def forward(self, x: Tensor) -> Tensor:
         scores = [weight * expert(x) for expert, weight in zip(self.experts, self.weights, strict=True)]
-        return torch.stack(scores).sum(0)
+        return torch.stack(scores).sum(0) + self.b
 
 
 class FirstColumns(nn.Module):

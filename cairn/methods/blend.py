@@ -8,8 +8,8 @@ Ours. No image is kept, nothing is trained step by step, and a task is learned i
 3. a ridge regression on random features (memory/gram.py), as in RanPAC.
 
 Each scores the task's images as if it had not learned them, exactly and without learning again, and their weights follow from
-these scores (maths/opinion_pool.py), as do the pseudo-images of the prior mean and the ridge. What a weight was fitted to in
-earlier tasks counts on.
+these scores (maths/opinion_pool.py), as do the pseudo-images of the prior mean, the ridge and what a class's scores gain where it
+has fewer images than others. What a weight was fitted to in earlier tasks counts on.
 
 Kin: discriminant analysis on CLIP with text (Wang et al. 2024, A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation,
 weights by hand), RanPAC (McDonnell et al. 2023), FeCAM (Goswami et al. 2023), regularised discriminant analysis (Friedman
@@ -109,7 +109,7 @@ class BlendConfig(Settings):
 
 
 class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, ScoresAsModule):
-    """argmax_c sum_e exp(phi_e) E_e(x, c) of the experts' scores."""
+    """argmax_c sum_e exp(phi_e) E_e(x, c) - theta log n_c of the experts' scores."""
 
     card = Card(
         title="Blend: Gaussians, texts and random features in closed form",
@@ -178,20 +178,25 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
         if self.random:
             left_out = self.gram.left_out(self._widened(x), Y, RIDGES)
             self.ridge_errors = self.ridge_errors + torch.stack([(f - Y).square().sum() for f in left_out])
-            others.append(
-                left_out[int(self.ridge_errors.argmin())] - self._for_being_many(self.gram.solution(self.ridge))
-            )
+            others.append(left_out[int(self.ridge_errors.argmin())])
         # Of a class's only image nothing tells kappa: without it the class is where texts predict it.
-        several = self.memory.counts[y] > 1
+        counts = self.memory.counts
+        several = counts[y] > 1
         ageing = (before / self.memory.classes) ** config.ageing if before else 1.0
         gaussians = self._gaussians().left_out(x.double(), y, KAPPAS)
         self.pools = [
-            pool.fitted(torch.stack([g, *others], 2), y, ageing, several)
+            pool.fitted(torch.stack([g, *others], 2), y, counts, ageing, several)
             for pool, g in zip(self.pools, gaussians, strict=True)
         ]
-        self.left_out = (self.pool.joined(torch.stack([gaussians[self._best], *others], 2)), y)
+        self.left_out = (self.pool.joined(torch.stack([gaussians[self._best], *others], 2), counts), y)
         self._set(self.memory.stored())
-        ctx.log("blend", kappa=self.kappa, weights=self.pool.weights.tolist(), ridge=self.ridge)
+        ctx.log(
+            "blend",
+            kappa=self.kappa,
+            weights=self.pool.weights.tolist(),
+            theta=self.pool.psi[-1].item(),
+            ridge=self.ridge,
+        )
 
     @property
     def kappa(self) -> float:
@@ -263,8 +268,8 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
         if self.random:
             if self._W is None:
                 self._W = self.gram.solution(self.ridge)
-            scores.append(self._widened(rows) @ self._W - self._for_being_many(self._W))
-        return self.pool.joined(torch.stack(scores, 2)).to(x)
+            scores.append(self._widened(rows) @ self._W)
+        return self.pool.joined(torch.stack(scores, 2), self.memory.counts).to(x)
 
     def scores_module(self) -> nn.Sequential:
         towers, d = self.towers, self.towers.dim
@@ -273,10 +278,9 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
             experts.append(FirstColumns(d, CosineScores(self.texts, towers.logit_scale)))
         if self.random:
             scale = math.sqrt(2 / self.config.features)
-            W = self.gram.solution(self.ridge)
-            experts.append(RandomFeatureScores(self.random.V, W, scale, -self._for_being_many(W)))
+            experts.append(RandomFeatureScores(self.random.V, self.gram.solution(self.ridge), scale))
         vision = towers.vision() if self.blocks == 1 else towers.vision_and_patches()
-        pooled = PooledScores(experts, self.pool.weights.tolist())
+        pooled = PooledScores(experts, self.pool.weights.tolist(), self.pool.offsets(self.memory.counts))
         return nn.Sequential(PatchMoments(vision, self.blocks), pooled).cpu().float().eval()
 
     def _gaussians(self) -> QuadraticDiscriminant:
@@ -294,13 +298,6 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
     def _text_scores(self, x: Features) -> Tensor:
         z = x[:, : self.towers.dim].double() * math.sqrt(self.blocks)
         return self.towers.logit_scale * z @ self.texts.double().T
-
-    def _for_being_many(self, W: Tensor) -> Tensor:
-        """What the regression gives each class for the number of its images: its mean output over classes less that over
-        images, and its share of images less 1 / k. 0 where all classes have as many."""
-        n = self.memory.counts.double()
-        share, means = n / n.sum(), (self.gram.C.double() / n).T @ W  # means[j, c]: mean output for c over images of j
-        return means.mean(0) - share @ means + share - 1 / len(n)
 
     def _widened(self, x: Features) -> Tensor:
         """h, of length about one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +33,7 @@ from cairn.classifier.inputs import (
     readable,
     unlabelled,
 )
+from cairn.classifier.intake import Intake, intake, take_up, task_fingerprint
 from cairn.classifier.learned import Learned
 from cairn.classifier.mending import Mended, Mending
 from cairn.classifier.novelty import Novelty, require_threshold
@@ -44,8 +44,8 @@ from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.in_memory import InMemoryImages, Item, items_of
-from cairn.data.names import alike, class_name, normal_form
+from cairn.data.in_memory import Item, items_of
+from cairn.data.names import class_name, normal_form
 from cairn.data.stream import Task
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
@@ -230,49 +230,26 @@ class IncrementalClassifier(Estimator):
         with self._lock.writing():
             if self.towers == ROWS and self._method is None:
                 self._towers = row_towers(columns(images))
-            items, names = labelled(images, labels, self._width)
-            kept = {name: class_name(name) for name in dict.fromkeys(names)}
-            names, log = [kept[name] for name in names], self._noting(log or Log())
-            known, classes = self._learned.numbers(), list(map(str, self._learned.classes))
-            new = [name for name in dict.fromkeys(names) if name not in known]
-            numbers = known | {name: len(classes) + i for i, name in enumerate(new)}
-            given = InMemoryImages(items, np.array([numbers[name] for name in names], dtype=np.int64), self._width)
-            given = readable(given, {name: numbers[name] for name in new}, on_bad_image, log)
-            for notice in alike([*classes, *new], new):
-                log("notice", text=notice)
-            # Class by class, as a stream has them: the order of arrival within a task must not matter
-            given = given.taken(np.argsort(given.labels, kind="stable"))
-            hashes = given.content_hashes()
-            found = self._learned.pictures.compare(hashes, given.labels)
-            for text in found.notices(given, [*classes, *new], again):
-                log("notice", text=text)
-            if not again:
-                given, hashes = given.taken(found.fresh), [hashes[row] for row in found.fresh]
-            if len(given):
-                self._learn(given, hashes, new, log, checkpoint or Checkpoint(), archive)
+            log = self._noting(log or Log())
+            given = intake(images, labels, self._learned, self._width, again, on_bad_image, log)
+            if len(given.images):
+                self._learn(given, log, checkpoint or Checkpoint(), archive)
         return self
 
-    def _learn(
-        self,
-        given: InMemoryImages,
-        hashes: list[bytes],
-        new: list[str],
-        log: Log,
-        checkpoint: Checkpoint,
-        archive: Archive | None,
-    ) -> None:
+    def _learn(self, given: Intake, log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
         learned, k, chosen = self._learned, len(self._learned.classes), self._name
         task = Task(
             learned.tasks,
-            range(k, k + len(new)),
-            tuple(new),
+            range(k, k + len(given.new)),
+            tuple(given.new),
             prompt_templates(self.templates),
-            given,
+            given.images,
             descriptions_of(self.descriptions),
         )
         method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
-            _go_on(checkpoint, archive, self._fingerprint(task, hashes))
+            settings = self._settings().model_dump(mode="json")
+            take_up(checkpoint, archive, task_fingerprint(learned, settings, task, given.hashes))
         compares = self._method is None and self.method == AUTO and not self.settings and comparable(task)
         keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
         method.learn(task, ctx)
@@ -288,17 +265,10 @@ class IncrementalClassifier(Estimator):
         found = assessed(learned.calibration, learned.estimate, method, self._method, before, task, ctx)
         config = self._settings(chosen)
         drift = drift_in_task(self._method, self._known_scores, task, ctx, list(map(str, learned.classes)))
-        self._learned = learned.with_task(task, hashes, found.calibration, found.references, found.estimate, drift)
+        self._learned = learned.with_task(
+            task, given.hashes, found.calibration, found.references, found.estimate, drift
+        )
         self._method, self._chosen, self._config, self._novelty = method, chosen, config, None
-
-    def _fingerprint(self, task: Task, hashes: Sequence[bytes]) -> str:
-        """Names the task, its images by their hashes, and the state that it is learned on."""
-        learned = self._learned
-        said = (len(learned.history), task.names, list(learned.classes), self._settings().model_dump(mode="json"))
-        digest = hashlib.sha256(repr(said).encode())
-        for label, value in zip(task.train.labels, hashes, strict=True):
-            digest.update(label.tobytes() + value)
-        return digest.hexdigest()
 
     # changing what was learned
 
@@ -736,11 +706,3 @@ class IncrementalClassifier(Estimator):
             return None
         towers = self.open_towers()
         return None if towers.has_images else towers.dim
-
-
-def _go_on(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:
-    """Take up the work on this very task that `archive` holds, if any, and keep what is due there."""
-    held = archive.read() if archive else None
-    work = held.parts if held is not None and held.record.get("task") == fingerprint else {}
-    checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint}, parts))
-    checkpoint.begin(work)

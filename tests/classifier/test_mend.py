@@ -8,6 +8,7 @@ import torch
 
 from cairn import IncrementalClassifier
 from cairn.classifier.folder import CARD, NAME, read_record
+from cairn.classifier.intake import task_fingerprint
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.stream import Task
 from cairn.errors import ConfigError, DataError, ResultError, TowersError
@@ -159,7 +160,7 @@ def test_unfinished_work_is_taken_up_on_its_own_state_alone(towers):
     ):
         learner = learner_of("simplecil", towers, ("owl", "fox"))
         change(learner)
-        names.append(learner._fingerprint(task, []))
+        names.append(task_fingerprint(learner._learned, learner._settings().model_dump(mode="json"), task, []))
     assert len({*names}) == 3
 
 

@@ -1,0 +1,77 @@
+"""What a classifier is given to learn, made ready: readable, class by class, with numbers of classes, less what it has learned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from cairn.classifier.inputs import Labelled, labelled, readable
+from cairn.classifier.learned import Learned
+from cairn.data.in_memory import InMemoryImages
+from cairn.data.names import alike, class_name
+from cairn.data.stream import Task
+from cairn.storage.archive import Archive
+from cairn.training.checkpoint import Checkpoint
+from cairn.training.log import Log
+
+
+class Intake(NamedTuple):
+    """Images of one call, maybe none."""
+
+    images: InMemoryImages
+    """Labelled by the numbers that their classes have, or will have."""
+    hashes: list[bytes]
+    new: list[str]
+    """Names of the classes that come with them."""
+
+
+def intake(
+    images: Labelled,
+    labels: str | Iterable[str] | None,
+    learned: Learned,
+    width: int | None,
+    again: bool,
+    on_bad_image: Literal["stop", "skip"],
+    log: Log,
+) -> Intake:
+    """Without those that were `learned` as their class already, unless `again`; notices say what was left out, and which names
+    are nearly the same. Raises UnreadableImages, and DataError for labels that are no text."""
+    items, names = labelled(images, labels, width)
+    kept = {name: class_name(name) for name in dict.fromkeys(names)}
+    names = [kept[name] for name in names]
+    known, classes = learned.numbers(), list(map(str, learned.classes))
+    new = [name for name in dict.fromkeys(names) if name not in known]
+    numbers = known | {name: len(classes) + i for i, name in enumerate(new)}
+    given = InMemoryImages(items, np.array([numbers[name] for name in names], dtype=np.int64), width)
+    given = readable(given, {name: numbers[name] for name in new}, on_bad_image, log)
+    for notice in alike([*classes, *new], new):
+        log("notice", text=notice)
+    # Class by class, as a stream has them: the order of arrival within a task must not matter
+    given = given.taken(np.argsort(given.labels, kind="stable"))
+    hashes = given.content_hashes()
+    found = learned.pictures.compare(hashes, given.labels)
+    for text in found.notices(given, [*classes, *new], again):
+        log("notice", text=text)
+    if not again:
+        given, hashes = given.taken(found.fresh), [hashes[row] for row in found.fresh]
+    return Intake(given, hashes, new)
+
+
+def task_fingerprint(learned: Learned, settings: Mapping[str, Any], task: Task, hashes: Sequence[bytes]) -> str:
+    """Names the task, its images by their hashes, and what it is learned on."""
+    said = (len(learned.history), task.names, list(learned.classes), settings)
+    digest = hashlib.sha256(repr(said).encode())
+    for label, value in zip(task.train.labels, hashes, strict=True):
+        digest.update(label.tobytes() + value)
+    return digest.hexdigest()
+
+
+def take_up(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:
+    """Take up the work on this very task that `archive` holds, if any, and keep what is due there."""
+    held = archive.read() if archive else None
+    work = held.parts if held is not None and held.record.get("task") == fingerprint else {}
+    checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint}, parts))
+    checkpoint.begin(work)

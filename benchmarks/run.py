@@ -21,6 +21,7 @@ import compiled
 import draws
 import growth
 import loading
+import predicting
 import prefix
 import shares
 import startup
@@ -39,8 +40,9 @@ ITEMS = {
     "alignment": alignment,
     "calibration": calibration,
     "startup": startup,
+    "predicting": predicting,
 }
-OWN = ("alignment", "calibration", "startup")
+OWN = ("alignment", "calibration", "startup", "predicting")
 """Items whose whole report is a file and a table of its own."""
 
 

@@ -18,13 +18,19 @@ from cairn.towers.preprocessing import Preprocessing
 
 def vit_b(patch: int, image_layers: int = 12) -> ClipTowers:
     """ViT-B with this patch size and CLIP's text tower, embeddings of 512; weights random, the tokenizer the embedded one."""
+    return vit_b_and_model(patch, image_layers)[0]
+
+
+def vit_b_and_model(patch: int, image_layers: int = 12) -> tuple[ClipTowers, CLIPModel]:
+    """The same, and transformers' model inside it."""
     torch.manual_seed(0)
     tiny = load_towers("tiny", device="cpu")
     text = {"vocab_size": 49408, "bos_token_id": tiny.bos, "eos_token_id": tiny.eos, "pad_token_id": 1}
     vision = {"patch_size": patch, "image_size": 224, "num_hidden_layers": image_layers}
     config = CLIPConfig(projection_dim=512, text_config=text, vision_config=vision)
     name = f"random ViT-B/{patch}"
-    return ClipTowers(CLIPModel(config), tiny.tokenizer, Preprocessing(size=224), name=name, device="cpu")
+    model = CLIPModel(config)
+    return ClipTowers(model, tiny.tokenizer, Preprocessing(size=224), name=name, device="cpu"), model
 
 
 class Noise:

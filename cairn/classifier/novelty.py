@@ -125,11 +125,15 @@ class Novelty:
 
 def within_factor(memory: WithScatter) -> Float[Tensor, "d d"]:
     """L of W = L L^T."""
-    return cholesky_repaired(_within(memory.scatter, memory.counts))[0]
+    return cholesky_repaired(_within(memory.scatter, memory.means, memory.counts))[0]
 
 
-def _within(T: Tensor, n: Tensor) -> Tensor:
-    """W."""
+def _within(T: Tensor, mu: Tensor, n: Tensor) -> Tensor:
+    """W. Of one image of each class, or copies of it, nothing tells it: then classes scatter as their means do."""
+    if not T.trace() > 0:
+        share = n.to(mu) / n.sum()
+        spread = float(share @ ((mu - share @ mu) ** 2).sum(1)) or 1.0
+        T = spread / len(T) * torch.eye(len(T), dtype=mu.dtype)
     d, N = len(T), int((n - 1).clamp_min(0).sum())
     V, r = Oas()(T / max(1, N), torch.tensor(max(1, N))), 1 / (1 + (N / d) ** 2)
     return (1 - r) * V + r * V.trace() / d * torch.eye(d, dtype=V.dtype)
@@ -139,7 +143,7 @@ class _Relative:
     """g(z), up to a constant."""
 
     def __init__(self, T: Tensor, mu: Tensor, n: Tensor):
-        share, W = n / n.sum(), _within(T, n)
+        share, W = n / n.sum(), _within(T, mu, n)
         m = share.double() @ mu
         self.factor = cholesky_repaired(W)[0]
         self._means = _solved(self.factor, mu)

@@ -205,3 +205,15 @@ def test_scatter_of_few_images_is_rounder():
         W = (1 - r) * V + r * np.trace(V) / 6 * np.eye(6)
         factor = _Relative(torch.from_numpy(T), means, counts).factor
         np.testing.assert_allclose((factor @ factor.T).numpy(), W, rtol=1e-8)
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (2, 2), (1, 2), (2, 2, 2)])
+@pytest.mark.parametrize("method", ["blend", "lda"])
+def test_one_or_two_pictures_of_a_class_are_enough(towers, method, counts):
+    """Of two a rehearsal leaves out one, and of the others nothing tells how a class scatters: blend ended with an error."""
+    rng = np.random.default_rng(0)
+    labels = [f"class {c}" for c, n in enumerate(counts) for _ in range(n)]
+    pictures = [rng.integers(0, 255, (56, 56, 3), dtype=np.uint8) for _ in labels]
+    learner = IncrementalClassifier(method, towers).partial_fit(pictures, labels)
+    known = learner.known_score(pictures)
+    assert np.isfinite(known).all()

@@ -109,6 +109,7 @@ def shown(page: str, block: str) -> str:
         ("alignment", "speed.md", "alignment"),
         ("calibration", "speed.md", "calibration"),
         ("startup", "speed.md", "startup"),
+        ("predicting", "speed.md", "predicting"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):

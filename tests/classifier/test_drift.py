@@ -153,7 +153,7 @@ def test_the_command(world, tmp_path, cairn):
     for i, (image, _) in enumerate(second):
         Image.fromarray(image // 2 + 100).save(tmp_path / "new" / f"{i}.png")
     (tmp_path / "new" / "broken.png").write_bytes(b"no image")
-    status, out, err = cairn("drift", "shop", "new", "--json", "--device", "cpu")
+    status, out, err = cairn("monitor", "shop", "new", "--json", "--device", "cpu")
     report = json.loads(out)
     assert status == 0
     assert "broken.png" in err
@@ -161,7 +161,7 @@ def test_the_command(world, tmp_path, cairn):
     found = IncrementalClassifier.load(tmp_path / "shop").drift(images)
     assert (report["images"], report["below"], report["drifted"]) == (len(images), found.below, True)
     assert report["shifted"] == [one.name for one in found.shifted]
-    status, out, _ = cairn("drift", "shop", "new", "--device", "cpu")
+    status, out, _ = cairn("monitor", "shop", "new", "--device", "cpu")
     assert status == 0
     assert "drifted: " in " ".join(out.split())
     assert {file.name: file.read_bytes() for file in (tmp_path / "shop").iterdir()} == before

@@ -102,4 +102,4 @@ def test_a_month_with_mistakes_ends_as_one_without(method, cairn, tmp_path):
     done = asked("history", "shop")
     for change in ("taken out again, then", "two classes became one", "a class was renamed", "undone: learning"):
         assert change in done
-    assert "no drift found" in asked("drift", "shop", *held_out, *where)
+    assert "no drift found" in asked("monitor", "shop", *held_out, *where)

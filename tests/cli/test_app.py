@@ -9,6 +9,7 @@ import pytest
 import typer
 from PIL import Image
 
+from cairn.cli.app import app
 from cairn.methods.catalogue import METHODS
 
 
@@ -199,3 +200,9 @@ def test_no_summary_of_a_command_is_cut_off(cairn, monkeypatch, group):
     assert len(commands) > 1
     assert [line for line in commands if "..." in line] == []
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_no_two_commands_have_one_name():
+    """The later one would hide the other without a word."""
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert len(names) == len({*names})

@@ -1,4 +1,4 @@
-"""`cairn drift`: whether pictures still look like those that were learned. Parse, call, print."""
+"""`cairn monitor`: whether pictures still look like those that were learned. Parse, call, print."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHOWN = 10
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(drift)
+    app.command()(monitor)
 
 
-def drift(
+def monitor(
     learner: Learner,
     pictures: Annotated[list[Path], typer.Argument(help="image files, or folders of them; no labels are needed")],
     as_json: Annotated[bool, typer.Option("--json", help="the whole report as JSON on standard output")] = False,

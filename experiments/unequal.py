@@ -40,7 +40,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 FEW = {"shapes": 6, "cifar100": 12, "ucf101": 4, "caltech51": 2, "imagenet150": 1}
 MANY = {"shapes": 50, "cifar100": 100, "ucf101": 16, "caltech51": 16, "imagenet150": 4}
-METHODS = ("zero-shot", "simplecil", "lda", "ranpac", "engine", "blend")
+METHODS = ("zero-shot", "simplecil", "lda", "ranpac", "engine", "blend", "blend, prior=counts")
 SEEDS = (1, 2, 3)
 
 
@@ -54,8 +54,10 @@ def thinned(task: Task, numbers: np.ndarray, rng: np.random.Generator) -> Task:
 
 
 def measured(stream: str, method: str, seed: int) -> dict[str, Any]:
-    settings = DESCRIBED if (stream, method) == ("cifar100", "engine") else []
-    entry, tasks, towers, config = prepared(RunConfig(method=method, seed=seed, settings=settings, **STREAMS[stream]))
+    name, *changed = method.split(", ")
+    settings = [*changed, *(DESCRIBED if (stream, name) == ("cifar100", "engine") else [])]
+    call = {"method": name, "seed": seed, "settings": settings} | STREAMS[stream]
+    entry, tasks, towers, config = prepared(RunConfig(**call))
     fingerprint = towers.fingerprint
     if towers.has_images and tower_stands(entry, config):
         tasks, towers = kept(tasks, towers, FeatureStore.configured())

@@ -64,13 +64,15 @@ class OpinionPool:
     def weights(self) -> Float[Tensor, " e"]:
         return self.psi[:-1].exp()
 
-    def offsets(self, counts: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """-theta log n_c."""
-        return self.psi[-1] * _rarity(counts)
+    def offsets(self, counts: Int[Tensor, " k"], by_counts: bool = False) -> Float[Tensor, " k"]:
+        """-theta log n_c, or (1 - theta) log n_c where classes are as likely as they have images: Bayes' rule."""
+        return (self.psi[-1] - (1 if by_counts else 0)) * _rarity(counts)
 
-    def joined(self, scores: Float[Tensor, "n k e"], counts: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
-        """sum_e exp(phi_e) E_e - theta log n_c."""
-        return scores @ self.weights + self.offsets(counts)
+    def joined(
+        self, scores: Float[Tensor, "n k e"], counts: Int[Tensor, " k"], by_counts: bool = False
+    ) -> Float[Tensor, "n k"]:
+        """sum_e exp(phi_e) E_e with the offsets."""
+        return scores @ self.weights + self.offsets(counts, by_counts)
 
     def fitted(
         self,

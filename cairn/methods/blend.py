@@ -102,6 +102,10 @@ class BlendConfig(Settings):
         ge=0,
         description="images scored among k of today's K classes weigh (k / K)^ageing in the fit of weights",
     )
+    prior: Literal["equal", "counts"] = Field(
+        default="equal",
+        description="how likely a class is before an image is seen: as any other, or in proportion to its images",
+    )
 
     @classmethod
     def embedding(cls) -> BlendConfig:
@@ -109,7 +113,7 @@ class BlendConfig(Settings):
 
 
 class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, ScoresAsModule):
-    """argmax_c sum_e exp(phi_e) E_e(x, c) - theta log n_c of the experts' scores."""
+    """argmax_c sum_e exp(phi_e) E_e(x, c) - theta log n_c of the experts' scores, where all classes are equally likely."""
 
     card = Card(
         title="Blend: Gaussians, texts and random features in closed form",
@@ -188,7 +192,8 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
             pool.fitted(torch.stack([g, *others], 2), y, counts, ageing, several)
             for pool, g in zip(self.pools, gaussians, strict=True)
         ]
-        self.left_out = (self.pool.joined(torch.stack([gaussians[self._best], *others], 2), counts), y)
+        scores = torch.stack([gaussians[self._best], *others], 2)
+        self.left_out = (self.pool.joined(scores, counts, self._likely_by_counts), y)
         self._set(self.memory.stored())
         ctx.log(
             "blend",
@@ -269,7 +274,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
             if self._W is None:
                 self._W = self.gram.solution(self.ridge)
             scores.append(self._widened(rows) @ self._W)
-        return self.pool.joined(torch.stack(scores, 2), self.memory.counts).to(x)
+        return self.pool.joined(torch.stack(scores, 2), self.memory.counts, self._likely_by_counts).to(x)
 
     def scores_module(self) -> nn.Sequential:
         towers, d = self.towers, self.towers.dim
@@ -280,8 +285,13 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
             scale = math.sqrt(2 / self.config.features)
             experts.append(RandomFeatureScores(self.random.V, self.gram.solution(self.ridge), scale))
         vision = towers.vision() if self.blocks == 1 else towers.vision_and_patches()
-        pooled = PooledScores(experts, self.pool.weights.tolist(), self.pool.offsets(self.memory.counts))
+        offsets = self.pool.offsets(self.memory.counts, self._likely_by_counts)
+        pooled = PooledScores(experts, self.pool.weights.tolist(), offsets)
         return nn.Sequential(PatchMoments(vision, self.blocks), pooled).cpu().float().eval()
+
+    @property
+    def _likely_by_counts(self) -> bool:
+        return self.config.prior == "counts"
 
     def _gaussians(self) -> QuadraticDiscriminant:
         if self._discriminant is None:

@@ -154,6 +154,23 @@ def drawn_world(seed, k=12, d=60):
     return Dataset("drawn", names, rows(counts), rows(np.full(k, 60)), ("a photo of a {}.",), held), counts
 
 
+def test_classes_as_likely_as_they_have_images():
+    """Bayes' rule: log n_c more for each class, and more right where it is true."""
+    right = {"equal": 0.0, "counts": 0.0}
+    for seed in range(3):
+        dataset, counts = drawn_world(seed)
+        stream = task_stream(dataset, step=6)
+        x, y = torch.from_numpy(dataset.test.values), torch.from_numpy(dataset.test.labels)
+        n = torch.from_numpy(counts).double()
+        methods = {prior: learned(dataset, stream.tasks, prior=prior) for prior in right}
+        scores = {prior: method.scores(method.embed(x)).double() for prior, method in methods.items()}
+        torch.testing.assert_close(scores["counts"], scores["equal"] + n.log(), rtol=1e-5, atol=1e-4)
+        for prior in right:
+            hits = (scores[prior].argmax(1) == y).double()
+            right[prior] += (hits * n[y]).sum().item() / n[y].sum().item()
+    assert right["counts"] > right["equal"], right
+
+
 def test_classes_of_few_images_are_not_lost_to_those_of_many():
     """Eight rows do not tell as much as eighty, but no class may go under: mean accuracy over classes of few and of many."""
     few, many = [], []

@@ -85,6 +85,16 @@ DRIFT = {
 }
 """Laboratory folders: stream and settings. What chooses defaults never sees the test split of a reported run."""
 
+CALFUSE_PARTS = {
+    "calfuse-no-calibration": ["calibration.share=0"],
+    "calfuse-no-fusion": ["fusion=none"],
+    "calfuse-adapter": ["calibration.share=0", "fusion=none"],
+    "calfuse-learned": ["calibration=learned"],
+    "calfuse-svd": ["fusion=svd"],
+    "calfuse-distilled": ["distillation=1"],
+}
+"""CalFuse without one of its parts, the same adapter without both, and with those that are off."""
+
 BLEND_PARTS = {
     "blend": [],
     "blend-compact": ["rank=8", "features=512"],
@@ -151,7 +161,20 @@ Job = tuple[str, str, str, list[str], str]
 """Stream, folder, method (or `drift`, the laboratory), settings, seeds."""
 
 
-BASELINES = ("simplecil", "lda", "acil", "ranpac", "aper", "clipood", "slca", "rapf", "cgil", "proof", "engine")
+BASELINES = (
+    "simplecil",
+    "lda",
+    "acil",
+    "ranpac",
+    "aper",
+    "clipood",
+    "slca",
+    "rapf",
+    "cgil",
+    "proof",
+    "engine",
+    "calfuse",
+)
 EXTRA = ("slca-2", "rapf-identity")
 BOUNDS = ("zero-shot", "finetune", "joint")
 VARIANTS = {
@@ -160,6 +183,7 @@ VARIANTS = {
     "rapf-identity": ("rapf", ["start=identity"]),
     "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
+    **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
@@ -172,6 +196,7 @@ METHOD_ROWS = {
         "dmc",
         "dmc-ot",
         "spa",
+        *CALFUSE_PARTS,
     ],
     "cifar100": [
         *BOUNDS,
@@ -181,8 +206,9 @@ METHOD_ROWS = {
         "dmc",
         "dmc-ot-residual",
         "spa",
+        *CALFUSE_PARTS,
     ],
-    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa"],
+    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS],
     "imagenet150": [
         "zero-shot",
         "simplecil",
@@ -191,6 +217,8 @@ METHOD_ROWS = {
         "ranpac",
         "rapf",
         "rapf-identity",
+        "calfuse",
+        "calfuse-adapter",
         "engine",
         "dmc",
         "dmc-ot",
@@ -234,6 +262,8 @@ def jobs() -> list[Job]:
             found.append((f"caltech51-{n}", method, method, [], THREE))
     found += [
         ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
+        ("ucf101", "calfuse", "calfuse", [], THREE),
+        *(("ucf101", folder, "calfuse", switches, THREE) for folder, switches in CALFUSE_PARTS.items()),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
         ("ucf101-at-once", "acil", "acil", [], THREE),
         ("ucf101-at-once", "ranpac", "ranpac", [], THREE),

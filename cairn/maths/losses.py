@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 
 def class_cross_entropy(
@@ -66,3 +66,13 @@ def mean_squared_cosine(T_new: Float[Tensor, "j d"], T_old: Float[Tensor, "k d"]
     Source: the separability term of STAR-Prompt [K].
     """
     return ((T_new @ T_old.T) ** 2).mean()
+
+
+def distillation(logits: Float[Tensor, "n k"], former: Float[Tensor, "n k"], temperature: float) -> Float[Tensor, ""]:
+    """tau^2 mean_i KL(softmax(former_i / tau) || softmax(logits_i / tau)): what was answered formerly is to be answered still.
+
+    Source: Li and Hoiem, Learning without Forgetting (2016); the factor tau^2 of Hinton et al. (2015), with which gradients keep
+    their size whatever tau.
+    """
+    log_share, formerly = ((rows / temperature).log_softmax(1) for rows in (logits, former))
+    return temperature**2 * kl_div(log_share, formerly, reduction="batchmean", log_target=True)

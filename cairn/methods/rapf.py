@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cairn.data.loading import Loader
 from cairn.data.stream import Task
+from cairn.maths.fusion import fused
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -256,23 +257,3 @@ class _WithPairs:
                 x = torch.cat([x, self.memory_rows(rows)])
                 labels = torch.cat([labels, pairs.repeat_interleave(self.draws, 0)])
             yield x, labels
-
-
-def fused(
-    old: Float[Tensor, "d d"], new: Float[Tensor, "d d"], fusion: float, mask: Literal["clipped", "ratio"] = "clipped"
-) -> Float[Tensor, "d d"]:
-    """Old and new weights, mixed entry by entry in the basis U of the old ones' left singular vectors.
-
-    R = U^T old,  R' = U^T new,  D = |R' - R|;  U (R + M (R' - R)) with
-    M = min(1, D / max D + fusion)  (clipped)  or  M = D / (D + fusion mean D)  (ratio).
-    What changed much is the new task's and is taken from the new weights, what hardly changed stays. Float64 inside.
-    """
-    U = torch.linalg.svd(old.double()).U
-    R, change = U.T @ old.double(), U.T @ (new - old).double()
-    D = change.abs()
-    tiny = torch.finfo(D.dtype).tiny
-    if mask == "clipped":
-        M = (D / D.max().clamp(min=tiny) + fusion).clamp(max=1)
-    else:
-        M = D / (D + fusion * D.mean()).clamp(min=tiny)
-    return (U @ (R + M * change)).to(old.dtype)

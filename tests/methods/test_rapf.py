@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from cairn.config import with_settings
 from cairn.data.images import Concatenation, Subset
+from cairn.maths.fusion import fused
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.catalogue import METHODS
-from cairn.methods.rapf import _WithPairs, fused, hinge, neighbours
+from cairn.methods.rapf import _WithPairs, hinge, neighbours
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds

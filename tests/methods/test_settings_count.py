@@ -41,6 +41,7 @@ OTHERS: dict[str, Any] = {
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""
 
 UNDER: dict[str, tuple[str, ...]] = {
+    r"calfuse:temperature": ("distillation=1",),
     r"ranpac:schedule\..*": ("tuning=adapter",),
     r"rapf:(threshold|separation)": ("margin=0.9",),
     r"rapf:schedule\.cosine": ("schedule.milestones=[]",),

@@ -19,6 +19,9 @@ Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
 LimitTrain = Annotated[int | None, typer.Option(help="training images per class at most")]
+Imbalance = Annotated[
+    float, typer.Option(help="long tail: images of the most frequent class over those of the rarest; 1: as they are")
+]
 LimitTest = Annotated[int | None, typer.Option(help="test images per class at most")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")]
 Revision = Annotated[str | None, typer.Option(help="revision of the towers on the hub")]
@@ -82,6 +85,7 @@ def run(
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    imbalance: Imbalance = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
@@ -148,6 +152,7 @@ def run(
         limit_train=limit_train,
         limit_test=limit_test,
         validation=validation,
+        imbalance=imbalance,
         device=device,
         precision=precision,
         preprocess=preprocess,
@@ -345,6 +350,7 @@ def drift(
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    imbalance: Imbalance = 1.0,
     on_bad_image: BadImages = "stop",
 ) -> None:
     """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
@@ -370,6 +376,7 @@ def drift(
         limit_train=limit_train,
         limit_test=limit_test,
         validation=validation,
+        imbalance=imbalance,
         on_bad_image=on_bad_image,
     )
     with console.live():

@@ -173,6 +173,18 @@ def held_out(train: Images, share: float, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(out))
 
 
+def long_tail(most: int, classes: int, imbalance: float) -> np.ndarray:
+    """Training images of each class, int64 (k,), falling exponentially from `most` to `most` / rho, rho the imbalance.
+
+    n_c = max(1, round(most rho^(-p_c / (k - 1)))), p_c the place of class c in a shuffled order (seed 0), so that every task
+    has frequent and rare classes. Source: Cui et al. 2019, Class-Balanced Loss (the form); Liu et al. 2022, Long-Tailed
+    Class Incremental Learning (shuffled).
+    """
+    places = np.random.default_rng(0).permutation(classes)
+    shares = np.power(float(imbalance), -places / max(1, classes - 1))
+    return np.maximum(1, np.round(most * shares)).astype(np.int64)
+
+
 def task_stream(
     dataset: Dataset,
     *,
@@ -182,14 +194,19 @@ def task_stream(
     limit_train: int | None = None,
     limit_test: int | None = None,
     validation: float = 0.0,
+    imbalance: float = 1.0,
 ) -> TaskStream:
     """Cut a data set into tasks.
 
     `limit_*` keep the first so many images of each class. `validation` in (0, 1) sets the test split aside and tests
     on that share of each class's training images instead (seed 0): settings are chosen there, never on the test split.
+    `imbalance` above 1 makes the training images long-tailed (`long_tail`): the first so many of each class are kept, the
+    most frequent class having that many times as many as the rarest. Test images stay as they are.
     """
     if not 0.0 <= validation < 1.0:
         raise ConfigError(f"validation {validation}: must be at least 0 and below 1")
+    if not 1.0 <= imbalance < float("inf"):
+        raise ConfigError(f"imbalance {imbalance}: must be a number from 1, such as 100")
     for flag, limit in (("limit-train", limit_train), ("limit-test", limit_test)):
         if limit is not None and limit < 1:
             raise ConfigError(f"{flag} {limit}: must be at least 1")
@@ -203,12 +220,16 @@ def task_stream(
         kept, out = held_out(train, validation, seed=0)
         train, test = Subset(train, kept, train.labels[kept]), Subset(train, out, train.labels[out])
 
+    counts = np.minimum(np.bincount(train.labels, minlength=len(names)), limit_train or len(train))
+    if imbalance > 1:
+        counts = np.minimum(counts, long_tail(int(counts.max()), len(names), imbalance))
+
     tasks, tests, start = [], [], 0
     for index, size in enumerate(sizes):
         ids = range(start, start + size)
-        images = _of(train, arrival, ids, limit_train)
+        images = _of(train, arrival, ids, counts)
         tasks.append(Task(index, ids, names[start : start + size], dataset.templates, images, dataset.descriptions))
-        tests.append(_of(test, arrival, ids, limit_test))
+        tests.append(_of(test, arrival, ids, np.full(len(names), limit_test or len(test))))
         start += size
     notices = [*dataset.notices, *order_notices, *alike(names)]
     if len(sizes) > 1 and sizes[-1] < step:
@@ -249,9 +270,10 @@ def without_class(task: Task, c: int) -> Task:
     return replace(task, classes=range(start, start + len(names)), names=names, train=images)
 
 
-def _of(images: Images, arrival: np.ndarray, ids: range, limit: int | None) -> Subset:
-    """The images of classes `ids`, class by class in order of arrival, labelled by arrival number."""
-    members = [np.flatnonzero(images.labels == arrival[i])[:limit] for i in ids]
+def _of(images: Images, arrival: np.ndarray, ids: range, limits: np.ndarray) -> Subset:
+    """The first images of classes `ids`, class by class in order of arrival, labelled by arrival number; of class c, in its
+    natural number, limits[c] at most."""
+    members = [np.flatnonzero(images.labels == arrival[i])[: limits[arrival[i]]] for i in ids]
     labels = np.repeat(np.arange(ids.start, ids.stop), [len(m) for m in members])
     return Subset(images, np.concatenate(members), labels.astype(np.int64))
 

@@ -56,6 +56,7 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
         limit_train=config.limit_train,
         limit_test=config.limit_test,
         validation=config.validation,
+        imbalance=config.imbalance,
     )
 
 

@@ -7,6 +7,14 @@ A[i][j] is the accuracy, in [0, 1], on the test images of task j after learning 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Frequency = Literal["head", "medium", "tail"]
+HEAD, TAIL = 100, 20
+"""Classes of at least so many training images are head, of fewer than so many tail. Source: Liu et al. 2019, Large-Scale
+Long-Tailed Recognition."""
 
 Table = Sequence[Sequence[float | None]]
 
@@ -46,6 +54,29 @@ def backward_transfer(A: Table) -> float | None:
 def class_mean(correct: Sequence[int], total: Sequence[int]) -> float:
     """Mean over classes of correct_c / total_c: every class weighs the same, however many test images it has."""
     return sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)
+
+
+class ByFrequency(NamedTuple):
+    """A value per class, averaged over frequent and over rare classes."""
+
+    means: dict[Frequency, float]
+    terciles: bool
+    """Whether groups are thirds of the classes, because one of head, medium and tail would be empty."""
+
+
+def by_frequency(values: Sequence[float], images: Sequence[int]) -> ByFrequency | None:
+    """Mean over the classes of each group, by their training images. None where all classes have as many, or fewer than
+    three there are."""
+    n = np.asarray(images)
+    if len(n) < 3 or len(np.unique(n)) == 1:
+        return None
+    groups: list[tuple[Frequency, np.ndarray]]
+    groups = [("head", n >= HEAD), ("medium", (n >= TAIL) & (n < HEAD)), ("tail", n < TAIL)]
+    terciles = not all(members.any() for _, members in groups)
+    if terciles:
+        thirds = np.array_split(np.argsort(-n, kind="stable"), 3)
+        groups = [(name, np.isin(np.arange(len(n)), third)) for (name, _), third in zip(groups, thirds, strict=True)]
+    return ByFrequency({name: float(np.mean(np.asarray(values)[members])) for name, members in groups}, terciles)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -7,13 +7,22 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cairn.classifier.calibration import Calibration, keep_left_out, unlearned
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.inputs import prepared, require_alike, require_shareable, tower_stands
-from cairn.experiment.metrics import average_incremental, backward_transfer, class_mean, forgetting, seen_accuracy
+from cairn.experiment.metrics import (
+    average_incremental,
+    backward_transfer,
+    by_frequency,
+    class_mean,
+    forgetting,
+    seen_accuracy,
+)
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
 from cairn.methods.protocol import Method
@@ -129,6 +138,8 @@ def run_stream(
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
     sizes = [len(test) for test in stream.tests]
     seen = seen_accuracy(table, sizes)
+    last, images = evaluations[-1], _images_by_class(stream)
+    grouped = by_frequency([c / n for c, n in zip(last.correct, last.total, strict=True)], images)
     return RunResult(
         method=entry.name,
         exemplar_free=entry.card.exemplar_free,
@@ -146,6 +157,9 @@ def run_stream(
         accuracy=table,
         seen_accuracy=seen,
         seen_accuracy_by_class=[class_mean(e.correct, e.total) for e in evaluations],
+        train_sizes=images,
+        last_by_frequency=grouped.means if grouped else None,
+        frequency_terciles=grouped is not None and grouped.terciles,
         future_accuracy=[e.future for e in evaluations],
         ece=[e.ece for e in evaluations],
         ece_by_chance=[e.ece_by_chance for e in evaluations],
@@ -169,6 +183,11 @@ def run_stream(
         precision=towers.precision,
         versions=versions(),
     )
+
+
+def _images_by_class(stream: TaskStream) -> list[int]:
+    labels = np.concatenate([np.asarray(task.train.labels) for task in stream.tasks])
+    return np.bincount(labels, minlength=len(stream.class_names)).tolist()
 
 
 def _peak_rss() -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from cairn.config import values_by_path
+from cairn.experiment.metrics import Frequency
 from cairn.storage.schema import Amount, Count, Difference, Share
 
 SCHEMA_VERSION = 1
@@ -48,6 +49,10 @@ class RunConfig(BaseModel):
     validation: float = Field(
         default=0.0, description="share of the training images that stands in for the test split; 0: none"
     )
+    imbalance: float = Field(
+        default=1.0,
+        description="training images of the most frequent class over those of the rarest, in a long tail; 1: as they are",
+    )
     device: str = Field(default="auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] | None = Field(
@@ -70,10 +75,11 @@ def usual_step(data: str) -> int:
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
+    Records of before there was `imbalance` lack it.
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
     otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
-    call = dict(call)
+    call = {"imbalance": 1.0} | dict(call)
     if "settings" in call:
         call["settings"] = values_by_path(call["settings"])
     if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
@@ -119,6 +125,15 @@ class RunResult(BaseModel):
     accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
     seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
+    train_sizes: list[Count] = Field(default=[], description="training images per class, in order of arrival")
+    last_by_frequency: dict[Frequency, Share] | None = Field(
+        default=None,
+        description="accuracy after the last task, mean over head (100 training images or more), medium, and tail classes (fewer "
+        "than 20); null where all classes have as many",
+    )
+    frequency_terciles: bool = Field(
+        default=False, description="whether these groups are thirds of the classes, because one of them would be empty"
+    )
     future_accuracy: list[Share | None] = Field(description="zero-shot, after task i, among the classes still to come")
     ece: list[Share | None] = Field(
         default=[],

@@ -113,6 +113,10 @@ class Console:
             f"{result.method}: average {percent(result.average)} %, last {percent(result.last)} %, "
             f"forgetting {forgetting}, {result.seconds:.0f} s -> {path}\n"
         )
+        if result.last_by_frequency:
+            groups = ", ".join(f"{group} {percent(share)} %" for group, share in result.last_by_frequency.items())
+            terciles = " (thirds of the classes)" if result.frequency_terciles else ""
+            self.note(f"last, by how many training images a class has: {groups}{terciles}\n")
 
     def summary(self, results: Sequence[Any], path: Path) -> None:
         from cairn.experiment.metrics import mean_and_deviation

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
+from cairn.experiment.metrics import Frequency
 from cairn.experiment.schema import SCHEMA_VERSION
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, settings_of, stream_keys
@@ -54,6 +55,7 @@ class _Stored(BaseModel):
     seed: int
     accuracy: list[list[Share | None]] = []
     seen_accuracy: list[Share]
+    last_by_frequency: dict[Frequency, Share] | None = None
     future_accuracy: list[Share | None] = []
     zero_shot_accuracy: list[Share | None] = []
     average: Share

@@ -90,11 +90,15 @@ def seed_list(results: Iterable[Result]) -> str:
 
 
 def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
-    """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent."""
+    """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent. Where classes
+    have unequal numbers of training images, the last accuracy also of frequent and of rare ones."""
+    groups_of = [run["last_by_frequency"] for runs in groups.values() for run in runs if run.get("last_by_frequency")]
+    frequencies = list(groups_of[0]) if groups_of else []
     columns = [
         Column("method"),
         Column("average %"),
         Column("last %"),
+        *(Column(f"{group} %") for group in frequencies),
         Column("forgetting"),
         Column("keeps, kB", 0),
         Column("seconds", 0),
@@ -106,7 +110,9 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
         rows.append(
             [
                 name if group[0]["exemplar_free"] else f"{name} (keeps exemplars)",
-                *(estimate([r[key] for r in group], 100) for key in COMPARED),
+                *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
+                *(estimate([(r.get("last_by_frequency") or {}).get(at) for r in group], 100) for at in frequencies),
+                estimate([r["forgetting"] for r in group], 100),
                 None if memory is None else Estimate(memory / 1000),
                 estimate([r["seconds"] for r in group]),
                 seed_list(group),

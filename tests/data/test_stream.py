@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cairn.data.images import Concatenation, Dataset, Subset
-from cairn.data.stream import class_order, held_out, task_sizes, task_stream
+from cairn.data.stream import class_order, held_out, long_tail, task_sizes, task_stream
 from cairn.errors import ConfigError, DataError
 
 
@@ -241,6 +241,43 @@ def test_validation_out_of_range(share):
         task_stream(dataset(), step=2, validation=share)
 
 
+# --- long tail ---
+
+
+def test_a_long_tail_falls_exponentially():
+    counts = long_tail(100, 11, 100)
+    expected = sorted((max(1, round(100 * 100 ** (-place / 10))) for place in range(11)), reverse=True)
+    assert sorted(counts.tolist(), reverse=True) == expected
+    assert (expected[0], expected[5], expected[-1]) == (100, 10, 1)
+    assert counts.tolist() != expected  # rare classes come in every task
+    assert long_tail(7, 1, 100).tolist() == [7]
+    assert long_tail(3, 4, 1000).min() == 1
+
+
+def test_imbalance_thins_training_images_alone():
+    data = dataset(6, each_train=20, each_test=3)
+    even, tailed = task_stream(data, step=2, order="seed:1"), task_stream(data, step=2, order="seed:1", imbalance=10)
+    wanted = {data.classes[c]: n for c, n in enumerate(long_tail(20, 6, 10))}
+    for task, whole in zip(tailed.tasks, even.tasks, strict=True):
+        for label, name in zip(task.classes, task.names, strict=True):
+            kept = task.train.indices[task.train.labels == label].tolist()
+            assert kept == whole.train.indices[whole.train.labels == label].tolist()[: wanted[name]]
+            assert len(kept) == wanted[name]
+    assert [test.indices.tolist() for test in tailed.tests] == [test.indices.tolist() for test in even.tests]
+
+
+def test_no_class_has_more_images_than_there_are_or_than_the_limit():
+    data = dataset(6, each_train=20)
+    stream = task_stream(data, step=6, limit_train=8, imbalance=10)
+    assert np.bincount(stream.tasks[0].train.labels).tolist() == long_tail(8, 6, 10).tolist()
+
+
+@pytest.mark.parametrize("imbalance", [0.5, 0, -1, float("nan"), float("inf")])
+def test_imbalance_out_of_range(imbalance):
+    with pytest.raises(ConfigError, match=rf"imbalance {imbalance}: must be a number from 1, such as 100"):
+        task_stream(dataset(), step=2, imbalance=imbalance)
+
+
 # --- fingerprint ---
 
 
@@ -254,6 +291,7 @@ def test_fingerprint_names_the_split():
         task_stream(dataset(), step=2, limit_train=1),
         task_stream(dataset(), step=2, limit_test=1),
         task_stream(dataset(), step=2, validation=0.5),
+        task_stream(dataset(), step=2, imbalance=3),
         task_stream(dataset(each_train=5), step=2),
         task_stream(dataset(test=Sealed(np.tile(np.arange(7), 2), "elsewhere")), step=2),
     ]

@@ -11,6 +11,7 @@ from sklearn.metrics import log_loss
 from cairn.experiment.metrics import (
     average_incremental,
     backward_transfer,
+    by_frequency,
     class_mean,
     forgetting,
     mean_and_deviation,
@@ -34,6 +35,23 @@ SIZES = [10, 30, 10]
 def test_seen_accuracy_weighs_tasks_by_their_test_images():
     # after task 1: (10 * .7 + 30 * .8) / 40 = 31 / 40; after task 2: (6 + 27 + 5) / 50
     assert seen_accuracy(A, SIZES) == pytest.approx([0.9, 0.775, 0.76])
+
+
+def test_head_medium_and_tail():
+    found = by_frequency([0.9, 0.5, 0.7, 0.2, 0.1], [100, 99, 20, 19, 1])
+    assert found.means == pytest.approx({"head": 0.9, "medium": 0.6, "tail": 0.15})
+    assert not found.terciles
+
+
+def test_groups_are_thirds_where_one_of_them_would_be_empty():
+    found = by_frequency([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [6, 50, 6, 50, 30, 12])
+    assert found.means == pytest.approx({"head": 0.3, "medium": 0.55, "tail": 0.2})
+    assert found.terciles
+
+
+def test_no_groups_of_classes_that_have_as_many_images():
+    assert by_frequency([0.9, 0.1, 0.4], [16, 16, 16]) is None
+    assert by_frequency([0.9, 0.1], [16, 2]) is None
 
 
 def test_average_incremental():

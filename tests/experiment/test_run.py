@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cairn.data.stream import class_order
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.folder import Call, RunFolder, read_result
-from cairn.experiment.metrics import average_incremental, seen_accuracy
+from cairn.experiment.metrics import average_incremental, by_frequency, seen_accuracy
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call
 from cairn.training.log import Log
@@ -45,6 +45,12 @@ def test_a_result_is_consistent_with_itself(features_file, blurred_dataset):
     assert result.seen_accuracy[-1] == pytest.approx(sum(map(sum, right)) / sum(map(len, right)))
     assert result.seen_accuracy_by_class[-1] == pytest.approx(sum(sum(own) / len(own) for own in right) / len(right))
     assert abs(result.seen_accuracy_by_class[-1] - result.seen_accuracy[-1]) > 1e-3  # classes are of unequal size
+    right = [right[int(name.removeprefix("class_"))] for name in result.class_order]
+    values = [sum(own) / len(own) for own in right]
+    grouped = by_frequency(values, result.train_sizes)
+    assert len(set(result.train_sizes)) > 1
+    assert result.last_by_frequency == pytest.approx(grouped.means)
+    assert result.frequency_terciles
     assert result.future_accuracy[-1] is None
     assert all(0 <= a <= 1 for a in result.future_accuracy[:-1])
     assert result.config["stage1"]["tuning"]["kind"] == "adapter"

@@ -29,6 +29,14 @@ def result(method="dmc", seed=1, average=0.5, **changes):
     return made | changes
 
 
+def test_frequent_and_rare_classes_have_columns_where_their_numbers_differ():
+    groups = {"head": 0.9, "medium": 0.6, "tail": 0.3}
+    table = markdown_table([result("a", last_by_frequency=groups), result("b")])
+    assert "| method | average % | last % | head % | medium % | tail % | forgetting |" in table
+    assert "| 90.00 | 60.00 | 30.00 |" in next(line for line in table.splitlines() if line.startswith("| a "))
+    assert "head" not in markdown_table([result("a"), result("b")])
+
+
 def test_seeds_become_mean_and_sample_deviation():
     table = markdown_table([result(seed=1, average=0.5), result(seed=2, average=0.6), result(seed=3, average=0.7)])
     row = table.splitlines()[2]

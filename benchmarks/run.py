@@ -23,6 +23,7 @@ import growth
 import loading
 import predicting
 import prefix
+import retrieval
 import shares
 import startup
 import transport
@@ -41,8 +42,9 @@ ITEMS = {
     "calibration": calibration,
     "startup": startup,
     "predicting": predicting,
+    "retrieval": retrieval,
 }
-OWN = ("alignment", "calibration", "startup", "predicting")
+OWN = ("alignment", "calibration", "startup", "predicting", "retrieval")
 """Items whose whole report is a file and a table of its own."""
 
 

@@ -92,8 +92,20 @@ CALFUSE_PARTS = {
     "calfuse-learned": ["calibration=learned"],
     "calfuse-svd": ["fusion=svd"],
     "calfuse-distilled": ["distillation=1"],
+    "calfuse-fast": ["schedule.lr=1e-3"],
+    "calfuse-adapter-fast": ["calibration.share=0", "fusion=none", "schedule.lr=1e-3"],
 }
-"""CalFuse without one of its parts, the same adapter without both, and with those that are off."""
+"""CalFuse without one of its parts, the same adapter without both, with those that are off, and both of the first at ten times
+the rate, where there is more to hold in place."""
+
+RECO_PARTS = {
+    "reco-average": ["fusion=average", "compare=image"],
+    "reco-both": ["compare=both"],
+    "reco-5": ["exemplars=5"],
+    "reco-first": ["train=first"],
+    "reco-dmc": ["base=dmc"],
+}
+"""RECO as plain k-nearest-neighbour fusion, as published, with few exemplars, trained once, and around a method."""
 
 BLEND_PARTS = {
     "blend": [],
@@ -174,6 +186,7 @@ BASELINES = (
     "proof",
     "engine",
     "calfuse",
+    "reco",
 )
 EXTRA = ("slca-2", "rapf-identity")
 BOUNDS = ("zero-shot", "finetune", "joint")
@@ -184,6 +197,7 @@ VARIANTS = {
     "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
     **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
+    **{folder: ("reco", switches) for folder, switches in RECO_PARTS.items()},
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
@@ -197,6 +211,7 @@ METHOD_ROWS = {
         "dmc-ot",
         "spa",
         *CALFUSE_PARTS,
+        *RECO_PARTS,
     ],
     "cifar100": [
         *BOUNDS,
@@ -207,8 +222,9 @@ METHOD_ROWS = {
         "dmc-ot-residual",
         "spa",
         *CALFUSE_PARTS,
+        *RECO_PARTS,
     ],
-    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS],
+    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS, *RECO_PARTS],
     "imagenet150": [
         "zero-shot",
         "simplecil",
@@ -264,6 +280,8 @@ def jobs() -> list[Job]:
         ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
         ("ucf101", "calfuse", "calfuse", [], THREE),
         *(("ucf101", folder, "calfuse", switches, THREE) for folder, switches in CALFUSE_PARTS.items()),
+        ("ucf101", "reco", "reco", [], THREE),
+        *(("ucf101", folder, "reco", switches, THREE) for folder, switches in RECO_PARTS.items()),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
         ("ucf101-at-once", "acil", "acil", [], THREE),
         ("ucf101-at-once", "ranpac", "ranpac", [], THREE),

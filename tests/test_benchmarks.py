@@ -110,6 +110,7 @@ def shown(page: str, block: str) -> str:
         ("calibration", "speed.md", "calibration"),
         ("startup", "speed.md", "startup"),
         ("predicting", "speed.md", "predicting"),
+        ("retrieval", "speed.md", "retrieval"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):

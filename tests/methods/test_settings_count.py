@@ -36,6 +36,8 @@ OTHERS: dict[str, Any] = {
     r"stage1\.slow": 50.0, r"threshold": 0.0, r"margin": 0.9, r"probes": 2, r"(.*\.)?covariance\.rank": 2,
     r"drift\.rank": 2, r"stage2\.text\.(shared|task)": 2,
     r"local\.eps": 1.0, r"local\.iterations": 1, r"local\.patches": 3, r"local\.best": 1,
+    r"floor": 1.0, r"memory": "a features file", r"search\.lists": 2, r"neighbours": 3, r"fusion\.heads": 2, r"base": "simplecil",
+    r"base_settings": '{"ridge": 5.0}',
     r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]", r"rank": 2,
 }  # fmt: skip
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""
@@ -43,6 +45,8 @@ OTHERS: dict[str, Any] = {
 UNDER: dict[str, tuple[str, ...]] = {
     r"calfuse:temperature": ("distillation=1",),
     r"ranpac:schedule\..*": ("tuning=adapter",),
+    r"reco:base_settings": ("base=acil",),
+    r"reco:(floor|neighbours|alignment|exemplars)": ("compare=both",),
     r"rapf:(threshold|separation)": ("margin=0.9",),
     r"rapf:schedule\.cosine": ("schedule.milestones=[]",),
     r".*:stage2\.text\.(shared|task)": ("stage2.text.shared=1", "stage2.text.task=1", "stage2.text.init=null"),
@@ -59,6 +63,10 @@ IMAGE_KINDS = r"=(lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=
 
 ELSEWHERE = {
     ("ranpac", "search"): "how a ridge is found, not which: tests/methods/test_heads.py",
+    ("reco", "search"): "faiss, which may be absent: tests/memory/test_retrieval.py",
+    ("reco", "search.lists"): "the same",
+    ("reco", "search.probes"): "the same",
+    ("reco", "memory"): "a file: tests/methods/test_reco.py",
     ("joint", "stage1.classes"): "all images are those of the task, so the classes seen are those of the task",
     ("joint", "stage2.real_share"): "old images are kept, nothing is replayed",
 }

@@ -1,8 +1,11 @@
-"""The shapes that cross module borders. Letters: n rows, d width, k classes, m prompts, p patches, t tasks."""
+"""The types that cross module borders: shapes of tensors, and what towers declare.
+
+Letters: n rows, d width, k classes, m prompts, p patches, t tasks.
+"""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,3 +19,9 @@ Labels: TypeAlias = Int[Tensor, " n"]
 
 Scores: TypeAlias = Float[Tensor, "n k"]
 """One column per class seen; higher is likelier."""
+
+Attention: TypeAlias = Literal["native", "value"]
+"""How patches look at one another in the last block: as the tower was trained, or by what they are (values)."""
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+"""Arithmetic inside the towers."""

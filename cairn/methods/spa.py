@@ -52,7 +52,6 @@ from cairn.methods.protocol import (
     NamesClasses,
     PatchReasons,
 )
-from cairn.towers.patches import Attention
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part, spelled, words
 from cairn.training.context import Context
@@ -60,7 +59,7 @@ from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Attention, Features, Pixels, Scores
 
 
 class Local(Settings):

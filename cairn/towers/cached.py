@@ -24,10 +24,8 @@ from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite, one_line
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.fingerprint import weights_part
-from cairn.towers.patches import Attention
-from cairn.towers.precision import Precision
 from cairn.towers.protocol import Towers
-from cairn.types import Features, Pixels
+from cairn.types import Attention, Features, Pixels, Precision
 
 BATCH = 32
 """Images in every pass whose rows are kept; a smaller rest is filled up. In passes of one size, what an image gives does

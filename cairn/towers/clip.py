@@ -18,12 +18,12 @@ from cairn.data.templates import filled, prompt_templates
 from cairn.errors import ConfigError, TowersError, counted
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
-from cairn.towers.patches import Attention, embedded_tokens
-from cairn.towers.precision import Precision, usable_precision
+from cairn.towers.patches import embedded_tokens
+from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import PromptTree, last_hidden
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
-from cairn.types import Features, Pixels
+from cairn.types import Attention, Features, Pixels, Precision
 
 
 def device_named(choice: str) -> torch.device:

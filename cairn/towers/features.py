@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.errors import TowersError
-from cairn.towers.patches import Attention
-from cairn.towers.precision import Precision
-from cairn.types import Features, Pixels
+from cairn.types import Attention, Features, Pixels, Precision
 
 
 class FeatureTowers:

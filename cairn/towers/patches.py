@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from cairn.types import Features, Pixels
+from cairn.types import Attention, Features, Pixels
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
     from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
-Attention: TypeAlias = Literal["native", "value"]
-"""How patches look at one another in the last block: as the tower was trained, or by what they are (values)."""
 
 
 def embedded_tokens(

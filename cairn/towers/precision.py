@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Precision: TypeAlias = Literal["float32", "bfloat16"]
+from cairn.types import Precision
 
 Asked: TypeAlias = Literal["auto", "float32", "bfloat16"]
 """`auto`: bfloat16 where it pays, float32 elsewhere."""

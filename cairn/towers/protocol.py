@@ -9,10 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cairn.towers.patches import Attention
-from cairn.towers.precision import Precision
 from cairn.towers.preprocessing import Preprocessing
-from cairn.types import Features, Pixels
+from cairn.types import Attention, Features, Pixels, Precision
 
 if TYPE_CHECKING:
     from cairn.towers.prefix import PromptTree

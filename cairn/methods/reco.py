@@ -293,7 +293,12 @@ class RECO(NamesClasses):
         return self._fused("text", t, held.rows[some], numbers, found.present(self.config.floor))
 
     def _fused(
-        self, side: str, query: Features, rows: Features, numbers: Int[Tensor, "n K"], present: Bool[Tensor, "n K"]
+        self,
+        side: str,
+        query: Features,
+        rows: Float[Tensor, "r d"],
+        numbers: Int[Tensor, "n K"],
+        present: Bool[Tensor, "n K"],
     ) -> Features:
         if isinstance(self.config.fusion, Average):
             w, shares = self.config.fusion.weight, present.float()[..., None]
@@ -373,7 +378,7 @@ def _base(towers: Towers, config: RecoConfig, seed: int) -> Method | None:
     return entry.build(towers, settings, seed=seed)
 
 
-def _outside(memory: str, d: int) -> tuple[Features, Labels, Features]:
+def _outside(memory: str, d: int) -> tuple[Features, Labels, Float[Tensor, "g d"]]:
     """Rows, text numbers and texts of a features file; nothing for `data`. Raises ConfigError and DataError."""
     if memory == "data":
         return torch.zeros(0, d), torch.zeros(0, dtype=torch.int64), torch.zeros(0, d)

@@ -71,11 +71,13 @@ def assessed(
                 fits += _fits(part, ctx)
     if isinstance(method, LeavesOut) and left_out is not None:
         counted, source = [_counted(left_out.scores, left_out.labels)], "left out one by one"
-    K = len(estimate.doubt) + len(task.classes)
+    K, seed = len(estimate.doubt) + len(task.classes), ctx.seeds.seed
+    if not estimate.drawn:
+        estimate = estimate.with_draws(drawn_shares(previous, seed))
     return Assessment(
         calibration.with_images(left_out),
         _thinned(fits),
-        estimate.with_task(sum(counted, np.zeros((K, K))), source, drawn_shares(previous, method, ctx.seeds.seed)),
+        estimate.with_task(sum(counted, np.zeros((K, K))), source, drawn_shares(method, seed)),
     )
 
 

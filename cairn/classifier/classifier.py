@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ from cairn.classifier.mending import Mended, Mending
 from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import KEEP, LearnerRecord
+from cairn.classifier.retention import drawn_shares
 from cairn.classifier.scoring import BATCH, Scorer
 from cairn.classifier.stored import copied
 from cairn.config import with_values
@@ -351,7 +353,9 @@ class IncrementalClassifier(Estimator):
 
     def _take(self, mended: Mended) -> None:
         """In place of what was learned before."""
-        self._method, self._learned, self.descriptions = mended
+        self._method, learned, self.descriptions = mended
+        estimate = learned.estimate.with_draws(drawn_shares(self._method, self.seed))
+        self._learned = replace(learned, estimate=estimate)
         self._novelty = None
 
     @contextmanager

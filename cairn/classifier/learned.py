@@ -98,12 +98,18 @@ class Learned:
             estimate=self.estimate.without_class(c),
         )
 
-    def without_pictures(self, copies: Mapping[tuple[bytes, int], int]) -> Learned:
-        """Less these pictures, by hash and class number, each as often as it was learned; a class without any is gone."""
+    def without_pictures(self, copies: Mapping[tuple[bytes, int], int], taken: np.ndarray) -> Learned:
+        """Less these pictures, by hash and class number, each as often as it was learned; a class without any is gone. `taken`
+        counts what the learner without them takes them for."""
         counts = self.counts.copy()
         for (_, c), times in copies.items():
             counts[c] -= times
-        less = replace(self, counts=counts, pictures=self.pictures.without_pictures(copies))
+        less = replace(
+            self,
+            counts=counts,
+            pictures=self.pictures.without_pictures(copies),
+            estimate=self.estimate.without_images(taken),
+        )
         for c in self.emptied(copies):
             less = less._dropped(c)
         out = {"date": str(date.today()), "images": 0, "change": "unlearned", "taken_out": sum(copies.values())}

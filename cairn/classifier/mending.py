@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from cairn.classifier.estimate import confusion_counts
 from cairn.classifier.inputs import Sentences, descriptions_of, unlabelled
 from cairn.classifier.learned import Learned
 from cairn.classifier.scoring import BATCH
@@ -24,6 +26,7 @@ from cairn.errors import ConfigError, DataError, counted, one_line
 from cairn.methods.protocol import KeepsSums, Method, NamesClasses
 from cairn.training.encode import encode
 from cairn.training.log import Log
+from cairn.types import Features
 
 
 class Mended(NamedTuple):
@@ -123,7 +126,8 @@ class Mending:
             method.forget(c)
             descriptions = _without_sentences(descriptions, self._name(c))
             self.log("notice", text=f"class '{self._name(c)}': all of its images are taken out, so it is gone")
-        return Mended(method, learned.without_pictures(copies), descriptions)
+        taken = _taken(method, features[index], labels.numpy(), len(learned.classes), learned.emptied(copies))
+        return Mended(method, learned.without_pictures(copies, taken), descriptions)
 
     def _name(self, c: int) -> str:
         return str(self.learned.classes[c])
@@ -151,6 +155,17 @@ class Mending:
         templates, found = prompt_templates(self.templates), descriptions_of(descriptions)
         method.rename(c, Task(0, range(c, c + 1), (name,), templates, unlabelled([], None), found), self.log)
         return method
+
+
+@torch.no_grad()
+def _taken(method: Method, features: Features, labels: np.ndarray, k: int, gone: Sequence[int]) -> np.ndarray:
+    """(k, k): how many images of each class the method, which knows all but those that are `gone`, takes for each."""
+    kept = np.setdiff1d(np.arange(k), gone)
+    rows = np.flatnonzero(np.isin(labels, kept))
+    if not len(rows):
+        return np.zeros((k, k))
+    found = method.scores(features[torch.from_numpy(rows)]).argmax(1).cpu().numpy()
+    return confusion_counts(kept[found], labels[rows], k)
 
 
 def _without_sentences(given: Sentences, name: str) -> Sentences:

@@ -1,4 +1,4 @@
-"""What old classes lose to a task, seen on draws from what a method keeps of them."""
+"""What becomes of old classes, seen on draws from what a method keeps of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from cairn.classifier.estimate import confusion_counts
 from cairn.methods.protocol import GaussianScoring, Method
 from cairn.training.seeds import Seeds
-from cairn.types import Features
 
 DRAWS = 4096
 """Of all old classes together, about."""
@@ -18,26 +17,16 @@ PER_CLASS = 200
 
 
 @torch.no_grad()
-def drawn_shares(before: Method | None, after: Method, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """For the k classes that `before` knows, the shares of draws that it takes for each class (k, k), and that `after`, which
-    learned K - k more, does (k, K). Where the image side moved each draws its own, otherwise both score the same draws.
+def drawn_shares(method: Method | None, seed: int) -> np.ndarray | None:
+    """The shares of draws from each class that are taken for each class, (k, k). Each class has random numbers of its own, so that
+    those of two learners differ by what was learned alone.
 
     None where the method keeps nothing to draw from.
     """
-    if not isinstance(before, GaussianScoring) or not isinstance(after, GaussianScoring) or not before.memory.classes:
+    if not isinstance(method, GaussianScoring) or not method.memory.classes:
         return None
-    k = before.memory.classes
-    rows = _drawn(before, k, seed)
-    found = rows if before.encoder == after.encoder else _drawn(after, k, seed)
-    return _shares(before, rows, k), _shares(after, found, k)
-
-
-def _drawn(method: GaussianScoring, k: int, seed: int) -> Features:
-    per_class = min(PER_CLASS, max(2, DRAWS // k))
-    return method.on_sphere(method.memory.draw(per_class, Seeds(seed).generator("retention"), range(k))[0])
-
-
-def _shares(method: GaussianScoring, rows: Features, k: int) -> np.ndarray:
-    scores, per_class = method.row_scores(rows), len(rows) // k
-    labels = np.repeat(np.arange(k), per_class)
-    return confusion_counts(scores.argmax(1).cpu().numpy(), labels, scores.shape[1])[:k] / per_class
+    k = method.memory.classes
+    per_class, seeds = min(PER_CLASS, max(2, DRAWS // k)), Seeds(seed)
+    drawn = [method.memory.draw(per_class, seeds.at(c=c).generator("retention"), [c])[0] for c in range(k)]
+    taken = method.row_scores(method.on_sphere(torch.cat(drawn))).argmax(1)
+    return confusion_counts(taken.cpu().numpy(), np.repeat(np.arange(k), per_class), k) / per_class

@@ -185,10 +185,13 @@ class AccuracyEstimate(Record):
         known = self.for_classes(K)
         M, reference = known.counted, list(known.reference)
         aged, doubt = _lost_by_symmetry(known.by_symmetry, np.array(known.doubt), left_out, k)
-        for c in np.flatnonzero(left_out.sum(1)).tolist() if drawn is not None else ():
-            n, m, now = M[c].sum(), left_out[c].sum(), float(drawn[c, c])
-            earlier = reference[c]
-            reference[c] = min(1.0, (n * (now if earlier is None else earlier) + m * now) / (n + m))
+        if drawn is None:
+            reference = [None] * K
+        else:
+            for c in np.flatnonzero(left_out.sum(1)).tolist():
+                n, m, now = M[c].sum(), left_out[c].sum(), float(drawn[c, c])
+                earlier = reference[c]
+                reference[c] = min(1.0, (n * (now if earlier is None else earlier) + m * now) / (n + m))
         sources = dict(self.sources)
         if left_out.sum():
             sources[source] = sources.get(source, 0) + int(left_out.sum())
@@ -196,7 +199,7 @@ class AccuracyEstimate(Record):
             confusions=_sparse(M + left_out),
             aged=_sparse(aged + left_out),
             drawn=[] if drawn is None else _sparse(drawn),
-            reference=[None] * K if drawn is None else reference,
+            reference=reference,
             doubt=doubt.tolist(),
             before=[None if np.isnan(a) else float(a) for a in before],
             sources=sources,

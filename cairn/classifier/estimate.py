@@ -183,7 +183,8 @@ class AccuracyEstimate(Record):
         """After a task. `left_out` (K, K) counts its left-out images among all K classes seen; `drawn` is P after the task."""
         k, K, before = len(self.doubt), len(left_out), self.by_class
         known = self.for_classes(K)
-        M, reference = known.counted, list(known.reference)
+        M = known.counted
+        reference: list[float | None] = [*known.reference]
         aged, doubt = _lost_by_symmetry(known.by_symmetry, np.array(known.doubt), left_out, k)
         if drawn is None:
             reference = [None] * K

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 Frequency = Literal["head", "medium", "tail"]
 HEAD, TAIL = 100, 20
 """Classes of at least so many training images are head, of fewer than so many tail. Source: Liu et al. 2019, Large-Scale
@@ -67,16 +65,20 @@ class ByFrequency(NamedTuple):
 def by_frequency(values: Sequence[float], images: Sequence[int]) -> ByFrequency | None:
     """Mean over the classes of each group, by their training images. None where all classes have as many, or fewer than
     three there are."""
-    n = np.asarray(images)
-    if len(n) < 3 or len(np.unique(n)) == 1:
+    k = len(images)
+    if k < 3 or len(set(images)) == 1:
         return None
-    groups: list[tuple[Frequency, np.ndarray]]
-    groups = [("head", n >= HEAD), ("medium", (n >= TAIL) & (n < HEAD)), ("tail", n < TAIL)]
-    terciles = not all(members.any() for _, members in groups)
+    groups: dict[Frequency, list[int]] = {
+        "head": [c for c in range(k) if images[c] >= HEAD],
+        "medium": [c for c in range(k) if TAIL <= images[c] < HEAD],
+        "tail": [c for c in range(k) if images[c] < TAIL],
+    }
+    terciles = not all(groups.values())
     if terciles:
-        thirds = np.array_split(np.argsort(-n, kind="stable"), 3)
-        groups = [(name, np.isin(np.arange(len(n)), third)) for (name, _), third in zip(groups, thirds, strict=True)]
-    return ByFrequency({name: float(np.mean(np.asarray(values)[members])) for name, members in groups}, terciles)
+        falling = sorted(range(k), key=lambda c: -images[c])
+        first, second = -(-k // 3), -(-k // 3) + -(-(k - 1) // 3)
+        groups = {"head": falling[:first], "medium": falling[first:second], "tail": falling[second:]}
+    return ByFrequency({name: sum(values[c] for c in own) / len(own) for name, own in groups.items()}, terciles)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -40,7 +40,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 FEW = {"shapes": 6, "cifar100": 12, "ucf101": 4, "caltech51": 2, "imagenet150": 1}
 MANY = {"shapes": 50, "cifar100": 100, "ucf101": 16, "caltech51": 16, "imagenet150": 4}
-METHODS = ("zero-shot", "simplecil", "lda", "ranpac", "engine", "blend", "blend, prior=counts")
+METHODS = ("zero-shot", "simplecil", "lda", "ranpac", "engine", "blend", "blend, class_prior=counts")
 SEEDS = (1, 2, 3)
 
 

@@ -102,7 +102,7 @@ class BlendConfig(Settings):
         ge=0,
         description="images scored among k of today's K classes weigh (k / K)^ageing in the fit of weights",
     )
-    prior: Literal["equal", "counts"] = Field(
+    class_prior: Literal["equal", "counts"] = Field(
         default="equal",
         description="how likely a class is before an image is seen: as any other, or in proportion to its images",
     )
@@ -291,7 +291,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, 
 
     @property
     def _likely_by_counts(self) -> bool:
-        return self.config.prior == "counts"
+        return self.config.class_prior == "counts"
 
     def _gaussians(self) -> QuadraticDiscriminant:
         if self._discriminant is None:

@@ -162,7 +162,7 @@ def test_classes_as_likely_as_they_have_images():
         stream = task_stream(dataset, step=6)
         x, y = torch.from_numpy(dataset.test.values), torch.from_numpy(dataset.test.labels)
         n = torch.from_numpy(counts).double()
-        methods = {prior: learned(dataset, stream.tasks, prior=prior) for prior in right}
+        methods = {prior: learned(dataset, stream.tasks, class_prior=prior) for prior in right}
         scores = {prior: method.scores(method.embed(x)).double() for prior, method in methods.items()}
         torch.testing.assert_close(scores["counts"], scores["equal"] + n.log(), rtol=1e-5, atol=1e-4)
         for prior in right:

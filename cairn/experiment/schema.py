@@ -51,6 +51,7 @@ class RunConfig(BaseModel):
     )
     imbalance: float = Field(
         default=1.0,
+        allow_inf_nan=False,
         description="training images of the most frequent class over those of the rarest, in a long tail; 1: as they are",
     )
     device: str = Field(default="auto", description="torch device")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cairn.classifier.estimate import confusion_counts
+from cairn.classifier.novelty import gaussians_of
 from cairn.methods.protocol import GaussianScoring, Method
 from cairn.training.seeds import Seeds
 
@@ -20,9 +21,12 @@ PER_CLASS = 200
 def drawn_shares(method: Method | None, seed: int) -> np.ndarray | None:
     """The shares of draws from each class that are taken for each class, (k, k). The random numbers are the same each time.
 
-    None where the method keeps nothing to draw from.
+    None where the method keeps nothing to draw from, or knows no class by more than one image.
     """
     if not isinstance(method, GaussianScoring) or not method.memory.classes:
+        return None
+    known = gaussians_of(method)
+    if known is not None and not known.scatter.trace() > 0:
         return None
     k = method.memory.classes
     per_class = min(PER_CLASS, max(2, DRAWS // k))

@@ -217,3 +217,6 @@ def test_one_or_two_pictures_of_a_class_are_enough(towers, method, counts):
     learner = IncrementalClassifier(method, towers).partial_fit(pictures, labels)
     known = learner.known_score(pictures)
     assert np.isfinite(known).all()
+    another = rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    learner.partial_fit([another], ["one more"])  # what draws of the first classes say has been asked by now
+    assert learner.predict([pictures[0]])[0] == "class 0"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from teaching import rows, taught
 from torch.nn.functional import cross_entropy, kl_div
 
 from cairn.config import with_settings
@@ -30,14 +31,7 @@ def build(towers, *assignments):
 
 
 def learned(towers, tasks, *assignments):
-    method = build(towers, *assignments)
-    for task in tasks:
-        method.learn(task, Context(Seeds(1)))
-    return method
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+    return taught(build(towers, *assignments), tasks)
 
 
 def weights(d=5, seed=3, size=0.1):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from teaching import rows
 from torch.distributions import Normal, kl_divergence
 
 from cairn.config import with_settings
@@ -33,10 +34,6 @@ def build(towers, *assignments):
     config = entry.default_config(towers)
     known = [item for item in FAST if not (item.startswith("generator.") and "generator=gaussian" in assignments)]
     return entry.build(towers, with_settings(config, [*known, *assignments]), seed=1)
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
 
 
 def scattered(n, seed, d=6):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from teaching import rows
 
 from cairn.config import with_settings
 from cairn.maths.losses import class_cross_entropy
@@ -28,10 +29,6 @@ def build(towers, *assignments, name="clipood"):
     entry = METHODS[name]
     config = with_settings(entry.default_config(towers), assignments)
     return entry.build(towers, config, seed=1)
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
 
 
 def test_the_defaults_are_the_paper_s(towers, flat):

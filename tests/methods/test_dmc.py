@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from teaching import rows
 
 from cairn.config import with_settings
 from cairn.data.loading import Loader
@@ -25,10 +26,6 @@ def build(name, towers, *assignments):
     entry = METHODS[name]
     config = with_settings(entry.default_config(towers), [*FAST, *assignments])
     return entry.build(towers, config, seed=1)
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
 
 
 def test_stage_1_moves_vision_and_leaves_texts_and_stage_2_the_other_way(flat, stream):

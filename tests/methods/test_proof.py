@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from teaching import rows, taught
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from cairn.config import with_settings
@@ -29,14 +30,7 @@ def build(towers, *assignments):
 
 
 def learned(towers, tasks, *assignments):
-    method = build(towers, *assignments)
-    for task in tasks:
-        method.learn(task, Context(Seeds(1)))
-    return method
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+    return taught(build(towers, *assignments), tasks)
 
 
 def clustered(rng, k, n, d):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from teaching import rows
 from torch.nn.functional import cross_entropy
 
 from cairn.config import with_settings
@@ -26,10 +27,6 @@ def build(towers, *assignments):
     entry = METHODS["rapf"]
     config = with_settings(entry.default_config(towers), ["schedule.epochs=2", "schedule.batch=16", *assignments])
     return entry.build(towers, config, seed=1)
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
 
 
 def world(k=5, n=12, d=6, seed=0):
@@ -121,14 +118,14 @@ def test_every_pair_gets_fresh_draws_of_its_own_old_class_in_every_step():
     found = list(next(batches.epochs([torch.Generator().manual_seed(0)])))
     assert len(found) == len(batches) == 3
     drawn = []
-    for rows, labels in found:
+    for z, labels in found:
         own = labels[:, 1] < 0
-        assert own.sum() == len(rows) - 18
+        assert own.sum() == len(z) - 18
         assert labels[~own].tolist() == [[0, 3]] * 6 + [[0, 4]] * 6 + [[2, 3]] * 6
-        nearest = torch.cdist(rows[~own], means).argmin(1)
+        nearest = torch.cdist(z[~own], means).argmin(1)
         assert nearest.tolist() == labels[~own, 0].tolist()
-        assert (rows[~own].norm(dim=1) > 2).all()  # not brought to length 1
-        drawn.append(rows[~own])
+        assert (z[~own].norm(dim=1) > 2).all()  # not brought to length 1
+        drawn.append(z[~own])
     drawn = torch.cat(drawn)
     assert len(drawn.unique(dim=0)) == len(drawn)
     left = list(next(batches.epochs([torch.Generator().manual_seed(0)], skip=2)))

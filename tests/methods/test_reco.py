@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from teaching import rows, taught
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -27,14 +28,7 @@ def build(towers, *assignments, seed=1):
 
 
 def learned(towers, tasks, *assignments):
-    method = build(towers, *assignments)
-    for task in tasks:
-        method.learn(task, Context(Seeds(1)))
-    return method
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+    return taught(build(towers, *assignments), tasks)
 
 
 def trained_layer(d=8, heads=2, seed=0):

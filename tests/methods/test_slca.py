@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from teaching import rows
 
 from cairn.config import with_settings
 from cairn.maths.similarity import unit
@@ -30,10 +31,6 @@ def build(towers, *assignments):
     entry = METHODS["slca"]
     config = with_settings(entry.default_config(towers), assignments)
     return entry.build(towers, config, seed=1)
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
 
 
 def logits(f, head):

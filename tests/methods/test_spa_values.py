@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from teaching import taught
 
 from cairn.config import with_settings
 from cairn.data.loading import Loader
@@ -19,10 +20,7 @@ def learned(towers, tasks, *assignments):
     entry = METHODS["spa"]
     quick = ("schedule.epochs=1", "schedule.batch=8", "local.patches=6", "local.best=3", "local.among=seen")
     config = with_settings(entry.default_config(towers), [*quick, *assignments])
-    method = entry.build(towers, config, seed=1)
-    for task in tasks:
-        method.learn(task, Context(Seeds(1)))
-    return method
+    return taught(entry.build(towers, config, seed=1), tasks)
 
 
 def pixels_of(images, towers):

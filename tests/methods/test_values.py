@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from teaching import rows, taught
 
 from cairn.config import settings, with_settings
 from cairn.data.images import Subset
@@ -42,14 +43,7 @@ def build(name, towers, *assignments):
 
 
 def learned(name, towers, tasks, *assignments):
-    method = build(name, towers, *assignments)
-    for task in tasks:
-        method.learn(task, Context(Seeds(1)))
-    return method
-
-
-def rows(images):
-    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+    return taught(build(name, towers, *assignments), tasks)
 
 
 def without_row(tensor, c, dim=0):

@@ -52,7 +52,7 @@ def test_every_remedy_names_an_extra_that_there_is():
         for path in (ROOT / "cairn").rglob("*.py")
         for found in re.findall(r"""extra_remedy\(["'](\w+)["']\)""", path.read_text(encoding="utf-8"))
     }
-    assert named == {"serve", "ray", "onnx", "hub", "parallel", "report", "track", "describe"}
+    assert named == {"serve", "ray", "onnx", "hub", "parallel", "report", "track", "describe", "search"}
     assert named <= PROJECT["optional-dependencies"].keys()
     page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,11 +14,18 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from jaxtyping import install_import_hook
 
-# The annotations of tensors are executed: a wrong shape fails where it happens.
-_hook = install_import_hook(
-    ["cairn.maths", "cairn.memory", "cairn.towers.clip", "cairn.towers.prefix", "cairn.towers.prompts"],
-    "beartype.beartype",
-)
+ROOT = Path(__file__).resolve().parents[1]
+CHECKED = ["cairn.towers.clip", "cairn.towers.prefix", "cairn.towers.prompts"] + [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for room in ("maths", "memory", "methods")
+    for path in sorted((ROOT / "cairn" / room).rglob("*.py"))
+    if re.search("^from (jaxtyping|cairn.types) import", path.read_text(), re.MULTILINE)
+]
+"""The modules whose annotations tell shapes. They are executed: a wrong shape fails where it happens."""
+
+install_import_hook(
+    CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)  # an int is a float, too
 
 import numpy as np
 import pytest

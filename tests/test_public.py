@@ -11,9 +11,13 @@ import typing
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 
 import cairn
+from cairn.config import NoSettings
 from cairn.methods.catalogue import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,3 +131,10 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
     assert not HEAVY & modules
     methods = {METHODS[name].build.__module__ for name in METHODS}
     assert methods & modules == {METHODS["simplecil"].build.__module__}
+
+
+def test_shapes_that_annotations_name_are_checked_when_tests_run(flat):
+    """In methods, too: see the hook in tests/conftest.py."""
+    method = METHODS["simplecil"].build(flat, NoSettings(), seed=1)
+    with pytest.raises(TypeCheckError, match="features"):
+        method.scores(torch.zeros(16))

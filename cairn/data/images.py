@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from cairn.data.templates import prompt_templates
 from cairn.errors import DataError
 
 
+@runtime_checkable
 class Images(Protocol):
     """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
 

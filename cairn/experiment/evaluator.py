@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
@@ -28,6 +29,7 @@ from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
 from cairn.training.distributed import ALONE, World
+from cairn.types import Features, Labels, Pixels, Scores
 
 KEEP_BYTES = 2 << 30
 """Test embeddings held in memory; what does not fit lies in a file."""
@@ -79,8 +81,8 @@ class Evaluator:
             Loader(test, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=room) for test in stream.tests
         ]
         self._encoder: str | None = None
-        self._kept: dict[int, Tensor | None] = {}
-        self._frozen: dict[int, Tensor | None] = {}
+        self._kept: dict[int, Features | None] = {}
+        self._frozen: dict[int, Features | None] = {}
 
     def after(self, task: int, method: Method, calibration: Calibration = UNCALIBRATED) -> Evaluation:
         """The row of the table that follows learning task number `task`, probabilities being what `calibration` makes of
@@ -116,11 +118,11 @@ class Evaluator:
             temperature=calibration.temperature,
         )
 
-    def _figures(self, j: int, task: int, method: Method, calibration: Calibration) -> Tensor:
+    def _figures(self, j: int, task: int, method: Method, calibration: Calibration) -> Float[Tensor, "n 3"]:
         """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken
         for, and the log-probability of its own."""
 
-        def figures(rows: Tensor, y: Tensor) -> Tensor:
+        def figures(rows: Features, y: Labels) -> Float[Tensor, "n 3"]:
             scores = self._scores(task, method, rows)
             best = _likeliest(scores, f"task {task}: the scores of the method")
             log_p = calibration.log_probabilities(scores)
@@ -133,7 +135,7 @@ class Evaluator:
 
         return self._of_all(j, figures, self._embedded(j, method), torch.empty(0, 3, dtype=torch.float64))
 
-    def _scores(self, task: int, method: Method, rows: Tensor) -> Tensor:
+    def _scores(self, task: int, method: Method, rows: Features) -> Scores:
         seen = self.stream.tasks[task].classes.stop
         scores = _scored(method.scores, rows)
         if scores.shape[1] != seen:
@@ -143,7 +145,7 @@ class Evaluator:
         return scores
 
     def _of_all(
-        self, j: int, figures: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, nothing: Tensor
+        self, j: int, figures: Callable[[Features, Labels], Tensor], rows: Features | None, nothing: Tensor
     ) -> Tensor:
         """figures(rows, labels) of all test images of task j, in their order; `rows` are those of this process, if it has any."""
         labels, places = self.loaders[j].labels, self._places(j)
@@ -160,36 +162,36 @@ class Evaluator:
         batches = rows.split(self.loaders[j].batch)
         return [torch.cat([rows[:0], *batches[rank::number]]) for rank in range(number)]
 
-    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Tensor | None]) -> float | None:
+    def _by_texts(self, tasks: range, classes: range, rows: Callable[[int], Features | None]) -> float | None:
         """Accuracy of class texts alone on the test images of `tasks`, among `classes`."""
         if not tasks or not self.towers.has_text:
             return None
         T = self._texts[classes.start : classes.stop]
 
-        def scores(z: Tensor) -> Tensor:  # to the bit those of method `zero-shot`
+        def scores(z: Features) -> Scores:  # to the bit those of method `zero-shot`
             return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
 
-        def right(z: Tensor, y: Tensor) -> Tensor:
+        def right(z: Features, y: Labels) -> Bool[Tensor, " n"]:
             return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start == y
 
         nothing = torch.empty(0, dtype=torch.bool)
         return _share(torch.cat([self._of_all(j, right, rows(j), nothing) for j in tasks]))
 
     @cached_property
-    def _texts(self) -> Tensor:
+    def _texts(self) -> Float[Tensor, "k d"]:
         """Of all classes, those to come included."""
         if not self.towers.has_text:
             return torch.zeros(len(self.stream.class_names), self.towers.dim)
         return self.towers.class_texts(self.stream.class_names, self.stream.tasks[0].templates).cpu()
 
     @torch.no_grad()
-    def _embedded(self, j: int, method: Method) -> Tensor | None:
+    def _embedded(self, j: int, method: Method) -> Features | None:
         if j not in self._kept:
             self._kept[j] = self._all(j, method.embed)
         return self._kept[j]
 
     @torch.no_grad()
-    def _untouched(self, j: int, method: Method) -> Tensor | None:
+    def _untouched(self, j: int, method: Method) -> Features | None:
         """Embeddings of the towers as they came."""
         if method.encoder == FROZEN:
             return self._embedded(j, method)
@@ -197,7 +199,7 @@ class Evaluator:
             self._frozen[j] = self._all(j, self.towers.image)
         return self._frozen[j]
 
-    def _all(self, j: int, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def _all(self, j: int, embed: Callable[[Pixels], Features]) -> Features | None:
         """Rows of the images that are for this process, None if none are."""
         start, kept, loader, number = 0, None, self.loaders[j], self.world.world_size
         batches = loader.ordered(self.world.rank, number)
@@ -223,16 +225,16 @@ class Evaluator:
         return kept.view(n, *like.shape[1:])
 
 
-def _scored(scores: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def _scored(scores: Callable[[Features], Scores], rows: Features) -> Scores:
     return torch.cat([scores(some) for some in rows.split(BATCH)])
 
 
-def _likeliest(scores: Tensor, what: str) -> Tensor:
+def _likeliest(scores: Scores, what: str) -> Labels:
     """Column of the largest score. Raises NotFinite where one is not a number: `argmax` would take NaN for the largest."""
     if (row := first_not_finite(scores)) is not None:
         raise NotFinite(f"{what}: those of test image {row} are not finite; look for NaN in the weights and the images")
     return scores.argmax(1).cpu()
 
 
-def _share(right: Tensor) -> float:
+def _share(right: Bool[Tensor, " n"]) -> float:
     return int(right.sum()) / len(right)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -70,6 +70,7 @@ class Card:
         return self.keeps not in ("exemplars", "images")
 
 
+@runtime_checkable
 class Method(Protocol):
     """A learner of tasks.
 

@@ -4,7 +4,7 @@ whole ones, so that each row is what one process makes of it; then each of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from cairn.training.checkpoint import Checkpoint, State
 from cairn.training.context import Context
 
 
+@runtime_checkable
 class Ordered(Protocol):
     """Batches in the collection's own order."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cairn.config import NoSettings
 from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
@@ -65,7 +66,7 @@ def share_of_texts(tests, texts, classes):
 def test_classes_to_come_are_asked_among_themselves_and_seen_ones_among_the_seen(flat, blurred_dataset):
     stream = task_stream(blurred_dataset, step=2)
     method, texts = (
-        METHODS["simplecil"].build(flat, None, seed=1),
+        METHODS["simplecil"].build(flat, NoSettings(), seed=1),
         torch.as_tensor(blurred_dataset.embeddings.text),
     )
     evaluator = Evaluator(stream, flat)
@@ -98,7 +99,7 @@ def test_classes_to_come_are_asked_of_the_adapted_encoder(flat, blurred_dataset)
 def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):
     """Of tasks and of classes with unequal numbers of test images."""
     stream = task_stream(blurred_dataset, step=2)
-    method, evaluator = METHODS["simplecil"].build(flat, None, seed=1), Evaluator(stream, flat)
+    method, evaluator = METHODS["simplecil"].build(flat, NoSettings(), seed=1), Evaluator(stream, flat)
     for task in range(2):
         method.learn(stream.tasks[task], Context(Seeds(1)))
         found = evaluator.after(task, method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -60,7 +60,7 @@ class VisionStage(Settings):
     _kinds = field_validator("tuning", mode="before")(kind_by_name)
 
     @classmethod
-    def embedding(cls) -> Self:
+    def embedding(cls) -> VisionStage:
         """The form that needs no image tower."""
         return cls(tuning=Adapter(), schedule=Schedule(epochs=10, batch=128, lr=1e-4))
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-Pixels: TypeAlias = Float[Tensor, "n ..."]
-"""What an image tower takes: (n, 3, h, w), or (n, d) where the embeddings were computed beforehand."""
+Pixels: TypeAlias = Real[Tensor, "n ..."]
+"""What an image tower takes: (n, 3, h, w), or (n, d) where the embeddings were computed beforehand, or whole numbers (n, 2),
+the places of embeddings in a store (`cairn.towers.cached`)."""
 
 Features: TypeAlias = Float[Tensor, "n d"]
 Labels: TypeAlias = Int[Tensor, " n"]

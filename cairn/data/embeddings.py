@@ -1,7 +1,8 @@
 """Embeddings computed beforehand, in a safetensors file: for people who hold vectors in a store, not images.
 
 Tensors: `train_features` (n, d), `train_labels` (n,), `test_features` (m, d), `test_labels` (m,) and, if texts were
-embedded too, `text_features` (k, d). Metadata: see `cairn.data.features_metadata`.
+embedded too, `text_features` (k, d). Where images may show several classes, labels are (n, k) and (m, k), 1 for a class that is
+shown and 0 for one that is not. Metadata: see `cairn.data.features_metadata`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from cairn.data.features_metadata import FeaturesMetadata
-from cairn.data.images import Dataset
+from cairn.data.images import Dataset, Images, LabelSets
 from cairn.data.templates import prompt_templates
 from cairn.errors import DataError, ResultError, counted, one_line
 from cairn.storage.files import sha256_of, write_chunks
@@ -87,11 +88,18 @@ def features_dataset(path: str | Path) -> Dataset:
     return Dataset(
         name=file.stem,
         classes=tuple(about.class_names),
-        train=Rows(arrays["train_features"], arrays["train_labels"], "train_features"),
-        test=Rows(arrays["test_features"], arrays["test_labels"], "test_features"),
+        train=_labelled(arrays, "train"),
+        test=_labelled(arrays, "test"),
         templates=tuple(about.templates),
         embeddings=Embeddings(dim, text, about.logit_scale, sha256_of(file)[:16], about.model or one_line(file.stem)),
     )
+
+
+def _labelled(arrays: dict[str, np.ndarray], part: str) -> Images:
+    features, labels, name = arrays[f"{part}_features"], arrays[f"{part}_labels"], f"{part}_features"
+    if labels.ndim == 1:
+        return Rows(features, labels, name)
+    return LabelSets.of(Rows(features, np.full(len(features), -1), name), labels)
 
 
 def save_features(
@@ -155,19 +163,22 @@ def _checked(tensors: dict[str, torch.Tensor], names: Sequence[str], shown: str)
     arrays = {}
     for part in ("train", "test"):
         features, labels = tensors[f"{part}_features"], tensors[f"{part}_labels"]
-        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+        fits = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == len(names))
+        if features.ndim != 2 or not fits or len(features) != len(labels):
             raise DataError(
                 f"{shown}: {part}_features {_shape(features)} and {part}_labels {_shape(labels)} do not fit; "
-                "they must be (n, d) and (n)"
+                f"they must be (n, d) and (n), or (n, {len(names)}) where rows have several classes"
             )
         if features.shape[1] == 0 or not features.is_floating_point():
             raise DataError(
                 f"{shown}: {part}_features {_shape(features)} of {_dtype(features)}; "
                 "store rows of floating point numbers"
             )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        sets = labels.ndim == 2
+        if labels.is_floating_point() or labels.is_complex() or (labels.dtype == torch.bool and not sets):
             raise DataError(f"{shown}: {part}_labels are {_dtype(labels)}; store whole numbers from 0")
-        arrays[f"{part}_labels"] = _class_numbers(labels, f"{part}_labels", names, shown)
+        read = _class_sets if sets else _class_numbers
+        arrays[f"{part}_labels"] = read(labels, f"{part}_labels", names, shown)
         arrays[f"{part}_features"] = _finite(features, f"{part}_features", shown)
     train, test = tensors["train_features"], tensors["test_features"]
     if train.shape[1] != test.shape[1]:
@@ -183,8 +194,12 @@ def _checked(tensors: dict[str, torch.Tensor], names: Sequence[str], shown: str)
                 f"{counted(train.shape[1], 'column')} of features; store floating point {expected}"
             )
         arrays["text_features"] = _finite(text, "text_features", shown)
+    if arrays["train_labels"].ndim != arrays["test_labels"].ndim:
+        raise DataError(f"{shown}: train_labels and test_labels must both be (n), or both (n, k)")
     for part in ("train", "test"):
-        empty = np.flatnonzero(np.bincount(arrays[f"{part}_labels"], minlength=len(names)) == 0)
+        labels = arrays[f"{part}_labels"]
+        counts = np.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(0)
+        empty = np.flatnonzero(counts == 0)
         if len(empty):
             raise DataError(
                 f"{shown}: {counted(len(names), 'class name')}, but class '{names[empty[0]]}' (number {empty[0]}) has no row in "
@@ -202,6 +217,16 @@ def _class_numbers(labels: torch.Tensor, name: str, names: Sequence[str], shown:
             f"{'is' if len(names) == 1 else 'are'} {counted(len(names), 'class name')}; labels must be 0 to {len(names) - 1}"
         )
     return numbers
+
+
+def _class_sets(labels: torch.Tensor, name: str, names: Sequence[str], shown: str) -> np.ndarray:
+    values = labels.numpy()
+    wrong = np.flatnonzero(((values != 0) & (values != 1)).any(1))
+    if len(wrong):
+        raise DataError(
+            f"{shown}: {name} has other numbers than 0 and 1 in row {wrong[0]} ({counted(len(wrong), 'such row')})"
+        )
+    return values.astype(bool)
 
 
 def _finite(features: torch.Tensor, name: str, shown: str) -> np.ndarray:

@@ -57,13 +57,53 @@ class Subset:
         return self.source.identity(int(self.indices[index]))
 
 
+@dataclass(frozen=True)
+class LabelSets(Subset):
+    """Some items of another collection, each of which may show several classes: `targets` bool (n, k), a column per class.
+
+    `labels` is for whoever asks for one: the first class that each shows, -1 for an image that shows none.
+    """
+
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, source: Images, targets: np.ndarray, indices: np.ndarray | None = None) -> LabelSets:
+        """Items of `source`, all of them unless `indices` says which, with these targets."""
+        labels = np.where(targets.any(1), targets.argmax(1), -1).astype(np.int64)
+        return cls(source, np.arange(len(targets)) if indices is None else indices, labels, targets)
+
+    def taken(self, rows: np.ndarray, columns: np.ndarray | slice = slice(None)) -> LabelSets:
+        """Those images, with those columns, in that order."""
+        return LabelSets.of(self.source, self.targets[rows][:, columns], self.indices[rows])
+
+    def copies(self) -> Subset:
+        """For methods that learn one class of an image: each image once for every class that it shows, class by class.
+
+        Source: Tsoumakas, Katakis, Multi-Label Classification: An Overview (2007), section 3.1, the copy transformation (there PT3).
+        """
+        labels, rows = np.nonzero(self.targets.T)
+        return Subset(self.source, self.indices[rows], labels.astype(np.int64))
+
+
 def rows_of(images: Images, source: Images) -> np.ndarray:
     """Which items of `source` a subset of it has, or a subset of a subset. Raises ValueError for other images."""
     if images is source:
         return np.arange(len(source))
+    if isinstance(source, LabelSets) and isinstance(images, Subset) and images.source is source.source:
+        return np.flatnonzero(np.isin(source.indices, images.indices))
     if not isinstance(images, Subset):
         raise ValueError("not a subset of these images")
     return rows_of(images.source, source)[images.indices]
+
+
+def taken(images: Images, rows: np.ndarray) -> Subset:
+    """Those items, with all that is said of them."""
+    return images.taken(rows) if isinstance(images, LabelSets) else Subset(images, rows, images.labels[rows])
+
+
+def showing(images: Images, c: int) -> np.ndarray:
+    """Which items show class number c."""
+    return np.flatnonzero(images.targets[:, c] if isinstance(images, LabelSets) else images.labels == c)
 
 
 class Concatenation:
@@ -101,6 +141,7 @@ class Dataset:
     `templates` are prompts with one `{}` for the class name; the first serves where a method takes a single one.
     `embeddings` holds what a features file brings besides the images (see `cairn.data.embeddings`), `descriptions` what
     is said of the classes beyond their names, where the data set brings that. `notices` are what a user should hear of it.
+    Where `train` and `test` are `LabelSets`, an image may show several classes.
     Raises DataError for a class name that `class_name` refuses.
     """
 

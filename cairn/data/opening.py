@@ -9,23 +9,29 @@ from cairn.data.catalogue import CATALOGUE
 from cairn.data.images import Dataset
 from cairn.errors import DataError, UnknownName
 
+DRAWN = ("shapes", "attributes")
+"""Data sets that are drawn: nothing is read for them."""
+
 
 def open_dataset(spec: str) -> Dataset:
     """The data set that `spec` names.
 
-    `shapes` or `shapes:dev` (the drawn world); a catalogue key, read from the hub, or `KEY=PATH`, a local copy of it;
-    a `.safetensors` file of features; a folder of images. Where a folder is called like a key, the key wins: write
-    `./cifar100` for the folder.
+    `shapes` or `shapes:dev` (the drawn world), `attributes` or `attributes:dev` (the same, several classes in an image); a
+    catalogue key, read from the hub, or `KEY=PATH`, a local copy of it; a `.safetensors` file of features; a folder of images,
+    with a folder per class or a file that labels them. Where a folder is called like a key, the key wins: write `./cifar100`
+    for the folder.
     Raises UnknownName for a name that is none of these, DataError for a path that does not exist.
     """
     # Imported where needed: what is not opened is not loaded.
-    if spec == "shapes" or spec.startswith("shapes:"):
-        part = spec.partition(":")[2] or "stream"
+    drawn, _, part = spec.partition(":")
+    if drawn in DRAWN:
+        part = part or "stream"
         if part not in ("stream", "dev"):
-            raise UnknownName("part of shapes", part, ("stream", "dev"))
+            raise UnknownName(f"part of {drawn}", part, ("stream", "dev"))
+        from cairn.data.attributes import attributes_dataset
         from cairn.data.shapes import shapes_dataset
 
-        return shapes_dataset(part=part)
+        return shapes_dataset(part) if drawn == "shapes" else attributes_dataset(part)
     key, equals, local = spec.partition("=")
     if key in CATALOGUE:
         from cairn.data.hub import hub_dataset
@@ -41,9 +47,11 @@ def open_dataset(spec: str) -> Dataset:
 
         return features_dataset(spec)
     if exists:
+        from cairn.data.annotated import annotated_dataset, annotation_files
         from cairn.data.folders import folder_dataset
 
-        return folder_dataset(spec)
+        files = annotation_files(path) if path.is_dir() else ()
+        return annotated_dataset(spec, files) if files else folder_dataset(spec)
     if os.sep in key or "/" in key or key.startswith((".", "~")):
         raise DataError(f"data '{spec}': no such folder or file; check the path")
-    raise UnknownName("dataset", key, ("shapes", *CATALOGUE))
+    raise UnknownName("dataset", key, (*DRAWN, *CATALOGUE))

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from cairn.data.descriptions import Descriptions
-from cairn.data.images import Dataset, Images, Subset
+from cairn.data.images import Dataset, Images, LabelSets, Subset, taken
+from cairn.data.label_set_tasks import tasks_of_sets
 from cairn.data.names import alike, normal_form
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, ResultError, counted, suggestion
@@ -37,6 +38,9 @@ class Task:
     train: Images
     descriptions: Descriptions | None = None
     """What the data set says of its classes, if it does; of all of them: a file is one thing."""
+    label_sets: LabelSets | None = None
+    """Where images may show several classes: those of the task once each, with a column per class up to the task's last. That an
+    image shows one of the task's own classes is told, of earlier ones nothing is. `train` holds their `copies`."""
 
     def __post_init__(self):
         object.__setattr__(self, "templates", prompt_templates(self.templates, f"task {self.index}: templates"))
@@ -45,6 +49,9 @@ class Task:
 @dataclass(frozen=True)
 class TaskStream:
     """Tasks to learn and, apart from them, the test images of each task's classes.
+
+    Where images may show several classes, `tests` are `LabelSets` with a column for every class of the stream: those of a task
+    show one of its classes, and none of an earlier task.
 
     `class_names` is in order of arrival. `fingerprint` names the split: the same string, the same images in the same
     tasks (by class order, sizes and item descriptions; contents are not opened).
@@ -58,6 +65,11 @@ class TaskStream:
     step: int
     fingerprint: str
     notices: tuple[str, ...] = ()
+
+    @property
+    def label_sets(self) -> bool:
+        """Whether an image may show several classes."""
+        return isinstance(self.tests[0], LabelSets)
 
     @property
     def collections(self) -> tuple[Images, ...]:
@@ -214,22 +226,20 @@ def task_stream(
     sizes = task_sizes(len(dataset.classes), base, step)
     arrival, order_notices = _arrival(order, dataset.classes)
     names = tuple(dataset.classes[i] for i in arrival)
+    if isinstance(dataset.train, LabelSets):
+        if imbalance > 1:
+            raise ConfigError(
+                f"imbalance {imbalance:g}: data '{dataset.name}' has several classes in an image; leave it out"
+            )
+        trains, tests = tasks_of_sets(dataset, _ids(sizes), arrival, limit_train, limit_test, validation)
+    else:
+        trains, tests = _single(dataset, sizes, arrival, limit_train, limit_test, validation, imbalance)
 
-    train, test = dataset.train, dataset.test
-    if validation:
-        kept, out = held_out(train, validation, seed=0)
-        train, test = Subset(train, kept, train.labels[kept]), Subset(train, out, train.labels[out])
-
-    counts = np.minimum(np.bincount(train.labels, minlength=len(names)), limit_train or len(train))
-    if imbalance > 1:
-        counts = np.minimum(counts, long_tail(int(counts.max()), len(names), imbalance))
-
-    tasks, tests, start = [], [], 0
-    for index, size in enumerate(sizes):
-        ids = range(start, start + size)
-        images = _of(train, arrival, ids, counts)
-        tasks.append(Task(index, ids, names[start : start + size], dataset.templates, images, dataset.descriptions))
-        tests.append(_of(test, arrival, ids, np.full(len(names), limit_test or len(test))))
+    tasks, start = [], 0
+    for index, (size, images) in enumerate(zip(sizes, trains, strict=True)):
+        ids, sets = range(start, start + size), images if isinstance(images, LabelSets) else None
+        own = images if sets is None else sets.copies()
+        tasks.append(Task(index, ids, names[start : start + size], dataset.templates, own, dataset.descriptions, sets))
         start += size
     notices = [*dataset.notices, *order_notices, *alike(names)]
     if len(sizes) > 1 and sizes[-1] < step:
@@ -238,26 +248,74 @@ def task_stream(
     return replace(stream, fingerprint=_fingerprint(stream))
 
 
+def _single(
+    dataset: Dataset,
+    sizes: Sequence[int],
+    arrival: np.ndarray,
+    limit_train: int | None,
+    limit_test: int | None,
+    validation: float,
+    imbalance: float,
+) -> tuple[list[Images], list[Images]]:
+    """Training and test images of each task, an image showing one class."""
+    train, test = dataset.train, dataset.test
+    if validation:
+        kept, out = held_out(train, validation, seed=0)
+        train, test = Subset(train, kept, train.labels[kept]), Subset(train, out, train.labels[out])
+
+    k = len(arrival)
+    counts = np.minimum(np.bincount(train.labels, minlength=k), limit_train or len(train))
+    if imbalance > 1:
+        counts = np.minimum(counts, long_tail(int(counts.max()), k, imbalance))
+
+    trains: list[Images] = []
+    tests: list[Images] = []
+    for ids in _ids(sizes):
+        trains.append(_of(train, arrival, ids, counts))
+        tests.append(_of(test, arrival, ids, np.full(k, limit_test or len(test))))
+    return trains, tests
+
+
 def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStream:
     """The stream less some images: of each of its `collections`, those at the given positions.
 
     Raises DataError for a class that loses all its training or all its test images.
     """
-    parts = []
-    for number, (images, rows) in enumerate(zip(stream.collections, left_out, strict=True)):
-        kept = np.delete(np.arange(len(images)), list(rows))
-        part = Subset(images, kept, images.labels[kept])
-        for label in np.setdiff1d(images.labels, part.labels):
-            side = "training" if number < len(stream.tasks) else "test"
+    kept = [
+        np.delete(np.arange(len(images)), list(rows)) for images, rows in zip(stream.collections, left_out, strict=True)
+    ]
+    B = len(stream.tasks)
+    tasks = tuple(_learning(task, rows) for task, rows in zip(stream.tasks, kept[:B], strict=True))
+    tests = tuple(taken(test, rows) for test, rows in zip(stream.tests, kept[B:], strict=True))
+    less = replace(stream, tasks=tasks, tests=tests)
+    for side, before, after in (
+        ("training", [task.train for task in stream.tasks], [task.train for task in tasks]),
+        ("test", stream.tests, tests),
+    ):
+        for label in sorted(_shown(before) - _shown(after)):
             raise DataError(
                 f"data '{stream.name}': class '{stream.class_names[label]}' loses all its {side} images; repair or add "
                 "some, or remove the class"
             )
-        parts.append(part)
-    trains, tests = parts[: len(stream.tasks)], parts[len(stream.tasks) :]
-    tasks = tuple(replace(task, train=train) for task, train in zip(stream.tasks, trains, strict=True))
-    less = replace(stream, tasks=tasks, tests=tuple(tests))
     return replace(less, fingerprint=_fingerprint(less))
+
+
+def _learning(task: Task, rows: np.ndarray) -> Task:
+    """The task with those of its training images alone."""
+    if task.label_sets is None:
+        return replace(task, train=taken(task.train, rows))
+    _, image = np.nonzero(task.label_sets.targets.T)  # of each of the copies
+    sets = task.label_sets.taken(np.unique(image[rows]))
+    return replace(task, train=sets.copies(), label_sets=sets)
+
+
+def _shown(collections: Sequence[Images]) -> set[int]:
+    """The classes that there are images of."""
+    found: set[int] = set()
+    for images in collections:
+        present = np.flatnonzero(images.targets.any(0)) if isinstance(images, LabelSets) else images.labels
+        found.update(np.unique(present).tolist())
+    return found
 
 
 def without_class(task: Task, c: int) -> Task:
@@ -266,8 +324,12 @@ def without_class(task: Task, c: int) -> Task:
     labels = task.train.labels[kept]
     names = tuple(name for number, name in zip(task.classes, task.names, strict=True) if number != c)
     start = task.classes.start - (c < task.classes.start)
-    images = Subset(task.train, kept, labels - (labels > c))
-    return replace(task, classes=range(start, start + len(names)), names=names, train=images)
+    images, sets = Subset(task.train, kept, labels - (labels > c)), task.label_sets
+    if sets is not None:
+        targets = np.delete(sets.targets, c, 1) if c < sets.targets.shape[1] else sets.targets
+        sets = LabelSets.of(sets.source, targets, sets.indices)
+        sets = sets.taken(np.flatnonzero(targets.any(1)))
+    return replace(task, classes=range(start, start + len(names)), names=names, train=images, label_sets=sets)
 
 
 def _of(images: Images, arrival: np.ndarray, ids: range, limits: np.ndarray) -> Subset:
@@ -278,14 +340,23 @@ def _of(images: Images, arrival: np.ndarray, ids: range, limits: np.ndarray) -> 
     return Subset(images, np.concatenate(members), labels.astype(np.int64))
 
 
+def _ids(sizes: Sequence[int]) -> list[range]:
+    """The classes of each task."""
+    stops = np.cumsum(sizes).tolist()
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
 def _check(dataset: Dataset) -> None:
     if not dataset.classes:
         raise DataError(f"data '{dataset.name}': no class found")
     if len(set(dataset.classes)) < len(dataset.classes):
         twice = next(name for name in dataset.classes if dataset.classes.count(name) > 1)
         raise DataError(f"data '{dataset.name}': class '{twice}' appears twice; names must differ")
+    if isinstance(dataset.train, LabelSets) != isinstance(dataset.test, LabelSets):
+        raise DataError(f"data '{dataset.name}': images of one split may show several classes, those of the other one")
     for split, images in (("train", dataset.train), ("test", dataset.test)):
-        counts = np.bincount(images.labels, minlength=len(dataset.classes))
+        sets = isinstance(images, LabelSets)
+        counts = images.targets.sum(0) if sets else np.bincount(images.labels, minlength=len(dataset.classes))
         if len(counts) > len(dataset.classes):
             raise DataError(
                 f"data '{dataset.name}': {split} has label {len(counts) - 1}, but {len(dataset.classes)} classes"
@@ -303,4 +374,6 @@ def _fingerprint(stream: TaskStream) -> str:
         digest.update(b"\0")
         for i in range(len(images)):
             digest.update(f"{images.labels[i]}:{images.describe(i)}\n".encode("utf-8", "surrogateescape"))
+        if isinstance(images, LabelSets):
+            digest.update(np.packbits(images.targets).tobytes())
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cairn.data.feature_store import image_ids
-from cairn.data.images import Dataset, Subset, rows_of
+from cairn.data.images import Dataset, LabelSets, Subset, rows_of
 from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream
@@ -145,6 +145,13 @@ def _in_order(config: EmbedConfig, dataset: Dataset) -> TaskStream:
     return replace(stream, tasks=(replace(stream.tasks[0], train=train),), tests=(test,))
 
 
+def _labels(images: Subset) -> np.ndarray:
+    """As a features file has them: int64 (n,), or uint8 (n, k) where images may show several classes."""
+    if isinstance(images.source, LabelSets):
+        return images.source.targets[images.indices].astype(np.uint8)
+    return images.labels.astype(np.int64, copy=False)
+
+
 def _chosen(ordered: TaskStream, left_out: Mapping[str, tuple[int, ...]]) -> dict[str, Subset]:
     found = {}
     for split, images in zip(SPLITS, ordered.collections, strict=True):
@@ -209,7 +216,7 @@ class Shards:
         plan, texts = self.plan, maker.texts()
         layouts = {"text_features": Layout.of(texts.dtype, texts.shape)}
         for split, images in maker.images.items():
-            layouts[f"{split}_labels"] = Layout.of(np.dtype(np.int64), (len(images),))
+            layouts[f"{split}_labels"] = Layout.of(_labels(images).dtype, _labels(images).shape)
             layouts[f"{split}_features"] = Layout.of(plan.dtype, (len(images), plan.dim))
         made_as = MadeAs(plan=plan.key, split=plan.split, config=plan.config)
         about = {
@@ -225,7 +232,7 @@ class Shards:
                 writer = TensorWriter(file, layouts, about)
                 writer.append("text_features", texts)
                 for split, images in maker.images.items():
-                    writer.append(f"{split}_labels", images.labels.astype(np.int64, copy=False))
+                    writer.append(f"{split}_labels", _labels(images))
                 for shard in plan.shards:
                     if (rows := self.read(shard)) is None:
                         raise ResultError(f"'{self.path(shard)}': damaged; the same call makes it again")

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.data.descriptions import ClassDescription
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.images import Dataset, Subset
+from cairn.data.images import Dataset, showing, taken
 from cairn.data.loading import Loader
 from cairn.data.templates import spoken
 from cairn.errors import CairnError, ConfigError, UnreadableImages, counted, one_line
@@ -79,8 +79,8 @@ def instruction(name: str, config: DescribeConfig) -> str:
 def with_readable(dataset: Dataset, names: Sequence[str], skip: bool) -> Dataset:
     """The data set with the training images of these classes alone, less those that cannot be read, which a notice names;
     unless `skip`, a DataError does."""
-    rows = np.flatnonzero(np.isin(dataset.train.labels, [dataset.classes.index(name) for name in names]))
-    images = Subset(dataset.train, rows, dataset.train.labels[rows])
+    rows = np.unique(np.concatenate([showing(dataset.train, dataset.classes.index(name)) for name in names]))
+    images = taken(dataset.train, rows)
     bad = unreadable(images)
     if not bad:
         return replace(dataset, train=images)
@@ -90,9 +90,10 @@ def with_readable(dataset: Dataset, names: Sequence[str], skip: bool) -> Dataset
             f"data '{dataset.name}': {named}; repair or remove them, or leave them out with --on-bad-image skip", bad
         )
     kept = np.delete(rows, list(bad))
-    for label in np.setdiff1d(images.labels, dataset.train.labels[kept]):
-        raise UnreadableImages(f"class '{dataset.classes[label]}': {named}, among them all of this class", bad)
-    left = Subset(dataset.train, kept, dataset.train.labels[kept])
+    left = taken(dataset.train, kept)
+    for name in names:
+        if not len(showing(left, dataset.classes.index(name))):
+            raise UnreadableImages(f"class '{name}': {named}, among them all of this class", bad)
     return replace(dataset, train=left, notices=(*dataset.notices, f"left out: {named}"))
 
 
@@ -102,8 +103,8 @@ def guide_images(
     """Row numbers in the training images, per class: representative ones, then diverse ones, by frozen embeddings."""
     chosen = {}
     for name in names:
-        rows = np.flatnonzero(dataset.train.labels == dataset.classes.index(name))
-        images = Subset(dataset.train, rows, dataset.train.labels[rows])
+        rows = showing(dataset.train, dataset.classes.index(name))
+        images = taken(dataset.train, rows)
         z, _ = encode(Loader(images, towers.prepare, towers.pixels), lambda pixels, _: towers.image(pixels))
         chosen[name] = [int(rows[i]) for i in representative_and_diverse(z, config.representative, config.diverse)]
     return chosen

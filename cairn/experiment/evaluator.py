@@ -10,15 +10,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
+from cairn.data.images import LabelSets
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
+from cairn.experiment.metrics import mean_of_known
+from cairn.maths.average_precision import average_precision
 from cairn.maths.calibration_error import (
     calibration_error,
     calibration_error_by_chance,
@@ -56,6 +60,23 @@ class Evaluation:
     ece_by_chance: float | None = None
     nll: float | None = None
     temperature: float | None = None
+    precision: list[float | None] | None = None
+    """Where images may show several classes, the average precision of each class seen (None for one that no test image shows);
+    `accuracy[j]` is then its mean over the classes of task j, and nothing is counted as correct."""
+
+    @property
+    def by_class(self) -> list[float | None]:
+        """Accuracy, or average precision, of each class seen."""
+        if self.precision is not None:
+            return self.precision
+        return [right / n for right, n in zip(self.correct, self.total, strict=True)]
+
+    @property
+    def seen(self) -> float:
+        """Accuracy over all test images of classes seen, or mAP over the classes."""
+        if self.precision is not None:
+            return mean_of_known(self.precision)
+        return sum(self.correct) / sum(self.total)
 
 
 class Evaluator:
@@ -93,6 +114,8 @@ class Evaluator:
             refuse_exemplars(method, learned, looked_for(learned, self.towers))
         if self._encoder != method.encoder:
             self._encoder, self._kept = method.encoder, {}
+        if self.stream.label_sets:
+            return self._of_sets(task, method)
         seen = self.stream.tasks[task].classes.stop
         correct, total = torch.zeros(seen, dtype=torch.long), torch.zeros(seen, dtype=torch.long)
         accuracy, figures = [], []
@@ -135,6 +158,48 @@ class Evaluator:
 
         return self._of_all(j, figures, self._embedded(j, method), torch.empty(0, 3, dtype=torch.float64))
 
+    def _of_sets(self, task: int, method: Method) -> Evaluation:
+        """As `after`, where images may show several classes: over all test images that show a class seen, how well the scores of
+        each class rank them. Scores tell the classes of one image apart: what is the same for all of them is taken off first."""
+        tasks = self.stream.tasks
+        seen, everything = tasks[task].classes.stop, range(len(tasks))
+
+        def precision(
+            classes: range, which: range, rows: Callable[[int], Features | None], scores: Callable
+        ) -> list[float | None]:
+            found = [
+                self._of_all(j, lambda some, _: scores(some), rows(j), torch.empty(0, len(classes))) for j in which
+            ]
+            shown = torch.cat([torch.from_numpy(_sets(self.stream, j))[:, classes.start : classes.stop] for j in which])
+            some = shown.any(1)
+            ranked = torch.cat(found)[some].double()
+            return average_precision(ranked - ranked.mean(1, keepdim=True), shown[some])
+
+        def by_texts(classes: range, which: range, rows: Callable[[int], Features | None]) -> float | None:
+            if not classes or not self.towers.has_text:
+                return None
+            T = self._texts[classes.start : classes.stop]
+
+            def scores(z: Features) -> Scores:
+                return _scored(lambda some: self._text_scores(some, T), z).cpu()
+
+            return mean_of_known(precision(classes, which, rows, scores))
+
+        def scores(rows: Features) -> Scores:
+            found = self._scores(task, method, rows)
+            _likeliest(found, f"task {task}: the scores of the method")
+            return found.cpu()
+
+        found = precision(range(seen), range(task + 1), lambda j: self._embedded(j, method), scores)
+        return Evaluation(
+            [mean_of_known([found[c] for c in tasks[j].classes]) for j in range(task + 1)],
+            [],
+            [],
+            future=by_texts(range(seen, len(self._texts)), everything, lambda j: self._embedded(j, method)),
+            zero_shot=by_texts(range(seen), range(task + 1), lambda j: self._untouched(j, method)),
+            precision=found,
+        )
+
     def _scores(self, task: int, method: Method, rows: Features) -> Scores:
         seen = self.stream.tasks[task].classes.stop
         scores = _scored(method.scores, rows)
@@ -168,14 +233,18 @@ class Evaluator:
             return None
         T = self._texts[classes.start : classes.stop]
 
-        def scores(z: Features) -> Scores:  # to the bit those of method `zero-shot`
-            return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
+        def scores(z: Features) -> Scores:
+            return self._text_scores(z, T)
 
         def right(z: Features, y: Labels) -> Bool[Tensor, " n"]:
             return _likeliest(_scored(scores, z), "zero-shot scores") + classes.start == y
 
         nothing = torch.empty(0, dtype=torch.bool)
         return _share(torch.cat([self._of_all(j, right, rows(j), nothing) for j in tasks]))
+
+    def _text_scores(self, z: Features, T: Float[Tensor, "k d"]) -> Scores:
+        """To the bit those of method `zero-shot`."""
+        return self.towers.logit_scale * unit(z[:, : T.shape[1]]) @ T.to(z.device).T
 
     @cached_property
     def _texts(self) -> Float[Tensor, "k d"]:
@@ -223,6 +292,13 @@ class Evaluator:
         with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
             kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
         return kept.view(n, *like.shape[1:])
+
+
+def _sets(stream: TaskStream, j: int) -> np.ndarray:
+    """What the test images of task j show, bool (n, K)."""
+    images = stream.tests[j]
+    assert isinstance(images, LabelSets)
+    return images.targets
 
 
 def _scored(scores: Callable[[Features], Scores], rows: Features) -> Scores:

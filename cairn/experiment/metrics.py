@@ -49,9 +49,10 @@ def backward_transfer(A: Table) -> float | None:
     return sum(A[B - 1][j] - A[j][j] for j in range(B - 1)) / (B - 1)
 
 
-def class_mean(correct: Sequence[int], total: Sequence[int]) -> float:
-    """Mean over classes of correct_c / total_c: every class weighs the same, however many test images it has."""
-    return sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)
+def mean_of_known(values: Sequence[float | None]) -> float:
+    """Mean of those that are not None: mAP of the average precisions of classes. Of none 0."""
+    known = [value for value in values if value is not None]
+    return sum(known) / max(1, len(known))
 
 
 class ByFrequency(NamedTuple):

@@ -168,8 +168,10 @@ class Course:
             return False
         return {part: counts.keys() for part, counts in self.passes.items()} == kinds and all(
             len(found.accuracy) == task.index + 1
-            and len(found.correct) == len(found.total) == task.classes.stop
-            and all(0 <= accuracy <= 1 for accuracy in found.accuracy)
+            and len(found.by_class) == task.classes.stop
+            and (found.precision is not None) == self.stream.label_sets
+            and len(found.correct) == len(found.total)
+            and all(0 <= value <= 1 for value in (*found.accuracy, *(found.precision or ())) if value is not None)
             and all(0 <= right <= number > 0 for right, number in zip(found.correct, found.total, strict=True))
             for task, found in zip(tasks, self.evaluations, strict=False)
         )

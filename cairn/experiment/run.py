@@ -19,8 +19,8 @@ from cairn.experiment.metrics import (
     average_incremental,
     backward_transfer,
     by_frequency,
-    class_mean,
     forgetting,
+    mean_of_known,
     seen_accuracy,
 )
 from cairn.experiment.resume import Course
@@ -99,7 +99,8 @@ def run_stream(
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     for task in stream.tasks[course.done :]:
         before = course.before()
-        keep_left_out(task, ctx)
+        if not stream.label_sets:
+            keep_left_out(task, ctx)
         with course.learning():
             try:
                 method.learn(task, ctx)
@@ -107,12 +108,13 @@ def run_stream(
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
         with course.passing("calibrating"):
-            calibration = course.calibration.with_images(unlearned(method, before, task, ctx))
+            left_out = None if stream.label_sets else unlearned(method, before, task, ctx)
+            calibration = course.calibration.with_images(left_out)
         with course.passing("evaluating"):
             found = evaluator.after(task.index, method, calibration)
         course.evaluations.append(found)
         course.calibration = calibration
-        seen = sum(found.correct) / sum(found.total)
+        seen = found.seen
         log(
             "task",
             task=task.index,
@@ -136,10 +138,10 @@ def run_stream(
         learned(Outcome(config, method, stream, loaded, course.calibration))
     B, evaluations = len(stream.tasks), course.evaluations
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
-    sizes = [len(test) for test in stream.tests]
-    seen = seen_accuracy(table, sizes)
-    last, images = evaluations[-1], _images_by_class(stream)
-    grouped = by_frequency([c / n for c, n in zip(last.correct, last.total, strict=True)], images)
+    sizes, classes = [len(test) for test in stream.tests], [len(task.classes) for task in stream.tasks]
+    seen = seen_accuracy(table, classes if stream.label_sets else sizes)
+    images = _images_by_class(stream)
+    grouped = by_frequency([value or 0.0 for value in evaluations[-1].by_class], images)
     return RunResult(
         method=entry.name,
         exemplar_free=entry.card.exemplar_free,
@@ -149,14 +151,16 @@ def run_stream(
         split=stream.fingerprint,
         towers=TowersUsed(name=towers.name, fingerprint=towers.fingerprint, revision=towers.revision),
         class_order=list(stream.class_names),
-        task_sizes=[len(task.classes) for task in stream.tasks],
+        task_sizes=classes,
         test_sizes=sizes,
         base=config.base,
         step=config.step,
         seed=config.seed,
         accuracy=table,
         seen_accuracy=seen,
-        seen_accuracy_by_class=[class_mean(e.correct, e.total) for e in evaluations],
+        seen_accuracy_by_class=[mean_of_known(e.by_class) for e in evaluations],
+        metric="mAP" if stream.label_sets else "accuracy",
+        precision_by_class=evaluations[-1].precision,
         train_sizes=images,
         last_by_frequency=grouped.means if grouped else None,
         frequency_terciles=grouped is not None and grouped.terciles,

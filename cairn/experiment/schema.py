@@ -70,7 +70,7 @@ class RunConfig(BaseModel):
 
 def usual_step(data: str) -> int:
     """Classes per task where nobody says how many."""
-    return 5 if data.partition(":")[0] == "shapes" else 10
+    return 5 if data.partition(":")[0] in ("shapes", "attributes") else 10
 
 
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +123,14 @@ class RunResult(BaseModel):
     base: Count
     step: Count
     seed: Count
+    metric: Literal["accuracy", "mAP"] = Field(
+        default="accuracy",
+        description="what `accuracy`, `average`, `last` and all that is made of them are: top-1 accuracy, or, where images may show "
+        "several classes, the mean over classes of the average precision",
+    )
+    precision_by_class: list[Share | None] | None = Field(
+        default=None, description="average precision of each class after the last task, where that is the metric"
+    )
     accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
     seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")

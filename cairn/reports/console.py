@@ -108,9 +108,10 @@ class Console:
                 )
 
     def result(self, result: Any, path: Path) -> None:
+        unit = "mAP: " if result.metric == "mAP" else ""
         forgetting = "none yet" if result.forgetting is None else f"{percent(result.forgetting)} %"
         self.note(
-            f"{result.method}: average {percent(result.average)} %, last {percent(result.last)} %, "
+            f"{result.method}: {unit}average {percent(result.average)} %, last {percent(result.last)} %, "
             f"forgetting {forgetting}, {result.seconds:.0f} s -> {path}\n"
         )
         if result.last_by_frequency:
@@ -144,7 +145,7 @@ class Console:
             for r in results
         ]
         self.table(
-            "Accuracy over all classes seen, after each task",
+            f"{'mAP' if results[0].metric == 'mAP' else 'Accuracy'} over all classes seen, after each task",
             ("method", "curve", "average %", "last %", "forgetting", "seconds"),
             rows,
         )

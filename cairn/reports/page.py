@@ -62,6 +62,7 @@ class Part:
     settings: Settings | None = None
     provenance: Settings | None = None
     reference: str | None = None
+    metric: str = "Accuracy"
     tasks: Sequence[Sequence[str]] = ()
     """Names of the classes of each task."""
 
@@ -182,6 +183,7 @@ def _stream_part(stream: Stream, keys: dict[str, Key], reference: str | None) ->
         settings=_side_by_side(stream.lines, lambda run: flat(run["config"]), "setting"),
         provenance=_side_by_side(stream.lines, _origin, "origin"),
         reference=base.label if against else None,
+        metric=stream.metric,
         tasks=[
             first["class_order"][end - size : end]
             for size, end in zip(first["task_sizes"], stream.classes_seen, strict=True)
@@ -209,6 +211,8 @@ def _stream_facts(stream: Stream) -> list[tuple[str, str]]:
 
 def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched: Sequence[Series]) -> Iterator[Chart]:
     seen, tasks = stream.classes_seen, list(range(1, len(stream.classes_seen) + 1))
+    noun = stream.first["metric"]
+    unit = f"{noun} %"
 
     def series(x: Sequence[float], of: Callable[[Line], list[Estimate | None]]) -> list[Series]:
         found = []
@@ -221,17 +225,17 @@ def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched:
     accuracy = [*series(seen, lambda line: line.over_tasks("seen_accuracy", 100)), *untouched]
     yield curves(
         f"{prefix}seen-accuracy",
-        "Accuracy over the classes seen",
+        f"{stream.metric} over the classes seen",
         "After each task; bands are one sample deviation.",
         accuracy,
         "classes seen",
-        "accuracy %",
+        unit,
     )
     if forgotten := series(tasks, lambda line: line.forgetting_of_tasks(100)):
         yield curves(
             f"{prefix}forgetting",
             "Forgetting of each task",
-            "Points from a task's best accuracy before the last task to that at the end.",
+            f"Points from a task's best {noun} before the last task to that at the end.",
             forgotten,
             "task",
             "forgetting, points",
@@ -239,11 +243,11 @@ def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched:
     if future := series(seen, lambda line: line.over_tasks("future_accuracy", 100)):
         yield curves(
             f"{prefix}future-accuracy",
-            "Accuracy on classes to come",
+            f"{stream.metric} on classes to come",
             "Zero-shot, of the image encoder as it is by then, among those classes alone.",
             future,
             "classes seen",
-            "accuracy %",
+            unit,
         )
     if seconds := series(tasks, lambda line: line.over_tasks("seconds_per_task")):
         floor, caption = 0.1, "Of learning alone; less than a tenth is not shown."

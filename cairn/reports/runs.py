@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,6 +53,7 @@ class _Stored(BaseModel):
     class_order: list[str] = []
     task_sizes: list[Annotated[int, Field(ge=1, le=10**9)]] = Field(min_length=1)
     seed: int
+    metric: Literal["accuracy", "mAP"] = "accuracy"
     accuracy: list[list[Share | None]] = []
     seen_accuracy: list[Share]
     last_by_frequency: dict[Frequency, Share] | None = None
@@ -212,6 +213,11 @@ class Stream:
     @property
     def runs(self) -> list[Result]:
         return [run for line in self.lines for run in line.runs]
+
+    @property
+    def metric(self) -> str:
+        """What was measured, as a title begins."""
+        return "mAP" if self.first["metric"] == "mAP" else "Accuracy"
 
     @property
     def classes_seen(self) -> list[int]:

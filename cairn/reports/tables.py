@@ -94,10 +94,11 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     have unequal numbers of training images, the last accuracy also of frequent and of rare ones."""
     groups_of = [run["last_by_frequency"] for runs in groups.values() for run in runs if run.get("last_by_frequency")]
     frequencies = list(groups_of[0]) if groups_of else []
+    unit = "mAP %" if any(run.get("metric") == "mAP" for runs in groups.values() for run in runs) else "%"
     columns = [
         Column("method"),
-        Column("average %"),
-        Column("last %"),
+        Column(f"average {unit}"),
+        Column(f"last {unit}"),
         *(Column(f"{group} %") for group in frequencies),
         Column("forgetting"),
         Column("keeps, kB", 0),

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.data.feature_store import Batch, FeatureStore, Kind, Rows, image_ids
-from cairn.data.images import Images, Subset
+from cairn.data.images import Images, LabelSets, Subset
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite, one_line
@@ -161,5 +161,16 @@ def _is_place(item: Any) -> bool:
 def kept(stream: TaskStream, towers: Towers, store: FeatureStore) -> tuple[TaskStream, CachedTowers]:
     """The stream with places for images, and the towers that know them. For methods that leave the image tower as it is."""
     knowing = CachedTowers(towers, store, stream.name)
-    tasks = tuple(replace(task, train=knowing.placed(task.train)) for task in stream.tasks)
-    return replace(stream, tasks=tasks, tests=tuple(map(knowing.placed, stream.tests))), knowing
+
+    def placed(images: Images) -> Images:
+        found = knowing.placed(images)
+        return LabelSets.of(found, images.targets) if isinstance(images, LabelSets) else found
+
+    tasks = []
+    for task in stream.tasks:
+        if task.label_sets is None:
+            tasks.append(replace(task, train=placed(task.train)))
+        else:
+            sets = LabelSets.of(knowing.placed(task.label_sets), task.label_sets.targets)
+            tasks.append(replace(task, train=sets.copies(), label_sets=sets))
+    return replace(stream, tasks=tuple(tasks), tests=tuple(map(placed, stream.tests))), knowing

@@ -12,9 +12,9 @@ from cairn.experiment.metrics import (
     average_incremental,
     backward_transfer,
     by_frequency,
-    class_mean,
     forgetting,
     mean_and_deviation,
+    mean_of_known,
     seen_accuracy,
 )
 from cairn.maths.calibration_error import (
@@ -79,8 +79,9 @@ def test_one_task_has_neither():
     assert backward_transfer([[0.9]]) is None
 
 
-def test_class_mean_ignores_how_many_images_a_class_has():
-    assert class_mean([1, 30], [1, 60]) == pytest.approx(0.75)
+def test_a_mean_over_classes_ignores_how_many_images_a_class_has_and_classes_of_which_nothing_is_known():
+    assert mean_of_known([1 / 1, 30 / 60]) == pytest.approx(0.75)
+    assert mean_of_known([1.0, None, 0.5]) == pytest.approx(0.75)
 
 
 def test_deviation_is_the_sample_s():

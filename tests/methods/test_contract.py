@@ -436,7 +436,10 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
     method = build(entry, towers)
     for task in stream.tasks:
         method.learn(task, Context(Seeds(1)))
-    k, counts = len(stream.class_names), [n for task in stream.tasks for n in np.bincount(task.train.labels).tolist() if n]
+    k, counts = (
+        len(stream.class_names),
+        [n for task in stream.tasks for n in np.bincount(task.train.labels).tolist() if n],
+    )
     # Of a class with fewer images than exemplars, all of them are kept
     n = sum(min(count, method.config.exemplars) for count in counts) if entry.card.keeps == "exemplars" else sum(counts)
     i = towers.prepare(stream.tasks[0].train[0]).nbytes

@@ -45,6 +45,7 @@ STREAMS = {
     ],
     "cifar100-50": [*PHOTOGRAPHS, "--limit-train", "50"],
     "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
+    "attributes": ["--data", "attributes"],
     "spa-shapes": ["--data", "shapes"],
     "spa-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
 }
@@ -107,6 +108,14 @@ RECO_PARTS = {
 }
 """RECO as plain k-nearest-neighbour fusion, as published, with few exemplars, trained once, and around a method."""
 
+CAPNET_PARTS = {
+    "capnet-no-graph": ["graph.layers=0"],
+    "capnet-cross-entropy": ["loss=cross-entropy"],
+    "capnet-plain": ["graph.layers=0", "loss=cross-entropy", "sampling=plain"],
+    "capnet-ensemble": ["ensemble=true"],
+}
+"""CAPNET without its graph, without its loss, the same prompts with neither, and with several views of a test image."""
+
 BLEND_PARTS = {
     "blend": [],
     "blend-compact": ["rank=8", "features=512"],
@@ -152,6 +161,7 @@ TABLES = {
         *(f"caltech51-{n}" for n in (1, 2, 4, 8)),
         "cifar100",
         "cifar100-50",
+        "attributes",
         "spa-shapes",
         "spa-cifar100",
         *(f"drift/{name}" for name in DRIFT),
@@ -198,6 +208,7 @@ VARIANTS = {
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
     **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
     **{folder: ("reco", switches) for folder, switches in RECO_PARTS.items()},
+    **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
@@ -242,6 +253,7 @@ METHOD_ROWS = {
         "joint",
     ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
+    "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint", "dmc", "capnet", *CAPNET_PARTS],
 }
 """What is compared on a stream, by folder."""
 

@@ -160,12 +160,17 @@ class Evaluator:
 
     def _of_sets(self, task: int, method: Method) -> Evaluation:
         """As `after`, where images may show several classes: over all test images that show a class seen, how well the scores of
-        each class rank them. Scores tell the classes of one image apart: what is the same for all of them is taken off first."""
+        each class rank them. Where scores tell the classes of one image apart (`Card.label_sets`), what is the same for all of them is
+        taken off first."""
         tasks = self.stream.tasks
         seen, everything = tasks[task].classes.stop, range(len(tasks))
 
         def precision(
-            classes: range, which: range, rows: Callable[[int], Features | None], scores: Callable
+            classes: range,
+            which: range,
+            rows: Callable[[int], Features | None],
+            scores: Callable[[Features], Scores],
+            alone: bool = False,
         ) -> list[float | None]:
             found = [
                 self._of_all(j, lambda some, _: scores(some), rows(j), torch.empty(0, len(classes))) for j in which
@@ -173,7 +178,7 @@ class Evaluator:
             shown = torch.cat([torch.from_numpy(_sets(self.stream, j))[:, classes.start : classes.stop] for j in which])
             some = shown.any(1)
             ranked = torch.cat(found)[some].double()
-            return average_precision(ranked - ranked.mean(1, keepdim=True), shown[some])
+            return average_precision(ranked if alone else ranked - ranked.mean(1, keepdim=True), shown[some])
 
         def by_texts(classes: range, which: range, rows: Callable[[int], Features | None]) -> float | None:
             if not classes or not self.towers.has_text:
@@ -190,7 +195,8 @@ class Evaluator:
             _likeliest(found, f"task {task}: the scores of the method")
             return found.cpu()
 
-        found = precision(range(seen), range(task + 1), lambda j: self._embedded(j, method), scores)
+        alone = method.card.label_sets
+        found = precision(range(seen), range(task + 1), lambda j: self._embedded(j, method), scores, alone)
         return Evaluation(
             [mean_of_known([found[c] for c in tasks[j].classes]) for j in range(task + 1)],
             [],

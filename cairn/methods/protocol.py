@@ -54,6 +54,10 @@ class Card:
     """How often an image passes the image tower in learning."""
     text: bool = False
     """Whether class texts are used."""
+    label_sets: bool = False
+    """Whether it learns images that show several classes as they are, from `Task.label_sets`, and a score says by itself whether
+    the image shows the class; otherwise `Task.train` has such images once for every class, and scores tell the classes of one
+    image apart."""
     closed_form: bool = False
     """Whether a task is learned without steps of an optimiser: from features that are there it is learned again in no time."""
     moves: bool = False

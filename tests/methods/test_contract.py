@@ -32,6 +32,7 @@ TOGETHER = {
     "joint": "what is fitted on all images at once is fitted again without those of the class",
     "proof": "classes are each other's context",
     "engine": "the likeliest classes are compared pair by pair",
+    "capnet": "classes take from their neighbours in the graph of texts",
     "reco": "what is found of other classes refines images and texts",
 }
 """Methods in which a class has a part in the scores of others, so that these change when it is forgotten."""

@@ -111,7 +111,8 @@ RECO_PARTS = {
 CAPNET_PARTS = {
     "capnet-no-graph": ["graph.layers=0"],
     "capnet-cross-entropy": ["loss=cross-entropy"],
-    "capnet-plain": ["graph.layers=0", "loss=cross-entropy", "sampling=plain"],
+    "capnet-plain": ["graph.layers=0", "loss=cross-entropy"],
+    "capnet-class-aware": ["sampling=class-aware"],
     "capnet-ensemble": ["ensemble=true"],
 }
 """CAPNET without its graph, without its loss, the same prompts with neither, and with several views of a test image."""

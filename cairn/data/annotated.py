@@ -102,7 +102,7 @@ def annotation_files(root: Path) -> tuple[Path, ...]:
     if found := [file for file in (train, test) if file]:
         missing = "test" if train else "train"
         raise DataError(f"data '{one_line(root)}': has '{one_line(found[0])}' and none for {missing}; add one")
-    whole = [file for file in (root / METADATA, root / ANNOTATIONS) if file.is_file()]
+    whole = [file for file in (root / METADATA, root / ANNOTATIONS) if _labels_pictures(file)]
     return tuple(whole[:1])
 
 
@@ -115,9 +115,21 @@ def _file_of(root: Path, names: Iterable[str]) -> Path | None:
                 f"data '{one_line(root)}': several annotations of {name}: {coco[0].name}, {coco[1].name}; leave one"
             )
         for file in (*own, *coco):
-            if file.is_file():
+            if _labels_pictures(file):
                 return file
     return None
+
+
+def _labels_pictures(file: Path) -> bool:
+    """Whether there is such a file. `metadata.csv` may say other things of pictures that lie in folders of their classes."""
+    if file.name != METADATA or not file.is_file():
+        return file.is_file()
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            columns = {*next(csv.reader(stream), [])}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return True  # which is said when it is read
+    return FILE in columns and not columns.isdisjoint((LABEL, LABELS))
 
 
 def annotated_dataset(path: str | Path, files: Sequence[Path]) -> Dataset:

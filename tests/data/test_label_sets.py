@@ -277,6 +277,16 @@ def test_damaged_csvs_are_refused_in_one_line(tmp_path, text, problem):
     assert "\n" not in str(refused.value)
 
 
+def test_a_metadata_file_that_tells_no_labels_leaves_folders_as_they_are(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / part / name / "a.png")
+        (tmp_path / part / "metadata.csv").write_text("file_name,text\ncat/a.png,a cat on a sofa\n")
+    found = open_dataset(str(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert found.train.labels.tolist() == [0, 1]
+
+
 def test_labels_of_one_side_alone_are_refused(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "train.csv").write_text("file_name,labels\na.png,cat\n")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from teaching import taught
 
 from cairn.config import with_settings
 from cairn.data.images import Dataset, LabelSets
@@ -16,7 +17,6 @@ from cairn.methods.capnet import Capnet, CapnetConfig, LabelSetBatches, corners
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
-from teaching import taught
 
 K, D = 6, 12
 

@@ -55,7 +55,10 @@ UNDER: dict[str, tuple[str, ...]] = {
 }
 """What must hold for a setting to count, by pattern of method:path."""
 
-IMAGES = r"(.*\.)?tuning\.(rank|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|ensemble|probes|patches|.*prompts.*"
+IMAGES = (
+    r"(.*\.)?tuning\.(rank|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|ensemble|probes|patches"
+    r"|.*prompts.*"
+)
 """Settings of an image tower or a text tower."""
 
 IMAGE_KINDS = r"=(lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=adapter$|^(stage2\.)?text=residual$"

@@ -34,7 +34,7 @@ def test_the_console_prints_no_escape_of_a_terminal():
 def test_each_share_of_a_result_has_its_percent_sign():
     file = io.StringIO()
     figures = {"average": 0.5, "last": 0.25, "forgetting": 0.125, "last_by_frequency": None, "seconds": 3.0}
-    result = SimpleNamespace(method="lda", **figures)
+    result = SimpleNamespace(method="lda", metric="accuracy", **figures)
     Console(file).result(result, Path("r.json"))
     assert file.getvalue() == "lda: average 50.00 %, last 25.00 %, forgetting 12.50 %, 3 s -> r.json\n\n"
     file.truncate(file.seek(0))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from cairn.towers.tokens import first_patch
 from cairn.types import Attention, Features, Pixels
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ def embedded_tokens(
     Source: value-value attention in dense prediction with CLIP (Li et al.
     2023, CLIP Surgery). Ours: residual and MLP of the block are kept.
     """
+    first = first_patch(vision_model)
     if attention == "native":
         seen = vision_model(pixel_values=pixels)
-        return projection(seen.pooler_output), projection(vision_model.post_layernorm(seen.last_hidden_state[:, 1:]))
+        patches = projection(vision_model.post_layernorm(seen.last_hidden_state[:, first:]))
+        return projection(seen.pooler_output), patches
     block, entered = cast("CLIPEncoderLayer", vision_model.encoder.layers[-1]), []
     hook = block.register_forward_pre_hook(
         lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -39,7 +42,7 @@ def embedded_tokens(
         seen = vision_model(pixel_values=pixels)
     finally:
         hook.remove()
-    patches = projection(vision_model.post_layernorm(_by_values(block, entered[0])[:, 1:]))
+    patches = projection(vision_model.post_layernorm(_by_values(block, entered[0])[:, first:]))
     return projection(seen.pooler_output), patches
 
 

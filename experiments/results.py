@@ -117,6 +117,24 @@ CAPNET_PARTS = {
 }
 """CAPNET without its graph, without its loss, the same prompts with neither, and with several views of a test image."""
 
+FM_LORA_PARTS = {
+    "fm-lora-fixed": ["rank=fixed"],
+    "fm-lora-energy": ["rank=energy"],
+    "fm-lora-no-prompts": ["tuning.prompts=0"],
+}
+"""FM-LoRA at full rank, with ranks by singular values, and without prompt tokens."""
+
+LORA_8 = [
+    "stage1.tuning.rank=8",
+    "stage1.tuning.alpha=8",
+    r"stage1.tuning.targets=.*vision_model.*\.self_attn\.(k_proj|v_proj)",
+    "stage1.classes=current",
+    "stage1.schedule.batch=128",
+    "stage1.schedule.lr=1e-2",
+    "stage1.schedule.weight_decay=0",
+]
+"""A LoRA of rank 8 on the layers of FM-LoRA, with its loss and schedule."""
+
 BLEND_PARTS = {
     "blend": [],
     "blend-compact": ["rank=8", "features=512"],
@@ -209,6 +227,9 @@ VARIANTS = {
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
     **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
     **{folder: ("reco", switches) for folder, switches in RECO_PARTS.items()},
+    **{folder: ("fm-lora", switches) for folder, switches in FM_LORA_PARTS.items()},
+    "lora-8": ("finetune", LORA_8),
+    "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
     **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
@@ -224,6 +245,10 @@ METHOD_ROWS = {
         "spa",
         *CALFUSE_PARTS,
         *RECO_PARTS,
+        "fm-lora",
+        *FM_LORA_PARTS,
+        "lora-8",
+        "lora-8-gentle",
     ],
     "cifar100": [
         *BOUNDS,
@@ -235,6 +260,10 @@ METHOD_ROWS = {
         "spa",
         *CALFUSE_PARTS,
         *RECO_PARTS,
+        "fm-lora",
+        *FM_LORA_PARTS,
+        "lora-8",
+        "lora-8-gentle",
     ],
     "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS, *RECO_PARTS],
     "imagenet150": [

@@ -25,7 +25,7 @@ from cairn.experiment.metrics import (
 )
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
-from cairn.methods.protocol import Method
+from cairn.methods.protocol import ChoosesRanks, Method
 from cairn.storage.archive import Archive
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
@@ -180,6 +180,7 @@ def run_stream(
         processes=world.world_size,
         peak_rss_bytes=max(world.all_gather(_peak_rss())),
         memory_bytes=method.memory_bytes,
+        ranks=list(method.ranks) if isinstance(method, ChoosesRanks) else None,
         tower_passes=Passes(**course.passes["learning"]),
         evaluation_passes=Passes(**course.passes["evaluating"]),
         calibration_passes=Passes(**course.passes["calibrating"]),

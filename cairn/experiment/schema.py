@@ -173,6 +173,9 @@ class RunResult(BaseModel):
     processes: int = Field(default=1, ge=1, description="how many learned side by side, when it ended")
     peak_rss_bytes: Count = Field(description="largest resident memory of the process, of several the largest")
     memory_bytes: Count = Field(description="kept of old classes beyond trained parameters, after the last task")
+    ranks: list[Count] | None = Field(
+        default=None, description="rank that each task was given; null for a method that chooses none"
+    )
     tower_passes: Passes = Field(description="while learning")
     evaluation_passes: Passes
     calibration_passes: Passes | None = Field(default=None, description="while fitting the temperatures")

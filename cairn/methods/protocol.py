@@ -285,6 +285,13 @@ class LeavesOut(ABC):
     method scores so."""
 
 
+class ChoosesRanks(ABC):
+    """Gives each task a rank of its own: how many directions of it are trained, or remain."""
+
+    ranks: list[int]
+    """Of the tasks learned so far; 0 where nothing was trained."""
+
+
 CAPABILITIES: tuple[type, ...] = (
     ScoresAsModule,
     CosineScoring,
@@ -296,4 +303,5 @@ CAPABILITIES: tuple[type, ...] = (
     KeepsImages,
     HoldsOut,
     LeavesOut,
+    ChoosesRanks,
 )

@@ -31,7 +31,7 @@ QUICK = {
     "dmc-ot": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2"),
     "finetune": ("stage1.schedule.epochs=2",),
     "joint": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2"),
-    **dict.fromkeys(("spa", "rapf", "proof", "engine", "calfuse", "capnet", "reco"), ("schedule.epochs=2",)),
+    **dict.fromkeys(("spa", "rapf", "proof", "engine", "calfuse", "capnet", "reco", "fm-lora"), ("schedule.epochs=2",)),
     "clipood": ("stage1.schedule.epochs=2",),
     "slca": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2", "stage2.per_class=16"),
     "aper": ("schedule.epochs=2",),

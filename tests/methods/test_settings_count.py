@@ -36,6 +36,7 @@ OTHERS: dict[str, Any] = {
     r"stage1\.slow": 50.0, r"threshold": 0.0, r"margin": 0.9, r"probes": 2, r"(.*\.)?covariance\.rank": 2,
     r"drift\.rank": 2, r"stage2\.text\.(shared|task)": 2,
     r"local\.eps": 1.0, r"local\.iterations": 1, r"local\.patches": 3, r"local\.best": 1,
+    r"subspace": 8, r"rank\.rank": 2, r"rank\.price": 30.0, r"rank\.share": 0.3,
     r"floor": 1.0, r"memory": "a features file", r"search\.lists": 2, r"neighbours": 3, r"fusion\.heads": 2, r"base": "simplecil",
     r"base_settings": '{"ridge": 5.0}',
     r"graph\.neighbours": 1, r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]", r"rank": 2,
@@ -56,12 +57,14 @@ UNDER: dict[str, tuple[str, ...]] = {
 """What must hold for a setting to count, by pattern of method:path."""
 
 IMAGES = (
-    r"(.*\.)?tuning\.(rank|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|ensemble|probes|patches"
+    r"(.*\.)?tuning\.(rank|prompts_anchor|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|ensemble|probes|patches"
     r"|.*prompts.*"
 )
 """Settings of an image tower or a text tower."""
 
-IMAGE_KINDS = r"=(lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=adapter$|^(stage2\.)?text=residual$"
+IMAGE_KINDS = (
+    r"=(layers|lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=adapter$|^(stage2\.)?text=residual$"
+)
 """Choices that need one, and those which a features file makes by itself."""
 
 ELSEWHERE = {

@@ -119,12 +119,28 @@ def unlearned(method: Method, before: Callable[[], Method], task: Task, ctx: Con
 
     None where there are too few images.
     """
-    if isinstance(method, HoldsOut):
-        own = method.held_out
-    elif isinstance(method, LeavesOut):
-        own = method.left_out
-    else:
-        return rehearsed(before, task, ctx)
+    return own_left_out(method) if isinstance(method, (HoldsOut, LeavesOut)) else rehearsed(before, task, ctx)
+
+
+def foreseen(method: Method, task: Task) -> LeftOut | None:
+    """Images of a chunk of an online stream, scored before `method` learns it; those of classes that it does not know yet are
+    passed over. None where there are none, and of a method that scores them by itself (`HoldsOut`, `LeavesOut`)."""
+    labels = np.asarray(task.train.labels)
+    rows = np.flatnonzero(labels < task.classes.start)
+    if isinstance(method, (HoldsOut, LeavesOut)) or not len(rows):
+        return None
+    loader = Loader(
+        Subset(task.train, rows, labels[rows]), method.towers.prepare, method.towers.pixels, batch=BATCH, cache_bytes=0
+    )
+    scores, y = encode(loader, lambda features, _: method.scores(features), embed=method.embed)
+    return LeftOut(scores, y)
+
+
+def own_left_out(method: Method) -> LeftOut | None:
+    """Those that the method itself scored without having learned them, when it learned."""
+    own = (
+        method.held_out if isinstance(method, HoldsOut) else method.left_out if isinstance(method, LeavesOut) else None
+    )
     return None if own is None else LeftOut(*own)
 
 

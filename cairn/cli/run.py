@@ -22,6 +22,9 @@ LimitTrain = Annotated[int | None, typer.Option(help="training images per class 
 Imbalance = Annotated[
     float, typer.Option(help="long tail: images of the most frequent class over those of the rarest; 1: as they are")
 ]
+Stream = Annotated[str, typer.Option(help="tasks, learned whole, or online: chunk by chunk, each image seen once")]
+Chunk = Annotated[int | None, typer.Option(help="images in a chunk of an online stream  [default: 100]")]
+Blurry = Annotated[float, typer.Option(help="share of each class's images that comes with later tasks")]
 LimitTest = Annotated[int | None, typer.Option(help="test images per class at most")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")]
 Revision = Annotated[str | None, typer.Option(help="revision of the towers on the hub")]
@@ -86,6 +89,9 @@ def run(
     limit_test: LimitTest = None,
     validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
     imbalance: Imbalance = 1.0,
+    stream: Stream = "tasks",
+    chunk: Chunk = None,
+    blurry: Blurry = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
@@ -153,6 +159,9 @@ def run(
         limit_test=limit_test,
         validation=validation,
         imbalance=imbalance,
+        stream=checked_stream(stream),
+        chunk=chunk,
+        blurry=blurry,
         device=device,
         precision=precision,
         preprocess=preprocess,
@@ -193,6 +202,13 @@ def checked_bad_image(choice: str) -> Literal["stop", "skip"]:
     """Raises ConfigError for another value of --on-bad-image than stop and skip."""
     if choice not in ("stop", "skip"):
         raise ConfigError(f"--on-bad-image {choice}: must be stop or skip")
+    return choice
+
+
+def checked_stream(choice: str) -> Literal["tasks", "online"]:
+    """Raises ConfigError for another value of --stream than tasks and online."""
+    if choice not in ("tasks", "online"):
+        raise ConfigError(f"--stream {choice}: must be tasks or online")
     return choice
 
 

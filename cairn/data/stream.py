@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from cairn.data.descriptions import Descriptions
 from cairn.data.images import Dataset, Images, LabelSets, Subset, taken
 from cairn.data.label_set_tasks import tasks_of_sets
 from cairn.data.names import alike, normal_form
+from cairn.data.online import blurred, chunks, shuffled
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, ResultError, counted, suggestion
 from cairn.storage.files import JSON_BYTES, read_bytes, read_json, read_yaml
@@ -46,6 +48,16 @@ class Task:
         object.__setattr__(self, "templates", prompt_templates(self.templates, f"task {self.index}: templates"))
 
 
+class Part(NamedTuple):
+    """What is learned at once: a task, or a chunk of one."""
+
+    task: int
+    """The number of the task."""
+    content: Task
+    last: bool
+    """Whether the task is learned with it."""
+
+
 @dataclass(frozen=True)
 class TaskStream:
     """Tasks to learn and, apart from them, the test images of each task's classes.
@@ -65,6 +77,8 @@ class TaskStream:
     step: int
     fingerprint: str
     notices: tuple[str, ...] = ()
+    chunk: int | None = None
+    """Images that are learned at once, in an online stream."""
 
     @property
     def label_sets(self) -> bool:
@@ -75,6 +89,22 @@ class TaskStream:
     def collections(self) -> tuple[Images, ...]:
         """Every image there is: the training images of each task, then the test images of each."""
         return *(task.train for task in self.tasks), *self.tests
+
+    def parts(self) -> list[Part]:
+        """What is learned at once, in order: the tasks, or their chunks, numbered over the whole stream. The first chunk of a task
+        brings its classes, the others none."""
+        if self.chunk is None:
+            return [Part(task.index, task, True) for task in self.tasks]
+        found: list[Part] = []
+        for task in self.tasks:
+            labels, stop = np.asarray(task.train.labels), task.classes.stop
+            pieces = chunks(labels, task.classes, self.chunk)
+            for number, rows in enumerate(pieces):
+                piece = replace(task, index=len(found), train=Subset(task.train, rows, labels[rows]))
+                if number:
+                    piece = replace(piece, classes=range(stop, stop), names=())
+                found.append(Part(task.index, piece, number == len(pieces) - 1))
+        return found
 
 
 def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
@@ -207,6 +237,8 @@ def task_stream(
     limit_test: int | None = None,
     validation: float = 0.0,
     imbalance: float = 1.0,
+    blurry: float = 0.0,
+    chunk: int | None = None,
 ) -> TaskStream:
     """Cut a data set into tasks.
 
@@ -214,12 +246,16 @@ def task_stream(
     on that share of each class's training images instead (seed 0): settings are chosen there, never on the test split.
     `imbalance` above 1 makes the training images long-tailed (`long_tail`): the first so many of each class are kept, the
     most frequent class having that many times as many as the rarest. Test images stay as they are.
+    `blurry` is the share of each class's training images that comes with later tasks (`blurred`). With `chunk` the stream is
+    online: training images come in random order, and so many are learned at once (`TaskStream.parts`).
     """
     if not 0.0 <= validation < 1.0:
         raise ConfigError(f"validation {validation}: must be at least 0 and below 1")
     if not 1.0 <= imbalance < float("inf"):
         raise ConfigError(f"imbalance {imbalance}: must be a number from 1, such as 100")
-    for flag, limit in (("limit-train", limit_train), ("limit-test", limit_test)):
+    if not 0.0 <= blurry < 1.0:
+        raise ConfigError(f"blurry {blurry}: must be at least 0 and below 1")
+    for flag, limit in (("limit-train", limit_train), ("limit-test", limit_test), ("chunk", chunk)):
         if limit is not None and limit < 1:
             raise ConfigError(f"{flag} {limit}: must be at least 1")
     _check(dataset)
@@ -231,9 +267,12 @@ def task_stream(
             raise ConfigError(
                 f"imbalance {imbalance:g}: data '{dataset.name}' has several classes in an image; leave it out"
             )
+        if blurry or chunk:
+            what = f"chunk {chunk}" if chunk else f"blurry {blurry:g}"
+            raise ConfigError(f"{what}: data '{dataset.name}' has several classes in an image; leave it out")
         trains, tests = tasks_of_sets(dataset, _ids(sizes), arrival, limit_train, limit_test, validation)
     else:
-        trains, tests = _single(dataset, sizes, arrival, limit_train, limit_test, validation, imbalance)
+        trains, tests = _single(dataset, sizes, arrival, limit_train, limit_test, validation, imbalance, blurry, chunk)
 
     tasks, start = [], 0
     for index, (size, images) in enumerate(zip(sizes, trains, strict=True)):
@@ -244,7 +283,7 @@ def task_stream(
     notices = [*dataset.notices, *order_notices, *alike(names)]
     if len(sizes) > 1 and sizes[-1] < step:
         notices.append(f"the last task has {sizes[-1]} of {step} classes: {len(names)} classes do not divide evenly")
-    stream = TaskStream(dataset.name, tuple(tasks), tuple(tests), names, base, step, "", tuple(notices))
+    stream = TaskStream(dataset.name, tuple(tasks), tuple(tests), names, base, step, "", tuple(notices), chunk)
     return replace(stream, fingerprint=_fingerprint(stream))
 
 
@@ -256,6 +295,8 @@ def _single(
     limit_test: int | None,
     validation: float,
     imbalance: float,
+    blurry: float,
+    chunk: int | None,
 ) -> tuple[list[Images], list[Images]]:
     """Training and test images of each task, an image showing one class."""
     train, test = dataset.train, dataset.test
@@ -268,12 +309,13 @@ def _single(
     if imbalance > 1:
         counts = np.minimum(counts, long_tail(int(counts.max()), k, imbalance))
 
-    trains: list[Images] = []
-    tests: list[Images] = []
-    for ids in _ids(sizes):
-        trains.append(_of(train, arrival, ids, counts))
-        tests.append(_of(test, arrival, ids, np.full(k, limit_test or len(test))))
-    return trains, tests
+    ranges = _ids(sizes)
+    trains = [_of(train, arrival, ids, counts) for ids in ranges]
+    if blurry:
+        trains = blurred(trains, blurry)
+    if chunk:
+        trains = shuffled(trains, ranges)
+    return [*trains], [_of(test, arrival, ids, np.full(k, limit_test or len(test))) for ids in ranges]
 
 
 def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStream:
@@ -376,4 +418,6 @@ def _fingerprint(stream: TaskStream) -> str:
             digest.update(f"{images.labels[i]}:{images.describe(i)}\n".encode("utf-8", "surrogateescape"))
         if isinstance(images, LabelSets):
             digest.update(np.packbits(images.targets).tobytes())
+    if stream.chunk is not None:
+        digest.update(f"\0chunks of {stream.chunk}".encode())
     return digest.hexdigest()[:16]

@@ -105,11 +105,14 @@ class Evaluator:
         self._kept: dict[int, Features | None] = {}
         self._frozen: dict[int, Features | None] = {}
 
-    def after(self, task: int, method: Method, calibration: Calibration = UNCALIBRATED) -> Evaluation:
+    def after(
+        self, task: int, method: Method, calibration: Calibration = UNCALIBRATED, whole: bool = True
+    ) -> Evaluation:
         """The row of the table that follows learning task number `task`, probabilities being what `calibration` makes of
-        scores. Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is
+        scores. Where the task is not yet learned as a `whole`, class texts are not evaluated, and no image is looked for.
+        Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is
         not."""
-        if self.exemplar_free:
+        if self.exemplar_free and whole:
             learned = self.stream.tasks[task]
             refuse_exemplars(method, learned, looked_for(learned, self.towers))
         if self._encoder != method.encoder:
@@ -128,13 +131,13 @@ class Evaluator:
             total += torch.bincount(labels, minlength=seen)
             figures.append(found)
         right, confidence, log_probability = torch.cat(figures).T.tolist()
-        coming = range(task + 1, len(self.stream.tasks))
+        coming, known = (range(task + 1, len(self.stream.tasks)), range(task + 1)) if whole else (range(0), range(0))
         return Evaluation(
             accuracy,
             correct.tolist(),
             total.tolist(),
             future=self._by_texts(coming, range(seen, len(self._texts)), lambda j: self._embedded(j, method)),
-            zero_shot=self._by_texts(range(task + 1), range(seen), lambda j: self._untouched(j, method)),
+            zero_shot=self._by_texts(known, range(seen), lambda j: self._untouched(j, method)),
             ece=calibration_error(confidence, [bool(one) for one in right]),
             ece_by_chance=calibration_error_by_chance(confidence),
             nll=negative_log_likelihood(log_probability),

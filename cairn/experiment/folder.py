@@ -29,7 +29,7 @@ from cairn.towers.feature_file import is_features_file
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
 )  # fmt: skip
-SUMMARISED = ("average", "last", "forgetting", "bwt", "seconds")
+SUMMARISED = ("any_time", "average", "last", "forgetting", "bwt", "seconds")
 
 
 def read_result(path: Path) -> RunResult:
@@ -235,8 +235,8 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean, sample standard deviation and values over runs of each figure that all of them have."""
     found = {}
     for key in SUMMARISED:
-        values = [row[key] for row in rows]
-        if values and None not in values:
+        values = [value for row in rows if (value := row.get(key)) is not None]
+        if values and len(values) == len(rows):
             mean, deviation = mean_and_deviation(values)
             found[key] = {"mean": mean, "deviation": deviation, "values": values}
     return found

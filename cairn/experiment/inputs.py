@@ -13,12 +13,14 @@ from cairn.config import Settings, with_settings
 from cairn.config import settings as every_setting
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.images import Concatenation, Dataset
+from cairn.data.online import CHUNK
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream, without
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError
 from cairn.experiment.schema import RunConfig
-from cairn.methods.catalogue import Entry, method_named
+from cairn.methods.catalogue import METHODS, Entry, method_named
+from cairn.methods.protocol import LearnsOnline, Method
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
@@ -57,7 +59,20 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
         limit_test=config.limit_test,
         validation=config.validation,
         imbalance=config.imbalance,
+        blurry=config.blurry,
+        chunk=_chunk(config),
     )
+
+
+def _chunk(config: RunConfig) -> int | None:
+    """Images that are learned at once, None for whole tasks."""
+    if config.stream == "online":
+        return CHUNK if config.chunk is None else config.chunk
+    if config.chunk is not None:
+        raise ConfigError(
+            f"chunk {config.chunk}: tasks are learned whole; ask for --stream online, or leave --chunk out"
+        )
+    return None
 
 
 class Prepared(NamedTuple):
@@ -127,6 +142,14 @@ def require_shareable(settings: BaseModel, world: World) -> None:
                 f"{path} {value}: looks at whole batches, of which each of {world.world_size} processes has a part; set it to 0, or "
                 "run one process"
             )
+
+
+def require_online(entry: Entry, method: Method) -> None:
+    """Raises ConfigError for a method that, with its settings, goes over the images of a task more than once."""
+    reason = method.repeats if isinstance(method, LearnsOnline) else "it goes over the images of a task again and again"
+    if reason is not None:
+        able = ", ".join(name for name, other in METHODS.items() if LearnsOnline in other.capabilities)
+        raise ConfigError(f"--stream online: not with method '{entry.name}': {reason}; take one of {able}")
 
 
 def require_alike(stream: TaskStream, towers: Towers, world: World) -> None:

@@ -33,6 +33,12 @@ def average_incremental(seen: Sequence[float]) -> float:
     return sum(seen) / len(seen)
 
 
+def any_time(accuracies: Sequence[float], images: Sequence[int]) -> float:
+    """sum_j m_j a_j / sum_j m_j: the area under the curve of accuracy by images learned, a_j being reached with chunk j of m_j
+    images. Source: Koh et al. 2022, Online Continual Learning on Class Incremental Blurry Task Configuration."""
+    return sum(m * a for m, a in zip(images, accuracies, strict=True)) / sum(images)
+
+
 def forgetting(A: Table) -> float | None:
     """1/(B-1) sum_{j < B-1} (max_{j <= l < B-1} A[l][j] - A[B-1][j]); None with a single task."""
     B, A = len(A), _lower(A)

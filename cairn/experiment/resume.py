@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.stored import copied, restore_checked
-from cairn.data.stream import TaskStream
+from cairn.data.stream import Task, TaskStream
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.evaluator import Evaluation
 from cairn.experiment.schema import RunConfig, comparable_call
@@ -38,8 +38,8 @@ class CheckpointRecord(Record):
     versions: dict[str, str]
     resumed: Count
     seconds: Amount
-    evaluations: list[Evaluation] = Field(description="of every finished task")
-    durations: list[Amount] = Field(description="seconds of learning per task, that in progress included")
+    evaluations: list[Evaluation] = Field(description="of every finished part: task, or chunk of one")
+    durations: list[Amount] = Field(description="seconds of learning per part, that in progress included")
     passes: dict[str, dict[str, Count]] = Field(description="through the towers, while learning and while evaluating")
     calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
 
@@ -63,6 +63,7 @@ class Course:
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
         self.settings, self.world = settings, world
         self.method: Method = entry.build(towers, settings, seed=config.seed)
+        self.parts = stream.parts()
         self.evaluations: list[Evaluation] = []
         self.calibration = Calibration()
         self.durations: list[float] = []
@@ -76,7 +77,7 @@ class Course:
 
     @property
     def done(self) -> int:
-        """Tasks learned and evaluated."""
+        """Parts learned and evaluated: tasks, or chunks of an online stream."""
         return len(self.evaluations)
 
     @property
@@ -111,7 +112,17 @@ class Course:
     def before(self) -> Callable[[], Method]:
         """Makes a method as this one is now, whatever becomes of this one."""
         build = partial(self.entry.build, self.towers, self.settings, seed=self.config.seed)
-        return partial(copied, build, self.method.state_dict(), self.stream.tasks[: self.done]) if self.done else build
+        return partial(copied, build, self.method.state_dict(), self._learned_parts()) if self.done else build
+
+    def _learned_parts(self) -> list[Task]:
+        return [part.content for part in self.parts[: self.done]]
+
+    def of_tasks(self, values: Sequence[float]) -> list[float]:
+        """A value of every part, summed over those of each task."""
+        sums = [0.0] * len(self.stream.tasks)
+        for part, value in zip(self.parts, values, strict=True):
+            sums[part.task] += value
+        return sums
 
     def _mark(self) -> None:
         self._marks = time.perf_counter(), dict(self.towers.passes)
@@ -163,17 +174,17 @@ class Course:
 
     def _plausible(self) -> bool:
         """Whether what was read has the lengths, names and ranges of what would have been written."""
-        tasks, kinds = self.stream.tasks, {part: self.towers.passes.keys() for part in PARTS}
-        if self.done > len(tasks) or len(self.durations) - self.done not in (0, 1):
+        kinds = {part: self.towers.passes.keys() for part in PARTS}
+        if self.done > len(self.parts) or len(self.durations) - self.done not in (0, 1):
             return False
         return {part: counts.keys() for part, counts in self.passes.items()} == kinds and all(
-            len(found.accuracy) == task.index + 1
-            and len(found.by_class) == task.classes.stop
+            len(found.accuracy) == part.task + 1
+            and len(found.by_class) == part.content.classes.stop
             and (found.precision is not None) == self.stream.label_sets
             and len(found.correct) == len(found.total)
             and all(0 <= value <= 1 for value in (*found.accuracy, *(found.precision or ())) if value is not None)
             and all(0 <= right <= number > 0 for right, number in zip(found.correct, found.total, strict=True))
-            for task, found in zip(tasks, self.evaluations, strict=False)
+            for part, found in zip(self.parts, self.evaluations, strict=False)
         )
 
     def _misfit(self, error: Exception) -> ResultError:
@@ -228,7 +239,7 @@ class Course:
         self._spent, self.resumed = record.seconds, record.resumed + 1
         if not self._plausible():
             raise ValueError("a record of other tasks")
-        tasks = self.stream.tasks[: self.done]
+        tasks = self._learned_parts()
         restore_checked(self.method, learner, self.archive.folder, sum(len(task.classes) for task in tasks))
         if isinstance(self.method, KeepsImages):
             self.method.attach_images(tasks)

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cairn.classifier.calibration import Calibration, keep_left_out, unlearned
+from cairn.classifier.calibration import Calibration, foreseen, keep_left_out, own_left_out, unlearned
 from cairn.data.feature_store import FeatureStore
-from cairn.data.stream import TaskStream
+from cairn.data.stream import Part, TaskStream
 from cairn.errors import NotFinite
-from cairn.experiment.evaluator import Evaluator
-from cairn.experiment.inputs import prepared, require_alike, require_shareable, tower_stands
+from cairn.experiment.evaluator import Evaluation, Evaluator
+from cairn.experiment.inputs import prepared, require_alike, require_online, require_shareable, tower_stands
 from cairn.experiment.metrics import (
+    any_time,
     average_incremental,
     backward_transfer,
     by_frequency,
@@ -54,7 +55,8 @@ def run_stream(
     checkpoint: Checkpoint | None = None,
     archive: Archive | None = None,
 ) -> RunResult:
-    """Learn every task in turn, evaluating after each. Raises a CairnError for any bad input before training starts.
+    """Learn every task in turn, of an online stream chunk after chunk, evaluating after each. Raises a CairnError for any bad
+    input before training starts.
 
     `learned` is called when the last task is done, for who wants more than numbers. Where the method leaves the image tower
     as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the state is kept there
@@ -93,13 +95,20 @@ def run_stream(
         config=settings.model_dump(mode="json"),
     )
     course = Course(config, entry, stream, towers, settings, log, world)
+    if stream.chunk is not None:
+        require_online(entry, course.method)
     if archive is not None:
         course.keep(checkpoint, archive)
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
-    for task in stream.tasks[course.done :]:
-        before = course.before()
-        if not stream.label_sets:
+    online = stream.chunk is not None
+    for part in course.parts[course.done :]:
+        task = part.content
+        before, ahead = course.before(), None
+        if online:
+            with course.passing("calibrating"):
+                ahead = foreseen(method, task)
+        elif not stream.label_sets:
             keep_left_out(task, ctx)
         with course.learning():
             try:
@@ -108,35 +117,25 @@ def run_stream(
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None
         with course.passing("calibrating"):
-            left_out = None if stream.label_sets else unlearned(method, before, task, ctx)
+            if online:
+                left_out = ahead or own_left_out(method)
+            else:
+                left_out = None if stream.label_sets else unlearned(method, before, task, ctx)
             calibration = course.calibration.with_images(left_out)
         with course.passing("evaluating"):
-            found = evaluator.after(task.index, method, calibration)
+            found = evaluator.after(part.task, method, calibration, whole=part.last)
         course.evaluations.append(found)
         course.calibration = calibration
-        seen = found.seen
-        log(
-            "task",
-            task=task.index,
-            seconds=course.durations[-1],
-            accuracy=found.accuracy,
-            seen=seen,
-            future=found.future,
-            zero_shot=found.zero_shot,
-            memory_bytes=method.memory_bytes,
-        )
-        if found.zero_shot is not None and seen < found.zero_shot:
-            log(
-                "warning",
-                text=f"after task {task.index}: {100 * seen:.2f} % is below the {100 * found.zero_shot:.2f} % of "
-                "zero-shot, so learning did harm; a lower learning rate is the first thing to try",
-            )
+        _tell(log, course, part, found)
         course.snapshot()
         checkpoint.begin()
 
     if learned is not None and world.is_main:
         learned(Outcome(config, method, stream, loaded, course.calibration))
-    B, evaluations = len(stream.tasks), course.evaluations
+    B = len(stream.tasks)
+    evaluations = [found for part, found in zip(course.parts, course.evaluations, strict=True) if part.last]
+    chunks = [len(part.content.train) for part in course.parts] if online else []
+    curve = [found.seen for found in course.evaluations] if online else []
     table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
     sizes, classes = [len(test) for test in stream.tests], [len(task.classes) for task in stream.tasks]
     seen = seen_accuracy(table, classes if stream.label_sets else sizes)
@@ -170,12 +169,15 @@ def run_stream(
         nll=[e.nll for e in evaluations],
         temperature=[e.temperature for e in evaluations],
         zero_shot_accuracy=[e.zero_shot for e in evaluations],
+        chunk_sizes=chunks,
+        chunk_accuracy=curve,
+        any_time=any_time(curve, chunks) if online else None,
         average=average_incremental(seen),
         last=seen[-1],
         forgetting=forgetting(table),
         bwt=backward_transfer(table),
         seconds=course.seconds,
-        seconds_per_task=course.durations,
+        seconds_per_task=course.of_tasks(course.durations),
         resumed=course.resumed,
         processes=world.world_size,
         peak_rss_bytes=max(world.all_gather(_peak_rss())),
@@ -188,6 +190,33 @@ def run_stream(
         precision=towers.precision,
         versions=versions(),
     )
+
+
+def _tell(log: Log, course: Course, part: Part, found: Evaluation) -> None:
+    """What was found after a part: a task, or a chunk of one."""
+    seen = found.seen
+    if course.stream.chunk is not None:
+        log("chunk", chunk=part.content.index, task=part.task, images=len(part.content.train), seen=seen)
+    if not part.last:
+        return
+    log(
+        "task",
+        task=part.task,
+        seconds=sum(
+            spent for other, spent in zip(course.parts, course.durations, strict=False) if other.task == part.task
+        ),
+        accuracy=found.accuracy,
+        seen=seen,
+        future=found.future,
+        zero_shot=found.zero_shot,
+        memory_bytes=course.method.memory_bytes,
+    )
+    if found.zero_shot is not None and seen < found.zero_shot:
+        log(
+            "warning",
+            text=f"after task {part.task}: {100 * seen:.2f} % is below the {100 * found.zero_shot:.2f} % of "
+            "zero-shot, so learning did harm; a lower learning rate is the first thing to try",
+        )
 
 
 def _images_by_class(stream: TaskStream) -> list[int]:

@@ -54,6 +54,13 @@ class RunConfig(BaseModel):
         allow_inf_nan=False,
         description="training images of the most frequent class over those of the rarest, in a long tail; 1: as they are",
     )
+    stream: Literal["tasks", "online"] = Field(
+        default="tasks", description="tasks are learned whole, or online: chunk by chunk, each image seen once"
+    )
+    chunk: int | None = Field(default=None, description="images in a chunk of an online stream; unset: 100")
+    blurry: float = Field(
+        default=0.0, description="share of each class's training images that comes with later tasks; 0: sharp borders"
+    )
     device: str = Field(default="auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] | None = Field(
@@ -76,11 +83,11 @@ def usual_step(data: str) -> int:
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
-    Records of before there was `imbalance` lack it.
+    Records of before there were `imbalance` and online streams lack them.
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
     otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
-    call = {"imbalance": 1.0} | dict(call)
+    call = {"imbalance": 1.0, "stream": "tasks", "chunk": None, "blurry": 0.0} | dict(call)
     if "settings" in call:
         call["settings"] = values_by_path(call["settings"])
     if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
@@ -162,6 +169,13 @@ class RunResult(BaseModel):
     )
     zero_shot_accuracy: list[Share | None] = Field(
         default=[], description="of the towers as they came, on the classes seen after task i; null without class texts"
+    )
+    chunk_sizes: list[Count] = Field(default=[], description="training images in each chunk of an online stream")
+    chunk_accuracy: list[Share] = Field(
+        default=[], description="after each chunk, over all test images of the classes that have come"
+    )
+    any_time: Share | None = Field(
+        default=None, description="area under the curve of that accuracy by images learned; null where tasks are whole"
     )
     average: Share = Field(description="average incremental accuracy, the mean of seen_accuracy")
     last: Share = Field(description="the last of seen_accuracy")

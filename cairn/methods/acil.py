@@ -22,7 +22,7 @@ from cairn.maths.ridge import one_hot, recursive_ridge, reduced_ridge
 from cairn.maths.rows import merged, without
 from cairn.maths.score_modules import RandomFeatureScores
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, KeepsSums, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -39,7 +39,7 @@ class AcilConfig(Settings):
     ridge: float = Field(default=100.0, gt=0, description="lam, fixed for the whole stream [I]")
 
 
-class ACIL(KeepsSums, ScoresAsModule):
+class ACIL(KeepsSums, LearnsOnline, ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(

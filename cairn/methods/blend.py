@@ -40,7 +40,16 @@ from cairn.maths.similarity import unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, LeavesOut, NamesClasses, ScoresAsModule
+from cairn.methods.protocol import (
+    FROZEN,
+    Card,
+    GaussianScoring,
+    KeepsSums,
+    LearnsOnline,
+    LeavesOut,
+    NamesClasses,
+    ScoresAsModule,
+)
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.training.context import Context
@@ -112,7 +121,7 @@ class BlendConfig(Settings):
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory], KeepsSums, LeavesOut, NamesClasses, ScoresAsModule):
+class Blend(GaussianScoring[ScatterMemory], KeepsSums, LearnsOnline, LeavesOut, NamesClasses, ScoresAsModule):
     """argmax_c sum_e exp(phi_e) E_e(x, c) - theta log n_c of the experts' scores, where all classes are equally likely."""
 
     card = Card(

@@ -21,7 +21,7 @@ from cairn.maths.score_modules import QuadraticScores, UnitRows
 from cairn.maths.similarity import unit
 from cairn.memory.covariances import Covariance, LowRank, Shared
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
-from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -38,7 +38,7 @@ class LdaConfig(GaussianSettings):
     )
 
 
-class LDA(GaussianScoring[GaussianMemory], KeepsSums, ScoresAsModule):
+class LDA(GaussianScoring[GaussianMemory], KeepsSums, LearnsOnline, ScoresAsModule):
     """argmax_c log N(z; mu_c, S_c)."""
 
     card = Card(

@@ -277,6 +277,15 @@ class HoldsOut(ABC):
     """Scores and labels of those of the task that was learned last."""
 
 
+class LearnsOnline(ABC):  # noqa: B024 - nothing is left to write
+    """Learns a task chunk after chunk: `learn` goes over each image once and needs no others beside it."""
+
+    @property
+    def repeats(self) -> str | None:
+        """What, with its settings, goes over images more than once; None: nothing."""
+        return None
+
+
 class LeavesOut(ABC):
     """Scores the images of each task as if each had not been learned, exactly and without learning again."""
 
@@ -304,4 +313,5 @@ CAPABILITIES: tuple[type, ...] = (
     HoldsOut,
     LeavesOut,
     ChoosesRanks,
+    LearnsOnline,
 )

@@ -28,7 +28,7 @@ from cairn.maths.score_modules import RandomFeatureScores
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.parts.random_features import RandomFeatures
-from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, ScoresAsModule
+from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State, flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
@@ -72,7 +72,7 @@ class RanpacConfig(Settings):
         return [10.0**exponent for exponent in range(self.lowest, self.highest + 1)]
 
 
-class RanPAC(HoldsOut, KeepsSums, ScoresAsModule):
+class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
     """argmax_c s (h W)_c, W = (G + lam I)^-1 C; the scale s on what is near 0 or 1 is for probabilities alone."""
 
     card = Card(
@@ -163,6 +163,10 @@ class RanPAC(HoldsOut, KeepsSums, ScoresAsModule):
     @property
     def trained(self) -> str | None:
         return "the image encoder was trained on those of the first task" if self.image.parameters() else None
+
+    @property
+    def repeats(self) -> str | None:
+        return "tuning trains the image encoder in epochs" if self.image.parameters() else None
 
     def unlearn(self, features: Features, labels: Labels) -> None:
         """The ridge stays."""

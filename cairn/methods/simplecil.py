@@ -10,7 +10,7 @@ from cairn.data.loading import Loader
 from cairn.data.stream import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
-from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, LearnsOnline
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -18,7 +18,7 @@ from cairn.training.encode import encode
 from cairn.types import Features, Labels, Pixels
 
 
-class SimpleCIL(CosineScoring, KeepsSums):
+class SimpleCIL(CosineScoring, KeepsSums, LearnsOnline):
     """argmax_c s cos(f(x), p_c), p_c the mean embedding of the class's training images."""
 
     card = Card(

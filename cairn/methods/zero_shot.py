@@ -10,7 +10,7 @@ import torch
 from cairn.config import NoSettings
 from cairn.data.stream import Task
 from cairn.maths.rows import replaced, without
-from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, NamesClasses
+from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, LearnsOnline, NamesClasses
 from cairn.towers.protocol import Towers
 from cairn.towers.state import State
 from cairn.training.context import Context
@@ -18,7 +18,7 @@ from cairn.training.log import Log
 from cairn.types import Features, Labels, Pixels
 
 
-class ZeroShot(CosineScoring, KeepsSums, NamesClasses):
+class ZeroShot(CosineScoring, KeepsSums, LearnsOnline, NamesClasses):
     """argmax_c s cos(f(x), t_c), t_c the mean of the templates' texts."""
 
     card = Card(

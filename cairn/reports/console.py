@@ -18,6 +18,9 @@ from cairn.errors import counted, printable
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
+MOST_BLOCKS = 60
+"""In a row that tells of chunks: of more, every so many are shown."""
+
 GAP = 2
 """Spaces between the columns of a table."""
 
@@ -101,6 +104,8 @@ class Console:
                 self.note(f"{'note' if kind == 'notice' else 'WARNING'}: {event['text']}")
             case "laboratory":
                 self.note(f"  task {event['task'] + 1} of {event['tasks']} measured")
+            case "chunk":
+                self.line(f"task {event['task']}  chunk {event['chunk']}  seen {percent(event['seen'])} %")
             case "task":
                 accuracies = " ".join(f"{100 * a:5.1f}" for a in event["accuracy"])
                 self.note(
@@ -114,6 +119,10 @@ class Console:
             f"{result.method}: {unit}average {percent(result.average)} %, last {percent(result.last)} %, "
             f"forgetting {forgetting}, {result.seconds:.0f} s -> {path}\n"
         )
+        if result.any_time is not None:
+            chunks = len(result.chunk_accuracy)
+            curve = f"after each of {counted(chunks, 'chunk')}: {sparkline(result.chunk_accuracy[:: -(-chunks // MOST_BLOCKS)])}"
+            self.note(f"any-time accuracy {percent(result.any_time)} %; {curve}\n")
         if result.last_by_frequency:
             groups = ", ".join(f"{group} {percent(share)} %" for group, share in result.last_by_frequency.items())
             terciles = " (thirds of the classes)" if result.frequency_terciles else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,19 @@ def _stream_facts(stream: Stream) -> list[tuple[str, str]]:
         ("towers", f"{towers['name']}, {towers['fingerprint']}"),
         ("order", call.get("order")),
         ("classes per task", " to ".join(str(size) for size in (sizes[0], sizes[-1])[: len(sizes)])),
+        ("chunks", _chunks(first["chunk_sizes"], call.get("blurry"))),
         ("precision", used_precision(first)),
         ("seeds", ", ".join(map(str, sorted({run["seed"] for run in stream.runs})))),
     ]
     return [(what, str(value)) for what, value in facts if value is not None]
+
+
+def _chunks(sizes: Sequence[int], blurry: float | None) -> str | None:
+    """What is said of an online stream."""
+    if not sizes:
+        return None
+    borders = f", {100 * blurry:g} % of the images in later tasks" if blurry else ""
+    return f"{len(sizes)}, of {min(sizes)} to {max(sizes)} images, each seen once{borders}"
 
 
 def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched: Sequence[Series]) -> Iterator[Chart]:
@@ -231,6 +241,16 @@ def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched:
         "classes seen",
         unit,
     )
+    images = list(accumulate(stream.first["chunk_sizes"]))
+    if online := series(images, lambda line: line.over_tasks("chunk_accuracy", 100)):
+        yield curves(
+            f"{prefix}any-time-accuracy",
+            "Accuracy at any time",
+            "After each chunk, over the classes that have come; the area under it is the any-time accuracy.",
+            online,
+            "images learned",
+            "accuracy %",
+        )
     if forgotten := series(tasks, lambda line: line.forgetting_of_tasks(100)):
         yield curves(
             f"{prefix}forgetting",

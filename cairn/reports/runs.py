@@ -57,6 +57,9 @@ class _Stored(BaseModel):
     accuracy: list[list[Share | None]] = []
     seen_accuracy: list[Share]
     last_by_frequency: dict[Frequency, Share] | None = None
+    chunk_sizes: list[int] = []
+    chunk_accuracy: list[Share] = []
+    any_time: Share | None = None
     future_accuracy: list[Share | None] = []
     zero_shot_accuracy: list[Share | None] = []
     average: Share
@@ -82,6 +85,8 @@ class _Stored(BaseModel):
         for key in ("accuracy", "future_accuracy", "zero_shot_accuracy", "seconds_per_task"):
             if (given := len(getattr(self, key))) not in (0, tasks):
                 raise ValueError(f"{key} has {given} values for {tasks} tasks")
+        if len(self.chunk_accuracy) != len(self.chunk_sizes):
+            raise ValueError(f"chunk_accuracy has {len(self.chunk_accuracy)} values for {len(self.chunk_sizes)} chunks")
         for i, row in enumerate(self.accuracy):
             if len(row) != tasks or None in row[: i + 1]:
                 raise ValueError(f"accuracy, row {i}: must be {tasks} values, the first {i + 1} of them numbers")

@@ -91,12 +91,15 @@ def seed_list(results: Iterable[Result]) -> str:
 
 def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent. Where classes
-    have unequal numbers of training images, the last accuracy also of frequent and of rare ones."""
+    have unequal numbers of training images, the last accuracy also of frequent and of rare ones; of online streams the
+    any-time accuracy first."""
     groups_of = [run["last_by_frequency"] for runs in groups.values() for run in runs if run.get("last_by_frequency")]
     frequencies = list(groups_of[0]) if groups_of else []
     unit = "mAP %" if any(run.get("metric") == "mAP" for runs in groups.values() for run in runs) else "%"
+    online = any(run.get("any_time") is not None for runs in groups.values() for run in runs)
     columns = [
         Column("method"),
+        *([Column("any-time %")] if online else []),
         Column(f"average {unit}"),
         Column(f"last {unit}"),
         *(Column(f"{group} %") for group in frequencies),
@@ -111,6 +114,7 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
         rows.append(
             [
                 name if group[0]["exemplar_free"] else f"{name} (keeps exemplars)",
+                *([estimate([r.get("any_time") for r in group], 100)] if online else []),
                 *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
                 *(estimate([(r.get("last_by_frequency") or {}).get(at) for r in group], 100) for at in frequencies),
                 estimate([r["forgetting"] for r in group], 100),

@@ -292,6 +292,9 @@ def test_fingerprint_names_the_split():
         task_stream(dataset(), step=2, limit_test=1),
         task_stream(dataset(), step=2, validation=0.5),
         task_stream(dataset(), step=2, imbalance=3),
+        task_stream(dataset(), step=2, blurry=0.4),
+        task_stream(dataset(), step=2, chunk=3),
+        task_stream(dataset(), step=2, chunk=4),
         task_stream(dataset(each_train=5), step=2),
         task_stream(dataset(test=Sealed(np.tile(np.arange(7), 2), "elsewhere")), step=2),
     ]

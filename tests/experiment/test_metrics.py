@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from cairn.experiment.metrics import (
+    any_time,
     average_incremental,
     backward_transfer,
     by_frequency,
@@ -52,6 +53,13 @@ def test_groups_are_thirds_where_one_of_them_would_be_empty():
 def test_no_groups_of_classes_that_have_as_many_images():
     assert by_frequency([0.9, 0.1, 0.4], [16, 16, 16]) is None
     assert by_frequency([0.9, 0.1], [16, 2]) is None
+
+
+def test_any_time_accuracy_is_the_area_under_a_curve_of_steps():
+    curve, images = [0.5, 0.8, 0.2], [30, 10, 5]
+    steps = [a for a, m in zip(curve, images, strict=True) for _ in range(m)]
+    assert any_time(curve, images) == pytest.approx(sum(steps) / 45)
+    assert any_time([0.4, 0.6], [7, 7]) == pytest.approx(0.5)
 
 
 def test_average_incremental():

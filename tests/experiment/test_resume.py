@@ -20,6 +20,7 @@ from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods import dmc
 from cairn.methods.catalogue import METHODS
+from cairn.methods.protocol import LearnsOnline
 from cairn.storage.archive import Archive
 from cairn.storage.files import read_json
 from cairn.training.checkpoint import Checkpoint
@@ -102,6 +103,23 @@ def test_cut_off_anywhere_the_end_is_the_same(name, features, tmp_path):
         assert_same(reference, found)
         assert found[2] > 0 or units < after
         assert found[0].resumed == found[2]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if LearnsOnline in METHODS[name].capabilities])
+def test_within_an_online_stream_too(name, features, tmp_path):
+    stream = {"stream": "online", "chunk": 13, "blurry": 0.3}
+    config = RunConfig(method=name, data=features, step=2, settings=QUICK.get(name, ()), **stream)
+    reference = atomic_write(config)
+    found = cut_and_gone_on(config, Archive(tmp_path, "run"), max(2, reference[2] // 6))
+    assert_same(reference, found)
+    assert found[0].chunk_accuracy == reference[0].chunk_accuracy
+    # What ranpac takes for its sums' product anew is equal up to rounding
+    exact = name != "ranpac"
+    assert found[0].temperature == (
+        reference[0].temperature if exact else pytest.approx(reference[0].temperature, 1e-3)
+    )
+    assert len(found[0].seconds_per_task) == 3
+    assert found[2] > 0 or name == "zero-shot"
 
 
 @pytest.mark.parametrize(

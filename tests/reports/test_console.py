@@ -33,13 +33,22 @@ def test_the_console_prints_no_escape_of_a_terminal():
 
 def test_each_share_of_a_result_has_its_percent_sign():
     file = io.StringIO()
-    figures = {"average": 0.5, "last": 0.25, "forgetting": 0.125, "last_by_frequency": None, "seconds": 3.0}
+    figures = {
+        "average": 0.5,
+        "last": 0.25,
+        "forgetting": 0.125,
+        "last_by_frequency": None,
+        "any_time": None,
+        "seconds": 3.0,
+    }
     result = SimpleNamespace(method="lda", metric="accuracy", **figures)
     Console(file).result(result, Path("r.json"))
     assert file.getvalue() == "lda: average 50.00 %, last 25.00 %, forgetting 12.50 %, 3 s -> r.json\n\n"
     file.truncate(file.seek(0))
     Console(file).result(SimpleNamespace(**{**vars(result), "forgetting": None}), Path("r.json"))
     assert "forgetting none yet, 3 s" in file.getvalue()
+    Console(file).result(SimpleNamespace(**{**vars(result), "any_time": 0.5, "chunk_accuracy": [0.5] * 130}), Path("r"))
+    assert f"any-time accuracy 50.00 %; after each of 130 chunks: {44 * '▅'}\n" in file.getvalue()
     groups = {"last_by_frequency": {"head": 0.5, "tail": 0.25}, "frequency_terciles": True}
     Console(file).result(SimpleNamespace(**{**vars(result), **groups}), Path("r.json"))
     assert "training images a class has: head 50.00 %, tail 25.00 % (thirds of the classes)" in file.getvalue()

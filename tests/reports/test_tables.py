@@ -37,6 +37,13 @@ def test_frequent_and_rare_classes_have_columns_where_their_numbers_differ():
     assert "head" not in markdown_table([result("a"), result("b")])
 
 
+def test_any_time_accuracy_has_a_column_in_online_streams_alone():
+    table = markdown_table([result("a", any_time=0.4), result("b", any_time=0.25)])
+    assert "| method | any-time % | average % |" in table
+    assert "| 40.00 |" in next(line for line in table.splitlines() if line.startswith("| a "))
+    assert "any-time" not in markdown_table([result("a", any_time=None), result("b")])
+
+
 def test_seeds_become_mean_and_sample_deviation():
     table = markdown_table([result(seed=1, average=0.5), result(seed=2, average=0.6), result(seed=3, average=0.7)])
     row = table.splitlines()[2]

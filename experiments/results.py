@@ -223,6 +223,7 @@ VARIANTS = {
     "aper-lora": ("aper", ["tuning=lora"]),
     "aper-5": ("aper", ["schedule.epochs=5"]),
     "rapf-identity": ("rapf", ["start=identity"]),
+    "joint-frozen": ("joint", ["stage1.tuning=none"]),
     "slca-2": ("slca", ["stage1.schedule.epochs=2"]),
     "dmc-ot-residual": ("dmc-ot", [RESIDUAL]),
     **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
@@ -283,7 +284,7 @@ METHOD_ROWS = {
         "joint",
     ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
-    "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint", "dmc", "capnet", *CAPNET_PARTS],
+    "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
 }
 """What is compared on a stream, by folder."""
 

@@ -43,7 +43,7 @@ class ClipoodConfig(Settings):
     @classmethod
     def embedding(cls) -> ClipoodConfig:
         """The form for precomputed embeddings: a linear adapter, under the same loss and average."""
-        return cls(stage1=MarginStage.embedding().model_copy(update={"average": 0.5}))
+        return cls(stage1=MarginStage.model_validate(dict(VisionStage.embedding()) | {"average": 0.5}))
 
 
 class CLIPood(FixedTextHead):

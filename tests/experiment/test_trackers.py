@@ -211,10 +211,10 @@ def test_a_run_that_was_asked_to_track_goes_on_tracking(cairn, features, stand_i
 
     after = Evaluator.after
 
-    def stopped(self, task, method, *calibration):
+    def stopped(self, task, method, *others, **more):
         if task == 1:
             raise KeyboardInterrupt
-        return after(self, task, method, *calibration)
+        return after(self, task, method, *others, **more)
 
     call = (*DMC, "--data", features, "--out", "here", "--checkpoint-seconds", 0, "--log-lines")
     with monkeypatch.context() as patch:

@@ -103,8 +103,8 @@ PLANTS = (
     # evaluation
     Plant("forgetting from the first accuracy", "experiment/metrics.py", "max(A[i][j] for i in range(j, B - 1))", "A[j][j]", METRICS),
     Plant("tasks weighed the same", "experiment/metrics.py", "sum(n * a for n, a in zip(sizes, row, strict=False)) / sum(sizes[: len(row)])", "sum(a for n, a in zip(sizes, row, strict=False)) / len(row)", METRICS),
-    Plant("class mean by images", "experiment/metrics.py", "sum(c / n for c, n in zip(correct, total, strict=True)) / len(total)", "sum(correct) / sum(total)", METRICS),
-    Plant("class mean given images", "experiment/run.py", "class_mean(e.correct, e.total)", "class_mean([sum(e.correct)], [sum(e.total)])", ("experiment/test_run.py",)),
+    Plant("mean over classes of which nothing is known", "experiment/metrics.py", "sum(known) / max(1, len(known))", "sum(known) / max(1, len(values))", METRICS),
+    Plant("class mean given images", "experiment/run.py", "mean_of_known(e.by_class) for e", "e.seen for e", ("experiment/test_run.py",)),
     Plant("classes to come asked among all", "experiment/evaluator.py", "self._by_texts(coming, range(seen, len(self._texts))", "self._by_texts(coming, range(len(self._texts))", EVALUATE),
     Plant("deviation of a population", "experiment/metrics.py", "/ (len(values) - 1)) ** 0.5", "/ len(values)) ** 0.5", METRICS),
 )  # fmt: skip

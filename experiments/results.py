@@ -46,6 +46,19 @@ STREAMS = {
     "cifar100-50": [*PHOTOGRAPHS, "--limit-train", "50"],
     "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "attributes": ["--data", "attributes"],
+    **{
+        f"{name}-online": [
+            *EMBEDDINGS,
+            f"data/clip-vit-b32-features/{name}.safetensors",
+            "--stream",
+            "online",
+            "--chunk",
+            "20",
+        ]
+        for name in ("caltech51", "ucf101")
+    },
+    "fm-lora-shapes": ["--data", "shapes"],
+    "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "spa-shapes": ["--data", "shapes"],
     "spa-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
 }
@@ -181,6 +194,10 @@ TABLES = {
         "cifar100",
         "cifar100-50",
         "attributes",
+        "caltech51-online",
+        "ucf101-online",
+        "fm-lora-shapes",
+        "fm-lora-cifar100",
         "spa-shapes",
         "spa-cifar100",
         *(f"drift/{name}" for name in DRIFT),
@@ -235,6 +252,9 @@ VARIANTS = {
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
+ONLINE = ("simplecil", "lda", "acil", "ranpac", "blend")
+"""Learn each image once, batch after batch."""
+
 METHOD_ROWS = {
     "shapes": [
         *BOUNDS,
@@ -247,9 +267,6 @@ METHOD_ROWS = {
         *CALFUSE_PARTS,
         *RECO_PARTS,
         "fm-lora",
-        *FM_LORA_PARTS,
-        "lora-8",
-        "lora-8-gentle",
     ],
     "cifar100": [
         *BOUNDS,
@@ -262,9 +279,6 @@ METHOD_ROWS = {
         *CALFUSE_PARTS,
         *RECO_PARTS,
         "fm-lora",
-        *FM_LORA_PARTS,
-        "lora-8",
-        "lora-8-gentle",
     ],
     "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS, *RECO_PARTS],
     "imagenet150": [
@@ -285,6 +299,12 @@ METHOD_ROWS = {
     ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
+    **{
+        stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
+        for stream in ("fm-lora-shapes", "fm-lora-cifar100")
+    },
+    "caltech51-online": ["zero-shot", *ONLINE],
+    "ucf101-online": ONLINE,
 }
 """What is compared on a stream, by folder."""
 

@@ -163,8 +163,8 @@ class Evaluator:
 
     def _of_sets(self, task: int, method: Method) -> Evaluation:
         """As `after`, where images may show several classes: over all test images that show a class seen, how well the scores of
-        each class rank them. Where scores tell the classes of one image apart (`Card.label_sets`), what is the same for all of them is
-        taken off first."""
+        each class rank them. From scores that only tell the classes of one image apart (not `Card.label_sets`) what is the same for
+        all of them is taken off first."""
         tasks = self.stream.tasks
         seen, everything = tasks[task].classes.stop, range(len(tasks))
 

@@ -25,6 +25,12 @@ Imbalance = Annotated[
 Stream = Annotated[str, typer.Option(help="tasks, learned whole, or online: chunk by chunk, each image seen once")]
 Chunk = Annotated[int | None, typer.Option(help="images in a chunk of an online stream  [default: 100]")]
 Blurry = Annotated[float, typer.Option(help="share of each class's images that comes with later tasks")]
+Labelled = Annotated[
+    float, typer.Option(help="share of each class's training images that keep their label, one at least")
+]
+LooseFolder = Annotated[
+    str | None, typer.Option("--unlabelled", help="a folder of pictures without labels, for every task")
+]
 LimitTest = Annotated[int | None, typer.Option(help="test images per class at most")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")]
 Revision = Annotated[str | None, typer.Option(help="revision of the towers on the hub")]
@@ -92,6 +98,8 @@ def run(
     stream: Stream = "tasks",
     chunk: Chunk = None,
     blurry: Blurry = 0.0,
+    labelled: Labelled = 1.0,
+    unlabelled: LooseFolder = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
@@ -162,6 +170,8 @@ def run(
         stream=checked_stream(stream),
         chunk=chunk,
         blurry=blurry,
+        labelled=labelled,
+        unlabelled=unlabelled,
         device=device,
         precision=precision,
         preprocess=preprocess,

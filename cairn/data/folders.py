@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
-from cairn.data.images import Concatenation, Dataset, Images, Subset
+from cairn.data.images import Checked, Dataset, Images, Subset, Unlabelled, source_of
 from cairn.data.names import class_name, listed
 from cairn.data.picture_files import (
     FOLDER,
@@ -30,6 +30,7 @@ from cairn.data.picture_files import (
     list_folder,
     no_picture,
     passed_over,
+    pictures_below,
     pictures_in_tree,
     readable_formats,
 )
@@ -261,6 +262,18 @@ def class_folders(path: str | Path, recursive: bool = False) -> ClassFolders:
     return ClassFolders(images, classes, said, tuple(passed_over(passed)))
 
 
+def loose_pictures(path: str | Path) -> tuple[Unlabelled, tuple[str, ...]]:
+    """Every picture in a folder and the folders in it, whatever they are called, with what a user should hear of it. Raises
+    DataError for a folder without any."""
+    root = Path(os.path.expanduser(path))
+    if not os.path.isdir(root):
+        raise DataError(f"pictures without labels '{one_line(path)}': no such folder; give one that has pictures")
+    found, passed = pictures_below(root)
+    names = [file.relative_to(root).as_posix() for file in found]
+    images = FolderImages(root.parent, [root.name], names, np.zeros(len(names), dtype=np.int64))
+    return Unlabelled(images), tuple(passed_over(passed))
+
+
 def _holds_classes(folder: Path) -> bool:
     """Whether a folder called train or test is a part of a data set. One with files and no folders is a class of that name."""
     there = list_folder(folder)
@@ -318,15 +331,6 @@ def _inside(folder: Path, shown: str, recursive: bool) -> tuple[list[str], dict[
     return there.pictures, {shown: there.others + Counter({FOLDER: len(there.folders)})}
 
 
-@runtime_checkable
-class Checked(Protocol):
-    """Images that are encoded files."""
-
-    def check(self, index: int) -> None:
-        """Raises what opening the image would raise, at less cost."""
-        ...
-
-
 def unreadable(images: Images, whole: bool = False) -> dict[int, str]:
     """Which images cannot be opened, in order, and why. Every file is read (see `check`; with `whole`, decoded), several at
     a time.
@@ -338,7 +342,7 @@ def unreadable(images: Images, whole: bool = False) -> dict[int, str]:
     def damaged(start: int) -> dict[int, str]:
         found = {}
         for index in range(start, min(start + block, len(images))):
-            source, position = _source(images, index)
+            source, position = source_of(images, index)
             if isinstance(source, Checked):
                 try:
                     source.check(position)
@@ -353,12 +357,3 @@ def unreadable(images: Images, whole: bool = False) -> dict[int, str]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, and said once
         parts = pool.map(damaged, range(0, len(images), block))
         return {index: why for part in parts for index, why in part.items()}
-
-
-def _source(images: Images, index: int) -> tuple[Images, int]:
-    while isinstance(images, Subset | Concatenation):
-        if isinstance(images, Subset):
-            images, index = images.source, int(images.indices[index])
-        else:
-            images, index = images._place(index)
-    return images, index

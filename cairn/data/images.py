@@ -36,6 +36,15 @@ class Images(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """Images that are encoded files."""
+
+    def check(self, index: int) -> None:
+        """Raises what opening the image would raise, at less cost."""
+        ...
+
+
 @dataclass(frozen=True)
 class Subset:
     """Some items of another collection, with labels of their own. Opens nothing."""
@@ -85,6 +94,34 @@ class LabelSets(Subset):
         return Subset(self.source, self.indices[rows], labels.astype(np.int64))
 
 
+class Unlabelled:
+    """Some items of another collection, of which nobody is told what they show: all labels are -1, and of targets and masks there
+    are none. What `describe` says is for messages."""
+
+    def __init__(self, images: Images, rows: np.ndarray | None = None):
+        self.__rows = np.arange(len(images)) if rows is None else rows
+        self.__images = images
+        self.labels = np.full(len(self.__rows), -1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__images[int(self.__rows[index])]
+
+    def describe(self, index: int) -> str:
+        return self.__images.describe(int(self.__rows[index]))
+
+    def identity(self, index: int) -> bytes:
+        return self.__images.identity(int(self.__rows[index]))
+
+    def check(self, index: int) -> None:
+        """Raises what opening the image would raise, where it is an encoded file."""
+        source, position = source_of(self.__images, int(self.__rows[index]))
+        if isinstance(source, Checked):
+            source.check(position)
+
+
 def rows_of(images: Images, source: Images) -> np.ndarray:
     """Which items of `source` a subset of it has, or a subset of a subset. Raises ValueError for other images."""
     if images is source:
@@ -117,21 +154,31 @@ class Concatenation:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _place(self, index: int) -> tuple[Images, int]:
+    def place(self, index: int) -> tuple[Images, int]:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
     def __getitem__(self, index: int) -> Any:
-        part, position = self._place(index)
+        part, position = self.place(index)
         return part[position]
 
     def describe(self, index: int) -> str:
-        part, position = self._place(index)
+        part, position = self.place(index)
         return part.describe(position)
 
     def identity(self, index: int) -> bytes:
-        part, position = self._place(index)
+        part, position = self.place(index)
         return part.identity(position)
+
+
+def source_of(images: Images, index: int) -> tuple[Images, int]:
+    """The collection that an item of subsets and concatenations comes from, and its place there."""
+    while isinstance(images, Subset | Concatenation):
+        if isinstance(images, Subset):
+            images, index = images.source, int(images.indices[index])
+        else:
+            images, index = images.place(index)
+    return images, index
 
 
 @dataclass(frozen=True)

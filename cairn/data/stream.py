@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cairn.data.descriptions import Descriptions
+from cairn.data.few_labels import few_labels, together
 from cairn.data.images import Dataset, Images, LabelSets, Subset, taken
 from cairn.data.label_set_tasks import tasks_of_sets
 from cairn.data.names import alike, normal_form
@@ -43,6 +44,8 @@ class Task:
     label_sets: LabelSets | None = None
     """Where images may show several classes: those of the task once each, with a column per class up to the task's last. That an
     image shows one of the task's own classes is told, of earlier ones nothing is. `train` holds their `copies`."""
+    unlabelled: Images | None = None
+    """Images that come with the task and of which nobody says what they show: all their labels are -1."""
 
     def __post_init__(self):
         object.__setattr__(self, "templates", prompt_templates(self.templates, f"task {self.index}: templates"))
@@ -87,8 +90,14 @@ class TaskStream:
 
     @property
     def collections(self) -> tuple[Images, ...]:
-        """Every image there is: the training images of each task, then the test images of each."""
-        return *(task.train for task in self.tasks), *self.tests
+        """Every image there is: the training images of each task, the test images of each, then those without labels of each
+        task that has any."""
+        return *(task.train for task in self.tasks), *self.tests, *self.unlabelled
+
+    @property
+    def unlabelled(self) -> tuple[Images, ...]:
+        """Images without labels, of each task that has any."""
+        return tuple(task.unlabelled for task in self.tasks if task.unlabelled is not None)
 
     def parts(self) -> list[Part]:
         """What is learned at once, in order: the tasks, or their chunks, numbered over the whole stream. The first chunk of a task
@@ -239,6 +248,8 @@ def task_stream(
     imbalance: float = 1.0,
     blurry: float = 0.0,
     chunk: int | None = None,
+    labelled: float = 1.0,
+    unlabelled: Images | None = None,
 ) -> TaskStream:
     """Cut a data set into tasks.
 
@@ -248,6 +259,8 @@ def task_stream(
     most frequent class having that many times as many as the rarest. Test images stay as they are.
     `blurry` is the share of each class's training images that comes with later tasks (`blurred`). With `chunk` the stream is
     online: training images come in random order, and so many are learned at once (`TaskStream.parts`).
+    `labelled` is the share of each class's training images that keep their label (`few_labels`); the others come with the task as
+    `Task.unlabelled`. `unlabelled` are images that come so with every task.
     """
     if not 0.0 <= validation < 1.0:
         raise ConfigError(f"validation {validation}: must be at least 0 and below 1")
@@ -255,6 +268,8 @@ def task_stream(
         raise ConfigError(f"imbalance {imbalance}: must be a number from 1, such as 100")
     if not 0.0 <= blurry < 1.0:
         raise ConfigError(f"blurry {blurry}: must be at least 0 and below 1")
+    if not 0.0 < labelled <= 1.0:
+        raise ConfigError(f"labelled {labelled}: must be above 0 and at most 1, such as 0.125")
     for flag, limit in (("limit-train", limit_train), ("limit-test", limit_test), ("chunk", chunk)):
         if limit is not None and limit < 1:
             raise ConfigError(f"{flag} {limit}: must be at least 1")
@@ -270,15 +285,28 @@ def task_stream(
         if blurry or chunk:
             what = f"chunk {chunk}" if chunk else f"blurry {blurry:g}"
             raise ConfigError(f"{what}: data '{dataset.name}' has several classes in an image; leave it out")
+        if labelled < 1 or unlabelled is not None:
+            raise ConfigError(
+                f"images without labels: data '{dataset.name}' has several classes in an image; leave --labelled and --unlabelled out"
+            )
         trains, tests = tasks_of_sets(dataset, _ids(sizes), arrival, limit_train, limit_test, validation)
     else:
+        if chunk and (labelled < 1 or unlabelled is not None):
+            raise ConfigError(
+                f"chunk {chunk}: images of an online stream are labelled; leave --labelled and --unlabelled out"
+            )
         trains, tests = _single(dataset, sizes, arrival, limit_train, limit_test, validation, imbalance, blurry, chunk)
+    hidden: list[Images | None] = [unlabelled] * len(sizes)
+    if labelled < 1:
+        trains, rest = few_labels(trains, labelled)
+        hidden = [together(own, unlabelled) for own in rest]
 
     tasks, start = [], 0
-    for index, (size, images) in enumerate(zip(sizes, trains, strict=True)):
+    for index, (size, images, rest) in enumerate(zip(sizes, trains, hidden, strict=True)):
         ids, sets = range(start, start + size), images if isinstance(images, LabelSets) else None
         own = images if sets is None else sets.copies()
-        tasks.append(Task(index, ids, names[start : start + size], dataset.templates, own, dataset.descriptions, sets))
+        called = names[start : start + size]
+        tasks.append(Task(index, ids, called, dataset.templates, own, dataset.descriptions, sets, rest))
         start += size
     notices = [*dataset.notices, *order_notices, *alike(names)]
     if len(sizes) > 1 and sizes[-1] < step:
@@ -328,7 +356,11 @@ def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStre
     ]
     B = len(stream.tasks)
     tasks = tuple(_learning(task, rows) for task, rows in zip(stream.tasks, kept[:B], strict=True))
-    tests = tuple(taken(test, rows) for test, rows in zip(stream.tests, kept[B:], strict=True))
+    tests = tuple(taken(test, rows) for test, rows in zip(stream.tests, kept[B : 2 * B], strict=True))
+    hidden = iter([taken(images, rows) for images, rows in zip(stream.unlabelled, kept[2 * B :], strict=True)])
+    tasks = tuple(
+        task if task.unlabelled is None else replace(task, unlabelled=together(next(hidden))) for task in tasks
+    )
     less = replace(stream, tasks=tasks, tests=tests)
     for side, before, after in (
         ("training", [task.train for task in stream.tasks], [task.train for task in tasks]),

@@ -31,6 +31,10 @@ def looked_for(task: Task, towers: Towers) -> list[Tensor]:
         image = towers.prepare(task.train[int(first)])
         if others and not _holds(towers.prepare(task.train[int(others[-1])]), image):
             found.append(image)
+    hidden = task.unlabelled
+    if hidden is not None and len(hidden) > 1:
+        some = [towers.prepare(hidden[i]) for i in range(min(LOOKED_FOR, len(hidden)))]
+        found += [image for image in some[1:] if not _holds(some[0], image)]
     return found
 
 
@@ -57,12 +61,13 @@ def _message(method: Method, what: str) -> str:
 
 
 def _parts(task: Task) -> Iterator[Any]:
-    """The task and its collection of images, whatever it is wrapped in."""
+    """The task and its collections of images, whatever they are wrapped in."""
     yield task
-    images: Any = task.train
-    while images is not None:
-        yield images
-        images = images.source if isinstance(images, Subset) else None
+    for collection in (task.train, task.unlabelled):
+        images: Any = collection
+        while images is not None:
+            yield images
+            images = images.source if isinstance(images, Subset) else None
 
 
 def _reachable(method: Method) -> Iterator[Any]:

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from cairn.config import Settings, with_settings
 from cairn.config import settings as every_setting
-from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.images import Concatenation, Dataset
+from cairn.data.folders import loose_pictures, named_unreadable, unreadable
+from cairn.data.images import Concatenation, Dataset, Images
 from cairn.data.online import CHUNK
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream, without
@@ -50,7 +50,8 @@ def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTower
 
 
 def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
-    return task_stream(
+    loose, notices = _loose(config, dataset)
+    stream = task_stream(
         dataset,
         base=config.base,
         step=config.step,
@@ -61,7 +62,21 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
         imbalance=config.imbalance,
         blurry=config.blurry,
         chunk=_chunk(config),
+        labelled=config.labelled,
+        unlabelled=loose,
     )
+    return replace(stream, notices=(*stream.notices, *notices))
+
+
+def _loose(config: RunConfig, dataset: Dataset) -> tuple[Images | None, tuple[str, ...]]:
+    """Pictures without labels, if a folder of them is given, and what a user should hear of it."""
+    if config.unlabelled is None:
+        return None, ()
+    if dataset.embeddings is not None:
+        raise ConfigError(
+            f"unlabelled '{config.unlabelled}': data '{dataset.name}' holds embeddings, not images; leave --unlabelled out"
+        )
+    return loose_pictures(config.unlabelled)
 
 
 def _chunk(config: RunConfig) -> int | None:

@@ -26,7 +26,7 @@ from cairn.experiment.metrics import (
 )
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
-from cairn.methods.protocol import ChoosesRanks, Method
+from cairn.methods.protocol import ChoosesRanks, LearnsUnlabelled, Method
 from cairn.storage.archive import Archive
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
@@ -97,6 +97,12 @@ def run_stream(
     course = Course(config, entry, stream, towers, settings, log, world)
     if stream.chunk is not None:
         require_online(entry, course.method)
+    hidden = [len(task.unlabelled or ()) for task in stream.tasks]
+    if any(hidden) and not isinstance(course.method, LearnsUnlabelled):
+        log(
+            "notice",
+            text=f"{entry.name} learns from labelled images alone: {sum(hidden):,} without labels are not used",
+        )
     if archive is not None:
         course.keep(checkpoint, archive)
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
@@ -161,6 +167,7 @@ def run_stream(
         metric="mAP" if stream.label_sets else "accuracy",
         precision_by_class=evaluations[-1].precision,
         train_sizes=images,
+        unlabelled_sizes=hidden if any(hidden) else [],
         last_by_frequency=grouped.means if grouped else None,
         frequency_terciles=grouped is not None and grouped.terciles,
         future_accuracy=[e.future for e in evaluations],

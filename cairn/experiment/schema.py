@@ -61,6 +61,12 @@ class RunConfig(BaseModel):
     blurry: float = Field(
         default=0.0, description="share of each class's training images that comes with later tasks; 0: sharp borders"
     )
+    labelled: float = Field(
+        default=1.0, description="share of each class's training images that keep their label, one at least; 1: all"
+    )
+    unlabelled: str | None = Field(
+        default=None, description="folder of pictures without labels, which come with every task"
+    )
     device: str = Field(default="auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] | None = Field(
@@ -83,11 +89,18 @@ def usual_step(data: str) -> int:
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
-    Records of before there were `imbalance` and online streams lack them.
+    Records of before there were `imbalance`, online streams and images without labels lack them.
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
     otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
-    call = {"imbalance": 1.0, "stream": "tasks", "chunk": None, "blurry": 0.0} | dict(call)
+    call = {
+        "imbalance": 1.0,
+        "stream": "tasks",
+        "chunk": None,
+        "blurry": 0.0,
+        "labelled": 1.0,
+        "unlabelled": None,
+    } | dict(call)
     if "settings" in call:
         call["settings"] = values_by_path(call["settings"])
     if call.get("preprocess") is None and not str(call.get("towers")).startswith("open_clip:"):
@@ -142,6 +155,9 @@ class RunResult(BaseModel):
     seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
     train_sizes: list[Count] = Field(default=[], description="training images per class, in order of arrival")
+    unlabelled_sizes: list[Count] = Field(
+        default=[], description="images without labels that came with each task; empty where there are none"
+    )
     last_by_frequency: dict[Frequency, Share] | None = Field(
         default=None,
         description="accuracy after the last task, mean over head (100 training images or more), medium, and tail classes (fewer "

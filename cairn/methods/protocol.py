@@ -286,6 +286,10 @@ class LearnsOnline(ABC):  # noqa: B024 - nothing is left to write
         return None
 
 
+class LearnsUnlabelled(ABC):  # noqa: B024 - nothing is left to write
+    """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them."""
+
+
 class LeavesOut(ABC):
     """Scores the images of each task as if each had not been learned, exactly and without learning again."""
 
@@ -314,4 +318,5 @@ CAPABILITIES: tuple[type, ...] = (
     LeavesOut,
     ChoosesRanks,
     LearnsOnline,
+    LearnsUnlabelled,
 )

@@ -205,10 +205,16 @@ def _stream_facts(stream: Stream) -> list[tuple[str, str]]:
         ("order", call.get("order")),
         ("classes per task", " to ".join(str(size) for size in (sizes[0], sizes[-1])[: len(sizes)])),
         ("chunks", _chunks(first["chunk_sizes"], call.get("blurry"))),
+        ("without labels", _hidden(first["unlabelled_sizes"], first["train_sizes"])),
         ("precision", used_precision(first)),
         ("seeds", ", ".join(map(str, sorted({run["seed"] for run in stream.runs})))),
     ]
     return [(what, str(value)) for what, value in facts if value is not None]
+
+
+def _hidden(sizes: Sequence[int], labelled: Sequence[int]) -> str | None:
+    """What is said of images without labels."""
+    return f"{sum(sizes):,} images, beside {sum(labelled):,} with labels" if sizes else None
 
 
 def _chunks(sizes: Sequence[int], blurry: float | None) -> str | None:

@@ -57,6 +57,8 @@ class _Stored(BaseModel):
     accuracy: list[list[Share | None]] = []
     seen_accuracy: list[Share]
     last_by_frequency: dict[Frequency, Share] | None = None
+    train_sizes: list[int] = []
+    unlabelled_sizes: list[int] = []
     chunk_sizes: list[int] = []
     chunk_accuracy: list[Share] = []
     any_time: Share | None = None

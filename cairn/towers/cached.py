@@ -173,4 +173,6 @@ def kept(stream: TaskStream, towers: Towers, store: FeatureStore) -> tuple[TaskS
         else:
             sets = LabelSets.of(knowing.placed(task.label_sets), task.label_sets.targets)
             tasks.append(replace(task, train=sets.copies(), label_sets=sets))
+        if task.unlabelled is not None:
+            tasks[-1] = replace(tasks[-1], unlabelled=placed(task.unlabelled))
     return replace(stream, tasks=tuple(tasks), tests=tuple(map(placed, stream.tests))), knowing

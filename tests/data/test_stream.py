@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cairn.data.images import Concatenation, Dataset, Subset
+from cairn.data.images import Concatenation, Dataset, Subset, Unlabelled
 from cairn.data.stream import class_order, held_out, long_tail, task_sizes, task_stream
 from cairn.errors import ConfigError, DataError
 
@@ -295,6 +295,8 @@ def test_fingerprint_names_the_split():
         task_stream(dataset(), step=2, blurry=0.4),
         task_stream(dataset(), step=2, chunk=3),
         task_stream(dataset(), step=2, chunk=4),
+        task_stream(dataset(), step=2, labelled=0.5),
+        task_stream(dataset(), step=2, unlabelled=Unlabelled(dataset().test)),
         task_stream(dataset(each_train=5), step=2),
         task_stream(dataset(test=Sealed(np.tile(np.arange(7), 2), "elsewhere")), step=2),
     ]

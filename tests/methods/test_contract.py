@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cairn.config import settings, with_values
-from cairn.data.images import Concatenation, Subset
+from cairn.data.images import Concatenation, Subset, Unlabelled
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
 from cairn.errors import ExemplarsKept
@@ -18,7 +18,15 @@ from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
-from cairn.methods.protocol import CAPABILITIES, CosineScoring, GaussianScoring, KeepsImages, KeepsSums, NamesClasses
+from cairn.methods.protocol import (
+    CAPABILITIES,
+    CosineScoring,
+    GaussianScoring,
+    KeepsImages,
+    KeepsSums,
+    LearnsUnlabelled,
+    NamesClasses,
+)
 from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
@@ -403,6 +411,7 @@ class Sealed:
 
 
 def test_images_of_other_tasks_are_never_opened(world):
+    """Nor those without labels by a method that does not learn from such, of whatever task."""
     entry, towers, stream = world
     method = build(entry, towers)
     kept = []
@@ -410,7 +419,14 @@ def test_images_of_other_tasks_are_never_opened(world):
         if entry.card.keeps != "images":  # what was learned is taken away
             for old in kept:
                 object.__setattr__(old.train, "source", Sealed(old.train))
-        own = replace(task, train=Subset(task.train, np.arange(len(task.train)), task.train.labels))
+                object.__setattr__(old.unlabelled, "source", Sealed(old.unlabelled))
+        hidden = Unlabelled(task.train, np.arange(0, len(task.train), 2))
+        hidden = hidden if LearnsUnlabelled in entry.capabilities else Sealed(hidden)
+        own = replace(
+            task,
+            train=Subset(task.train, np.arange(len(task.train)), task.train.labels),
+            unlabelled=Subset(hidden, np.arange(len(hidden)), hidden.labels),
+        )
         kept.append(own)
         method.learn(own, Context(Seeds(1)))
     assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)

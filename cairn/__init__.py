@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.config import with_settings
     from cairn.data.embeddings import save_features
-    from cairn.data.images import Dataset, Images
+    from cairn.data.images import Dataset
     from cairn.data.opening import open_dataset
-    from cairn.data.stream import Task, TaskStream, task_stream
+    from cairn.data.stream import TaskStream, task_stream
+    from cairn.data.task import Images, Task
     from cairn.errors import CairnError
     from cairn.experiment.evaluator import Evaluator
     from cairn.experiment.run import run_stream
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from cairn.methods.protocol import Method
     from cairn.towers.catalogue import load_towers
     from cairn.towers.protocol import Towers
-    from cairn.training.log import Log
+    from cairn.training.context import Log
 
 _HOMES = {
     "CairnError": "errors", "Dataset": "data.images", "Evaluator": "experiment.evaluator",
-    "GaussianMemory": "memory.gaussians", "Images": "data.images",
-    "IncrementalClassifier": "classifier.classifier", "Log": "training.log",
+    "GaussianMemory": "memory.gaussians", "Images": "data.task",
+    "IncrementalClassifier": "classifier.classifier", "Log": "training.context",
     "METHODS": "methods.catalogue", "Method": "methods.protocol", "RunConfig": "experiment.schema", "RunResult": "experiment.schema",
-    "Task": "data.stream", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
+    "Task": "data.task", "TaskStream": "data.stream", "Towers": "towers.protocol", "load_towers": "towers.catalogue",
     "method_named": "methods.catalogue", "open_dataset": "data.opening", "run_stream": "experiment.run",
     "save_features": "data.embeddings", "task_stream": "data.stream", "with_settings": "config",
 }  # fmt: skip

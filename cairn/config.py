@@ -1,4 +1,4 @@
-"""Settings of a method: a frozen pydantic model, changed by `a.b=value`, printed with defaults and origins."""
+"""Settings of a method, changed by `a.b=value`, printed with defaults and origins."""
 
 from __future__ import annotations
 
@@ -6,42 +6,20 @@ import json
 import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cairn.errors import ConfigError, UnknownName
+from cairn.settings import NoSettings as NoSettings
+from cairn.settings import Settings as Settings
+from cairn.settings import kind_by_name as kind_by_name
 from cairn.storage.files import read_yaml
 from cairn.storage.schema import reason_of
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class Settings(BaseModel):
-    """Settings of a method, or some of them: frozen, and an unknown one is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @property
-    def alters_images(self) -> bool:
-        """Whether with these settings other images than the given ones pass the tower."""
-        return False
-
-    @classmethod
-    def embedding(cls) -> Self:
-        """The defaults on precomputed embeddings."""
-        return cls()
-
-
-class NoSettings(Settings):
-    """Of a method that has none."""
-
-
-def kind_by_name(value: Any) -> Any:
-    """A choice may be given by its kind alone: 'lora' for {'kind': 'lora'}."""
-    return {"kind": value} if isinstance(value, str) else value
 
 
 def choices(field: FieldInfo) -> dict[str, type[BaseModel]]:

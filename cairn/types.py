@@ -26,3 +26,6 @@ Attention: TypeAlias = Literal["native", "value"]
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 """Arithmetic inside the towers."""
+
+State: TypeAlias = dict[str, Tensor]
+"""Of a learner: one flat dictionary, what safetensors can hold and nothing it cannot. See `cairn.towers.state`."""

@@ -81,6 +81,22 @@ def test_no_modules_import_one_another_in_a_circle():
     assert not imported, "these import one another, or what does"
 
 
+def test_dmc_can_be_followed_through_few_files():
+    """What `methods/dmc.py` imports, and what those import: the files that its reader may have to open."""
+    behind, found = ["cairn.methods.dmc"], set()
+    while behind:
+        if (module := behind.pop()) in found:
+            continue
+        found.add(module)
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cairn."):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                is_file = (ROOT / str(node.module).replace(".", "/")).with_suffix(".py").is_file()
+                behind += [str(node.module)] if is_file else inside
+    assert len(found) <= 29, sorted(found)
+
+
 def test_type_hints_of_public_names_resolve():
     for name in cairn.__all__:
         value = getattr(cairn, name)

@@ -14,7 +14,7 @@ from cairn.classifier.calibration import Calibration, LeftOut, rehearsed, rehear
 from cairn.classifier.estimate import AccuracyEstimate, Source, confusion_counts
 from cairn.classifier.novelty import Novelty, gaussians_of
 from cairn.classifier.retention import drawn_shares
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.methods.protocol import LeavesOut, Method
 from cairn.training.context import Context
 from cairn.types import Labels, Scores

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.calibration import INVERSE_TEMPERATURES, best_temperature, least_loss, log_probabilities, loss_curve
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import GaussianScoring, HoldsOut, LeavesOut, Method
 from cairn.storage.schema import Amount, Count, Record, Share
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
+from cairn.training.context import Checkpoint, Context
 from cairn.training.encode import encode
 from cairn.types import Features, Labels, Scores
 

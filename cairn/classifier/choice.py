@@ -21,13 +21,12 @@ import torch
 
 from cairn.classifier.calibration import UNCALIBRATED, LeftOut, rehearsed_in_folds
 from cairn.data.embeddings import Rows
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import LeavesOut, Method
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
-from cairn.training.context import Context
-from cairn.training.seeds import Seeds
+from cairn.training.context import Context, Seeds
 from cairn.types import Features
 
 AUTO, FIRST = "auto", "blend"

@@ -48,7 +48,7 @@ from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import Item, items_of
 from cairn.data.names import class_name, normal_form
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
     ConfigError,
@@ -66,11 +66,8 @@ from cairn.towers.cached import CachedTowers
 from cairn.towers.catalogue import load_towers
 from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
+from cairn.training.context import Checkpoint, Context, Log, Seeds
+from cairn.types import State
 
 WORK = "work"
 AHEAD = 16

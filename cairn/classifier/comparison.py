@@ -14,7 +14,7 @@ from cairn.classifier.novelty import Novelty, gaussians_of, within_factor
 from cairn.classifier.scoring import BATCH
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError, InvalidInput
 from cairn.maths.mean_shift import directions, mean_shift
 from cairn.maths.tails import beta_binomial_tail

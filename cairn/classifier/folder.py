@@ -24,7 +24,7 @@ from cairn.storage.schema import validated
 from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
+from cairn.types import State
 
 NAME, CARD = "learner", "CARD.md"
 

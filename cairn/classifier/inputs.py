@@ -14,7 +14,7 @@ from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.labelled_datasets import labelled_items
 from cairn.errors import InvalidInput, UnreadableImages, counted
-from cairn.training.log import Log
+from cairn.training.context import Log
 
 SKIP = "replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip"
 

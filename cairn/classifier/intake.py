@@ -12,10 +12,9 @@ from cairn.classifier.inputs import Labelled, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.names import alike, class_name
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.storage.archive import Archive
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.training.context import Checkpoint, Log
 
 
 class Intake(NamedTuple):

@@ -16,7 +16,7 @@ from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.record import LearnerRecord
 from cairn.data.identity import LearnedPictures
 from cairn.data.names import normal_form
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import DataError, suggestion
 
 

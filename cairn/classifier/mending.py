@@ -20,12 +20,12 @@ from cairn.data.identity import SHOWN
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, listed
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, counted, one_line
 from cairn.methods.protocol import KeepsSums, Method, NamesClasses
+from cairn.training.context import Log
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.types import Features
 
 

@@ -39,7 +39,7 @@ from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.shrinkage import Oas
 from cairn.memory.protocol import WithScatter
 from cairn.methods.protocol import GaussianScoring
-from cairn.training.seeds import Seeds
+from cairn.training.context import Seeds
 from cairn.types import Features, Scores
 
 TEXT_SHARE = 0.25

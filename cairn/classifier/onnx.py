@@ -29,7 +29,7 @@ from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import ScoresAsModule
 from cairn.storage.distribution import extra_remedy
 from cairn.storage.files import atomic_write
-from cairn.towers.preprocessing import LONGEST, Preprocessing
+from cairn.towers.preprocessing import LONGEST, Preprocessing, preprocessing_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -101,7 +101,7 @@ def export_onnx(
         raise ConfigError(f"export: {error.name} is missing; {extra_remedy('onnx')}") from None
     tower, head = scores_module(learner)
     towers, calibration = learner.method_.towers, learner.calibration_
-    pictures = _pictures(towers, images)
+    pictures, given = _pictures(towers, images), preprocessing_of(towers)
     pixels = towers.pixels(torch.stack([towers.prepare(picture) for picture in pictures])).cpu().float()
     with torch.no_grad():
         rows = tower(pixels)
@@ -116,12 +116,12 @@ def export_onnx(
             ),
         ]
         if preprocessing:
-            assert towers.preprocessing is not None
-            parts.insert(0, preprocessing_graph(towers.preprocessing))
+            assert given is not None
+            parts.insert(0, preprocessing_graph(given))
         proto = _joined(parts)
         about = {
             "classes": list(map(str, learner.classes_)),
-            "preprocessing": towers.preprocessing.model_dump(mode="json") if towers.preprocessing else {},
+            "preprocessing": given.model_dump(mode="json") if given else {},
             "method": learner.chosen_,
             "towers": towers.fingerprint,
         }

@@ -8,7 +8,7 @@ import torch
 from cairn.classifier.estimate import confusion_counts
 from cairn.classifier.novelty import gaussians_of
 from cairn.methods.protocol import GaussianScoring, Method
-from cairn.training.seeds import Seeds
+from cairn.training.context import Seeds
 
 DRAWS = 4096
 """Of all old classes together, about."""

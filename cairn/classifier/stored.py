@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ResultError
 from cairn.methods.protocol import KeepsImages, Method
-from cairn.towers.state import State
+from cairn.types import State
 
 LARGE = 1e6
 """Where embeddings are given there is no item like another: one far beyond any, so that what is finite of it is of all."""

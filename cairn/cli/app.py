@@ -197,7 +197,7 @@ def describe(
     from cairn.experiment.describe import DescribeConfig, described, guide_images, request, with_readable
     from cairn.storage.files import make_folder, write_json
     from cairn.towers.catalogue import load_towers
-    from cairn.training.log import Log
+    from cairn.training.context import Log
 
     near, plus, far = guides.partition("+")
     if not (plus and near.isdigit() and far.isdigit()):

@@ -81,8 +81,8 @@ def learn(
     from cairn.experiment.folder import Lock
     from cairn.storage.archive import Archive
     from cairn.storage.files import make_folder
-    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
-    from cairn.training.log import Log
+    from cairn.training.checkpoint import stopped_by_signals
+    from cairn.training.context import Checkpoint, Log
 
     console, bad_images = Console(), checked_bad_image(on_bad_image)
     if keep is not None and keep < 1:

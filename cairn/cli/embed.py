@@ -65,8 +65,8 @@ def embed(
     """Embed every image of a data set into one file. `cairn run --data FILE` takes it. The same call again goes on where it
     was cut off."""
     from cairn.embed import EmbedConfig, embed_dataset
-    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
-    from cairn.training.log import Log
+    from cairn.training.checkpoint import stopped_by_signals
+    from cairn.training.context import Checkpoint, Log
 
     config = checked(
         EmbedConfig,

@@ -35,7 +35,7 @@ def monitor(
     a test; nothing of the pictures is kept."""
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.classifier.drift import BELOW, LEVEL
-    from cairn.training.log import Log
+    from cairn.training.context import Log
 
     files, bad_images = files_of(pictures), checked_bad_image(on_bad_image)
     held, errors, console = IncrementalClassifier.load(learner, towers, device), Console(sys.stderr), Console()

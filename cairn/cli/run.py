@@ -271,8 +271,8 @@ def _run_one(
     from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
     from cairn.experiment.run import run_stream
     from cairn.experiment.trackers import Tracking
-    from cairn.training.checkpoint import Checkpoint, stopped_by_signals
-    from cairn.training.log import Log
+    from cairn.training.checkpoint import stopped_by_signals
+    from cairn.training.context import Checkpoint, Log
 
     output = RunFolder(folder, call)
     trackers = call.track if world.is_main else []
@@ -386,7 +386,7 @@ def drift(
     from cairn.experiment.schema import RunConfig, usual_step
     from cairn.reports.drift import drift_figure, drift_table
     from cairn.storage.files import make_folder, write_json
-    from cairn.training.log import Log
+    from cairn.training.context import Log
 
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"

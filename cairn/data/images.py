@@ -1,4 +1,4 @@
-"""Lazy collections of labelled images. An item is opened when it is asked for, never before."""
+"""Data sets, and what is made of their lazy collections of labelled images (see `cairn.data.task`)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,9 @@ import numpy as np
 
 from cairn.data.descriptions import Descriptions
 from cairn.data.names import class_name
+from cairn.data.task import Images, LabelSets, Subset
 from cairn.data.templates import prompt_templates
 from cairn.errors import DataError
-
-
-@runtime_checkable
-class Images(Protocol):
-    """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 (n,): class ids, known without opening anything."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def describe(self, index: int) -> str:
-        """Where the item comes from, for error messages: a file name, a row number."""
-        ...
-
-    def identity(self, index: int) -> bytes:
-        """What the item is: equal bytes, equal items. Nothing is decoded for it. Asked for by a feature store alone."""
-        ...
 
 
 @runtime_checkable
@@ -43,55 +22,6 @@ class Checked(Protocol):
     def check(self, index: int) -> None:
         """Raises what opening the image would raise, at less cost."""
         ...
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some items of another collection, with labels of their own. Opens nothing."""
-
-    source: Images
-    indices: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[int(self.indices[index])]
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(int(self.indices[index]))
-
-    def identity(self, index: int) -> bytes:
-        return self.source.identity(int(self.indices[index]))
-
-
-@dataclass(frozen=True)
-class LabelSets(Subset):
-    """Some items of another collection, each of which may show several classes: `targets` bool (n, k), a column per class.
-
-    `labels` is for whoever asks for one: the first class that each shows, -1 for an image that shows none.
-    """
-
-    targets: np.ndarray
-
-    @classmethod
-    def of(cls, source: Images, targets: np.ndarray, indices: np.ndarray | None = None) -> LabelSets:
-        """Items of `source`, all of them unless `indices` says which, with these targets."""
-        labels = np.where(targets.any(1), targets.argmax(1), -1).astype(np.int64)
-        return cls(source, np.arange(len(targets)) if indices is None else indices, labels, targets)
-
-    def taken(self, rows: np.ndarray, columns: np.ndarray | slice = slice(None)) -> LabelSets:
-        """Those images, with those columns, in that order."""
-        return LabelSets.of(self.source, self.targets[rows][:, columns], self.indices[rows])
-
-    def copies(self) -> Subset:
-        """For methods that learn one class of an image: each image once for every class that it shows, class by class.
-
-        Source: Tsoumakas, Katakis, Multi-Label Classification: An Overview (2007), section 3.1, the copy transformation (there PT3).
-        """
-        labels, rows = np.nonzero(self.targets.T)
-        return Subset(self.source, self.indices[rows], labels.astype(np.int64))
 
 
 class Unlabelled:

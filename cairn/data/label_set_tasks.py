@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cairn.data.images import Dataset, Images, LabelSets
+from cairn.data.images import Dataset
+from cairn.data.task import Images, LabelSets
 from cairn.errors import DataError
 
 

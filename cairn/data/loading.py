@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cairn.data.images import Images
+from cairn.data.task import Images
 
 AHEAD = 3
 """Batches under way when one is asked for; the others still are while that one is in use."""

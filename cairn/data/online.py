@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cairn.data.images import Subset
+from cairn.data.task import Subset
 
 CHUNK = 100
 """Images that are learned at once in an online stream, where nobody says how many."""

@@ -1,6 +1,6 @@
 """A data set as a sequence of tasks, in the field's "B-m Inc-n" protocol (m classes first, then n per task).
 
-Outside, a class is its name; inside, its number in order of arrival. A `Task` carries no test image, by design.
+Outside, a class is its name; inside, its number in order of arrival.
 """
 
 from __future__ import annotations
@@ -16,39 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cairn.data.descriptions import Descriptions
 from cairn.data.few_labels import few_labels, together
-from cairn.data.images import Dataset, Images, LabelSets, Subset, taken
+from cairn.data.images import Dataset, taken
 from cairn.data.label_set_tasks import tasks_of_sets
 from cairn.data.names import alike, normal_form
 from cairn.data.online import blurred, chunks, shuffled
-from cairn.data.templates import prompt_templates
+from cairn.data.task import Images, LabelSets, Subset, Task
 from cairn.errors import ConfigError, DataError, ResultError, counted, suggestion
 from cairn.storage.files import JSON_BYTES, read_bytes, read_json, read_yaml
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a method is given of task `index`: its new classes (arrival numbers), their names, prompts and images.
-
-    Among the images may be some of classes that came earlier: those are learned on.
-    """
-
-    index: int
-    classes: range
-    names: tuple[str, ...]
-    templates: tuple[str, ...]
-    train: Images
-    descriptions: Descriptions | None = None
-    """What the data set says of its classes, if it does; of all of them: a file is one thing."""
-    label_sets: LabelSets | None = None
-    """Where images may show several classes: those of the task once each, with a column per class up to the task's last. That an
-    image shows one of the task's own classes is told, of earlier ones nothing is. `train` holds their `copies`."""
-    unlabelled: Images | None = None
-    """Images that come with the task and of which nobody says what they show: all their labels are -1."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "templates", prompt_templates(self.templates, f"task {self.index}: templates"))
 
 
 class Part(NamedTuple):

@@ -31,8 +31,8 @@ from cairn.errors import CairnError, ConfigError, UnreadableImages, counted, one
 from cairn.maths.similarity import representative_and_diverse
 from cairn.storage.distribution import extra_remedy
 from cairn.towers.protocol import Towers
+from cairn.training.context import Log
 from cairn.training.encode import encode
-from cairn.training.log import Log
 
 KEPT_SIZE = 512
 """Longer side of a guide image as it is sent, in pixels."""

@@ -26,10 +26,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.dmc_ot import DMCOT, DmcOtConfig, Motion
 from cairn.storage.versions import versions
 from cairn.towers.protocol import Towers
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
+from cairn.training.context import Checkpoint, Context, Log, Seeds
 
 Row = dict[str, Any]
 

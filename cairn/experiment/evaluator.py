@@ -32,7 +32,7 @@ from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
-from cairn.training.distributed import ALONE, World
+from cairn.training.context import OneProcess, Processes
 from cairn.types import Features, Labels, Pixels, Scores
 
 KEEP_BYTES = 2 << 30
@@ -92,10 +92,11 @@ class Evaluator:
         keep_bytes: int = KEEP_BYTES,
         between: Callable[[], Any] = lambda: None,
         exemplar_free: bool = False,
-        world: World = ALONE,
+        world: Processes | None = None,
     ):
         self.stream, self.towers, self.keep_bytes, self.between = stream, towers, keep_bytes, between
-        self.exemplar_free, self.world = exemplar_free, world
+        self.exemplar_free = exemplar_free
+        self.world: Processes = world or OneProcess()
         # Test images count as memory that does not grow: all sets together have what one loader would
         room = room_for_images() // len(stream.tests)
         self.loaders = [

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cairn.data.images import Subset
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ExemplarsKept
 from cairn.methods.protocol import Method
 from cairn.towers.protocol import Towers
-from cairn.training.log import Log
+from cairn.training.context import Log
 
 LOOKED_FOR = 8
 """Classes of a task of which an image is looked for among the numbers that a method holds."""

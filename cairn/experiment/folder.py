@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, record_of, save_learner
 from cairn.classifier.learned import Learned
+from cairn.data.descriptions import Descriptions
 from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
@@ -201,7 +202,7 @@ class RunFolder:
 def write_learner(folder: Path, learned: Outcome) -> None:
     """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
     run, tasks = learned.config, learned.stream.tasks
-    found = Learned.of_tasks(tasks, learned.calibration)
+    found, said = Learned.of_tasks(tasks, learned.calibration), tasks[0].descriptions
     record = record_of(
         run.method,
         learned.method,
@@ -209,7 +210,7 @@ def write_learner(folder: Path, learned: Outcome) -> None:
         learned.towers,
         seed=run.seed,
         templates=tasks[0].templates,
-        descriptions=None if tasks[0].descriptions is None else tasks[0].descriptions.only(found.classes),
+        descriptions=said.only(found.classes) if isinstance(said, Descriptions) else None,
         preprocess=run.preprocess,
     )
     save_learner(folder / LEARNER, record, learned.method, found)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
-from cairn.config import Settings, with_settings
 from cairn.config import settings as every_setting
+from cairn.config import with_settings
 from cairn.data.folders import loose_pictures, named_unreadable, unreadable
 from cairn.data.images import Concatenation, Dataset, Images
 from cairn.data.online import CHUNK
@@ -21,13 +21,14 @@ from cairn.errors import ConfigError, DataError
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS, Entry, method_named
 from cairn.methods.protocol import LearnsOnline, Method
+from cairn.settings import Settings
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.feature_file import features_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.protocol import Towers
-from cairn.training.distributed import World
+from cairn.training.context import Processes
 
 
 def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTowers:
@@ -149,7 +150,7 @@ WHOLE_BATCHES = ("text_anchor_contrast",)
 """Settings that weigh a loss in which the images of a batch depend on one another."""
 
 
-def require_shareable(settings: BaseModel, world: World) -> None:
+def require_shareable(settings: BaseModel, world: Processes) -> None:
     """Raises ConfigError for a loss of which no process can compute its share."""
     for path, value, _ in every_setting(settings):
         if path.rpartition(".")[2] in WHOLE_BATCHES and value:
@@ -167,7 +168,7 @@ def require_online(entry: Entry, method: Method) -> None:
         raise ConfigError(f"--stream online: not with method '{entry.name}': {reason}; take one of {able}")
 
 
-def require_alike(stream: TaskStream, towers: Towers, world: World) -> None:
+def require_alike(stream: TaskStream, towers: Towers, world: Processes) -> None:
     """Raises ConfigError if the processes do not start from the same. All of them come to this, or none goes on."""
     here = {"data": stream.fingerprint, "towers": towers.fingerprint, "precision": towers.precision} | versions()
     for rank, there in enumerate(everyone := world.all_gather(here)):

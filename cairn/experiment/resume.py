@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.stored import copied, restore_checked
-from cairn.data.stream import Task, TaskStream
+from cairn.data.stream import TaskStream
+from cairn.data.task import Task
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.evaluator import Evaluation
 from cairn.experiment.schema import RunConfig, comparable_call
@@ -24,9 +25,8 @@ from cairn.storage.schema import Amount, Count, Record, validated
 from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
-from cairn.training.checkpoint import Checkpoint, State
-from cairn.training.distributed import World
-from cairn.training.log import Log
+from cairn.training.context import Checkpoint, Log, Processes
+from cairn.types import State
 
 
 class CheckpointRecord(Record):
@@ -58,7 +58,7 @@ class Course:
         towers: Towers,
         settings: BaseModel,
         log: Log,
-        world: World,
+        world: Processes,
     ):
         self.config, self.entry, self.stream, self.towers, self.log = config, entry, stream, towers, log
         self.settings, self.world = settings, world

@@ -31,10 +31,7 @@ from cairn.storage.archive import Archive
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
 from cairn.towers.protocol import Towers
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
-from cairn.training.log import Log
-from cairn.training.seeds import Seeds
+from cairn.training.context import Checkpoint, Context, Log, Seeds
 
 
 class Outcome(NamedTuple):

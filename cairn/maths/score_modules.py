@@ -12,19 +12,6 @@ from torch import Tensor, nn
 from cairn.maths.similarity import unit
 
 
-class CosineScores(nn.Module):
-    """s cos(x, w_c)."""
-
-    matrix: Tensor
-
-    def __init__(self, matrix: Float[Tensor, "k d"], s: float):
-        super().__init__()
-        self.register_buffer("matrix", s * matrix.detach().cpu().float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return unit(x) @ self.matrix.T
-
-
 class RandomFeatureScores(nn.Module):
     """s h W of the random features h = relu(z V) of a unit row z; V None: h = z."""
 

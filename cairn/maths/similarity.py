@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 
@@ -15,6 +15,19 @@ def unit(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def cosines(x: Float[Tensor, "n d"], t: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
     """cos(x_i, t_c) in [-1, 1]."""
     return unit(x) @ unit(t).T
+
+
+class CosineScores(nn.Module):
+    """s cos(x, w_c) as a module, in float32: see `cairn.maths.score_modules`."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Float[Tensor, "k d"], s: float):
+        super().__init__()
+        self.register_buffer("matrix", s * matrix.detach().cpu().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x) @ self.matrix.T
 
 
 def representative_and_diverse(z: Float[Tensor, "n d"], representative: int, diverse: int) -> list[int]:

@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from cairn.config import Settings, kind_by_name
 from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
-from cairn.memory.arrival import rows_by_class
 from cairn.memory.covariances import Covariance, Full, Held, LowRank
+from cairn.memory.protocol import rows_by_class
+from cairn.settings import Settings, kind_by_name
 from cairn.types import Features, Labels
 
 CHUNK_VALUES = 2**24

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cairn.errors import NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap
-from cairn.memory.arrival import rows_by_class
+from cairn.memory.protocol import rows_by_class
 from cairn.types import Features, Labels
 
 CHUNK_VALUES = 2**24

@@ -27,7 +27,7 @@ from cairn.errors import DataError, NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap, cholesky_repaired
 from cairn.maths.quadratic_discriminant import ScatterStatistics
 from cairn.maths.rows import merged, without
-from cairn.memory.arrival import rows_by_class
+from cairn.memory.protocol import rows_by_class
 from cairn.types import Features, Labels
 
 Precision = Literal["float16", "float32", "float64"]

@@ -14,20 +14,19 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from cairn.config import Settings
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import DataError
 from cairn.maths.ridge import one_hot, recursive_ridge, reduced_ridge
 from cairn.maths.rows import merged, without
 from cairn.maths.score_modules import RandomFeatureScores
 from cairn.methods.parts.random_features import RandomFeatures
 from cairn.methods.protocol import FROZEN, Card, KeepsSums, LearnsOnline, ScoresAsModule
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class AcilConfig(Settings):

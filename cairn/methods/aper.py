@@ -12,21 +12,20 @@ from __future__ import annotations
 import torch
 from pydantic import Field, field_validator
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.protocol import Card
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
+from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
-from cairn.training.context import Context
+from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels, Scores, State
 
 
 class AperConfig(Settings):

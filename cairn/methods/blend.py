@@ -28,15 +28,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cairn.config import Settings
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.opinion_pool import OpinionPool
 from cairn.maths.quadratic_discriminant import QuadraticDiscriminant, predicted_means
 from cairn.maths.ridge import one_hot
 from cairn.maths.rows import replaced, without
-from cairn.maths.score_modules import CosineScores, FirstColumns, PatchMoments, PooledScores, RandomFeatureScores
-from cairn.maths.similarity import unit
+from cairn.maths.score_modules import FirstColumns, PatchMoments, PooledScores, RandomFeatureScores
+from cairn.maths.similarity import CosineScores, unit
 from cairn.memory.gram import Gram
 from cairn.memory.scatter import Precision, ScatterMemory
 from cairn.methods.parts.random_features import RandomFeatures
@@ -50,12 +49,12 @@ from cairn.methods.protocol import (
     NamesClasses,
     ScoresAsModule,
 )
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.log import Log
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 KAPPAS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 KAPPA = 2.0

@@ -31,9 +31,8 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.fusion import Mask, fused
 from cairn.maths.losses import distillation
 from cairn.maths.rows import without
@@ -42,14 +41,13 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.stages import class_anchors, competing, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
-from cairn.training.context import Context
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels, Scores, State
 
 
 class Fixed(BaseModel, frozen=True, extra="forbid"):

@@ -35,9 +35,8 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.graph import propagated, text_graph
 from cairn.maths.label_set_losses import balanced_focal, balanced_weights, prior_shift
@@ -45,16 +44,15 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.methods.parts.stages import class_anchors, rename_text, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels, Scores, State
 
 
 class Graph(Settings):

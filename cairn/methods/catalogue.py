@@ -16,9 +16,9 @@ from importlib.metadata import entry_points
 from typing import Any, TypeGuard
 
 from cairn import methods
-from cairn.config import Settings
 from cairn.errors import UnknownName, one_line
 from cairn.methods.protocol import CAPABILITIES, Card, DescribedClasses, Method
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
 
 GROUP = "cairn.methods"

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -26,13 +25,13 @@ from cairn.memory.generators import GeneratorMemory
 from cairn.methods.parts.autoencoders import Vae
 from cairn.methods.parts.stages import TextStage, align_text, class_anchors, rename_text
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring, NamesClasses
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.log import Log
-from cairn.types import Features, Labels, Pixels
+from cairn.types import Features, Labels, Pixels, State
 
 
 class Gaussian(GaussianSettings):

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from cairn.config import Settings
 from cairn.maths.losses import class_cross_entropy
 from cairn.methods.parts.fixed_text_head import FixedTextHead
 from cairn.methods.parts.stages import VisionStage
 from cairn.methods.protocol import Card
+from cairn.settings import Settings
 from cairn.towers.tuning import Full
 from cairn.training.schedule import Schedule
 from cairn.types import Features, Labels

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
 from cairn.memory.gaussians import GaussianSettings, full_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision

@@ -18,10 +18,9 @@ from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from cairn.config import kind_by_name
 from cairn.data.loading import Loader
 from cairn.data.probes import Probes
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.losses import class_cross_entropy, mean_squared_cosine
@@ -29,10 +28,10 @@ from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
+from cairn.settings import kind_by_name
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
-from cairn.training.context import Context
-from cairn.training.log import Log
+from cairn.training.context import Context, Log
 from cairn.types import Features, Labels
 
 PROMPTS = Prompts(shared=4, task=4, per_class=0, freeze_old=True, residual=20.0)

@@ -34,11 +34,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from cairn.config import Settings
 from cairn.data.augment import CHANCES, view
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError, ResultError
 from cairn.maths.discriminant import linear_discriminant
 from cairn.maths.losses import batch_contrast
@@ -52,14 +51,14 @@ from cairn.methods.parts.described import sentences_of
 from cairn.methods.parts.projector import Projectors
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, DescribedClasses, NamesClasses
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class EngineConfig(Settings):

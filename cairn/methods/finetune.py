@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from cairn.config import Settings
 from cairn.methods.parts.fixed_text_head import FixedTextHead
 from cairn.methods.parts.stages import BOUND, VisionStage
 from cairn.methods.protocol import Card
+from cairn.settings import Settings
 
 
 class FinetuneConfig(Settings):

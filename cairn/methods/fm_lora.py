@@ -29,9 +29,8 @@ from jaxtyping import Float
 from pydantic import BaseModel, Field, field_validator
 from torch import Tensor, nn
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.ranks import (
@@ -49,17 +48,16 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.methods.parts.stages import class_anchors, competing, renamed_anchors
 from cairn.methods.protocol import Card, ChoosesRanks, CosineScoring, NamesClasses
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.factored import Factored, inject, plain
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
+from cairn.towers.state import flattened, part
 from cairn.towers.tokens import WithTokens
-from cairn.training.context import Context
+from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Pixels
+from cairn.types import Features, Pixels, State
 
 LATER = 0.1
 """Rate of what all tasks share, from the second task on, as a share of the schedule's [I]."""

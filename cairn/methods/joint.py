@@ -26,10 +26,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from cairn.config import Settings
 from cairn.data.images import Concatenation, Subset
 from cairn.data.loading import Loader
-from cairn.data.stream import Task, without_class
+from cairn.data.stream import without_class
+from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -48,15 +48,14 @@ from cairn.methods.parts.stages import (
     renamed_anchors,
 )
 from cairn.methods.protocol import Card, HoldsOut, KeepsImages, NamesClasses
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
+from cairn.towers.state import flattened, part
 from cairn.towers.tuning import ImageEncoder
-from cairn.training.context import Context
+from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class JointConfig(Settings):

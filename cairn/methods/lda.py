@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.gaussian import cholesky_repaired
 from cairn.maths.score_modules import QuadraticScores, UnitRows
@@ -23,10 +23,9 @@ from cairn.memory.covariances import Covariance, LowRank, Shared
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings
 from cairn.methods.protocol import FROZEN, Card, GaussianScoring, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class LdaConfig(GaussianSettings):

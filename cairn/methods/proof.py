@@ -21,9 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import Settings
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.exemplars import Exemplars
@@ -33,14 +32,14 @@ from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.projector import Projectors
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores
+from cairn.types import Features, Pixels, Scores, State
 
 
 class ProofConfig(Settings):

@@ -13,16 +13,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 from torch import nn
 
-from cairn.config import NoSettings, Settings
-from cairn.data.stream import Task
-from cairn.maths.score_modules import CosineScores
-from cairn.maths.similarity import unit
+from cairn.data.task import Task
+from cairn.maths.similarity import CosineScores, unit
 from cairn.memory.protocol import ClassMemory
+from cairn.settings import NoSettings, Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
-from cairn.training.context import Context
-from cairn.training.log import Log
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.training.context import Context, Log
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 FROZEN = "frozen"
 """The `encoder` of a method whose embeddings are, or begin with, those of the towers as they came."""

@@ -18,9 +18,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import NotFinite
 from cairn.maths.ridge import descended, one_hot
 from cairn.maths.rows import merged, without
@@ -29,14 +28,14 @@ from cairn.memory.second_order import SecondOrder
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.parts.random_features import RandomFeatures
 from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
+from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
-from cairn.training.context import Context
+from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class RanpacConfig(Settings):

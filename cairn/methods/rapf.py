@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.fusion import fused
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
@@ -39,14 +39,12 @@ from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class RapfConfig(GaussianSettings):

@@ -32,10 +32,10 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
 
-from cairn.config import Settings, kind_by_name, with_values
+from cairn.config import with_values
 from cairn.data.embeddings import features_dataset
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -46,15 +46,14 @@ from cairn.memory.retrieval import Exact, Index, Neighbours, Search, nearest_oth
 from cairn.methods.catalogue import method_named
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, Method, NamesClasses
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part
+from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 DUPLICATE = 0.999
 """Cosine from which a row of an outside memory is taken for the same picture."""

@@ -5,17 +5,16 @@ Source: Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Mode
 
 from __future__ import annotations
 
-from cairn.config import NoSettings
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, LearnsOnline
+from cairn.settings import NoSettings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels
+from cairn.types import Features, Labels, Pixels, State
 
 
 class SimpleCIL(CosineScoring, KeepsSums, LearnsOnline):

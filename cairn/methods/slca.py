@@ -30,9 +30,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.losses import normalised_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
@@ -40,16 +39,15 @@ from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.parts.stages import competing
 from cairn.methods.protocol import Card, GaussianScoring
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part
+from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
-from cairn.training.averaging import BetaAverage
-from cairn.training.context import Context
+from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.training.seeds import Seeds
-from cairn.types import Features, Labels, Pixels, Scores
+from cairn.training.schedule import BetaAverage, Schedule
+from cairn.types import Features, Labels, Pixels, Scores, State
 
 
 class SlowLearner(Settings):

@@ -29,9 +29,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cairn.config import Settings
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.alignment import aligned, local_features, local_scores, padded_tokens
 from cairn.maths.losses import mean_squared_distance
@@ -52,14 +51,14 @@ from cairn.methods.protocol import (
     NamesClasses,
     PatchReasons,
 )
+from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State, flattened, part, spelled, words
-from cairn.training.context import Context
+from cairn.towers.state import flattened, part, spelled, words
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
 from cairn.training.schedule import Schedule
-from cairn.types import Attention, Features, Pixels, Scores
+from cairn.types import Attention, Features, Pixels, Scores, State
 
 
 class Local(Settings):

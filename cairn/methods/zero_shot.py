@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from cairn.config import NoSettings
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.rows import replaced, without
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, KeepsSums, LearnsOnline, NamesClasses
+from cairn.settings import NoSettings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import State
-from cairn.training.context import Context
-from cairn.training.log import Log
-from cairn.types import Features, Labels, Pixels
+from cairn.training.context import Context, Log
+from cairn.types import Features, Labels, Pixels, State
 
 
 class ZeroShot(CosineScoring, KeepsSums, LearnsOnline, NamesClasses):

@@ -29,8 +29,8 @@ from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses, KeepsSums
 from cairn.storage.archive import Archive
 from cairn.storage.schema import validated
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.log import Log
+from cairn.towers.preprocessing import preprocessing_of
+from cairn.training.context import Checkpoint, Log
 
 NAME_LETTERS, SENTENCES, SENTENCE_LETTERS = 100, 20, 300
 DECODED = 4
@@ -103,7 +103,7 @@ class Service:
                 "classes": [{"name": n, "probability": p} for n, p in found.topk(best)[0]],
                 "known": float(found.known_scores()[0]),
                 "grid": found.patch_grid,
-                "view": self.towers.preprocessing and self.towers.preprocessing.mode,
+                "view": (given := preprocessing_of(self.towers)) and given.mode,
                 "reasons": reasons,
             }
 

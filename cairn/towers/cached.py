@@ -24,6 +24,7 @@ from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite, one_line
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.fingerprint import weights_part
+from cairn.towers.preprocessing import preprocessing_of
 from cairn.towers.protocol import Towers
 from cairn.types import Attention, Features, Pixels, Precision
 
@@ -71,7 +72,7 @@ class CachedTowers:
         self.text, self.tokens, self.word_tokens = towers.text, towers.tokens, towers.word_tokens
         self.class_texts = towers.class_texts
         self.vision, self.vision_and_patches = towers.vision, towers.vision_and_patches
-        self.text_tower, self.preprocessing = towers.text_tower, towers.preprocessing
+        self.text_tower, self.preprocessing = towers.text_tower, preprocessing_of(towers)
         self.device, self.revision = towers.device, towers.revision
         self.precision: Precision = towers.precision
         self.source, self.notices = towers.source, towers.notices

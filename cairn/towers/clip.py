@@ -20,7 +20,7 @@ from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import embedded_tokens
 from cairn.towers.precision import usable_precision
-from cairn.towers.prefix import PromptTree, last_hidden
+from cairn.towers.prefix import PromptTree, last_hidden, prompt_tree
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
 from cairn.types import Attention, Features, Pixels, Precision
@@ -205,6 +205,11 @@ class ClipTowers:
             hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None, is_causal=True).last_hidden_state
             projected = self._model.text_projection(tower.final_layer_norm(picked(hidden)))
         return projected.to(tokens.dtype)
+
+    def prompt_tree(
+        self, shared: int, task: int, per_class: int, sizes: Sequence[int], names: Sequence[int]
+    ) -> PromptTree:
+        return prompt_tree(shared, task, per_class, sizes, names, self.device)
 
     def encoded_tree(self, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k d"]:
         """As `encoded`, for prompts that begin alike: each token of the tree is run once. Differentiable in `tokens`."""

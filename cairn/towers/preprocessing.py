@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cairn.errors import TowersError
 from cairn.storage.schema import Record, first_problem
+from cairn.towers.protocol import Towers
 from cairn.types import Pixels
 
 FILES = ("processor_config.json", "preprocessor_config.json")
@@ -112,6 +113,21 @@ class Preprocessing(BaseModel):
         mean = torch.tensor(self.mean, device=prepared.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=prepared.device).view(3, 1, 1)
         return (prepared.float() / (1 / self.rescale) - mean) / std
+
+
+@runtime_checkable
+class Preprocesses(Protocol):
+    """Towers that say how an image becomes pixels."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """None without an image tower."""
+        ...
+
+
+def preprocessing_of(towers: Towers) -> Preprocessing | None:
+    """How an image becomes pixels; None where the towers have no image side, or do not say."""
+    return towers.preprocessing if isinstance(towers, Preprocesses) else None
 
 
 def _shortened(image: Image.Image) -> Image.Image:

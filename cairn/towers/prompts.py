@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +20,12 @@ from torch.nn.functional import normalize
 from cairn.data.templates import spoken
 from cairn.errors import ConfigError
 from cairn.maths.rows import replaced, without
-from cairn.towers.prefix import PromptTree, prompt_tree
 from cairn.towers.protocol import TextTower, Towers
-from cairn.towers.state import State, spelled, words
+from cairn.towers.state import spelled, words
+from cairn.types import State
+
+if TYPE_CHECKING:
+    from cairn.towers.prefix import PromptTree
 
 
 def name_tokens(towers: TextTower, names: Sequence[str], context: int) -> list[list[int]]:
@@ -288,8 +291,8 @@ class SoftPrompts(nn.Module):
         if not rows:
             return
         self._ids = torch.tensor([towers.bos, *chain.from_iterable(rows)], device=towers.device)
-        self._tree = prompt_tree(
-            choice.shared, choice.task, choice.per_class, self.sizes[since:], [len(row) for row in rows], towers.device
+        self._tree = towers.prompt_tree(
+            choice.shared, choice.task, choice.per_class, self.sizes[since:], [len(row) for row in rows]
         )
 
     def state(self) -> State:

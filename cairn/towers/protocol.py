@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cairn.towers.preprocessing import Preprocessing
 from cairn.types import Attention, Features, Pixels, Precision
 
 if TYPE_CHECKING:
@@ -39,6 +38,13 @@ class TextTower(Protocol):
 
     def encode(self, tokens: Float[Tensor, "m l w"], end: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
         """Sequences of token embeddings through the text tower; the row at position `end` is projected."""
+        ...
+
+    def prompt_tree(
+        self, shared: int, task: int, per_class: int, sizes: Sequence[int], names: Sequence[int]
+    ) -> PromptTree:
+        """How prompts that begin alike are run, by the lengths of their blocks, the classes per task and the tokens per name: see
+        `cairn.towers.prefix.prompt_tree`."""
         ...
 
     def encoded_tree(self, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k d"]:
@@ -77,11 +83,6 @@ class Towers(Protocol):
     """Whether there is an image tower; without one, an image *is* its embedding."""
     has_text: bool
     """Whether classes have text embeddings."""
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How an image becomes pixels; None without an image tower."""
-        ...
 
     @property
     def text_tower(self) -> TextTower | None:

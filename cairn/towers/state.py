@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from cairn.types import State as State
 
 
 def flattened(parts: Mapping[str, State]) -> State:

@@ -31,9 +31,6 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_
 GRACE = 5.0
 """Seconds that a process which lost another one waits for that one to say why it ended."""
 
-APART = 0.25
-"""Seconds between two meetings."""
-
 _TOLD = "told"
 
 
@@ -43,7 +40,7 @@ class ProcessLost(CairnError):
 
 @dataclass
 class World:
-    """Process `rank` of `number`. One alone says nothing to anybody, and needs nothing for it."""
+    """Process `rank` of `world_size`. One alone says nothing to anybody, and needs nothing for it."""
 
     world_size: int = 1
     rank: int = 0
@@ -198,33 +195,6 @@ class World:
             with _in_touch():
                 dist.broadcast(whole, src=0)
             tensor.detach().copy_(whole)
-
-
-class SyncSchedule:
-    """When processes side by side ask one another how things stand: about every APART seconds.
-
-    When that is, is counted in calls, which are the same in all of them; how many, the clock of the first one says.
-    """
-
-    def __init__(self, world: World):
-        self.world = world
-        self.soon()
-
-    def soon(self) -> None:
-        """At the next call: what comes now may take longer than what was."""
-        self._calls, self._next, self._since = 0, 1, time.monotonic()
-
-    def ask(self, signal: int, late: bool) -> tuple[int, bool]:
-        """The largest `signal` in any process, and whether it is late for the first; between two meetings, nothing."""
-        self._calls += 1
-        if self._calls < self._next:
-            return 0, False
-        now = time.monotonic()
-        calls = min(2 * self._calls, int(self._calls * APART / max(now - self._since, 1e-6)))
-        own = (late, calls) if self.world.is_main else (False, 0)
-        signal, any_late, self._next = self.world.all_reduce_max(signal, *own)
-        self._calls, self._since = 0, now
-        return signal, bool(any_late)
 
 
 def _whole(environment: Mapping[str, str], key: str, default: int) -> int:

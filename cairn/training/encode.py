@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cairn.data.loading import Loader
-from cairn.training.checkpoint import Checkpoint, State
-from cairn.training.context import Context
+from cairn.training.context import Checkpoint, Context
+from cairn.types import State
 
 
 @runtime_checkable

@@ -19,11 +19,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from cairn.data.loading import Loader
 from cairn.errors import NotFinite
-from cairn.training.averaging import BetaAverage
-from cairn.training.checkpoint import State
-from cairn.training.context import Context
-from cairn.training.distributed import World
-from cairn.training.schedule import Schedule
+from cairn.training.context import Context, Processes
+from cairn.training.schedule import BetaAverage, Schedule
+from cairn.types import State
 
 Inputs = TypeVar("Inputs")
 Inputs_co = TypeVar("Inputs_co", covariant=True)
@@ -160,7 +158,7 @@ def fit(
     checkpoint.finish(name, course.finished)
 
 
-def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, world: World) -> tuple[float, int]:
+def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, world: Processes) -> tuple[float, int]:
     """Loss and number of rows of a batch whose parts the processes have. Its gradient takes the place of the part's.
 
     g = sum_r n_r g_r / sum_r n_r, where process r has n_r rows; the loss alike. A parameter without a gradient keeps none.

@@ -19,8 +19,8 @@ from cairn.experiment import evaluator
 from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
-from cairn.training.distributed import ALONE, ProcessLost, SyncSchedule, World
+from cairn.training.context import Context, SyncSchedule
+from cairn.training.distributed import ALONE, ProcessLost, World
 from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.log import Log

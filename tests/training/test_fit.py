@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from cairn.errors import NotFinite
-from cairn.training.averaging import BetaAverage
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.fit import fit
 from cairn.training.log import Log
-from cairn.training.schedule import Schedule
+from cairn.training.schedule import BetaAverage, Schedule
 from cairn.training.seeds import Seeds
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from cairn.config import Settings
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import LONE_VARIANCE
 from cairn.memory.generators import Decoders, GeneratorMemory
+from cairn.settings import Settings
 from cairn.training.context import Context
 from cairn.training.fit import fit
 from cairn.training.schedule import Schedule

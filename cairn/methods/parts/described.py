@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cairn.data.descriptions import read_descriptions, written_by
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.data.templates import filled
 from cairn.errors import DataError
-from cairn.training.log import Log
+from cairn.training.context import Log
 
 
 def sentences_of(choice: str, task: Task, log: Log) -> tuple[tuple[str, ...], ...]:

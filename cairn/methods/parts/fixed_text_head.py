@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
 from cairn.methods.parts.stages import align_vision
-from cairn.methods.parts.vision_and_anchors import VisionAndAnchors
+from cairn.methods.parts.two_stage import VisionAndAnchors
 from cairn.training.context import Context
 from cairn.types import Features, Labels
 

@@ -29,10 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cairn.errors import ResultError
-from cairn.towers.state import State
-from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context
-from cairn.training.log import Log
+from cairn.training.context import Checkpoint, Context, Log
+from cairn.types import State
 
 FEW = 8
 """Images per class, on average over all classes seen, from which on there is no prior unless its weight is given. On `shapes:dev`

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.maths.similarity import unit
-from cairn.training.seeds import Seeds
+from cairn.training.context import Seeds
 from cairn.types import Features
 
 

@@ -10,24 +10,22 @@ from jaxtyping import Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from cairn.config import Settings, kind_by_name
 from cairn.data.loading import Loader
-from cairn.data.stream import Task
+from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy, mean_squared_distance, text_anchor_contrast
 from cairn.maths.rows import replaced
 from cairn.maths.similarity import unit
 from cairn.memory.protocol import ClassMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.prior import PriorWeight
+from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import ClassText, FixedTexts, Prompts, Residual, SoftPrompts
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
-from cairn.training.averaging import BetaAverage
-from cairn.training.context import Context
+from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import fit
-from cairn.training.log import Log
-from cairn.training.schedule import Schedule
+from cairn.training.schedule import BetaAverage, Schedule
 from cairn.types import Features, Pixels
 
 Loss = Callable[[Float[Tensor, "n d"], Float[Tensor, "k d"], Int[Tensor, " n"], float], Float[Tensor, ""]]

@@ -139,7 +139,7 @@ def run(
     if resume is not None:
         if method is not None:
             raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
-        _run_all(read_call(resume), resume, world=world)
+        run_all(read_call(resume), resume, world=world)
         return
     asked = context.meta.get(FILE) or RunFile()
     if method is None:
@@ -149,7 +149,7 @@ def run(
         raise ConfigError(f"--keep-learner: method '{entry.name}' keeps images, so it cannot be saved; leave it out")
     step = usual_step(data) if step is None else step
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
-    several = _seeds(seeds) if seeds is not None else None
+    several = seed_numbers(seeds) if seeds is not None else None
     source = context.get_parameter_source("seed")
     if several is None and (source is None or source.name != "COMMANDLINE"):
         several = asked.seeds
@@ -191,7 +191,7 @@ def run(
         log_lines=log_lines,
         notices=asked.notices,
     )
-    _run_all(call, folder, overwrite, world)
+    run_all(call, folder, overwrite, world)
 
 
 def checked(kind: type[Settings], **values: Any) -> Settings:
@@ -227,14 +227,14 @@ def _data_name(data: str) -> str:
     return Path(data).stem if os.path.exists(data) else data.partition("=")[0].replace(":", "-")
 
 
-def _seeds(text: str) -> list[int]:
+def seed_numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
         raise ConfigError(f"--seeds {text}: must be different whole numbers, e.g. 1,2,3")
     return [int(part) for part in parts]
 
 
-def _run_all(call, folder: Path, overwrite: bool = False, world: World = ALONE) -> list:
+def run_all(call, folder: Path, overwrite: bool = False, world: World = ALONE) -> list:
     """One run into `folder`, or one per seed into `folder/seed-N` and a summary. Of several processes the first writes."""
     with world.connected(call.run.device):
         return _runs(call, folder, overwrite, world)
@@ -357,7 +357,7 @@ def demo(
     results = []
     for method in ("zero-shot", "simplecil", "dmc"):
         config = RunConfig(method=method, data="shapes", step=5, seed=seed, limit_train=60)
-        results += _run_all(Call(run=config, checkpoint_seconds=60.0), out / method, overwrite=True)
+        results += run_all(Call(run=config, checkpoint_seconds=60.0), out / method, overwrite=True)
     console.curves(results)
 
 
@@ -407,7 +407,7 @@ def drift(
     )
     with console.live():
         log = Log(keep=console.event, show=console.progress)
-        report = drift_report(config, [name.strip() for name in estimators.split(",")], _seeds(seeds), log)
+        report = drift_report(config, [name.strip() for name in estimators.split(",")], seed_numbers(seeds), log)
     make_folder(folder)
     write_json(folder / "drift.json", report)
     drift_figure(report, folder / "drift.png")

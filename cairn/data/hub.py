@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -67,8 +68,15 @@ class HubImages:
         return self.rows.cast_column(self.column, type(self.rows.features[self.column])(decode=False))
 
 
-def hub_dataset(key: str, local: str | Path | None = None, revision: str | None = None) -> Dataset:
-    """The catalogue's data set `key`, from the hub (at `revision`) or from the copy at `local`.
+PUBLISHED = "published"
+"""After a key and a colon: the classes of a data set that published benchmarks keep."""
+
+
+def hub_dataset(
+    key: str, local: str | Path | None = None, revision: str | None = None, part: str | None = None
+) -> Dataset:
+    """The catalogue's data set `key`, from the hub (at `revision`) or from the copy at `local`; with `part` "published" the classes
+    of it that published benchmarks keep, in their order.
 
     A copy is a folder written by `save_to_disk`, a folder of parquet files named as on the hub
     (`train-00000-of-00002.parquet`, or `train/0000.parquet`; `datasets` then keeps an Arrow copy in its cache), or a
@@ -79,16 +87,41 @@ def hub_dataset(key: str, local: str | Path | None = None, revision: str | None 
     if key not in CATALOGUE:
         raise UnknownName("dataset", key, CATALOGUE)
     row = CATALOGUE[key]
-    if local is None:
-        return _from_tables(row, _downloaded(row, revision))
+    if part not in (None, PUBLISHED):
+        raise UnknownName(f"part of {key}", part, (PUBLISHED,))
+    if part and row.published is None:
+        raise DataError(f"data '{key}:{PUBLISHED}': which classes benchmarks keep is not known here; write {key}")
+    dataset = _from_tables(row, _downloaded(row, revision)) if local is None else _local(row, local)
+    return _published(row, dataset) if part else dataset
+
+
+def _local(row: HubRow, local: str | Path) -> Dataset:
     path = Path(os.path.expanduser(local))
     if not os.path.exists(path):
-        raise DataError(f"data '{key}={local}': no such folder; give the folder of a local copy")
+        raise DataError(f"data '{row.key}={local}': no such folder; give the folder of a local copy")
     tables = _stored(row, path)
     if tables is not None:
         return _from_tables(row, tables)
     plain = folder_dataset(path, split_seed=0, test_share=TEST_SHARE)
-    return Dataset(key, _class_names(row, plain.classes), plain.train, plain.test, row.templates, notices=plain.notices)
+    classes = _class_names(row, plain.classes)
+    return Dataset(row.key, classes, plain.train, plain.test, row.templates, notices=plain.notices)
+
+
+def _published(row: HubRow, dataset: Dataset) -> Dataset:
+    """The classes that published benchmarks keep, sorted as folders of their names are."""
+    names = dataset.classes
+    kept = sorted(range(len(names)), key=lambda c: names[c].replace(" ", "_"))[: row.published]
+    number = np.full(len(names), -1)
+    number[kept] = np.arange(len(kept))
+
+    def part_of(images: Images) -> Subset:
+        labels = number[images.labels]
+        rows = np.flatnonzero(labels >= 0)
+        return Subset(images, rows, labels[rows])
+
+    return replace(
+        dataset, classes=tuple(names[c] for c in kept), train=part_of(dataset.train), test=part_of(dataset.test)
+    )
 
 
 # --- reading tables ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ def open_dataset(spec: str) -> Dataset:
     """The data set that `spec` names.
 
     `shapes` or `shapes:dev` (the drawn world), `attributes` or `attributes:dev` (the same, several classes in an image); a
-    catalogue key, read from the hub, or `KEY=PATH`, a local copy of it; a `.safetensors` file of features; a folder of images,
+    catalogue key, read from the hub, or `KEY=PATH`, a local copy of it, `KEY:published` for the classes of it that published
+    benchmarks keep; a `.safetensors` file of features; a folder of images,
     with a folder per class or a file that labels them. Where a folder is called like a key, the key wins: write `./cifar100`
     for the folder.
     Raises UnknownName for a name that is none of these, DataError for a path that does not exist.
@@ -32,13 +33,14 @@ def open_dataset(spec: str) -> Dataset:
         from cairn.data.shapes import shapes_dataset
 
         return shapes_dataset(part) if drawn == "shapes" else attributes_dataset(part)
-    key, equals, local = spec.partition("=")
+    name, equals, local = spec.partition("=")
+    key, _, part = name.partition(":")
     if key in CATALOGUE:
         from cairn.data.hub import hub_dataset
 
         if equals and not local:
-            raise DataError(f"data '{spec}': no path after '='; write {key}=PATH, or {key} to read it from the hub")
-        return hub_dataset(key, local=local or None)
+            raise DataError(f"data '{spec}': no path after '='; write {name}=PATH, or {name} to read it from the hub")
+        return hub_dataset(key, local=local or None, part=part or None)
     # Path's own methods raise for a user that there is not, and for what is too long to be a path
     path = Path(os.path.expanduser(spec))
     exists = os.path.exists(path)
@@ -52,6 +54,6 @@ def open_dataset(spec: str) -> Dataset:
 
         files = annotation_files(path) if path.is_dir() else ()
         return annotated_dataset(spec, files) if files else folder_dataset(spec)
-    if os.sep in key or "/" in key or key.startswith((".", "~")):
+    if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise DataError(f"data '{spec}': no such folder or file; check the path")
-    raise UnknownName("dataset", key, (*DRAWN, *CATALOGUE))
+    raise UnknownName("dataset", name, (*DRAWN, *CATALOGUE))

@@ -145,6 +145,36 @@ class ClipTowers:
         self._vision = VisionTower(self._model, getattr(torch, self.precision), self.passes)
 
     @property
+    def activation(self) -> str:
+        """Of the vision tower, by the name that transformers has for it: `gelu`, `quick_gelu`."""
+        return str(self._model.vision_model.config.hidden_act)
+
+    def varied(self, *, activation: str | None = None, preprocessing: Preprocessing | None = None) -> ClipTowers:
+        """The same weights with another activation in both towers, or another preprocessing: other towers, with a fingerprint of
+        their own. What a checkpoint would be if it said otherwise of itself."""
+        from transformers.activations import ACT2FN
+        from transformers.models.clip.modeling_clip import CLIPMLP
+
+        model = self._model
+        if activation is not None:
+            model = copy.deepcopy(model)
+            for tower in (model.vision_model, model.text_model):
+                tower.config.hidden_act = activation
+            for module in model.modules():
+                if isinstance(module, CLIPMLP):
+                    module.activation_fn = ACT2FN[activation]
+        return ClipTowers(
+            model,
+            self.tokenizer,
+            preprocessing or self.preprocessing,
+            name=self.name,
+            device=str(self.device),
+            precision=self.precision,
+            revision=self.revision,
+            source=self.source,
+        )
+
+    @property
     def text_tower(self) -> ClipTowers:
         return self
 

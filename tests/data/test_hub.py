@@ -529,3 +529,25 @@ def test_an_image_that_a_table_has_by_its_path_is_the_file(tmp_path):
     picture(5).save(tmp_path / "five.png")
     rows = datasets.Dataset.from_dict({"img": [str(tmp_path / "five.png")]}).cast_column("img", datasets.Image())
     assert HubImages(rows, "img", np.zeros(1), "made").identity(0) == (tmp_path / "five.png").read_bytes()
+
+
+def test_published_classes_are_the_first_by_folder_name(tmp_path, row):
+    row("cars", classes=(5,), published=3)
+    names = ["Audi V8 Sedan 1994", "Audi TT Hatchback 2011", "Audi TTS Coupe 2012", "AM General Hummer SUV 2000", "Yugo 1"]
+    copy = datasets.DatasetDict(
+        train=table([0, 1, 2, 3, 4, 1], names, image="image", label="label"),
+        test=table([4, 3, 2, 1, 0], names, image="image", label="label"),
+    )
+    copy.save_to_disk(str(tmp_path / "copy"))
+    data = open_dataset(f"cars:published={tmp_path / 'copy'}")
+    assert data.classes == ("AM General Hummer SUV 2000", "Audi TTS Coupe 2012", "Audi TT Hatchback 2011")
+    assert data.train.labels.tolist() == [2, 1, 0, 2]
+    assert [data.train[i].getpixel((0, 0))[0] for i in range(4)] == [1, 2, 3, 5]
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert len(open_dataset(f"cars={tmp_path / 'copy'}").classes) == 5
+
+
+def test_parts_that_there_are_not(tmp_path, row):
+    row("cifar100", classes=(3,))
+    refused(lambda: open_dataset(f"cifar100:published={cifar(tmp_path)}"), "cifar100:published", "not known")
+    refused(lambda: open_dataset("cars:publishd"), "publishd", "published", error=UnknownName)

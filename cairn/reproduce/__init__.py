@@ -1,0 +1,1 @@
+"""Published figures, and whether they can be reached here."""

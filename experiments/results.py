@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ["--data", "data/cifar100", "--towers", "data/mini-clip", "--step", "10"]
+ONE_PASS = ["--stream", "online", "--chunk", "25"]
 EMBEDDINGS = ["--step", "10", "--order", "seed:1993", "--data"]
 STREAMS = {
     "shapes": ["--data", "shapes"],
@@ -57,6 +58,8 @@ STREAMS = {
         ]
         for name in ("caltech51", "ucf101")
     },
+    "shapes-online": ["--data", "shapes", *ONE_PASS, "--limit-train", "10", "--limit-test", "10"],
+    "cifar100-online": [*PHOTOGRAPHS, "--order", "seed:1993", *ONE_PASS, "--limit-train", "5", "--limit-test", "5"],
     "fm-lora-shapes": ["--data", "shapes"],
     "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "spa-shapes": ["--data", "shapes"],
@@ -148,6 +151,17 @@ LORA_8 = [
 ]
 """A LoRA of rank 8 on the layers of FM-LoRA, with its loss and schedule."""
 
+SMALL = ["tuning=projection", "replayed=10", "buffer=200"]
+REPLAY = [*SMALL, "contrast=0", "classified=both"]
+SDA_PARTS = {
+    "sda": [*SMALL, "shifts.number=2"],
+    "sda-own": [*SMALL, "shifts.number=2", "shifted=own"],
+    "sda-replay": [*REPLAY, "steps=5"],
+    "sda-replay-1": REPLAY,
+}
+"""SDA at a size that two cores can do, the same with copies that have the label of their class, and plain replay: with as many passes
+(90 and 100 for 10 images), and with as many steps."""
+
 BLEND_PARTS = {
     "blend": [],
     "blend-compact": ["rank=8", "features=512"],
@@ -196,6 +210,8 @@ TABLES = {
         "attributes",
         "caltech51-online",
         "ucf101-online",
+        "shapes-online",
+        "cifar100-online",
         "fm-lora-shapes",
         "fm-lora-cifar100",
         "spa-shapes",
@@ -249,6 +265,7 @@ VARIANTS = {
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
     **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
+    **{folder: ("sda", switches) for folder, switches in SDA_PARTS.items()},
 }
 """Folders with other settings than their method's defaults; all others are named after it."""
 
@@ -305,6 +322,8 @@ METHOD_ROWS = {
     },
     "caltech51-online": ["zero-shot", *ONLINE],
     "ucf101-online": ONLINE,
+    "shapes-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],
+    "cifar100-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],
 }
 """What is compared on a stream, by folder."""
 

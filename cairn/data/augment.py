@@ -1,4 +1,4 @@
-"""Altered copies of images as a camera might have taken them: nearer, mirrored, in other light."""
+"""Altered copies of images as a camera might have taken them: nearer, mirrored, in other light; and of embeddings."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def view(pixels: Pixels, chances: Float[Tensor, "n six"]) -> Pixels:
     contrast, brightness = (1 + LIGHT * (2 * u[:, 4] - 1), LIGHT * (2 * u[:, 5] - 1))
     mean = cropped.mean((1, 2, 3))
     return cropped * contrast[:, None, None, None] + ((1 - contrast) * mean + brightness)[:, None, None, None]
+
+
+def noisy(x: Float[Tensor, "n d"], noise: float, rng: torch.Generator) -> Float[Tensor, "n d"]:
+    """x + e, e normal with standard deviation noise |x| / sqrt(d) in every direction."""
+    return x + noise * x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 * torch.randn(x.shape, generator=rng)

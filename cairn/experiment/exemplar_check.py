@@ -56,7 +56,7 @@ def refuse_exemplars(method: Method, task: Task, images: Sequence[Tensor]) -> No
 def _message(method: Method, what: str) -> str:
     return (
         f"method {type(method).__name__} holds {what} after learning it, so it is not exemplar-free; "
-        "declare keeps='images' or 'exemplars' on its card"
+        "declare keeps='images', 'buffer' or 'exemplars' on its card"
     )
 
 

@@ -40,6 +40,20 @@ def batch_contrast(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Te
     return cross_entropy(a @ b.T, torch.arange(len(a), device=a.device))
 
 
+def supervised_contrast(h: Float[Tensor, "n d"], y: Int[Tensor, " n"], temperature: float) -> Float[Tensor, ""]:
+    """Mean over rows i of -1/|P(i)| sum_{p in P(i)} log(exp(h_i . h_p / tau) / sum_{j != i} exp(h_i . h_j / tau)), P(i) the other
+    rows with the label of i; over those rows that have any, 0 without one.
+
+    Source: Khosla et al., Supervised Contrastive Learning (2020), equation 2 (the sum outside of the logarithm).
+    """
+    itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
+    log_share = (h @ h.T / temperature).masked_fill(itself, torch.finfo(h.dtype).min).log_softmax(1)
+    alike = (y[:, None] == y) & ~itself
+    positives = alike.sum(1)
+    per_row = log_share.masked_fill(~alike, 0.0).sum(1) / positives.clamp(min=1)
+    return -per_row.sum() / (positives > 0).sum().clamp(min=1)
+
+
 def normalised_cross_entropy(
     H: Float[Tensor, "n k"], y: Int[Tensor, " n"], temperature: float, groups: Int[Tensor, " k"] | None = None
 ) -> Float[Tensor, ""]:

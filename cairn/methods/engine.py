@@ -34,7 +34,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from cairn.data.augment import CHANCES, view
+from cairn.data.augment import CHANCES, noisy, view
 from cairn.data.images import Subset
 from cairn.data.loading import Loader
 from cairn.data.task import Task
@@ -334,11 +334,6 @@ class _Batches:
         for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
             drawn = torch.cat([noisy(self.old, self.noise, rng) for _ in range(copies)], 1)
             yield torch.cat([self.x[rows], drawn]), torch.cat([self.y[rows], self.names])
-
-
-def noisy(x: Float[Tensor, "n d"], noise: float, rng: torch.Generator) -> Float[Tensor, "n d"]:
-    """x + e, e normal with standard deviation noise |x| / sqrt(d) in every direction."""
-    return x + noise * x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 * torch.randn(x.shape, generator=rng)
 
 
 def telling(sentences: Sequence[Float[Tensor, "_ d"]], described: Float[Tensor, "k d"]) -> Int[Tensor, "k k"]:

@@ -41,7 +41,8 @@ class Card:
     """What is trained, or `nothing`."""
     keeps: str
     """What remains of old classes: `nothing`, `means`, `gaussians`, `second-order` (sums over all classes together),
-    `generators`, `exemplars` (embeddings of single images) or `images`. With one of the last two a method is not exemplar-free."""
+    `generators`, `exemplars` (embeddings of single images), `buffer` (prepared images in its own state, at most so many) or
+    `images`, which are attached to it anew when it goes on. With one of the last three a method is not exemplar-free."""
     bytes: Callable[[int, int, int, int, int], int] = lambda k, d, n, i, w: 0
     """The size of what is kept with default settings, for k classes, d numbers per embedding, n images learned from, i bytes
     of an image and w numbers before the projection."""
@@ -68,7 +69,7 @@ class Card:
 
     @property
     def exemplar_free(self) -> bool:
-        return self.keeps not in ("exemplars", "images")
+        return self.keeps not in ("exemplars", "buffer", "images")
 
 
 @runtime_checkable

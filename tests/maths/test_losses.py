@@ -11,6 +11,7 @@ from cairn.maths.losses import (
     class_cross_entropy,
     mean_squared_cosine,
     normalised_cross_entropy,
+    supervised_contrast,
     text_anchor_contrast,
 )
 from cairn.maths.similarity import cosines, unit
@@ -105,3 +106,40 @@ def test_mean_squared_cosine_is_the_written_sum_and_an_opposite_text_is_no_furth
     written = sum(sum(float(a @ b) ** 2 for b in old) for a in new) / 12
     torch.testing.assert_close(mean_squared_cosine(new, old).item(), written)
     torch.testing.assert_close(mean_squared_cosine(new, -old), mean_squared_cosine(new, old))
+
+
+def test_supervised_contrast_is_the_written_sum():
+    """Rows without another of their label have no part in it."""
+    h, _, y = clustered(n=11, k=4)
+    y = torch.cat([y[:-1], torch.tensor([9])])
+    tau, values = 0.3, []
+    like = [[math.exp(float(a @ b) / tau) for b in h] for a in h]
+    for i in range(len(h)):
+        alike = [p for p in range(len(h)) if p != i and y[p] == y[i]]
+        if alike:
+            others = sum(like[i][j] for j in range(len(h)) if j != i)
+            values.append(-sum(math.log(like[i][p] / others) for p in alike) / len(alike))
+    assert len(values) == 10
+    assert math.isclose(supervised_contrast(h, y, tau).item(), sum(values) / 10, rel_tol=1e-12)
+
+
+def test_supervised_contrast_of_a_pair_is_a_softmax_of_one_against_the_rest():
+    h = unit(torch.tensor([[1.0, 0.2], [0.3, 1.0], [-1.0, 0.1]], dtype=torch.float64)).requires_grad_()
+    y = torch.tensor([0, 0, 1])
+    a, b, c = (h[i].detach() for i in range(3))
+    wanted = sum(torch.log1p((row @ c / 0.5 - a @ b / 0.5).exp()) for row in (a, b)) / 2
+    value = supervised_contrast(h, y, 0.5)
+    torch.testing.assert_close(value.detach(), wanted)
+    value.backward()
+    assert h.grad is not None
+    assert (h.grad[0] @ c) > 0  # a step against the gradient takes it away from a row of another label
+
+
+def test_supervised_contrast_without_two_of_a_label_is_nothing():
+    for n in (1, 3):
+        h = torch.eye(3)[:n].requires_grad_()
+        value = supervised_contrast(h, torch.arange(n), 0.1)
+        value.backward()
+        assert value == 0
+        assert h.grad is not None
+        assert not h.grad.any()

@@ -24,11 +24,12 @@ QUICK = {
     r"(.*\.)?schedule\.epochs": "2", r"(.*\.)?schedule\.batch": "4", r"(.*\.)?schedule\.lr": "0.01",
     r"(.*\.)?schedule\.weight_decay": "0.01", r"generator\.steps": "5", r"generator\.batch": "4", r"width": "64",
     r"stage2\.per_class": "6", r"exemplars": "2", r"local\.patches": "6", r"local\.best": "2", r"candidates": "2",
-    r"stage1\.tuning\.average": "null",
+    r"stage1\.tuning\.average": "null", r"replayed": "2",
 }  # fmt: skip
 """What keeps a run short, and lets each setting have room to count, by pattern of the path."""
 
 OTHERS: dict[str, Any] = {
+    r"(.*\.)?schedule\.epochs": 3,
     r"(.*\.)?schedule\.clip": 1e-3, r"(.*\.)?schedule\.warmup": 0.5, r"(.*\.)?schedule\.weight_decay": 0.9,
     r"real_share": 0.3, r"(.*\.)?real_share": 0.75, r"(.*\.)?average": 0.9, r"(.*\.)?targets": r".*vision_model.*fc1",
     r"(.*\.)?init": "a drawing of", r"condition_limit": 1.0001, r"descriptions": "template",
@@ -39,6 +40,7 @@ OTHERS: dict[str, Any] = {
     r"subspace": 8, r"rank\.rank": 2, r"rank\.price": 30.0, r"rank\.share": 0.3,
     r"floor": 1.0, r"memory": "a features file", r"search\.lists": 2, r"neighbours": 3, r"fusion\.heads": 2, r"base": "simplecil",
     r"base_settings": '{"ridge": 5.0}',
+    r"replayed": 3, r"buffer": 8,
     r"graph\.neighbours": 1, r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]", r"rank": 2,
 }  # fmt: skip
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""
@@ -47,6 +49,8 @@ UNDER: dict[str, tuple[str, ...]] = {
     r"calfuse:temperature": ("distillation=1",),
     r"ranpac:schedule\..*": ("tuning=adapter",),
     r"reco:base_settings": ("base=acil",),
+    r"sda:insertion": ("buffer=8",),
+    r"sda:tuning\..*": ("shifts=none",),
     r"reco:(floor|neighbours|alignment|exemplars)": ("compare=both",),
     r"rapf:(threshold|separation)": ("margin=0.9",),
     r"rapf:schedule\.cosine": ("schedule.milestones=[]",),
@@ -58,12 +62,14 @@ UNDER: dict[str, tuple[str, ...]] = {
 
 IMAGES = (
     r"(.*\.)?tuning\.(rank|prompts_anchor|alpha|dropout|targets|lr|average|width|scale)|local\..*|descriptions|views|ensemble|probes|patches"
+    r"|shifts\.grid"
     r"|.*prompts.*"
 )
 """Settings of an image tower or a text tower."""
 
 IMAGE_KINDS = (
-    r"=(layers|lora|full|projection|bottleneck|prompts)\b|^(stage1\.)?tuning=adapter$|^(stage2\.)?text=residual$"
+    r"=(layers|lora|full|projection|bottleneck|prompts|rotations)\b|^(stage1\.)?tuning=adapter$|^(stage2\.)?text=residual$"
+    r"|^shifts=permutations$"
 )
 """Choices that need one, and those which a features file makes by itself."""
 

@@ -3,7 +3,8 @@
     python benchmarks/accelerator.py [--size full|quick|tiny] [--out FILE] [--into docs/speed.md]
 
 The towers are ViT-B/16 of random weights (times do not depend on weights), in float32 and in bfloat16. Passes are of one
-batch that lies on the device, and of as many class texts. Stage 1 trains LoRA with its usual settings on the same batch. Its
+batch that lies on the device, and of as many class texts. A prompt step is one of stage 2 with prompts of all classes (100 in 10
+tasks), its launches the device's kernels. Stage 1 trains LoRA with its usual settings on the same batch. Its
 share of the peak is the arithmetic of its products (counted, attention included, forward and backward) per second, over that
 of one large product in the same precision, measured by turns with it.
 
@@ -23,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import bytes_cell, handed_out, in_turns, machine_line, seconds_cell, surroundings
+from launches import grown, text_step
+from measure import bytes_cell, handed_out, in_turns, launches, machine_line, seconds_cell, surroundings
 from standins import vit_b
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,16 +44,17 @@ from cairn.methods.parts.stages import VisionStage, align_vision
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
+from cairn.towers.prompts import Prompts
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
 SIZES = {
-    "full": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 20, "repeats": 3, "product": 8192,
+    "full": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 20, "repeats": 3, "product": 8192, "prompted": 100,
              "images": 10_000, "classes": 40, "tasks": 4},
-    "quick": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 5, "repeats": 1, "product": 8192,
+    "quick": {"device": "cuda", "tower": "ViT-B/16", "batch": 128, "steps": 5, "repeats": 1, "product": 8192, "prompted": 100,
               "images": 2000, "classes": 20, "tasks": 2},
-    "tiny": {"device": "cpu", "tower": "tiny", "batch": 4, "steps": 1, "repeats": 1, "product": 64,
+    "tiny": {"device": "cpu", "tower": "tiny", "batch": 4, "steps": 1, "repeats": 1, "product": 64, "prompted": 4,
              "images": 24, "classes": 4, "tasks": 2},
 }  # fmt: skip
 """`tiny` runs on the processor: it is there for the test."""
@@ -117,7 +120,14 @@ def operations(encoder: ImageEncoder, pixels: Tensor) -> float:
 
 
 def tower_speed(
-    towers: dict[str, ClipTowers], device: torch.device, *, batch: int, steps: int, repeats: int, product: int
+    towers: dict[str, ClipTowers],
+    device: torch.device,
+    *,
+    batch: int,
+    steps: int,
+    repeats: int,
+    product: int,
+    classes: int,
 ) -> list[dict[str, Any]]:
     """Passes and steps of stage 1 per second, in each precision."""
     rng = torch.Generator().manual_seed(0)
@@ -138,13 +148,21 @@ def tower_speed(
         align_vision(stage, encoder, anchors, batches, own.logit_scale, class_cross_entropy, Context(Seeds(1)))
         settled(device)
 
+    def repeated(step: Callable[[], None]) -> None:
+        for _ in range(steps):
+            step()
+        settled(device)
+
     def multiplied(a: Tensor) -> None:
         for _ in range(PRODUCTS):
             a @ a
         settled(device)
 
-    encoders, ways = {}, {}
+    encoders, ways, prompted = {}, {}, {}
     for precision in PRECISIONS:
+        texts = grown(towers[precision], Prompts(init=None), classes, min(classes, 10))
+        prompted[precision] = step = text_step(towers[precision], texts, classes, batch)
+        ways[precision, "prompts"] = lambda step=step: repeated(step)
         encoders[precision] = encoder = ImageEncoder(towers[precision], stage.tuning, rng)
         a = torch.randn(product, product, generator=rng).to(device, getattr(torch, precision))
         ways[precision, "stage 1"] = lambda encoder=encoder: trained(encoder)
@@ -155,6 +173,7 @@ def tower_speed(
     each = operations(encoders["float32"], batches.pixels[:2])
     told = []
     for precision in PRECISIONS:
+        stage1 = launches(ways[precision, "stage 1"], device) // steps
         seconds, whole = found[precision, "stage 1"].seconds / steps, found[precision, "product"].seconds
         peak = 2 * product**3 * PRODUCTS / whole
         told.append(
@@ -165,11 +184,16 @@ def tower_speed(
                 "operations_per_image": each,
                 "peak": peak,
                 "share_of_peak": each * batch / seconds / peak,
+                "stage1_launches": stage1,
+                "prompt_classes": classes,
+                "prompt_step_seconds": found[precision, "prompts"].seconds / steps,
+                "prompt_launches": launches(prompted[precision], device),
                 **{
                     f"{what}_per_second": batch * steps / found[precision, what].seconds for what in ("images", "texts")
                 },
                 "all_seconds": {
-                    what: found[precision, what].all_seconds for what in ("stage 1", "images", "texts", "product")
+                    what: found[precision, what].all_seconds
+                    for what in ("stage 1", "images", "texts", "product", "prompts")
                 },
             }
         )
@@ -249,7 +273,16 @@ def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes:
 
 
 def measured(
-    device: str, tower: str, batch: int, steps: int, repeats: int, product: int, images: int, classes: int, tasks: int
+    device: str,
+    tower: str,
+    batch: int,
+    steps: int,
+    repeats: int,
+    product: int,
+    prompted: int,
+    images: int,
+    classes: int,
+    tasks: int,
 ) -> dict[str, Any]:
     used = torch.device(device)
     towers = random_towers(tower, used)
@@ -259,7 +292,9 @@ def measured(
         "tower": tower,
         "batch": batch,
         "product": product,
-        "towers": tower_speed(towers, used, batch=batch, steps=steps, repeats=repeats, product=product),
+        "towers": tower_speed(
+            towers, used, batch=batch, steps=steps, repeats=repeats, product=product, classes=prompted
+        ),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
     }
 
@@ -276,6 +311,16 @@ def table(report: dict[str, Any]) -> str:
         speeds = (one[key] for key in ("images_per_second", "texts_per_second", "stage1_images_per_second"))
         cells = [one["precision"], *(f"{speed:,.0f}" for speed in speeds), f"{100 * one['share_of_peak']:.0f} %"]
         lines.append(f"| {' | '.join(cells)} |")
+    if "prompt_launches" in report["towers"][0]:  # reports before they were counted have none
+        lines += [
+            "",
+            "| precision | launches, a step of stage 1 | launches, a prompt step | a prompt step |",
+            "|---|---|---|---|",
+        ]
+        for one in report["towers"]:
+            cells = [one["precision"], f"{one['stage1_launches']:,}", f"{one['prompt_launches']:,}"]
+            cells.append(f"{seconds_cell(one['prompt_step_seconds'])}, {one['prompt_classes']} classes")
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         f"DMC-OT on {run['images']:,} images of {run['classes']} classes in {run['tasks']} tasks, {run['precision']}: "

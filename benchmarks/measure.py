@@ -16,6 +16,9 @@ from statistics import median
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import write_json
@@ -93,6 +96,32 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that compute: those that only look at memory another way, or take some, are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not looks and func.overloadpacket.__name__ not in ("detach", "empty", "empty_like", "empty_strided"):
+            self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Kernels that a call launches on an accelerator; on the processor, operators that would be one there."""
+    if torch.device(device).type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize(device)
+        return sum(event.device_type == DeviceType.CUDA for event in seen.events())
+    with _Launches() as counted:
+        call()
+    return counted.number
 
 
 # The table

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, handed_out, in_turns, threads
+from measure import Row, handed_out, in_turns, launches, threads
 from standins import vit_b
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -74,6 +74,7 @@ def measured(repeats: int, classes: int, shared: int) -> dict[str, Any]:
         found = in_turns({way: lambda way=way: counted(way) for way in texts}, repeats)
         used = torch.get_num_threads()
 
+    launched = {way: launches(lambda way=way: counted(way)) for way in texts}
     first, *_, last = found.values()
     rows = []
     for way, own in found.items():
@@ -82,6 +83,7 @@ def measured(repeats: int, classes: int, shared: int) -> dict[str, Any]:
             {
                 "way": way,
                 "tokens": tokens[way],
+                "launches": launched[way],
                 "seconds": own.seconds,
                 "all_seconds": own.all_seconds,
                 "extra_bytes": own.extra_bytes,
@@ -97,6 +99,8 @@ def measured(repeats: int, classes: int, shared: int) -> dict[str, Any]:
 def rows(report: dict[str, Any]) -> list[Row]:
     *others, own = report["rows"]
     equal = f"values {own['value_difference']:.0e}, gradients {own['relative_gradient_difference']:.0e}"
+    if "launches" in own:  # reports before it was counted have none
+        equal += f"; {own['launches']:,} launches"
     what = f"prompt step: {report['classes']} classes, {report['shared']} context vectors, one thread"
     return [
         Row(
@@ -116,13 +120,13 @@ def rows(report: dict[str, Any]) -> list[Row]:
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        "| way | tokens | seconds | times faster than padded | seconds over the shared prefix's | max. difference in value "
-        "| relative difference in gradient |",
-        "|---|---|---|---|---|---|---|",
+        "| way | tokens | launches | seconds | times faster than padded | seconds over the shared prefix's "
+        "| max. difference in value | relative difference in gradient |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         lines.append(
-            f"| {row['way']} | {row['tokens']} | {row['seconds']:.3f} | {row['times_faster_than_padded']:.1f} "
+            f"| {row['way']} | {row['tokens']} | {row['launches']} | {row['seconds']:.3f} | {row['times_faster_than_padded']:.1f} "
             f"| {row['over_shared_prefix']:.1f} | {row['value_difference']:.1e} "
             f"| {row['relative_gradient_difference']:.1e} |"
         )

@@ -20,6 +20,7 @@ import calibration
 import compiled
 import draws
 import growth
+import launches
 import loading
 import predicting
 import prefix
@@ -38,13 +39,14 @@ ITEMS = {
     "input": loading,
     "compiled": compiled,
     "growth": growth,
+    "launches": launches,
     "alignment": alignment,
     "calibration": calibration,
     "startup": startup,
     "predicting": predicting,
     "retrieval": retrieval,
 }
-OWN = ("alignment", "calibration", "startup", "predicting", "retrieval")
+OWN = ("alignment", "calibration", "startup", "predicting", "retrieval", "launches")
 """Items whose whole report is a file and a table of its own."""
 
 

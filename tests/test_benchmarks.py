@@ -71,6 +71,7 @@ def test_the_parts_of_a_run_on_an_accelerator_are_told(tmp_path):
     assert all(seconds > 0 for seconds in run["parts"].values())
     assert sum(run["parts"].values()) == pytest.approx(run["seconds"])
     assert 0 < run["waited"] < run["seconds"]
+    assert all(one["stage1_launches"] > 0 and one["prompt_launches"] > 0 for one in report["towers"])
     # A float32 step of the embedded towers: twice the forward pass, which is 2 x 50 tokens x 1.84 M weights and attention
     assert report["towers"][0]["operations_per_image"] == pytest.approx(2 * 2 * 50 * 1.84e6, rel=0.15)
 
@@ -111,6 +112,7 @@ def shown(page: str, block: str) -> str:
         ("startup", "speed.md", "startup"),
         ("predicting", "speed.md", "predicting"),
         ("retrieval", "speed.md", "retrieval"),
+        ("launches", "speed.md", "launches"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):

@@ -6,13 +6,14 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from cairn.data.templates import filled, prompt_templates
 from cairn.errors import ConfigError, TowersError, counted
@@ -20,7 +21,7 @@ from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import embedded_tokens
 from cairn.towers.precision import usable_precision
-from cairn.towers.prefix import PromptTree, last_hidden, prompt_tree
+from cairn.towers.prefix import FrozenBlock, PromptTree, last_hidden, prompt_tree
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
 from cairn.types import Attention, Features, Pixels, Precision
@@ -142,6 +143,7 @@ class ClipTowers:
         self._model = model.float().eval().requires_grad_(False)
         nn.Module.to(self._model, self.device)  # the model's own wraps it
         self.logit_scale = float(model.logit_scale.detach().exp())
+        self._frozen: tuple[list[tuple], list[FrozenBlock]] | None = None
         self._vision = VisionTower(self._model, getattr(torch, self.precision), self.passes)
 
     @property
@@ -246,8 +248,18 @@ class ClipTowers:
         tower = self._model.text_model
         self.passes["text_tokens"] += len(tokens)
         with self._autocast():
-            projected = self._model.text_projection(tower.final_layer_norm(last_hidden(tower, tokens, tree)))
+            hidden = last_hidden(tower, self._text_blocks(), tokens, tree)
+            projected = self._model.text_projection(tower.final_layer_norm(hidden))
         return projected.to(tokens.dtype)
+
+    def _text_blocks(self) -> list[FrozenBlock]:
+        """Made once, and again where the weights are others."""
+        layers = cast(list[CLIPEncoderLayer], list(self._model.text_model.encoder.layers))
+        weights = [(p.data_ptr(), p._version, p.dtype, p.device) for layer in layers for p in layer.parameters()]
+        if self._frozen is None or self._frozen[0] != weights:
+            dtype = weights[0][2] if self.precision == "float32" else getattr(torch, self.precision)
+            self._frozen = weights, [FrozenBlock.of(layer, dtype) for layer in layers]
+        return self._frozen[1]
 
     def _autocast(self):
         reduced = self.precision != "float32"

@@ -10,6 +10,11 @@ and everything else in a block acts token by token. Output and gradient are thos
 
 Tokens run: N = 1 + shared + t task + sum over the k classes of (per_class + name + end), t tasks.
 
+The weights stand still, so that a step is bound by the number of its operations where products are fast. All segments attend
+in one operation: each is cut into pieces as long as the longest leaf, and every piece looks at the root, a task's block and
+itself, of which a mask leaves what is above it. Queries, keys and values are one product; quick GELU, x sigmoid(c x), is
+silu(c x) / c, with both c inside the products around it.
+
 Source: ours; exact because the tower is causal.
 """
 
@@ -17,60 +22,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd import Function
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers import CLIPTextModel
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-
-@dataclass(frozen=True)
-class Level:
-    """n segments that begin at one position, the longest of `length` tokens.
-
-    `rows` are their tokens among the N of the pass; `slots` tell where in n x length each lies, None: as they come.
-    On the m-th level above, segment i continues segment `above[m][i]`; None: there is but one.
-    """
-
-    rows: slice
-    n: int
-    length: int
-    slots: Int[Tensor, " r"] | None
-    above: tuple[Int[Tensor, " n"] | None, ...]
-    visible: Bool[Tensor, "length s"]
-
-    def padded(self, x: Float[Tensor, "N a h"]) -> Float[Tensor, "n a length h"]:
-        """This level's segments by head, zero behind the last token: no token looks there."""
-        x = x[self.rows]
-        if self.slots is not None:
-            x = x.new_zeros(self.n * self.length, *x.shape[1:]).index_copy(0, self.slots, x)
-        return x.unflatten(0, (self.n, self.length)).transpose(1, 2)
-
-    def packed(self, x: Float[Tensor, "n a length h"]) -> Float[Tensor, "r w"]:
-        """The inverse of `padded`, heads side by side."""
-        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.slots is None else x.index_select(0, self.slots)
-
-    def continued(self, held: Sequence[Float[Tensor, "_ a _ h"]]) -> Float[Tensor, "n a s h"]:
-        """What stands above each segment, from the root down, and the segment last."""
-        *higher, own = held
-        parts = [
-            x.expand(self.n, -1, -1, -1) if segment is None else x.index_select(0, segment)
-            for x, segment in zip(higher, self.above, strict=True)
-        ]
-        return torch.cat([*parts, own], dim=2)
+SLOPE = 1.702
+"""c of quick GELU."""
 
 
 @dataclass(frozen=True)
 class PromptTree:
-    """How N tokens make k prompts: start, shared block, task blocks, class blocks, then every name with its end."""
+    """How N tokens make k prompts: start, shared block, task blocks, class blocks, then every name with its end.
 
-    levels: tuple[Level, ...]
+    n pieces of L places, the last k of them the leaves, attend to s = root + task + L places each: those of the root, of a
+    task's block, and their own. Behind the last token of a piece stands any other, at which nothing looks.
+    """
+
     positions: Int[Tensor, " N"]
     ends: Int[Tensor, " k"]
+    root: int
+    task: int
+    pieces: Int[Tensor, "n L"]
+    """The token at each place."""
+    places: Int[Tensor, " N"]
+    """The inverse: where among n L each token stands."""
+    leaf_places: Int[Tensor, " l"]
+    """The same of the leaves' tokens, among the k L of theirs."""
+    seen: Int[Tensor, "n s"]
+    """The tokens that each piece attends to."""
+    mask: Float[Tensor, "n 1 L s"]
+    """0 where a place is seen, -inf elsewhere."""
+    last: Float[Tensor, "k 1 1 s"]
+    """The mask's rows for the ends of prompts."""
+    members: Float[Tensor, "t n"]
+    """1 where a piece attends to that task's block."""
 
 
 def prompt_tree(
@@ -82,59 +74,180 @@ def prompt_tree(
     """
     if len(sizes) == 1:
         shared, task = shared + task, 0
-    t, k, root, longest = len(sizes), len(names), 1 + shared, per_class + max(names)
-    with device:
-        lengths = torch.tensor(names)
-        named = torch.arange(longest - per_class).expand(k, -1)
-        slots = torch.arange(k * longest).view(k, longest)
-        slots = torch.cat([slots[:, :per_class].flatten(), slots[:, per_class:][named < lengths[:, None]]])
-        levels = [_level(0, 0, 1, root, torch.arange(root), ())]
-        if task:
-            levels.append(_level(root, root, t, task, torch.arange(t * task), (None,)))
-        above = (None, torch.arange(t).repeat_interleave(torch.tensor(sizes)))[: len(levels)]
-        levels.append(_level(root + t * task, root + task, k, longest, slots, above))
-        positions = [torch.arange(root), root + torch.arange(task).repeat(t), root + task + slots % longest]
-        ends = root + t * task + k * per_class + lengths.cumsum(0) - 1
-        return PromptTree(tuple(levels), torch.cat(positions), ends)
-
-
-def _level(row: int, begin: int, n: int, length: int, slots: Int[Tensor, " r"], above: tuple) -> Level:
-    in_order = torch.equal(slots, torch.arange(n * length, device=slots.device))
-    visible = torch.ones(length, begin + length, dtype=torch.bool).tril(begin)
-    return Level(slice(row, row + len(slots)), n, length, None if in_order else slots, above, visible)
-
-
-def last_hidden(tower: CLIPTextModel, tokens: Float[Tensor, "N w"], tree: PromptTree) -> Float[Tensor, "k w"]:
-    """The last block's output at the prompts' ends, from token embeddings without positions, in the tree's order."""
-    hidden = tokens + tower.embeddings.position_embedding.weight[tree.positions]
-    *blocks, last = cast(list[CLIPEncoderLayer], list(tower.encoder.layers))
-    for block in blocks:
-        mixed = _attended(block.self_attn, block.layer_norm1(hidden), tree.levels)
-        hidden = _passed_on(block, hidden, mixed)
-    mixed = _attended(last.self_attn, last.layer_norm1(hidden), tree.levels)
-    return _passed_on(last, hidden[tree.ends], mixed[tree.ends])  # nothing reads the other tokens any more
-
-
-def _attended(attention: CLIPAttention, x: Float[Tensor, "N w"], levels: Sequence[Level]) -> Float[Tensor, "N w"]:
-    q, k, v = (
-        projection(x).unflatten(-1, (attention.num_heads, -1))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    t, k, root, L = len(sizes) if task else 0, len(names), 1 + shared, per_class + max(names)
+    above = root + t * task
+    parts = _pieces(root, task, per_class, sizes if task else [k], names, L)
+    lengths, owner, level = (torch.tensor(column) for column in zip(*((len(p[0]), *p[1:]) for p in parts), strict=True))
+    pieces = torch.tensor([[*tokens, *[0] * (L - len(tokens))] for tokens, _, _ in parts])
+    real = torch.arange(L) < lengths[:, None]
+    places = torch.empty(above + k * per_class + sum(names), dtype=torch.int64)
+    places[pieces[real]] = real.flatten().nonzero()[:, 0]
+    behind = [torch.arange(per_class).repeat(k), *(per_class + torch.arange(length) for length in names)]
+    positions = torch.cat(
+        [torch.arange(root), root + torch.arange(task).repeat(t), *(root + task + own for own in behind)]
     )
-    keys, values, rows = [], [], []
-    for level in levels:
-        keys.append(level.padded(k))
-        values.append(level.padded(v))
-        mixed = scaled_dot_product_attention(
-            level.padded(q),
-            level.continued(keys),
-            level.continued(values),
-            attn_mask=level.visible,
-            scale=attention.scale,
-        )
-        rows.append(level.packed(mixed))
-    return torch.cat(rows)
+    at, deep = torch.where(real, positions[pieces], len(places))[:, :, None], level[:, None, None]
+    block = root + torch.arange(task)
+    causal = torch.ones(L, L, dtype=torch.bool).tril() & real[:, None, :]
+    visible = torch.cat([torch.arange(root) <= at, (deep > 0) & (block <= at), (deep == 2) & causal], 2)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None]
+    tensors = {
+        "positions": positions,
+        "ends": above + k * per_class + torch.tensor(names).cumsum(0) - 1,
+        "pieces": pieces,
+        "places": places,
+        "leaf_places": places[above:] - (len(parts) - k) * L,
+        "seen": torch.cat([torch.arange(root).expand(len(parts), -1), block + owner[:, None] * task, pieces], 1),
+        "mask": mask,
+        "last": mask[torch.arange(len(parts) - k, len(parts)), :, lengths[-k:] - 1][:, :, None],
+        "members": ((torch.arange(t)[:, None] == owner) & (level > 0)).float(),
+    }
+    return PromptTree(root=root, task=task, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def _passed_on(block: CLIPEncoderLayer, x: Float[Tensor, "m w"], mixed: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
-    x = x + block.self_attn.out_proj(mixed)
-    return x + block.mlp(block.layer_norm2(x))
+def _pieces(
+    root: int, task: int, per_class: int, sizes: Sequence[int], names: Sequence[int], longest: int
+) -> list[tuple[Sequence[int], int, int]]:
+    """The tokens of each piece, the task whose block stands above or in it, and its level: 0 root, 1 task, 2 leaf."""
+    tasks = len(sizes) if task else 0
+    above = root + tasks * task
+    parts: list[tuple[Sequence[int], int, int]] = [
+        (range(i, min(i + longest, root)), 0, 0) for i in range(0, root, longest)
+    ]
+    for j in range(tasks):
+        begin, end = root + j * task, root + (j + 1) * task
+        parts += [(range(i, min(i + longest, end)), j, 1) for i in range(begin, end, longest)]
+    whose = [j for j, size in enumerate(sizes) for _ in range(size)]
+    name = above + len(names) * per_class
+    for c, (j, length) in enumerate(zip(whose, names, strict=True)):
+        own = range(above + c * per_class, above + (c + 1) * per_class)
+        parts.append(([*own, *range(name, name := name + length)], j, 2))
+    return parts
+
+
+Linear: TypeAlias = tuple[Tensor, Tensor]
+"""Weight and bias."""
+
+
+class FrozenBlock(NamedTuple):
+    """A block whose weights stand still, in the precision it computes in; queries, keys and values are one product."""
+
+    block: CLIPEncoderLayer
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, block: CLIPEncoderLayer, dtype: torch.dtype) -> FrozenBlock:
+        """What needs no change is shared with the block."""
+        attention, mlp = block.self_attn, block.mlp
+        three = attention.q_proj, attention.k_proj, attention.v_proj
+        qkv = torch.cat([part.weight for part in three]), torch.cat([part.bias for part in three])
+        others = [(part.weight, part.bias) for part in (attention.out_proj, mlp.fc1, mlp.fc2)]
+        return cls(block, *((w.detach().to(dtype), b.detach().to(dtype)) for w, b in (qkv, *others)))
+
+    def normed(self, x: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
+        return self.block.layer_norm1(x).to(self.qkv[0].dtype)
+
+    def attended(
+        self, q: Float[Tensor, "n L w"], kv: Float[Tensor, "n s w2"], mask: Float[Tensor, "n 1 L s"]
+    ) -> Float[Tensor, "r w"]:
+        """softmax(q k^T / sqrt(h) + mask) v for every head, those side by side again, piece after piece."""
+        attention = self.block.self_attn
+        q = q.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def passed_on(self, x: Float[Tensor, "m w"], mixed: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
+        x = x + linear(mixed, *self.out)
+        normed = self.block.layer_norm2(x).to(self.up[0].dtype)
+        if isinstance(self.block.mlp.activation_fn, QuickGELUActivation):
+            return x + cast(Tensor, _QuickGeluMlp.apply(normed, self.up, self.down))
+        return x + linear(self.block.mlp.activation_fn(linear(normed, *self.up)), *self.down)
+
+
+def last_hidden(
+    tower: CLIPTextModel, blocks: Sequence[FrozenBlock], tokens: Float[Tensor, "N w"], tree: PromptTree
+) -> Float[Tensor, "k w"]:
+    """The last block's output at the prompts' ends, from token embeddings without positions, in the tree's order."""
+    x = tokens + tower.embeddings.position_embedding.weight[tree.positions]
+    *earlier, last = blocks
+    w, mask = x.shape[1], tree.mask.to(last.qkv[0].dtype)
+    for own in earlier:
+        q, kv = linear(own.normed(x), *own.qkv).split([w, 2 * w], 1)
+        q = cast(Tensor, _Queries.apply(q, tree)).unflatten(0, tree.pieces.shape)
+        mixed = own.attended(q, cast(Tensor, _Seen.apply(kv, tree, len(tree.seen))), mask)
+        x = own.passed_on(x, cast(Tensor, _Back.apply(mixed, tree)))
+    # Of the last block nothing but the ends is read
+    (weight, bias), k, ends = last.qkv, len(tree.ends), x.index_select(0, tree.ends)
+    q = linear(last.normed(ends), weight[:w], bias[:w])[:, None]
+    kv = linear(last.normed(x), weight[w:], bias[w:])
+    return last.passed_on(ends, last.attended(q, cast(Tensor, _Seen.apply(kv, tree, k)), tree.last.to(mask)))
+
+
+class _Queries(Function):
+    """Each piece's tokens: x[pieces]. What stands behind a piece's last token has no gradient, as nothing reads its answer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tree: PromptTree) -> Tensor:
+        ctx.tree = tree
+        return x.index_select(0, tree.pieces.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.index_select(0, ctx.tree.places), None
+
+
+class _Back(Function):
+    """The tokens' rows among those of all places: x[places]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tree: PromptTree) -> Tensor:
+        ctx.tree, ctx.rows = tree, len(x)
+        return x.index_select(0, tree.places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        whole = gradient.new_zeros(ctx.rows, gradient.shape[1])
+        return whole.index_copy_(0, ctx.tree.places, gradient), None
+
+
+class _Seen(Function):
+    """The tokens that the last n pieces attend to: x[seen]. Gradients of what several see are summed by products, in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tree: PromptTree, n: int) -> Tensor:
+        ctx.tree, ctx.n = tree, n
+        return x.index_select(0, tree.seen[-n:].flatten()).unflatten(0, (n, -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tree, k = ctx.tree, len(ctx.tree.ends)
+        root, block, own = gradient.split([tree.root, tree.task, gradient.shape[1] - tree.root - tree.task], 1)
+        parts = [root.sum(0)]
+        if tree.task:
+            shared = tree.members[:, -ctx.n :].to(gradient.dtype) @ block.flatten(1)
+            parts.append(shared.view(-1, gradient.shape[2]))
+        # The places of leaves are the last ones; tokens above see themselves among those of their level
+        leaves = own[-k:].flatten(0, 1)
+        parts.append(leaves.index_select(0, tree.leaf_places))
+        return torch.cat(parts), None, None
+
+
+class _QuickGeluMlp(Function):
+    """down(h sigmoid(c h)), h = up(x), as silu(c h) / c with both c inside the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Linear, down: Linear) -> Tensor:
+        h = torch.addmm(up[1], x, up[0].T, beta=SLOPE, alpha=SLOPE)
+        ctx.weights = up[0], down[0]
+        ctx.save_for_backward(h)
+        return torch.addmm(down[1], silu(h), down[0].T, alpha=1 / SLOPE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        up, down = ctx.weights
+        (h,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient @ down, h) @ up, None, None

@@ -99,10 +99,50 @@ def test_so_it_is_in_single_precision(towers, blocks):
         assert apart(gradients, theirs) < 1e-4
 
 
-def test_names_of_one_length_need_no_padding(towers):
-    texts = grown(small(towers), (4, 0, 0), [("red ring", "blue star"), ("red star",)])
-    assert texts._tree.levels[-1].slots is None
+def test_a_prefix_longer_than_any_name_is_cut(towers):
+    texts = grown(small(towers), (11, 5, 0), [("ring", "red"), ("red star", "blue ring")])
+    assert texts._tree.pieces.shape == (3 + 2 * 2 + 4, 4)
     torch.testing.assert_close(texts(), run_whole(texts._towers, texts), atol=1e-5, rtol=0)
+
+
+def test_every_token_stands_in_one_place(towers):
+    tree = grown(small(towers), (4, 3, 2))._tree
+    assert torch.equal(tree.pieces.flatten()[tree.places], torch.arange(len(tree.places)))
+    assert tree.mask.isfinite().any(-1).all(), "a place that sees nothing has no softmax"
+
+
+def test_weights_that_change_are_seen(towers):
+    own = small(towers)
+    texts = grown(own, (4, 0, 2))
+    before = texts()
+    with torch.no_grad():
+        own._model.text_model.encoder.layers[1].self_attn.k_proj.weight.mul_(2)
+    assert (texts() - before).abs().max() > 1e-3
+    torch.testing.assert_close(texts(), run_whole(own, texts), atol=1e-5, rtol=0)
+
+
+def test_a_tree_stands_still_while_its_classes_do(towers):
+    """So that its step can be recorded: every shape and index of a step is that of the step before."""
+    texts = grown(small(towers), (4, 3, 2))
+    tree, blocks = texts._tree, texts._towers._text_blocks()
+    for _ in range(2):
+        texts().sum().backward()
+        with torch.no_grad():
+            texts.shared -= 0.1 * texts.shared.grad
+    assert texts._tree is tree
+    assert texts._towers._text_blocks() is blocks
+
+
+def test_the_same_gradient_every_time(towers):
+    texts = grown(small(towers), (4, 3, 2))
+    first, again = (with_gradients(texts(), texts)[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_no_gradient_of_a_weight_is_made(towers):
+    texts = grown(small(towers), (4, 3, 2))
+    texts().sum().backward()
+    assert all(parameter.grad is None for parameter in texts._towers._model.parameters())
 
 
 def test_in_bfloat16_the_texts_stay_near_and_come_out_in_float32(towers):

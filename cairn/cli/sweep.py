@@ -79,8 +79,8 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
 
     read = read_sweep_file(file)
     own = {key: value for key, value in given.items() if value is not None}
-    read = read.model_copy(update={"resources": checked(Resources, **read.resources.model_dump() | own)})
-    folder, view = out or read.base.out or Path("runs") / file.stem, View()
+    read = read.model_copy(update=checked(Resources, **own).model_dump(include=set(own)))
+    folder, view = out or read.out or Path("runs") / file.stem, View()
     held = Sweep(read, folder, view)
     if dry_run:
         points = held.plan()
@@ -107,7 +107,7 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
             f"\nbest {best['metric']} on held-out training images: {100 * best['value']:.2f} % of {best['trial']}\n"
             f"to test it: cairn run --config {one_line(folder / best['file'])}"
         )
-    view.note(f"\n{ledger.counts}{_same(held.same)} -> {folder / SWEEP}, {TABLE}.md, {TABLE}.csv, runs.csv")
+    view.note(f"\n{ledger.counts}{_same(held.same)} -> {folder / SWEEP}, {TABLE}.md, {TABLE}.csv")
     if (bad := problem(ledger)) is not None:
         raise bad
 
@@ -126,5 +126,5 @@ def _on(cluster: Any, file: Any) -> Callable[[Any], Any]:
         kind, colon, _ = name.partition(":")
         if colon:
             raise ConfigError(f"device '{name}': Ray says which one a run gets; give device = \"{kind}\"")
-    gpus = 0 if file.resources.gpus is None and devices == {"cpu"} else file.resources.gpus
-    return lambda stop: OnRay(cluster, file.resources, gpus)
+    gpus = 0 if file.gpus is None and devices == {"cpu"} else file.gpus
+    return lambda stop: OnRay(cluster, file, gpus)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -69,9 +69,16 @@ def checked(schema: type[Schema], values: dict[str, Any], where: str, table: str
         problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         *above, key = (part for part in (table, *map(str, problem["loc"])) if part)
         if problem["type"] == "extra_forbidden":
-            raise UnknownName(f"key of [{'.'.join(above)}] in {where}:", key, schema.model_fields) from None
+            raise UnknownName(f"key of [{'.'.join(above)}] in {where}:", key, _keys_of(schema)) from None
         shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
         raise ConfigError(f"{where}: {'.'.join([*above, key])}{shown}: {reason_of(problem)}") from None
+
+
+def _keys_of(schema: type[BaseModel]) -> list[str]:
+    """Those of its tables, too."""
+    kinds = [kind for field in schema.model_fields.values() for kind in (field.annotation, *get_args(field.annotation))]
+    tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [*schema.model_fields, *(key for table in tables for key in _keys_of(table))]
 
 
 def read_toml(path: Path, kind: str) -> dict[str, Any]:

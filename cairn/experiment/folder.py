@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -115,6 +115,19 @@ class Lock:
         return None
 
 
+@contextmanager
+def locked(folder: Path, patience: float = 0) -> Iterator[Lock]:
+    """A folder for one writer at a time, made where there is none; it goes again if nothing was left in it."""
+    make_folder(folder)
+    lock = Lock(folder).take(patience)
+    try:
+        yield lock
+    finally:
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def events_in(folder: Path) -> list[dict[str, Any]]:
     """The events of a run so far, those before it was cut off too; a line that was cut short is left out."""
     found = []
@@ -135,7 +148,7 @@ class RunFolder:
         self._events: TextIO | None = None
         self._lock = lock or Lock(path)
 
-    def finished(self) -> RunResult | None:
+    def finished(self, remedy: str = "give another --out or --overwrite") -> RunResult | None:
         """The result that is already there. Raises ResultError if another call made it, or is under way here."""
         done = (self.path / RESULT).exists()
         if not done and not self.archive:
@@ -145,9 +158,7 @@ class RunFolder:
         ours, theirs = (comparable_call(call.model_dump(mode="json")) for call in (self.call.run, stored.run))
         if ours != theirs:
             key = next(key for key in ours if ours[key] != theirs[key])
-            raise ResultError(
-                f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); give another --out or --overwrite"
-            )
+            raise ResultError(f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); {remedy}")
         return result
 
     @property

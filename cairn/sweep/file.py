@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
@@ -21,16 +21,28 @@ OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "se
 SEARCHED = ("method", "towers", "precision", "preprocess", "template")
 """Options that a search may choose. Any other would change what is measured."""
 
+SETTING = "settings."
+"""Before the path of a setting, where it stands among options."""
 
-class Choice(NamedTuple):
-    """One value of an axis: values by option, and by setting."""
+Choice = dict[str, Any]
+"""Values by option, or by `settings.` and the path of a setting."""
 
-    options: dict[str, Any]
-    settings: dict[str, Any]
 
-    @property
-    def shown(self) -> dict[str, str]:
-        return {key: text_of(value) for key, value in (self.options | self.settings).items()}
+def _leaves(table: dict[str, Any], prefix: str = "", stop: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted path and value; `drift` for `drift.kind`. A table that holds one of the keys `stop` is a value itself."""
+    for key, value in table.items():
+        if isinstance(value, dict) and not any(word in value and not isinstance(value[word], dict) for word in stop):
+            yield from _leaves(value, f"{prefix}{key}.", stop)
+        else:
+            yield f"{prefix}{key}".removesuffix(".kind"), value
+
+
+def _flat(table: Any) -> Any:
+    return dict(_leaves(table)) if isinstance(table, dict) else table
+
+
+def _flat_space(table: Any) -> Any:
+    return dict(_leaves(table, stop=tuple(Range.model_fields))) if isinstance(table, dict) else table
 
 
 class Range(BaseModel):
@@ -45,17 +57,13 @@ class Range(BaseModel):
 
     @model_validator(mode="after")
     def _either(self) -> Range:
-        if self.choices is not None:
-            if self.low is not None or self.high is not None:
-                raise ValueError("must have low and high, or choices")
-            if self.log:
-                raise ValueError("log goes with low and high, not with choices")
-        elif self.low is None or self.high is None:
+        ends = [end for end in (self.low, self.high) if end is not None]
+        if len(ends) != (2 if self.choices is None else 0):
             raise ValueError("must have low and high, or choices")
-        elif self.low >= self.high:
+        if ends and ends[0] >= ends[1]:
             raise ValueError("low must be less than high")
-        elif self.log and self.low <= 0:
-            raise ValueError("low must be more than 0 with log")
+        if self.log and (not ends or ends[0] <= 0):
+            raise ValueError("log goes with low and high, and low must be more than 0")
         return self
 
 
@@ -66,7 +74,9 @@ class Search(BaseModel):
     sampler: Literal["tpe", "random"] = "tpe"
     metric: Literal["average", "last"] = "average"
     seed: int = Field(default=1, ge=0, le=2**32 - 1, description="of the sampler")
-    space: dict[str, Range] = Field(min_length=1, description="by option or setting")
+    space: Annotated[dict[str, Range], BeforeValidator(_flat_space)] = Field(
+        min_length=1, description="by option or setting"
+    )
 
 
 class Resources(BaseModel):
@@ -92,141 +102,104 @@ class Resources(BaseModel):
         return value
 
 
-class SweepFile(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    path: Path
-    base: RunFile
-    settings: dict[str, Any] = Field(description="of all runs")
-    grid: tuple[tuple[Choice, ...], ...] = Field(default=(), description="axes: the runs are their product")
-    seeds: tuple[int, ...]
+class SweepFile(RunFile, Resources):
+    settings: Annotated[dict[str, Any], BeforeValidator(_flat)] = Field(default={}, description="of all runs")
+    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_flat)] = Field(
+        default={}, description="values by option, setting, or `settings`; the runs are their product"
+    )
     search: Search | None = None
-    resources: Resources = Resources()
+    path: Path = Field(default=Path("sweep.toml"), description="of the file, not in it")
+
+    @property
+    def where(self) -> str:
+        return f"sweep file '{self.path}'"
+
+    @property
+    def shared(self) -> Choice:
+        """What all runs have, where the grid does not say otherwise."""
+        return {key: value for key, value in self.options.items() if key in OPTIONS} | _settings(self.settings)
+
+    @property
+    def axes(self) -> list[list[Choice]]:
+        return [
+            [_settings(value) if path == "settings" else option_or_setting(path, value) for value in values]
+            for path, values in self.grid.items()
+        ]
 
     @property
     def methods(self) -> list[str]:
         """Every method that a run may have. Raises ConfigError if there is none."""
-        found = [choice.options["method"] for axis in self.grid for choice in axis if "method" in choice.options]
-        if self.search is not None and "method" in self.search.space:
-            found = list(map(str, self.search.space["method"].choices or ()))
-        if not found and self.base.method:
-            found = [self.base.method]
-        if not found:
-            raise ConfigError(f"sweep file '{self.path}': no method; give method = \"dmc\", or several in [grid]")
-        return found
+        searched = self.search.space.get("method") if self.search is not None else None
+        found = (searched and searched.choices) or self.grid.get("method") or [self.method]
+        if found == [None]:
+            raise ConfigError(f'{self.where}: no method; give method = "dmc", or several in [grid]')
+        return list(map(str, found))
 
 
-def text_of(value: Any) -> str:
-    """A value as it is written after --set."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def shown(choice: Choice) -> dict[str, str]:
+    """Each value as it is written after --set."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in choice.items()}
+    return {key.removeprefix(SETTING): text for key, text in texts.items()}
+
+
+def option_or_setting(path: str, value: Any) -> Choice:
+    return {path: value} if path in OPTIONS else {SETTING + path.removeprefix(SETTING): toml_value(value)}
+
+
+def _settings(values: dict[str, Any]) -> Choice:
+    return {SETTING + path: toml_value(value) for path, value in _leaves(values)}
 
 
 def read_sweep_file(path: Path) -> SweepFile:
     """Raises ResultError for a file that cannot be read, ConfigError for one that is no TOML or whose values do not fit,
     UnknownName for a key that is none."""
-    stored = read_toml(path, "sweep file")
-    resources = {key: stored.pop(key) for key in Resources.model_fields if key in stored}
+    known = (*KEYS, *Resources.model_fields, "grid", "search")
+    stored, where = read_toml(path, "sweep file"), f"sweep file '{path}'"
     for key in stored:
-        if key not in (*KEYS, "grid", "search"):
-            raise UnknownName(f"key of sweep file '{path}':", key, (*KEYS, *Resources.model_fields, "grid", "search"))
-    tables = {key: stored.pop(key) for key in ("grid", "search", "settings") if key in stored}
-    for key, value in tables.items():
-        if not isinstance(value, dict):
-            raise _wrong(path, f"{key}: must be a table, [{key}]")
-    where = f"sweep file '{path}'"
-    base = checked(RunFile, stored, where)
-    axes, seeds = _axes(path, tables.get("grid", {}))
-    given = base.model_fields_set & {"seed", "seeds"}
-    if seeds is not None and given:
-        raise _wrong(path, "seeds are given twice; leave them out of [grid]")
-    if len(given) == 2:
-        raise _wrong(path, "seed and seeds are given; leave one out")
-    file = SweepFile(
-        path=path,
-        base=base,
-        settings=_settings(tables.get("settings", {})),
-        grid=axes,
-        seeds=seeds or base.seeds or (base.seed,),
-        search=_search(path, axes, tables["search"]) if "search" in tables else None,
-        resources=checked(Resources, resources, where),
-    )
-    _require_known_settings(file)
+        if key not in known:
+            raise UnknownName(f"key of {where}:", key, known)
+    grid = stored.get("grid")
+    seeds = [grid.pop(key) for key in ("seed", "seeds") if key in grid] if isinstance(grid, dict) else []
+    if len(seeds) + len(stored.keys() & {"seed", "seeds"}) > 1:
+        raise ConfigError(f"{where}: seeds are given twice; leave one out")
+    if seeds:
+        stored["seeds"] = seeds[0]
+    file = checked(SweepFile, stored, where).model_copy(update={"path": path})
+    _require_different(file)
+    _require_known(file)
     return file
 
 
-def _wrong(path: Path, problem: str) -> ConfigError:
-    return ConfigError(f"sweep file '{path}': {problem}")
-
-
-def _leaves(table: dict[str, Any], prefix: str = "", stop: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value; `drift` for `drift.kind`. A table that holds one of the keys `stop` is a value itself."""
-    for key, value in table.items():
-        if isinstance(value, dict) and not any(word in value and not isinstance(value[word], dict) for word in stop):
-            yield from _leaves(value, f"{prefix}{key}.", stop)
-        else:
-            yield f"{prefix}{key}".removesuffix(".kind"), value
-
-
-def _settings(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: toml_value(value) for key, value in _leaves(table)}
-
-
-def _axes(path: Path, table: dict[str, Any]) -> tuple[tuple[tuple[Choice, ...], ...], tuple[int, ...] | None]:
-    """The axes of [grid] in its order, and the seeds if it has any."""
-    axes: list[tuple[Choice, ...]] = []
-    seeds = None
-    for key, values in _leaves(table):
-        if not isinstance(values, list) or not values:
-            raise _wrong(path, f"grid.{key} = {values!r}: must be a list of values")
-        if key in ("seed", "seeds"):
-            seeds = checked(RunFile, {"seeds": values}, f"sweep file '{path}'").seeds
-        elif key == "settings":
-            if not all(isinstance(value, dict) for value in values):
-                raise _wrong(path, "grid.settings: must be a list of tables, each a set of settings")
-            axes.append(tuple(Choice({}, _settings(value)) for value in values))
-        elif key in OPTIONS:
-            axes.append(tuple(Choice({key: value}, {}) for value in values))
-        else:
-            axes.append(tuple(Choice({}, {key.removeprefix("settings."): toml_value(value)}) for value in values))
-    names = [name for axis in axes for name in {name for choice in axis for name in choice.shown}]
+def _require_different(file: SweepFile) -> None:
+    """Raises ConfigError for what varies twice, and for a search over what decides on what its trials are measured."""
+    if not all(isinstance(value, dict) for value in file.grid.get("settings", [])):
+        raise ConfigError(f"{file.where}: grid.settings: must be a list of tables, each a set of settings")
+    names = [name for axis in file.axes for name in {name for choice in axis for name in shown(choice)}]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise _wrong(path, f"grid varies '{twice[0]}' twice; leave one out")
-    return tuple(axes), seeds
-
-
-def _search(path: Path, axes: tuple[tuple[Choice, ...], ...], table: dict[str, Any]) -> Search:
-    """It leaves alone what the grid varies, and what decides on what its trials are measured."""
-    space = dict(_leaves(table.get("space", {}), stop=tuple(Range.model_fields)))
-    varied = {name for axis in axes for choice in axis for name in choice.shown}
-    for key, value in space.items():
-        if not isinstance(value, dict):
-            raise _wrong(path, f"search.space.{key}: must be {{low, high}} or {{choices}}")
-        if key in varied:
-            raise _wrong(path, f"'{key}' is both in [grid] and in [search]; leave one out")
+        raise ConfigError(f"{file.where}: grid varies '{twice[0]}' twice; leave one out")
+    for key, one in (file.search.space if file.search is not None else {}).items():
+        if key in names:
+            raise ConfigError(f"{file.where}: '{key}' is both in [grid] and in [search]; leave one out")
+        if key in SEARCHED and one.choices is None:
+            raise ConfigError(f"{file.where}: search.space.{key}: must have choices")
         if key in (*OPTIONS, "seed", "seeds") and key not in SEARCHED:
-            raise _wrong(path, f"search.space.{key}: trials would not be comparable; vary it in [grid]")
-        if key in SEARCHED and "choices" not in value:
-            raise _wrong(path, f"search.space.{key}: must have choices")
-    where = f"sweep file '{path}'"
-    space = {key: checked(Range, value, where, f"search.space.{key}") for key, value in space.items()}
-    return checked(Search, {**table, "space": space}, where, "search")
+            raise ConfigError(f"{file.where}: search.space.{key}: trials would not be comparable; vary it in [grid]")
 
 
-def _require_known_settings(file: SweepFile) -> None:
+def _require_known(file: SweepFile) -> None:
     """A key that is neither an option nor, by its first word, a setting of any method that takes part is a mistake."""
     entries = [method_named(name) for name in file.methods]
     known = {name for entry in entries for name in entry.config.model_fields}
-    searched = () if file.search is None else file.search.space.keys() - set(SEARCHED)
-    for place, keys, options in (
-        ("settings", file.settings, ()),
-        (
-            "grid",
-            [key for axis in file.grid for choice in axis for key in choice.settings],
-            (*OPTIONS, "seeds", "settings"),
-        ),
-        ("search.space", searched, SEARCHED),
-    ):
-        for key in keys:
-            if key.partition(".")[0] not in known:
+    varied = [name for axis in file.axes for choice in axis for name in choice]
+    searched = [] if file.search is None else [name for key in file.search.space for name in option_or_setting(key, 0)]
+    places = {
+        "settings": (file.shared, ()),
+        "grid": (varied, (*OPTIONS, "seeds")),
+        "search.space": (searched, SEARCHED),
+    }
+    for place, (names, options) in places.items():
+        for name in names:
+            path = name.removeprefix(SETTING)
+            if path != name and path.partition(".")[0] not in known:
                 paths = [path for entry in entries for path, _, _ in every_setting(entry.config())]
-                raise UnknownName(f"key of [{place}] in '{file.path}':", key, dict.fromkeys([*options, *paths]))
+                raise UnknownName(f"key of [{place}] in '{file.path}':", path, dict.fromkeys([*options, *paths]))

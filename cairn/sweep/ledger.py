@@ -1,14 +1,14 @@
-"""What became of a sweep's runs: `sweep.json`, the tables, and what is shown while they go."""
+"""What became of a sweep's runs: `sweep.json`, the table, and what is shown while they go."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.live import Live
 from rich.text import Text
@@ -22,26 +22,23 @@ from cairn.storage.files import write_chunks, write_json
 from cairn.sweep.plan import Point
 
 SCHEMA_VERSION = 1
-SWEEP, TABLE, RUNS = "sweep.json", "table", "runs.csv"
+SWEEP, TABLE = "sweep.json", "table"
+
 SHOWN = {
-    "average": ("average %", 100, 2),
-    "last": ("last %", 100, 2),
-    "forgetting": ("forgetting", 100, 2),
-    "seconds": ("seconds", 1, 0),
+    "average": (Column("average %"), 100),
+    "last": (Column("last %"), 100),
+    "forgetting": (Column("forgetting"), 100),
+    "seconds": (Column("seconds", 0), 1),
 }
-"""Columns of tables: title, factor, digits."""
-
-COLUMNS = [Column(title, digits) for title, _, digits in SHOWN.values()]
-
-ROWS = 12
-"""Running runs that the live view shows, at most."""
+"""Columns of the table, and by what figures are multiplied."""
 
 State = Literal["waiting", "running", "finished", "failed", "lost"]
+"""`lost`: the worker was gone as often as the sweep begins a run."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A run of the sweep and how far it is. `lost`: its worker was gone as often as the sweep begins a run."""
+    """A run of the sweep and how far it is."""
 
     name: str
     """Its folder below the sweep's."""
@@ -83,18 +80,16 @@ class Ledger:
 
     @property
     def counts(self) -> str:
-        states: tuple[State, ...] = ("waiting", "running", "finished", "failed", "lost")
-        return ", ".join(f"{self.count(state)} {state}" for state in states if state == "finished" or self.count(state))
+        numbers = {state: self.count(state) for state in get_args(State)}
+        return ", ".join(f"{number} {state}" for state, number in numbers.items() if number or state == "finished")
 
     def points(self) -> list[tuple[Point, list[Job], list[Job]]]:
         """Jobs that differ in their seed alone: those with figures, and the others."""
-        found: dict[str, list[Job]] = {}
+        found: dict[str, tuple[Point, list[Job], list[Job]]] = {}
         for job in self.jobs:
-            found.setdefault(job.point.name, []).append(job)
-        return [
-            (jobs[0].point, [job for job in jobs if job.figures], [job for job in jobs if not job.figures])
-            for jobs in found.values()
-        ]
+            _, done, others = found.setdefault(job.point.name, (job.point, [], []))
+            (done if job.figures else others).append(job)
+        return list(found.values())
 
     def write(self, state: Literal["running", "stopped", "finished"]) -> None:
         table = [
@@ -106,70 +101,29 @@ class Ledger:
         runs = [job.as_json() for job in self.jobs]
         write_json(self.folder / SWEEP, {**head, **self.about, "runs": runs, "table": table, "best": self.best})
 
-    def write_tables(self) -> None:
+    def write_table(self) -> None:
         table = self.table()
-        texts = {f"{TABLE}.md": table.markdown(), f"{TABLE}.csv": table.csv(), RUNS: self.run_table().csv()}
-        for name, text in texts.items():
-            write_chunks(self.folder / name, [(text + "\n").encode()])
-
-    @property
-    def _varying(self) -> list[str]:
-        return list(dict.fromkeys(key for job in self.jobs for key in job.point.varies))
+        for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
+            write_chunks(self.folder / f"{TABLE}.{suffix}", [(text + "\n").encode()])
 
     def table(self) -> Table:
         """A row per combination, in the file's order: what varies, mean ± sample deviation over seeds, in percent."""
-        keys, points = self._varying, self.points()
-        rows: list[list[Cell]] = [
-            [
-                *([point.varies.get(key) for key in keys] or [point.config.method]),
-                *_shown(done),
-                ", ".join(str(job.seed) for job in done) or None,
-                ", ".join(f"{job.seed} {job.state}" for job in others) or None,
-            ]
-            for point, done, others in points
-        ]
-        columns = [*map(Column, keys or ["method"]), *COLUMNS, Column("seeds"), Column("not finished")]
+        keys, points = list(dict.fromkeys(key for job in self.jobs for key in job.point.varies)), self.points()
+        rows: list[list[Cell]] = []
+        for point, done, others in points:
+            figures = [job.figures for job in done if job.figures]
+            rows.append(
+                [
+                    *([point.varies.get(key) for key in keys] or [point.config.method]),
+                    *(estimate([one[key] for one in figures], factor) for key, (_, factor) in SHOWN.items()),
+                    ", ".join(str(job.seed) for job in done) or None,
+                    ", ".join(f"{job.seed} {job.state}" for job in others) or None,
+                ]
+            )
+        columns = [*map(Column, keys or ["method"]), *(column for column, _ in SHOWN.values()), Column("seeds")]
         if any(others for _, _, others in points):
-            return Table(columns, rows)
-        return Table(columns[:-1], [row[:-1] for row in rows])
-
-    def run_table(self) -> Table:
-        """A row per run."""
-        keys = self._varying
-        columns = [*map(Column, [*keys, "seed", "state", "attempts"]), *COLUMNS, Column("folder"), Column("reason")]
-        rows: list[list[Cell]] = [
-            [
-                *(job.point.varies.get(key) for key in keys),
-                *(str(job.seed), job.state, str(job.attempts)),
-                *_shown([job] if job.figures else []),
-                *(job.name, job.reason),
-            ]
-            for job in self.jobs
-        ]
-        return Table(columns, rows)
-
-    def picture(self) -> str:
-        """What runs, and how far it is."""
-        running = [job.name for job in self.jobs if job.state == "running"]
-        lines = [f"{name}  {_progress(self.folder / name)}" for name in running[:ROWS]]
-        more = [f"... and {len(running) - ROWS} more"] if len(running) > ROWS else []
-        return printable("\n".join([*lines, *more, self.counts]))
-
-
-def _shown(jobs: Sequence[Job]) -> list[Cell]:
-    return [
-        estimate([job.figures[key] for job in jobs if job.figures], factor) for key, (_, factor, _) in SHOWN.items()
-    ]
-
-
-def _progress(folder: Path) -> str:
-    """Where a run is, by the last event that says so."""
-    for event in reversed(events_in(folder)):
-        if event["event"] == "epoch":
-            return f"task {event['task'] + 1}  stage {event['stage']}  epoch {event['epoch'] + 1}  loss {event['loss']:.3f}"
-        if event["event"] == "task":
-            return f"task {event['task'] + 1} done  seen {percent(event['seen'])} %"
-    return "begins"
+            return Table([*columns, Column("not finished")], rows)
+        return Table(columns, [row[:-1] for row in rows])
 
 
 class View(Console):
@@ -182,9 +136,25 @@ class View(Console):
         if not self._rich.is_terminal:
             return nullcontext()
         return Live(
-            get_renderable=lambda: Text(ledger.picture()), console=self._rich, transient=True, redirect_stdout=False
+            get_renderable=lambda: Text(picture(ledger)), console=self._rich, transient=True, redirect_stdout=False
         )
 
     def ended(self, job: Job, ledger: Ledger) -> None:
         done = ledger.count("finished", "failed", "lost")
         self.note(f"[{done}/{len(ledger.jobs)}] {job.name}: {job.outcome}")
+
+
+def picture(ledger: Ledger) -> str:
+    """What runs, and how far it is."""
+    running = [job.name for job in ledger.jobs if job.state == "running"]
+    return printable("\n".join([*(f"{name}  {_progress(ledger.folder / name)}" for name in running), ledger.counts]))
+
+
+def _progress(folder: Path) -> str:
+    """Where a run is, by the last event that says so."""
+    for event in reversed(events_in(folder)):
+        if event["event"] == "epoch":
+            return f"task {event['task'] + 1}  stage {event['stage']}  epoch {event['epoch'] + 1}  loss {event['loss']:.3f}"
+        if event["event"] == "task":
+            return f"task {event['task'] + 1} done  seen {percent(event['seen'])} %"
+    return "begins"

@@ -1,4 +1,4 @@
-"""The runs of a sweep: named after what varies, and checked before the first of them begins."""
+"""The runs of a sweep: named after what varies, checked before the first of them begins, and found where they are already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ import torch
 from pydantic import BaseModel
 
 from cairn.config import with_settings
-from cairn.errors import CairnError, ConfigError, ResultError
+from cairn.errors import CairnError, ConfigError
 from cairn.experiment.config_file import checked
 from cairn.experiment.folder import CALL, RESULT, read_call, read_result
 from cairn.experiment.inputs import Prepared, prepared
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call, usual_step
 from cairn.methods.catalogue import method_named
-from cairn.sweep.file import Choice, Range, SweepFile
+from cairn.sweep.file import SETTING, Choice, Range, SweepFile, shown
 
 NAME = 120
 """Longest name of a folder."""
 
 CORNERS = 256
-"""Combinations of a search's choices that are tried before it begins."""
+"""Combinations of a search's values that are tried before it begins."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Point:
     varies: dict[str, str]
     config: RunConfig
     seeds: tuple[int, ...]
-    choices: tuple[Choice, ...] = ()
+    choice: Choice
 
     def runs(self) -> list[tuple[str, RunConfig]]:
         """Folder, below the sweep's, and config of each."""
@@ -48,29 +48,25 @@ class Point:
 def points_of(file: SweepFile) -> list[Point]:
     """The product of the grid's axes; without a grid a single point. Raises ConfigError for a value that does not fit."""
     found: dict[str, Point] = {}
-    for choices in itertools.product(*file.grid):
-        point = point_with(file, choices)
+    for choices in itertools.product(*file.axes):
+        point = point_with(file, {key: value for choice in choices for key, value in choice.items()})
         found.setdefault(point.name, point)
     return list(found.values())
 
 
-def point_with(file: SweepFile, choices: Sequence[Choice], name: str = "") -> Point:
-    options = {key: value for key, value in file.base.options.items() if key not in ("out", "seed")}
-    settings, varies = dict(file.settings), {}
-    for choice in choices:
-        options |= choice.options
-        settings |= choice.settings
-        varies |= choice.shown
-    options.setdefault("method", file.methods[0])
-    options.setdefault("step", usual_step(str(options.get("data", "shapes"))))
+def point_with(file: SweepFile, choice: Choice, name: str = "") -> Point:
+    values, seeds = file.shared | choice, file.seeds or (file.seed,)
+    values.setdefault("method", file.methods[0])
+    values.setdefault("step", usual_step(str(values.get("data", "shapes"))))
     # What has parts comes before its parts: a choice is made before what was chosen is changed
-    ordered = sorted(settings.items(), key=lambda item: item[0].count("."))
-    options["settings"] = dict(ordered)
-    config = checked(RunConfig, {**options, "seed": file.seeds[0]}, f"sweep file '{file.path}'")
+    settings = sorted((key for key in values if key.startswith(SETTING)), key=lambda key: key.count("."))
+    ordered = {key.removeprefix(SETTING): values.pop(key) for key in settings}
+    call = {**values, "settings": ordered, "seed": seeds[0]}
+    config, varies = checked(RunConfig, call, file.where), shown(choice)
     if not name:
         chosen_later = file.search is not None and "method" in file.search.space
         name = folder_name("search" if chosen_later else config.method, varies)
-    return Point(name, varies, config, file.seeds, tuple(choices))
+    return Point(name, varies, config, seeds, choice)
 
 
 def folder_name(first: str, varies: Mapping[str, str]) -> str:
@@ -85,15 +81,11 @@ def folder_name(first: str, varies: Mapping[str, str]) -> str:
 
 
 def corners(space: Mapping[str, Range]) -> Iterator[dict[str, Any]]:
-    """Values for every key: all combinations of choices (the first CORNERS of them) with the lower and the upper ends."""
-    choices = {key: one.choices for key, one in space.items() if one.choices is not None}
-    ranges = {key: one for key, one in space.items() if one.choices is None}
-    for picked in itertools.islice(itertools.product(*choices.values()), CORNERS):
-        for ends in ({key: one.low for key, one in ranges.items()}, {key: one.high for key, one in ranges.items()}):
-            values = dict(zip(choices, picked, strict=True)) | ends
-            yield {key: values[key] for key in space}
-            if not ranges:
-                break
+    """The lower and the upper ends of ranges, with all combinations of choices: the first CORNERS of them."""
+    choices = [key for key, one in space.items() if one.choices is not None]
+    for values in itertools.islice(itertools.product(*(space[key].choices or () for key in choices)), CORNERS):
+        for end in ("low", "high"):
+            yield {key: getattr(one, end) for key, one in space.items()} | dict(zip(choices, values, strict=True))
 
 
 class Checks:
@@ -101,87 +93,57 @@ class Checks:
 
     def __init__(self) -> None:
         self._opened: dict[str, Prepared] = {}
-        self._settings: dict[tuple[str, str, str], BaseModel] = {}
+        self._settings: dict[str, BaseModel] = {}
 
     def settings(self, config: RunConfig, name: str) -> BaseModel:
         """Every setting of the run's method. Raises ConfigError, naming the run, for whatever it would refuse."""
-        shared = config.model_copy(update={"method": "zero-shot", "settings": {}, "seed": 0}).model_dump_json()
-        key = (shared, config.method, json.dumps(config.settings))
-        if key not in self._settings:
+        run = config.model_copy(update={"seed": 0}).model_dump_json()
+        if run not in self._settings:
             try:
-                entry = method_named(config.method)
-                _require_device(config.device)
-                if shared not in self._opened:
-                    # On the CPU: the machine that plans need not have an accelerator
-                    self._opened[shared] = prepared(config.model_copy(update={"device": "cpu"}))
-                towers = self._opened[shared].towers
-                settings = with_settings(entry.default_config(towers), config.settings)
-                entry.build(towers, settings, seed=config.seed)
+                self._settings[run] = self._checked(config)
             except CairnError as error:
                 raise ConfigError(f"run '{name}': {error}") from None
-            self._settings[key] = settings
-        return self._settings[key]
+        return self._settings[run]
 
-    def identity(self, config: RunConfig, name: str) -> str:
-        """Equal for runs whose every setting is equal, however they were written."""
-        return _identity(config, self.settings(config, name).model_dump(mode="json"))
+    def _checked(self, config: RunConfig) -> BaseModel:
+        entry = method_named(config.method)
+        try:  # whether it is there shows where the run is
+            torch.device("cpu" if config.device == "auto" else config.device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device '{config.device}': {reason}; try auto or cpu") from None
+        # On the CPU: the machine that plans need not have an accelerator
+        data = config.model_copy(update={"method": "zero-shot", "settings": {}, "seed": 0, "device": "cpu"})
+        key = data.model_dump_json()
+        if key not in self._opened:
+            self._opened[key] = prepared(data)
+        towers = self._opened[key].towers
+        settings = with_settings(entry.default_config(towers), config.settings)
+        entry.build(towers, settings, seed=config.seed)
+        return settings
 
     def forget_data(self) -> None:
         self._opened.clear()
 
 
-def _require_device(name: str) -> None:
-    """Raises ConfigError for a device that torch does not know; whether it is there shows where the run is."""
-    try:
-        torch.device("cpu" if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"device '{name}': {str(error).splitlines()[0]}; try auto or cpu") from None
+def identities(config: RunConfig, settings: Mapping[str, Any]) -> tuple[str, str]:
+    """A run as it was called, and with every setting that it then has: equal for equal runs, however they were written."""
+    call = comparable_call(config.model_dump(mode="json"))
+    return json.dumps(call, sort_keys=True), json.dumps(call | {"settings": settings}, sort_keys=True)
 
 
-def _identity(config: RunConfig, settings: Mapping[str, Any]) -> str:
-    call = comparable_call(config.model_dump(mode="json", exclude={"settings"}))
-    return json.dumps([call, settings], sort_keys=True)
-
-
-def _call(config: RunConfig) -> str:
-    return json.dumps(comparable_call(config.model_dump(mode="json")), sort_keys=True)
-
-
-class Stored:
-    """Runs that are below a folder already, finished or not. Raises ResultError for one that cannot be read."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._names: dict[str, str] = {}
-        self._configs: dict[str, RunConfig] = {}
-        self.results: dict[str, RunResult] = {}
-        for path in sorted(folder.rglob(RESULT)):
-            result = read_result(path)
-            name = self._keep(path, result.run, _identity(result.run, result.config))
-            self.results[name] = result
-        for path in sorted(folder.rglob(CALL)):
-            call = read_call(path.parent)
-            if call.seeds is None:
-                self._keep(path, call.run)
-
-    def _keep(self, path: Path, config: RunConfig, *keys: str) -> str:
-        name = path.parent.relative_to(self._folder).as_posix()
-        self._configs.setdefault(name, config)
-        for key in (_call(config), *keys):
-            self._names.setdefault(key, name)
-        return name
-
-    def name(self, name: str, config: RunConfig, identity: str) -> str:
-        """The folder of the run as it is there, maybe another one: a sweep that varies more names its folders otherwise.
-
-        Raises ResultError if its folder holds another run.
-        """
-        found = self._names.get(_call(config)) or self._names.get(identity)
-        if found is None and name in self._configs:
-            ours, theirs = (comparable_call(one.model_dump()) for one in (config, self._configs[name]))
-            key = next((key for key in ours if ours[key] != theirs[key]), "settings")
-            raise ResultError(
-                f"'{self._folder / name}' holds another run ({key} {theirs[key]}, not {ours[key]}): what all runs share has "
-                "changed; give another --out"
-            )
-        return found or name
+def stored_runs(folder: Path) -> tuple[dict[str, str], dict[str, RunResult]]:
+    """Names of the runs that are below a folder by their identities, and results by name. An older sweep that varied less has
+    named its folders otherwise. Raises ResultError for one that cannot be read."""
+    names: dict[str, str] = {}
+    results: dict[str, RunResult] = {}
+    for path in sorted(folder.rglob(RESULT)):
+        name = path.parent.relative_to(folder).as_posix()
+        results[name] = result = read_result(path)
+        for key in identities(result.run, result.config):
+            names.setdefault(key, name)
+    for path in sorted(folder.rglob(CALL)):
+        call = read_call(path.parent)
+        if call.seeds is None:
+            names.setdefault(identities(call.run, {})[0], path.parent.relative_to(folder).as_posix())
+    return names, results

@@ -12,11 +12,12 @@ from typing import Any
 
 from cairn.errors import GOES_ON, CairnError, ConfigError, Interrupted, counted
 from cairn.experiment.config_file import RunFile, run_file_text
-from cairn.experiment.folder import Call, Lock, events_in
+from cairn.experiment.folder import Call, RunFolder, events_in, locked
+from cairn.experiment.schema import RunConfig
 from cairn.storage.files import make_folder, open_append, write_chunks
 from cairn.sweep.file import Resources, SweepFile
 from cairn.sweep.ledger import Job, Ledger, View
-from cairn.sweep.plan import Checks, Point, Stored, corners, point_with, points_of
+from cairn.sweep.plan import Checks, Point, corners, identities, point_with, points_of, stored_runs
 from cairn.sweep.search import Study, Trial, chosen, optuna_module, require_held_out
 from cairn.sweep.worker import Outcome, attempt, attempt_in_ray, attempts_in, figures, reason_of
 from cairn.training.checkpoint import Checkpoint, stopped_by_signals
@@ -67,16 +68,16 @@ class OnRay:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if gpus is None:
             gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
-        asked = {"CPU": resources.cpus, "GPU": gpus, "memory": int(resources.memory or 0)}
-        self._needs = {key: amount for key, amount in asked.items() if amount}
+        memory = int(resources.memory or 0)
+        self._needs = {key: n for key, n in (("CPU", resources.cpus), ("GPU", gpus), ("memory", memory)) if n}
         if not any(all(node.get(key, 0) >= amount for key, amount in self._needs.items()) for node in nodes):
-            words = zip(("cpus", "gpus", "memory"), asked.values(), strict=True)
-            shown = ", ".join(f"{word} {amount:g}" for word, amount in words if amount)
-            raise ConfigError(f"{shown}: no node has that much; ask for less")
-        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "max_retries": resources.attempts - 1}
-        self._task = ray.remote(**options, memory=asked["memory"] or None)(attempt_in_ray)
+            words = {"CPU": "cpus", "GPU": "gpus", "memory": "memory"}
+            asked = ", ".join(f"{words[key]} {amount:g}" for key, amount in self._needs.items())
+            raise ConfigError(f"{asked}: no node has that much; ask for less")
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "memory": memory or None}
+        self._task = ray.remote(**options, max_retries=resources.attempts - 1)(attempt_in_ray)
         self._cpus, self._parallel = resources.cpus, resources.parallel
-        self._running: dict[Future[Outcome], Any] = {}
+        self._begun: list[Any] = []
 
     def slots(self) -> int:
         """Runs at once: grows and shrinks with the cluster. One at least, since a node may come back."""
@@ -85,15 +86,12 @@ class OnRay:
         return max(1, min(room, self._parallel or room))
 
     def submit(self, path: Path, call: dict[str, Any]) -> Future[Outcome]:
-        reference = self._task.remote(path, call, os.getcwd(), self._cpus, "GPU" in self._needs)
-        ended: Future[Outcome] = reference.future()
-        self._running[ended] = reference
-        ended.add_done_callback(lambda future: self._running.pop(future, None))
-        return ended
+        self._begun.append(self._task.remote(path, call, os.getcwd(), self._cpus, "GPU" in self._needs))
+        return self._begun[-1].future()
 
     def cancel(self) -> None:
         """Ask every run to keep its state and end."""
-        for reference in list(self._running.values()):
+        for reference in self._begun:
             self._ray.cancel(reference)
 
 
@@ -113,36 +111,31 @@ class Sweep:
 
     def __init__(self, file: SweepFile, folder: Path, view: View | None = None):
         self.file, self.folder, self.view, self.stop = file, folder, view or View(), Stop()
-        resources = file.resources.model_dump(mode="json")
-        search = None if file.search is None else file.search.model_dump(mode="json")
-        self.ledger = Ledger(folder, {"file": file.path.name, "resources": resources, "search": search})
+        resources = file.model_dump(mode="json", include=set(Resources.model_fields))
+        search = file.model_dump(mode="json", include={"search"})
+        self.ledger = Ledger(folder, {"file": file.path.name, "resources": resources, **search})
         self.same = 0
         """Combinations that are the same run as another."""
         self._checks = Checks()
         self._by_run: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._trials: list[tuple[Study, Trial, list[Job]]] = []
-        self._metric = "average" if file.search is None else file.search.metric
 
     def plan(self) -> list[Point]:
         """Every point of the grid; the ledger then holds their runs, but those of a search. Raises a CairnError for the first
         run, or corner of a search, that would be refused."""
         points, file = points_of(self.file), self.file
+        self._names, self._results = stored_runs(self.folder)
         if file.search is None:
             for point in points:
-                self._checks.settings(point.config, point.name)
-        else:
-            require_held_out(points)
-            for point in points:
-                for values in corners(file.search.space):
-                    trial = point_with(file, (*point.choices, chosen(values)), point.name)
-                    shown = ", ".join(f"{key}={value}" for key, value in values.items())
-                    self._checks.settings(trial.config, f"{point.name} with {shown}")
-        self._stored = Stored(self.folder)
-        for point in points if file.search is None else ():
-            self._add(point)
-        if file.search is None:
+                self._add(point)
             self._checks.forget_data()
+            return points
+        require_held_out(points)
+        for point in points:
+            for values in corners(file.search.space):
+                trial = point_with(file, point.choice | chosen(values), point.name)
+                shown = ", ".join(f"{key}={value}" for key, value in values.items())
+                self._checks.settings(trial.config, f"{point.name} with {shown}")
         return points
 
     def run(self, make_pool: Callable[[Stop], Serial | OnRay] = Serial) -> Ledger:
@@ -151,10 +144,12 @@ class Sweep:
         if self.file.search is not None:
             optuna_module()
         points = self.plan()
-        with self._folder_locked():
+        with locked(self.folder):
             studies = [] if self.file.search is None else [Study(self.folder, self.file, point) for point in points]
             for study in studies:
-                self._resume(study)
+                for trial in study.trials():
+                    self._take_up(study, trial)
+                self._tell(study)
             if self._waiting or any(study.left for study in studies):
                 pool = make_pool(self.stop)
                 said = _said_to(self.folder / "ray.log") if isinstance(pool, OnRay) else nullcontext()
@@ -165,41 +160,41 @@ class Sweep:
                 self._conclude(study)
             left = self.stop.number or self.ledger.count("waiting", "running")
             self.ledger.write("stopped" if left else "finished")
-            self.ledger.write_tables()
+            self.ledger.write_table()
         if self.stop.number:
             raise Interrupted(self.stop.number, GOES_ON)
         return self.ledger
 
-    @contextmanager
-    def _folder_locked(self) -> Iterator[None]:
-        make_folder(self.folder)
-        lock = Lock(self.folder).take()
-        try:
-            yield
-        finally:
-            lock.release()
-            with suppress(OSError):  # nothing was begun, so nothing is left
-                self.folder.rmdir()
-
     def _add(self, point: Point) -> list[Job]:
         """A job for every seed of a point. A run that another point has already is that one's."""
-        jobs = []
+        jobs, settings = [], self._checks.settings(point.config, point.name).model_dump(mode="json")
         for name, config in point.runs():
-            same = self._checks.identity(config, name)
+            called, same = identities(config, settings)
             if same in self._by_run:
                 self.same += 1
             else:
-                name = self._stored.name(name, config, same)
-                job = self._by_run[same] = Job(name, config, point, attempts=self._attempts(name))
-                if (result := self._stored.results.get(name)) is not None:
+                found = self._names.get(called) or self._names.get(same)
+                if found is None:
+                    self._require_unused(name, config)
+                job = self._by_run[same] = Job(found or name, config, point)
+                self.ledger.jobs.append(job)
+                job.attempts = attempts_in(self.folder / job.name)
+                if (result := self._results.get(job.name)) is not None:
                     job.state, job.figures = "finished", figures(result)
                 else:
                     self._waiting.append(job)
-                self.ledger.jobs.append(job)
             jobs.append(self._by_run[same])
         return jobs
 
-    def _loop(self, pool: Serial | OnRay, study: Study | None = None) -> None:
+    def _require_unused(self, name: str, config: RunConfig) -> None:
+        """Raises ResultError for the folder of another run."""
+        folder = RunFolder(self.folder / name, self._call(config))
+        folder.finished("what all runs share has changed; give another --out")
+
+    def _call(self, config: RunConfig) -> Call:
+        return Call(run=config, cache=self.file.cache, checkpoint_seconds=self.file.checkpoint_seconds)
+
+    def _loop(self, pool: Serial | OnRay, study: Study | None) -> None:
         """Every run that waits, and those that a search asks for."""
         going: dict[Future[Outcome], Job] = {}
         cancelled = False
@@ -207,90 +202,78 @@ class Sweep:
             while not self.stop.number and len(going) < pool.slots() and (job := self._next(study)) is not None:
                 job.state, job.reason = "running", None
                 self.ledger.write("running")
-                going[pool.submit((self.folder / job.name).resolve(), self._call(job))] = job
+                path, call = (self.folder / job.name).resolve(), self._call(job.config).model_dump(mode="json")
+                going[pool.submit(path, call)] = job
             if not going:
                 return
             if self.stop.number and not cancelled:
-                cancelled = True
-                self.view.note(
-                    f"stopping, once {counted(len(going), 'run')} kept the state (once more to stop at once)"
-                )
+                cancelled, runs = True, counted(len(going), "run")
+                self.view.note(f"stopping, once {runs} kept the state (once more to stop at once)")
                 pool.cancel()
             for ended in wait(going, timeout=1, return_when=FIRST_COMPLETED).done:
                 self._settle(going.pop(ended), outcome_of(ended))
-                self._tell()
+                if study is not None:
+                    self._tell(study)
                 self.ledger.write("running")
 
     def _next(self, study: Study | None) -> Job | None:
-        while study is not None and not self._waiting and (trial := study.ask()) is not None:
-            self._begin(study, trial)
-            self._tell()
+        while study is not None and not self._waiting and study.left:
+            self._take_up(study, study.ask())
+            self._tell(study)
         return self._waiting.popleft() if self._waiting else None
 
-    def _call(self, job: Job) -> dict[str, Any]:
-        resources = self.file.resources
-        call = Call(run=job.config, cache=resources.cache, checkpoint_seconds=resources.checkpoint_seconds)
-        return call.model_dump(mode="json")
-
     def _settle(self, job: Job, outcome: Outcome) -> None:
-        job.reason, job.figures, job.attempts = outcome.reason, outcome.figures, self._attempts(job.name)
+        job.reason, job.figures, job.attempts = outcome.reason, outcome.figures, attempts_in(self.folder / job.name)
         if outcome.state != "stopped":
             job.state = outcome.state
+        elif self.stop.number:
+            job.state = "waiting"
+            return
         else:
-            job.state, job.reason = ("waiting", None) if self.stop.number else ("lost", "its worker was told to stop")
+            job.state, job.reason = "lost", "its worker was told to stop"
         if job.state == "lost":
             job.reason = f"{job.reason}; {job.attempts} attempts were made"
-        if job.state != "waiting":
-            self.view.ended(job, self.ledger)
+        self.view.ended(job, self.ledger)
 
-    def _attempts(self, name: str) -> int:
-        return attempts_in(events_in(self.folder / name))
+    # searching
 
-    # --- searching ----------------------------------------------------------------------------------------------------
-
-    def _resume(self, study: Study) -> None:
-        """Trials of an earlier call: those that were told are shown, those that were not are gone on with."""
-        for trial in study.trials("COMPLETE"):
-            self._add(trial.point)
-        for trial in study.trials("FAIL"):
-            for job in self._add(trial.point):
+    def _take_up(self, study: Study, trial: Trial) -> None:
+        """The runs of a trial, a new one or one of an earlier call. One that has failed is not tried again."""
+        try:
+            jobs = self._add(trial.point)
+        except ConfigError:  # a combination between corners that were good
+            jobs = []
+        if trial.state == "RUNNING":
+            study.going[trial.number] = jobs
+        elif trial.state == "FAIL":
+            for job in jobs:
                 if job.state == "waiting":
                     texts = [event["text"] for event in events_in(self.folder / job.name) if event["event"] == "error"]
                     job.state, job.reason = "failed", texts[-1] if texts else None
                     self._waiting.remove(job)
-        for trial in study.trials("RUNNING"):
-            self._begin(study, trial)
-        self._tell()
 
-    def _begin(self, study: Study, trial: Trial) -> None:
-        try:
-            self._trials.append((study, trial, self._add(trial.point)))
-        except ConfigError:  # a combination between corners that were good
-            study.tell(trial.number, None)
-
-    def _tell(self) -> None:
+    def _tell(self, study: Study) -> None:
         """Trials whose runs have all ended."""
-        for study, trial, jobs in list(self._trials):
+        for number, jobs in list(study.going.items()):
             if all(job.state in ("finished", "failed") for job in jobs):
-                values = [job.figures[self._metric] for job in jobs if job.figures]
-                study.tell(trial.number, sum(values) / len(values) if len(values) == len(jobs) else None)
-                self._trials.remove((study, trial, jobs))
+                values = [job.figures[study.search.metric] for job in jobs if job.figures]
+                study.tell(number, sum(values) / len(values) if values and len(values) == len(jobs) else None)
 
     def _conclude(self, study: Study) -> None:
         """The run file of the best trial."""
-        told = [(trial.value, trial) for trial in study.trials("COMPLETE") if trial.value is not None]
+        told = [trial for trial in study.trials() if trial.value is not None]
         if not told:
             return
-        value, best = max(told, key=lambda pair: pair[0])
-        place = Path(study.point.name) / BEST
-        about = {"trial": best.point.name, "metric": self._metric, "value": value, "trials": len(told)}
+        best = max(told, key=lambda trial: trial.value or 0.0)
+        place, metric = Path(study.point.name) / BEST, study.search.metric
+        about = {"trial": best.point.name, "metric": metric, "value": best.value, "trials": len(told)}
         self.ledger.best.append({**about, "varies": best.point.varies, "file": place.as_posix()})
         values = best.point.config.model_dump(exclude={"validation", "seed"}, exclude_none=True)
         file = RunFile.model_validate(values | {"seeds": best.point.seeds})
-        title = f"the best of {counted(len(told), 'trial')} by {self._metric}, {100 * value:.2f} %"
-        file_text = run_file_text(file, f"{title} on images held out of training; not tested yet")
-        make_folder(self.folder / study.point.name)
-        write_chunks(self.folder / place, [file_text.encode()])
+        title = f"the best of {counted(len(told), 'trial')} by {metric}, {100 * (best.value or 0.0):.2f} %"
+        text = run_file_text(file, f"{title} on images held out of training; not tested yet")
+        make_folder((self.folder / place).parent)
+        write_chunks(self.folder / place, [text.encode()])
 
 
 @contextmanager

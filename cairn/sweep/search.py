@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from cairn.errors import ConfigError, ResultError
-from cairn.experiment.config_file import toml_value
 from cairn.storage.distribution import extra_remedy
-from cairn.sweep.file import SEARCHED, Choice, Range, SweepFile
+from cairn.sweep.file import Choice, Range, SweepFile, option_or_setting, shown
+from cairn.sweep.ledger import Job
 from cairn.sweep.plan import Point, folder_name, point_with
 
 JOURNAL = "search.journal"
@@ -21,7 +20,8 @@ JOURNAL = "search.journal"
 class Trial(NamedTuple):
     number: int
     point: Point
-    value: float | None = None
+    state: Literal["RUNNING", "COMPLETE", "FAIL"]
+    value: float | None
 
 
 def optuna_module() -> Any:
@@ -44,9 +44,8 @@ def require_held_out(points: list[Point]) -> None:
             )
 
 
-def chosen(params: Mapping[str, Any]) -> Choice:
-    options = {key: value for key, value in params.items() if key in SEARCHED}
-    return Choice(options, {key: toml_value(value) for key, value in params.items() if key not in SEARCHED})
+def chosen(params: dict[str, Any]) -> Choice:
+    return {key: value for path, param in params.items() for key, value in option_or_setting(path, param).items()}
 
 
 class Study:
@@ -55,10 +54,11 @@ class Study:
     def __init__(self, folder: Path, file: SweepFile, point: Point):
         """Goes on with what `folder` holds of it. Raises ResultError if that was another search."""
         assert file.search is not None
-        self._optuna, self._file, self.point, self._search = optuna_module(), file, point, file.search
-        self._distributions = {key: self._distribution(one) for key, one in self._search.space.items()}
-        path = folder / JOURNAL
-        journal = self._optuna.storages.journal
+        self._optuna, self._file, self.point, self.search = optuna_module(), file, point, file.search
+        self._distributions = {key: self._distribution(one) for key, one in file.search.space.items()}
+        self.going: dict[int, list[Job]] = {}
+        """Runs of the trials that are to be told."""
+        path, journal = folder / JOURNAL, self._optuna.storages.journal
         try:
             storage = journal.JournalStorage(journal.JournalFileBackend(str(path)))
             self._study = self._optuna.create_study(
@@ -67,59 +67,55 @@ class Study:
         except (OSError, ValueError, KeyError) as error:
             raise ResultError(f"'{path}': cannot be continued ({error}); give another --out") from None
         run = point.config.model_dump(mode="json", exclude={"seed"})
-        search = self._search.model_dump(mode="json", exclude={"trials"})
-        asked = json.loads(json.dumps({"run": run, "seeds": list(point.seeds), **search}))
+        search = file.search.model_dump(mode="json", exclude={"trials"})
+        asked = json.loads(json.dumps({"run": run, "seeds": point.seeds, **search}))
         held = self._study.user_attrs.get("asked")
         if held is None:
-            self._study.set_user_attr("asked", asked)
-        elif held != asked:
-            key = next(key for key in asked if held.get(key) != asked[key])
+            self._study.set_user_attr("asked", held := asked)
+        if changed := [key for key in asked if held.get(key) != asked[key]]:
             raise ResultError(
-                f"'{path}': the search '{point.name}' was begun with another {key}; only trials may change, give another --out"
+                f"'{path}': the search '{point.name}' was begun with another {changed[0]}; only trials may change, give another "
+                "--out"
             )
 
     @property
     def left(self) -> int:
         """Trials that are still to be asked for."""
-        return max(0, self._search.trials - len(self._study.get_trials(deepcopy=False)))
+        return max(0, self.search.trials - len(self._study.get_trials(deepcopy=False)))
 
-    def ask(self) -> Trial | None:
-        """The next trial; None if there were all that the file asks for.
-
-        Its sampler is seeded by its number: a search that was cut off asks for what it would have asked for.
-        """
-        if not self.left:
-            return None
+    def ask(self) -> Trial:
+        """The next trial. Its sampler is seeded by its number: a search that was cut off asks for what it would have asked for."""
         number = len(self._study.get_trials(deepcopy=False))
-        seed = int(np.random.SeedSequence([self._search.seed, number]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.search.seed, number]).generate_state(1)[0])
         samplers = self._optuna.samplers
-        if self._search.sampler == "random":
-            self._study.sampler = samplers.RandomSampler(seed)
-        else:
-            self._study.sampler = samplers.TPESampler(seed=seed, constant_liar=True)
-        return self._trial(self._study.ask(fixed_distributions=self._distributions))
+        random = self.search.sampler == "random"
+        self._study.sampler = (
+            samplers.RandomSampler(seed) if random else samplers.TPESampler(seed=seed, constant_liar=True)
+        )
+        return self._trial(self._study.ask(fixed_distributions=self._distributions), "RUNNING")
 
     def tell(self, number: int, value: float | None) -> None:
         """The metric of a trial; None if it failed."""
+        self.going.pop(number, None)
         states = self._optuna.trial.TrialState
         self._study.tell(number, value, state=states.FAIL if value is None else states.COMPLETE)
 
-    def trials(self, state: Literal["RUNNING", "COMPLETE", "FAIL"]) -> list[Trial]:
-        """Those of earlier calls too. One that was cut off while it was asked for is told as failed."""
-        found = self._study.get_trials(deepcopy=False, states=[self._optuna.trial.TrialState[state]])
-        whole = [trial for trial in found if trial.params.keys() == self._distributions.keys()]
-        if state == "RUNNING":
-            for trial in found:
-                if trial not in whole:
-                    self.tell(trial.number, None)
-        return [self._trial(trial, trial.value) for trial in whole]
+    def trials(self) -> list[Trial]:
+        """Those of earlier calls. One that was cut off while it was asked for is told as failed."""
+        whole = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.params.keys() == self._distributions.keys():
+                whole.append(self._trial(trial, trial.state.name, trial.value))
+            elif not trial.state.is_finished():
+                self.tell(trial.number, None)
+        return whole
 
-    def _trial(self, trial: Any, value: float | None = None) -> Trial:
+    def _trial(self, trial: Any, state: Any, value: float | None = None) -> Trial:
         choice = chosen({key: trial.params[key] for key in self._distributions})
-        shown = {key: _short(value) for key, value in choice.shown.items()}
-        first = ",".join([f"trial-{trial.number:03d}", *([shown["method"]] if "method" in shown else [])])
-        name = f"{self.point.name}/{folder_name(first, shown)}"
-        return Trial(trial.number, point_with(self._file, (*self.point.choices, choice), name), value)
+        texts = {key: _short(text) for key, text in shown(choice).items()}
+        first = ",".join([f"trial-{trial.number:03d}", *([texts["method"]] if "method" in texts else [])])
+        name = f"{self.point.name}/{folder_name(first, texts)}"
+        return Trial(trial.number, point_with(self._file, self.point.choice | choice, name), state, value)
 
     def _distribution(self, one: Range) -> Any:
         kinds = self._optuna.distributions

@@ -9,9 +9,8 @@ import os
 import socket
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cairn.errors import CairnError, Interrupted, one_line
 
@@ -26,8 +25,7 @@ PATIENCE = 60.0
 FIGURES = ("average", "last", "forgetting", "bwt", "seconds", "memory_bytes", "resumed")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an attempt at a run ended. `stopped`: it was asked to, and kept its state; `lost`: its worker is gone."""
 
     state: Literal["finished", "failed", "stopped", "lost"]
@@ -41,18 +39,13 @@ def figures(result: RunResult) -> dict[str, Any]:
 
 def attempt(path: Path, call: dict[str, Any], checkpoint: Checkpoint) -> Outcome:
     """Begin the run of a folder, or go on with it. `call` is what stands in `call.json`. Errors are reported, not raised."""
-    from cairn.experiment.folder import Call, Lock, RunFolder
-    from cairn.storage.files import make_folder
+    from cairn.experiment.folder import Call, RunFolder, locked
 
     try:
-        make_folder(path)
         # Held before one looks whether the run is finished: a second attempt finds what the first has done
-        lock = Lock(path).take(PATIENCE)
-        try:
+        with locked(path, PATIENCE) as lock:
             folder = RunFolder(path, Call.model_validate(call), lock)
             return Outcome("finished", figures=figures(folder.finished() or _run(folder, checkpoint)))
-        finally:
-            lock.release()
     except Interrupted:
         return Outcome("stopped")
     except Exception as error:  # also a fault of the method's code: it ends this run and no other
@@ -61,11 +54,10 @@ def attempt(path: Path, call: dict[str, Any], checkpoint: Checkpoint) -> Outcome
 
 def _run(folder: RunFolder, checkpoint: Checkpoint) -> RunResult:
     from cairn.data.feature_store import FeatureStore
-    from cairn.experiment.folder import events_in
     from cairn.experiment.run import run_stream
     from cairn.training.log import Log
 
-    number = attempts_in(events_in(folder.path)) + 1
+    number = attempts_in(folder.path) + 1
     folder.open()
     try:
         folder.keep({"event": "attempt", "number": number, "host": socket.gethostname(), "process": os.getpid()})
@@ -83,9 +75,11 @@ def _run(folder: RunFolder, checkpoint: Checkpoint) -> RunResult:
     return result
 
 
-def attempts_in(events: list[dict[str, Any]]) -> int:
-    """How often a run was begun, by its events."""
-    return max((event["number"] for event in events if event["event"] == "attempt"), default=0)
+def attempts_in(folder: Path) -> int:
+    """How often the run of a folder was begun."""
+    from cairn.experiment.folder import events_in
+
+    return max((event["number"] for event in events_in(folder) if event["event"] == "attempt"), default=0)
 
 
 def reason_of(error: BaseException) -> str:
@@ -109,9 +103,8 @@ def attempt_in_ray(path: Path, call: dict[str, Any], directory: str, cpus: int, 
     from cairn.training.checkpoint import Checkpoint, stopped_by_signals
 
     torch.set_num_threads(cpus)
-    with suppress(
-        OSError
-    ):  # a worker carries out many runs: each reports its own peak of memory, where Linux can forget it
+    # A worker carries out many runs: each reports its own peak of memory, where Linux can forget it
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     checkpoint = Checkpoint(call["checkpoint_seconds"])
     with stopped_by_signals(checkpoint):

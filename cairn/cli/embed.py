@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli.run import BadImages, Data, LimitTest, LimitTrain, Precision, Preprocess, Revision, Template, checked
+from cairn.cli.run import (
+    BadImages,
+    Data,
+    LimitTest,
+    LimitTrain,
+    Precision,
+    Preprocess,
+    Revision,
+    Template,
+    checked,
+    of_fields,
+)
 from cairn.errors import counted
 from cairn.reports.console import Console
 from cairn.training.distributed import ALONE
@@ -68,22 +79,7 @@ def embed(
     from cairn.training.checkpoint import stopped_by_signals
     from cairn.training.context import Checkpoint, Log
 
-    config = checked(
-        EmbedConfig,
-        data=data,
-        towers=towers,
-        limit_train=limit_train,
-        limit_test=limit_test,
-        device=device,
-        precision=precision,
-        preprocess=preprocess,
-        template=template,
-        revision=revision,
-        on_bad_image=on_bad_image,
-        dtype=dtype,
-        batch=batch,
-        shard_rows=shard_rows,
-    )
+    config = checked(EmbedConfig, **of_fields(context, EmbedConfig))
     world = context.obj or ALONE
     console, checkpoint = _Console(), Checkpoint()
     with stopped_by_signals(checkpoint), console.live():

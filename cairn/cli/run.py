@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from cairn.errors import ConfigError, Interrupted, printable
 from cairn.reports.console import Console
 from cairn.training.distributed import ALONE, World
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
@@ -153,32 +156,9 @@ def run(
     source = context.get_parameter_source("seed")
     if several is None and (source is None or source.name != "COMMANDLINE"):
         several = asked.seeds
-    config = checked(
-        RunConfig,
-        method=entry.name,
-        data=data,
-        towers=towers,
-        base=base,
-        step=step,
-        order=order,
-        seed=several[0] if several else seed,
-        settings=merged(asked.settings, parsed(set_ or ())),
-        limit_train=limit_train,
-        limit_test=limit_test,
-        validation=validation,
-        imbalance=imbalance,
-        stream=checked_stream(stream),
-        chunk=chunk,
-        blurry=blurry,
-        labelled=labelled,
-        unlabelled=unlabelled,
-        device=device,
-        precision=precision,
-        preprocess=preprocess,
-        template=template,
-        revision=revision,
-        on_bad_image=on_bad_image,
-    )
+    own = {"method": entry.name, "step": step, "seed": several[0] if several else seed}
+    own |= {"settings": merged(asked.settings, parsed(set_ or ())), "stream": checked_stream(stream)}
+    config = checked(RunConfig, **of_fields(context, RunConfig) | own)
     call = checked(
         Call,
         run=config,
@@ -206,6 +186,11 @@ def checked(kind: type[Settings], **values: Any) -> Settings:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{option} {problem['input']}: {reason_of(problem)}") from None
+
+
+def of_fields(context: typer.Context, kind: type[BaseModel]) -> dict[str, Any]:
+    """The options of a call that are fields of a schema, by their names."""
+    return {key: value for key, value in context.params.items() if key in kind.model_fields}
 
 
 def checked_bad_image(choice: str) -> Literal["stop", "skip"]:
@@ -362,6 +347,7 @@ def demo(
 
 
 def drift(
+    context: typer.Context,
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="as in `cairn run`")] = "auto",
     base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
@@ -390,21 +376,8 @@ def drift(
 
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"
-    config = checked(
-        RunConfig,
-        method="dmc-ot",
-        data=data,
-        towers=towers,
-        base=base,
-        step=usual_step(data) if step is None else step,
-        order=order,
-        settings=merged({}, parsed(set_ or ())),
-        limit_train=limit_train,
-        limit_test=limit_test,
-        validation=validation,
-        imbalance=imbalance,
-        on_bad_image=on_bad_image,
-    )
+    own = {"method": "dmc-ot", "step": usual_step(data) if step is None else step}
+    config = checked(RunConfig, **of_fields(context, RunConfig) | own | {"settings": merged({}, parsed(set_ or ()))})
     with console.live():
         log = Log(keep=console.event, show=console.progress)
         report = drift_report(config, [name.strip() for name in estimators.split(",")], seed_numbers(seeds), log)

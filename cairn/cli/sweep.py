@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli.run import checked
+from cairn.cli.run import checked, of_fields
 from cairn.errors import ConfigError, Interrupted, counted
 
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="a run file with lists of values in [grid], or a [search], or both")],
     out: Annotated[
         Path | None, typer.Option(help="the sweep's folder  [default: the file's out, else runs/FILE]")
@@ -51,26 +52,17 @@ def sweep(
     new."""
     if engine is Where.serial and address is not None:
         raise ConfigError(f"--address {address}: --engine serial runs here; leave one out")
-    given = {
-        "cpus": cpus,
-        "gpus": gpus,
-        "memory": memory,
-        "parallel": parallel,
-        "attempts": attempts,
-        "checkpoint_seconds": checkpoint_seconds,
-        "cache": cache,
-    }
     if dry_run or engine is Where.serial:
-        _sweep(file, out, given, None, dry_run)
+        _sweep(context, file, out, None, dry_run)
         return
     from cairn.training.ray_cluster import Cluster
 
     # Before anything heavy is imported: both take seconds, and can take the same ones
     with closing(Cluster(address, instead="--engine serial")) as cluster:
-        _sweep(file, out, given, cluster)
+        _sweep(context, file, out, cluster)
 
 
-def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dry_run: bool = False) -> None:
+def _sweep(context: typer.Context, file: Path, out: Path | None, cluster: Any, dry_run: bool = False) -> None:
     """On the cluster, or without one here."""
     from cairn.errors import one_line
     from cairn.sweep.file import Resources, read_sweep_file
@@ -78,7 +70,7 @@ def _sweep(file: Path, out: Path | None, given: dict[str, Any], cluster: Any, dr
     from cairn.sweep.runner import Serial, Sweep, problem
 
     read = read_sweep_file(file)
-    own = {key: value for key, value in given.items() if value is not None}
+    own = {key: value for key, value in of_fields(context, Resources).items() if value is not None}
     read = read.model_copy(update=checked(Resources, **own).model_dump(include=set(own)))
     folder, view = out or read.out or Path("runs") / file.stem, View()
     held = Sweep(read, folder, view)

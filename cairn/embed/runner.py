@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-from cairn.embed.plan import SPLITS, EmbedConfig, MadeAs, Plan, Shard, difference
-from cairn.embed.shards import Maker, Shards, planned
+from cairn.embed.plan import PLAN, SPLITS, EmbedConfig, MadeAs, Plan, Shard, difference, stored_plan
+from cairn.embed.shards import Embedding, planned
 from cairn.errors import GOES_ON, CairnError, ConfigError, DataError, ResultError, counted, first_line
-from cairn.experiment.folder import Lock
-from cairn.storage.files import make_folder
+from cairn.experiment.folder import locked
+from cairn.storage.files import write_json
 from cairn.storage.tensors import TensorFile
+from cairn.storage.versions import changes
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.distributed import ALONE, World
 from cairn.training.log import Log
@@ -66,16 +68,7 @@ def embed_dataset(
     something else, unless `overwrite`.
     """
     log, checkpoint = (log or Log()) if world.is_main else Log(), checkpoint or Checkpoint()
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out {out}: must end in .safetensors, by which `cairn run --data` knows it")
-    if workers < 1:
-        raise ConfigError(f"--workers {workers}: must be at least 1")
-    if workers > 1:
-        if world.world_size > 1:
-            raise ConfigError(
-                f"--workers {workers}: {counted(world.world_size, 'process')} started already; leave --workers out"
-            )
-        ray_module(INSTEAD)
+    _require_possible(out, workers, world)
     if not overwrite and (done := _finished(config, out)) is not None:
         return done
     if out.is_dir():
@@ -83,17 +76,18 @@ def embed_dataset(
     began = time.perf_counter()
     with ExitStack() as held:
         with world.connected(config.device):
-            maker, notices = planned(config, world.device)
-            plan, shards = maker.plan, Shards(maker.plan, out.with_name(f"{out.name}.parts"))
+            work, notices = planned(config, out.with_name(f"{out.name}.parts"), world.device)
+            plan = work.plan
             if len(set(world.all_gather(plan.key))) > 1:
                 raise DataError(
                     f"data '{config.data}': its images or the towers differ between processes; give all the same"
                 )
             if not overwrite:
-                shards.require_same_plan(log)
+                _require_same_plan(work, log)
             if world.is_main:
-                held.enter_context(_locked(shards))
-            missing = world.broadcast_from_main(shards.begin)
+                held.enter_context(locked(work.folder))
+                held.callback(_clear_nothing_made, work)
+            missing = world.broadcast_from_main(lambda: _begun(work))
             for text in notices:
                 log("notice", text=text)
             log(
@@ -106,19 +100,34 @@ def embed_dataset(
                 shards=len(plan.shards),
                 there=len(plan.shards) - len(missing),
             )
-            _warn_of_full_disk(shards, missing, log)
+            _warn_of_full_disk(work, missing, log)
             progress = _Progress(plan, missing, log, checkpoint)
             if workers > 1 and missing:
-                _made_by_workers(shards, missing, workers, address, progress)
+                made = _made_by_workers(work, missing, workers, address, checkpoint)
             else:
-                _make(shards, maker, missing, world, progress)
+                made = _made_by_processes(work, missing, world, progress.passed)
+            for shard in made:
+                progress.made(shard)
         size = 0
         if world.is_main:  # the others need not wait for it
-            size = shards.merge(maker, out)
+            size = work.merge(out)
             if not keep_parts:
-                shards.clear()
-    made, seconds = sum(shard.rows for shard in missing), time.perf_counter() - began
-    return Embedded(out, plan.train + plan.test, plan.dim, made, seconds, size)
+                work.clear()
+    number, seconds = sum(shard.rows for shard in missing), time.perf_counter() - began
+    return Embedded(out, plan.train + plan.test, plan.dim, number, seconds, size)
+
+
+def _require_possible(out: Path, workers: int, world: World) -> None:
+    """Raises ConfigError for a call that names no features file, or asks for workers that cannot be had."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: must end in .safetensors, by which `cairn run --data` knows it")
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
+    if workers > 1:
+        if world.world_size > 1:
+            started = counted(world.world_size, "process")
+            raise ConfigError(f"--workers {workers}: {started} started already; leave --workers out")
+        ray_module(INSTEAD)
 
 
 def _finished(config: EmbedConfig, out: Path) -> Embedded | None:
@@ -136,30 +145,38 @@ def _finished(config: EmbedConfig, out: Path) -> Embedded | None:
     return Embedded(out, train + test, dim, 0, 0.0, out.stat().st_size, finished=True)
 
 
-@contextmanager
-def _locked(shards: Shards) -> Iterator[None]:
-    """The folder, for one call at a time. Where it fails before there is a shard, nothing is left."""
-    make_folder(shards.folder)
-    lock = Lock(shards.folder).take()
-    try:
-        yield
-    except BaseException:
-        if not shards.present():
-            shards.clear()
-        raise
-    finally:
-        lock.release()
-        with suppress(OSError):
-            shards.folder.rmdir()
+def _require_same_plan(work: Embedding, log: Log) -> None:
+    """Raises ResultError where the folder was begun with another plan."""
+    plan, stored = work.plan, stored_plan(work.folder)
+    if stored is None:
+        return
+    if stored.key != plan.key:
+        differs = plan.difference(stored)
+        raise ResultError(f"'{work.folder}': begun with {differs}; give another --out, or --overwrite to begin again")
+    if changed := changes(stored.versions):
+        text = f"versions changed since the shards were begun ({changed}): rows may differ in last bits"
+        log("warning", text=text)
 
 
-def _warn_of_full_disk(shards: Shards, missing: Sequence[Shard], log: Log) -> None:
+def _begun(work: Embedding) -> list[Shard]:
+    """Keeps the plan; the shards that are missing."""
+    write_json(work.folder / PLAN, work.plan.model_dump(mode="json"))
+    return [shard for shard in work.plan.shards if work.read(shard) is None]
+
+
+def _clear_nothing_made(work: Embedding) -> None:
+    """Where it ends before there is a shard, nothing is left."""
+    if not work.present():
+        work.clear()
+
+
+def _warn_of_full_disk(work: Embedding, missing: Sequence[Shard], log: Log) -> None:
     """A warning alone: what a disk tells of itself may be wrong."""
-    plan = shards.plan
+    plan = work.plan
     needed = plan.dim * plan.dtype.itemsize * (sum(shard.rows for shard in missing) + plan.train + plan.test)
-    free = shutil.disk_usage(shards.folder).free
+    free = shutil.disk_usage(work.folder).free
     if free < needed:
-        log("warning", text=f"'{shards.folder}': shards and file take {needed:,} bytes, {free:,} are free")
+        log("warning", text=f"'{work.folder}': shards and file take {needed:,} bytes, {free:,} are free")
 
 
 class _Progress:
@@ -186,15 +203,16 @@ class _Progress:
         self.passed(0)
 
 
-def _make(shards: Shards, maker: Maker, missing: Sequence[Shard], world: World, progress: _Progress) -> None:
+def _made_by_processes(
+    work: Embedding, missing: Sequence[Shard], world: World, passed: Callable[[int], Any]
+) -> Iterator[Shard]:
     """One shard for each process, then they meet, then the next: all know what is there, and notice if one is lost."""
     for start in range(0, len(missing), world.world_size):
         together = missing[start : start + world.world_size]
         if world.rank < len(together):
-            shards.make(maker, together[world.rank], progress.passed)
+            work.make(together[world.rank], passed)
         world.all_gather(None)
-        for shard in together:
-            progress.made(shard)
+        yield from together
 
 
 class _Worker:
@@ -203,45 +221,43 @@ class _Worker:
     def __init__(self, plan: Plan, folder: Path, directory: str):
         with suppress(OSError):  # paths that were given are relative to where the command was called
             os.chdir(directory)
-        self._shards, self._maker = Shards(plan, folder), None
+        self._plan, self._folder, self._work = plan, folder, None
 
     def make(self, shard: Shard) -> tuple[Shard, str | None]:
         try:
-            self._maker = self._maker or Maker.of(self._shards.plan)
-            self._shards.make(self._maker, shard)
+            self._work = self._work or Embedding.of(self._plan, self._folder)
+            self._work.make(shard)
         except CairnError as error:
             return shard, str(error)
         return shard, None
 
 
 def _made_by_workers(
-    shards: Shards, missing: Sequence[Shard], workers: int, address: str | None, progress: _Progress
-) -> None:
+    work: Embedding, missing: Sequence[Shard], workers: int, address: str | None, checkpoint: Checkpoint
+) -> Iterator[Shard]:
     """Ray begins a worker again that dies, and what it was at. Without an address, Ray is started
     on this machine and stopped at the end; accelerators are shared out evenly."""
     with closing(Cluster(address, cpus=workers, instead=INSTEAD)) as cluster:
         ray = cluster.ready()
         from ray.util import ActorPool
 
-        devices = ray.cluster_resources().get("GPU", 0) if shards.plan.config.device != "cpu" else 0
+        devices = ray.cluster_resources().get("GPU", 0) if work.plan.config.device != "cpu" else 0
         share = 1 / ceil(workers / devices) if devices else 0  # as many as fit: a third of a device each, never 0.75
         retried = {"max_restarts": LOSSES - 1, "max_task_retries": LOSSES - 1}
         kind = ray.remote(num_cpus=1, num_gpus=share, **retried)(_Worker)
-        folder = shards.folder.resolve()
-        actors = [kind.remote(shards.plan, folder, os.getcwd()) for _ in range(min(workers, len(missing)))]
+        folder = work.folder.resolve()
+        actors = [kind.remote(work.plan, folder, os.getcwd()) for _ in range(min(workers, len(missing)))]
         pool = ActorPool(actors)
         for shard in missing:
             pool.submit(lambda actor, own: actor.make.remote(own), shard)
         try:
             while pool.has_next():
-                progress.checkpoint.poll()
-                try:
+                checkpoint.poll()
+                with suppress(TimeoutError):
                     shard, problem = pool.get_next_unordered(timeout=POLL)
-                except TimeoutError:
-                    continue
-                if problem is not None:
-                    raise CairnError(problem)
-                progress.made(shard)
+                    if problem is not None:
+                        raise CairnError(problem)
+                    yield shard
         except ray.exceptions.RayTaskError:
             raise
         except ray.exceptions.RayError as error:

@@ -22,7 +22,7 @@ from cairn.methods.catalogue import Entry
 from cairn.methods.protocol import KeepsImages, Method
 from cairn.storage.archive import Archive
 from cairn.storage.schema import Amount, Count, Record, validated
-from cairn.storage.versions import versions
+from cairn.storage.versions import changes, versions
 from cairn.towers.fingerprint import same_towers
 from cairn.towers.protocol import Towers
 from cairn.training.context import Checkpoint, Log, Processes
@@ -231,8 +231,7 @@ class Course:
                 raise ResultError(
                     f"'{self.archive.folder}': another {what} since the checkpoint was written; --overwrite to start again"
                 )
-        if (then := record.versions) != (now := versions()):
-            changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
+        if changed := changes(record.versions):
             self.log("warning", text=f"versions changed since the run began ({changed}): it would not reproduce")
         self.evaluations, self.durations, self.calibration = record.evaluations, record.durations, record.calibration
         self.passes |= record.passes  # those of before there were temperatures have none made for them

@@ -29,7 +29,7 @@ from cairn.data.shapes import shapes_dataset
 from cairn.embed import EmbedConfig, embed_dataset, runner
 from cairn.embed import shards as making
 from cairn.embed.plan import Plan
-from cairn.embed.shards import Maker, Shards
+from cairn.embed.shards import Embedding
 from cairn.errors import CairnError, DataError, Interrupted, NotFinite, ResultError
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
@@ -294,14 +294,14 @@ def test_a_damaged_shard_is_made_again(tmp_path, undisturbed, damage):
 
 def test_a_shard_that_is_damaged_before_the_end_is_not_merged(tmp_path, undisturbed, monkeypatch):
     out = tmp_path / "x.safetensors"
-    plain = Maker.texts
+    plain = Embedding.texts
 
     def texts(self):
         sorted(shards(out))[-1].write_bytes(b"")
         return plain(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Maker, "texts", texts)
+        patch.setattr(Embedding, "texts", texts)
         with pytest.raises(ResultError, match=r"train-000004.safetensors': damaged; the same call makes it again"):
             embed_dataset(FEW, out)
     assert not out.exists()
@@ -517,19 +517,19 @@ def test_merging_holds_one_shard_at_a_time(tmp_path):
     )
     images = {split: Subset(None, np.arange(n), np.zeros(n, int)) for split, n in (("train", 30_000), ("test", 1))}
 
-    class Numbers(Maker):
+    class Numbers(Embedding):
         def rows(self, shard, passed=None):
             return np.full((shard.rows, 250), shard.number, np.float32)
 
         def texts(self):
             return np.ones((1, 250), np.float32)
 
-    maker, held = Numbers(plan, images, None), Shards(plan, tmp_path)
+    held = Numbers(plan, images, None, tmp_path)
     for shard in plan.shards:
-        held.make(maker, shard)
+        held.make(shard)
     tracemalloc.start()
     try:
-        held.merge(maker, tmp_path / "all.safetensors")
+        held.merge(tmp_path / "all.safetensors")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

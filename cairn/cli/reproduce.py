@@ -84,7 +84,7 @@ def reproduce(
     _tell_plan(console, asked, dataset, used, price, plan)
     if plan:
         return
-    facts = _facts(asked, used)
+    facts = _facts(asked, used, figures)
     runs = asked.runs()
     for number, run in enumerate(runs):
         if number % part[1] == part[0]:
@@ -163,7 +163,7 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _facts(asked: Reproduction, towers: Any) -> dict[str, str]:
+def _facts(asked: Reproduction, towers: Any, figures: Path | None) -> dict[str, str]:
     return {
         "data": asked.data,
         "setting": f"{asked.setting_name}, {asked.setting.title}",
@@ -172,7 +172,7 @@ def _facts(asked: Reproduction, towers: Any) -> dict[str, str]:
         "tasks": f"first {asked.base or asked.step} classes, then {asked.step}",
         "seeds": ", ".join(map(str, asked.seeds)),
         "again": f"cairn reproduce {asked.data} --towers {asked.towers} --setting {asked.setting_name} "
-        f"--base {asked.base} --step {asked.step}",
+        f"--base {asked.base} --step {asked.step}{f' --figures {figures}' if figures else ''}",
     }
 
 

@@ -43,7 +43,7 @@ def within(values: Sequence[float], published: float | None) -> bool | None:
 
 def _difference(values: Sequence[float], published: float | None) -> Estimate | None:
     found = estimate(values)
-    return None if found is None or published is None else Estimate(100 * (found.mean - published))
+    return None if found is None or published is None else Estimate(round(100 * (found.mean - published), 2) + 0.0)
 
 
 def _said(answer: bool | None) -> str:

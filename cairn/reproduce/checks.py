@@ -34,6 +34,9 @@ MOST_IMAGES = 2000
 TEMPLATES = ("a photo of a {}.", SETTING_A_TEMPLATE, "a {}", "{}")
 """Prompts that published code uses."""
 
+ORDERS = ("natural", "seed:1993")
+"""Class orders that published code uses."""
+
 PLAIN = (0.5, 0.5, 0.5)
 """Mean and deviation of pixels as image networks other than CLIP take them."""
 
@@ -106,7 +109,7 @@ def likely_causes(
     def tried(what: str, otherwise: str, scores: Tensor, order: np.ndarray = order) -> None:
         varied.append((what, otherwise, curve(scores, labels, order, reproduction.base, reproduction.step)))
 
-    for name in ("natural", "seed:1993", "seed:0", "seed:1"):
+    for name in ORDERS:
         if name != reproduction.setting.order:
             tried("class order", f"--order {name}", present_scores, class_order(name, dataset.classes))
     for template in (*TEMPLATES, *(templates[:1] if len(templates) > 1 else ())):

@@ -186,12 +186,15 @@ def rehearsed_in_folds(before: Callable[[], Method], task: Task, ctx: Context) -
         yield _rehearsed_without(np.flatnonzero(chosen == fold), before, task, ctx)
 
 
-def folds(z: Features, labels: np.ndarray, rng: torch.Generator) -> np.ndarray:
-    """Which of FOLDS each row belongs to, whole groups of `near_duplicates` of a class; -1 where a class has one group alone."""
+def folds(z: Features, labels: np.ndarray, rng: torch.Generator, largest: float = 1.0) -> np.ndarray:
+    """Which of FOLDS each row belongs to, whole groups of `near_duplicates` of a class; -1 where a class has one group alone. A group
+    of more than the `largest` share of its class is none: a chain of images that are alike."""
     chosen = np.full(len(labels), -1)
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
         group = near_duplicates(z[rows])
+        chained = np.isin(group, np.flatnonzero(np.bincount(group) > max(1, largest * len(rows))))
+        group = np.where(chained, np.arange(len(rows)), group)
         groups, sizes = np.unique(group, return_counts=True)
         if len(groups) < 2:
             continue

@@ -5,37 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from pydantic import BaseModel
 
 from cairn.classifier.advice import advice, alike_names
-from cairn.classifier.assessment import assessed, needs_every_image
-from cairn.classifier.calibration import Calibration, keep_left_out
-from cairn.classifier.choice import AUTO, FIRST, choice, comparable
-from cairn.classifier.comparison import compared_rows, drift_in_task, drift_of_images
+from cairn.classifier.choice import AUTO, FIRST
+from cairn.classifier.comparison import drift_of_images
 from cairn.classifier.drift import Drift
-from cairn.classifier.estimate import AccuracyEstimate, ConfusedPair
-from cairn.classifier.estimator import Estimator
+from cairn.classifier.estimate import ConfusedPair
 from cairn.classifier.evaluation import Evaluation
+from cairn.classifier.fitted import Fitted
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
 from cairn.classifier.inputs import (
     Labelled,
+    Labels,
+    NameSet,
     Sentences,
+    are_sets,
     columns,
     descriptions_of,
     labelled,
+    labelled_sets,
+    list_of,
     pictures,
     readable,
     unlabelled,
 )
 from cairn.classifier.intake import Intake, intake, take_up, task_fingerprint
+from cairn.classifier.label_set_evaluation import LabelSetEvaluation
+from cairn.classifier.label_set_learning import TAKEN_AS_SETS, IntakeOfSets, intake_of_sets
 from cairn.classifier.learned import Learned
+from cairn.classifier.learning import Learning
 from cairn.classifier.mending import Mended, Mending
 from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
@@ -53,7 +58,6 @@ from cairn.data.templates import DEFAULT, prompt_templates
 from cairn.errors import (
     ConfigError,
     DataError,
-    NotFitted,
     TowersError,
     UnknownName,
     UnreadableImages,
@@ -74,15 +78,16 @@ AHEAD = 16
 """Batches for which images are taken from a generator at once."""
 
 
-class IncrementalClassifier(Estimator):
+class IncrementalClassifier(Fitted):
     """Learns classes as they come and keeps none of their images.
 
     `method` is a name of `cairn list`, or `auto`: `blend`, unless the images of the first call, left out of learning, tell that
     another in closed form does better (see `cairn.classifier.choice`); with `settings` always blend. `towers` is a hub id, a
     folder, `tiny`, a features file, `rows` for embeddings without any text, or a `Towers` object; `settings` are the method's,
     as `{"stage1.schedule.epochs": 4}`. `templates` are prompts with one `{}` for the class name. `descriptions` (for SPA) is a
-    mapping of class names to sentences, or a file. The remaining arguments are as in `RunConfig`. The constructor stores them,
-    as scikit-learn has it: nothing is loaded or checked before it is needed.
+    mapping of class names to sentences, or a file. `targets` says whether an image shows `one` class or may show several
+    (`sets`), `auto` as the first labels are; see `cairn.classifier.label_sets`. The remaining arguments are as in `RunConfig`. The
+    constructor stores them, as scikit-learn has it: nothing is loaded or checked before it is needed.
 
     After `fit` or `partial_fit`, not before: `chosen_`, the method's name, `classes_`, in order of arrival (columns of
     `predict_proba`), `counts_`, images learned per class, `history_`, what was learned when, `method_`, the method itself, and
@@ -104,11 +109,13 @@ class IncrementalClassifier(Estimator):
         precision: str = "float32",
         preprocess: Literal["crop", "squash"] | None = None,
         revision: str | None = None,
+        targets: Literal["auto", "one", "sets"] = "auto",
     ):
         self.method, self.towers, self.settings = method, towers, settings
         self.templates, self.descriptions, self.seed = templates, descriptions, seed
         self.device, self.precision, self.revision = device, precision, revision
         self.preprocess: Literal["crop", "squash"] | None = preprocess
+        self.targets: Literal["auto", "one", "sets"] = targets
         self._lock = ReadWriteLock()
         self._begin()
 
@@ -129,74 +136,9 @@ class IncrementalClassifier(Estimator):
         towers = self.towers if isinstance(self.towers, str) else self.towers.name
         return f"IncrementalClassifier(method={self.method!r}, towers={towers!r}, classes={len(self._learned.classes)})"
 
-    # after learning
-
-    def _fitted(self) -> Method:
-        if self._method is None:
-            raise NotFitted("nothing was learned yet: call fit or partial_fit first, or load a learner")
-        return self._method
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return self._method is not None
-
-    def _known(self) -> Learned:
-        self._fitted()
-        return self._learned
-
-    @property
-    def method_(self) -> Method:
-        return self._fitted()
-
-    @property
-    def chosen_(self) -> str:
-        """The name of the method that it learned with."""
-        self._fitted()
-        return self._name
-
-    @property
-    def classes_(self) -> np.ndarray:
-        return self._known().classes
-
-    @property
-    def counts_(self) -> np.ndarray:
-        return self._known().counts
-
-    @property
-    def history_(self) -> Sequence[dict[str, Any]]:
-        return self._known().history
-
-    @property
-    def references_(self) -> Sequence[float]:
-        return self._known().references
-
-    @property
-    def referenced_among_(self) -> Sequence[int]:
-        return self._known().referenced_among
-
-    @property
-    def calibration_(self) -> Calibration:
-        return self._known().calibration
-
-    @property
-    def estimate_(self) -> AccuracyEstimate:
-        """How many new images it classifies correctly, by class and in all, from images left out of learning."""
-        return self._known().estimate
-
-    @property
-    def notices_(self) -> list[str]:
-        self._fitted()
-        return self._notices
-
-    @property
-    def n_features_in_(self) -> int:
-        """Numbers in a row. Raises AttributeError where images are learned."""
-        if (towers := self._fitted().towers).has_images:
-            raise AttributeError("images have no number of features")
-        return towers.dim
-
     # learning
 
-    def fit(self, images: Labelled, labels: str | Iterable[str] | None = None, **options: Any) -> IncrementalClassifier:
+    def fit(self, images: Labelled, labels: Labels = None, **options: Any) -> IncrementalClassifier:
         """Forget everything, then `partial_fit`, whose options these are. If it fails, the classifier is as it was."""
         learner = type(self)(**self.get_params()).partial_fit(images, labels, **options)
         with self._lock.writing():
@@ -206,7 +148,7 @@ class IncrementalClassifier(Estimator):
     def partial_fit(
         self,
         images: Labelled,
-        labels: str | Iterable[str] | None = None,
+        labels: Labels = None,
         *,
         log: Log | None = None,
         checkpoint: Checkpoint | None = None,
@@ -214,7 +156,8 @@ class IncrementalClassifier(Estimator):
         again: bool = False,
         on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> IncrementalClassifier:
-        """Learn images with their class names, as one task. New names are new classes; of known ones more is learned.
+        """Learn images with their class names, as one task. New names are new classes; of known ones more is learned. Where images
+        may show several classes, there is a list of names for each.
 
         One image with its class name may stand without a list; a data set that has labels itself, of Hugging Face, pandas or
         PyTorch, needs none beside it (see `cairn.data.labelled_datasets`). Images that were learned as the same class already are left
@@ -230,44 +173,42 @@ class IncrementalClassifier(Estimator):
             if self.towers == ROWS and self._method is None:
                 self._towers = row_towers(columns(images))
             log = self._noting(log or Log())
-            given = intake(images, labels, self._learned, self._width, again, on_bad_image, log)
-            if len(given.images):
+            labels = list_of(labels)
+            take = intake_of_sets if self._has_sets(labels, log) else intake
+            given = take(images, labels, self._learned, self._width, again, on_bad_image, log)
+            if given.hashes:
                 self._learn(given, log, checkpoint or Checkpoint(), archive)
         return self
 
-    def _learn(self, given: Intake, log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
-        learned, k, chosen = self._learned, len(self._learned.classes), self._name
+    def _learn(self, given: Intake | IntakeOfSets, log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
+        learned, k = self._learned, len(self._learned.classes)
         task = Task(
             learned.tasks,
             range(k, k + len(given.new)),
             tuple(given.new),
             prompt_templates(self.templates),
-            given.images,
+            given.train,
             descriptions_of(self.descriptions),
+            given.label_sets,
         )
-        method, ctx = self._copy(), Context(Seeds(self.seed), log, checkpoint)
         if archive is not None:
             settings = self._settings().model_dump(mode="json")
-            take_up(checkpoint, archive, task_fingerprint(learned, settings, task, given.hashes))
-        compares = self._method is None and self.method == AUTO and not self.settings and comparable(task)
-        keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
-        method.learn(task, ctx)
-        if compares:
-            found = choice(method, task, ctx)
-            log("notice", text=found.reason)
-            if found.method != chosen:  # it takes passes of its own
-                chosen, ctx = found.method, Context(ctx.seeds, log)
-                method = self._fresh(chosen)
-                keep_left_out(task, ctx, every=needs_every_image(method, task))
-                method.learn(task, ctx)
-        before = partial(self._copy, chosen)
-        found = assessed(learned.calibration, learned.estimate, method, self._method, before, task, ctx)
-        config = self._settings(chosen)
-        drift = drift_in_task(self._method, self._known_scores, task, ctx, list(map(str, learned.classes)))
-        self._learned = learned.with_task(
-            task, given.hashes, found.calibration, found.references, found.estimate, drift
-        )
-        self._method, self._chosen, self._config, self._novelty = method, chosen, config, None
+            take_up(checkpoint, archive, task_fingerprint(learned, settings, task, given.train_hashes))
+        compares = self._method is None and self.method == AUTO and not self.settings
+        learning = Learning(learned, self._method, self._copy, self._known_scores, compares)
+        found = learning.learned_with(task, given, self._name, Context(Seeds(self.seed), log, checkpoint))
+        self._config, self._novelty = self._settings(found.chosen), None
+        self._method, self._chosen, self._learned = found
+
+    def _has_sets(self, labels: Any, log: Log) -> bool:
+        """Whether images may show several classes: as they did before, or as `targets` says, or as the first labels are."""
+        if self.targets not in ("auto", "one", "sets"):
+            raise ConfigError(f"targets '{self.targets}': must be auto, one or sets")
+        if self._method is not None:
+            return self._learned.sets is not None
+        if self.targets == "auto" and are_sets(labels):
+            log("notice", text=TAKEN_AS_SETS)
+        return self.targets == "sets" or (self.targets == "auto" and are_sets(labels))
 
     # changing what was learned
 
@@ -295,6 +236,9 @@ class IncrementalClassifier(Estimator):
 
         Raises ConfigError for a method that trains on images, DataError for a class that is not known or a name that a third has.
         """
+        self._require_one_class(
+            "merge", "one that shows both would count twice: forget one and learn its images as the other"
+        )
         with self._lock.writing():
             self._take(self._mending(self._noting(log or Log())).merge(name, other, into))
         return self
@@ -327,20 +271,26 @@ class IncrementalClassifier(Estimator):
     def relabel(
         self,
         images: Item | Iterable[Item],
-        name: str,
+        name: str | Sequence[str],
         *,
         log: Log | None = None,
         on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> IncrementalClassifier:
         """These pictures are of class `name`, and of no other: `unlearn` as whatever else they were learned as and `partial_fit`
-        as that, both or neither. Pictures that were not learned before are learned, with a notice. Raises as these do."""
+        as that, both or neither; where they may show several, of all in `name`. Pictures that were not learned before are learned,
+        with a notice. Raises as these do."""
         with self._lock.writing(), self._all_or_nothing():
-            log, name, since = self._noting(log or Log()), class_name(name), len(self._known().history)
+            log, since, sets = self._noting(log or Log()), len(self._known().history), self._learned.sets is not None
+            names = [class_name(own) for own in ([name] if isinstance(name, str) else name)]
+            if not names or (len(names) > 1 and not sets):
+                raise DataError(
+                    f"{len(names)} names: images of this learner show {'some' if sets else 'one'} class each"
+                )
             given, _ = pictures(images, None, self._width, on_bad_image, log)
-            target = self._learned.numbers().get(name)
-            if found := self._mending(log).take_out(given, lambda _, c: c != target, " as another class"):
+            kept = {c for own, c in self._learned.numbers().items() if own in names}
+            if found := self._mending(log).take_out(given, lambda _, c: c not in kept, " as another class"):
                 self._take(found)
-            self.partial_fit(given.items, [name] * len(given), log=log)
+            self.partial_fit(given.items, [names] * len(given) if sets else names * len(given), log=log)
             if len(self._learned.history) > since:
                 self._learned = self._learned.relabelled(since)
         return self
@@ -433,8 +383,10 @@ class IncrementalClassifier(Estimator):
 
     def _scorer(self, known: bool, reasons: int) -> Scorer:
         method = self._fitted()
+        if known:
+            self._require_one_class("known score", "one that shows no class reaches the threshold of none")
         novelty = self._known_scores() if known else None
-        return Scorer(method, self.classes_, self.calibration_, novelty, reasons, self._width)
+        return Scorer(method, self.classes_, self.calibration_, novelty, reasons, self._width, self._learned.sets)
 
     def _known_scores(self) -> Novelty:
         if self._novelty is None:
@@ -449,17 +401,22 @@ class IncrementalClassifier(Estimator):
         bad = unreadable(given, whole=True)
         return UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad)
 
-    def predict(self, images: Item | Iterable[Item], unknown_below: float | None = None) -> np.ndarray:
+    def predict(
+        self, images: Item | Iterable[Item], unknown_below: float | None = None, threshold: float | None = None
+    ) -> np.ndarray:
         """The likeliest class of each image; of a single one, too, an array. With `unknown_below` in [0, 1], None where
-        `known_score` is below it."""
+        `known_score` is below it.
+
+        Where images may show several classes, a tuple of them for each, the likeliest first: those whose probability reaches their
+        `thresholds_`, or `threshold`."""
         if unknown_below is not None:
             require_threshold(unknown_below, "unknown_below")
-        return self.predictions(images, known=unknown_below is not None).labels(unknown_below)
+        return self.predictions(images, known=unknown_below is not None).labels(unknown_below, threshold)
 
     def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
         """(n, k), columns in the order of `classes_`: softmax of the scores over a temperature, which is fitted on images that
         were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many are
-        classified correctly as the largest probabilities say."""
+        classified correctly as the largest probabilities say. Where images may show several classes, of each class by itself."""
         return self.predictions(images).probabilities.numpy()
 
     def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
@@ -479,8 +436,11 @@ class IncrementalClassifier(Estimator):
         assert known is not None
         return known
 
-    def score(self, images: Labelled, labels: str | Iterable[str] | None = None) -> float:
-        """Share of images whose class is predicted. Raises DataError unless there is a label, a text, for each image."""
+    def score(self, images: Labelled, labels: Labels = None) -> float:
+        """Share of images whose class is predicted, or all classes of which are and no other. Raises DataError unless there is a
+        label, a text, for each image."""
+        if self._known().sets is not None:
+            return self.evaluate(*labelled_sets(images, labels, self._width)).exact
         items, names = labelled(images, labels, self._width)
         found = [normal_form(name) for name in self.predict(items)]
         return float(np.mean([name == normal_form(label) for name, label in zip(found, names, strict=True)]))
@@ -492,16 +452,44 @@ class IncrementalClassifier(Estimator):
         same = alike_names(method.towers, names, templates, pairs) if method.card.text else [False] * len(pairs)
         return advice(pairs, names, self.counts_.tolist(), same)
 
+    @overload
     def evaluate(
         self,
         images: Labelled,
         labels: str | Iterable[str] | None = None,
         *,
         unknown_below: float = 0.05,
+        threshold: None = None,
         on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> Evaluation:
-        """How labelled images are classified: see `Evaluation`. Labels that are no class of the learner are no error: their
-        images count for how many unknown ones are found. Raises DataError unless there is a label, a text, for each image."""
+    ) -> Evaluation: ...
+
+    @overload
+    def evaluate(
+        self,
+        images: Labelled,
+        labels: Iterable[NameSet],
+        *,
+        unknown_below: float = 0.05,
+        threshold: float | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> LabelSetEvaluation: ...
+
+    def evaluate(
+        self,
+        images: Labelled,
+        labels: Labels = None,
+        *,
+        unknown_below: float = 0.05,
+        threshold: float | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> Evaluation | LabelSetEvaluation:
+        """How labelled images are classified: see `Evaluation`, and `LabelSetEvaluation` where they may show several classes. Labels
+        that are no class of the learner are no error: their images count for how many unknown ones are found. Raises DataError
+        unless there is a label, a text, for each image, or a list of them."""
+        if self._known().sets is not None:
+            items, sets = labelled_sets(images, labels, self._width)
+            found, given = self.predictions(items, on_bad_image=on_bad_image), unlabelled(items, self._width)
+            return LabelSetEvaluation.of(found, sets, given, self.counts_.tolist(), threshold)
         require_threshold(unknown_below, "unknown_below")
         items, names = labelled(images, labels, self._width)
         found = self.predictions(items, known=True, on_bad_image=on_bad_image)
@@ -518,6 +506,7 @@ class IncrementalClassifier(Estimator):
     ) -> Drift:
         """Whether images, which need no labels, still look like those that were learned: see `cairn.classifier.drift`. Nothing of
         them is kept. Raises ConfigError for a method that keeps no means and covariances."""
+        self._require_one_class("drift", "what a shift of them means is not known")
         with self._lock.reading():
             method = self._fitted()
             given = readable(unlabelled(images, self._width), {}, on_bad_image, log or Log())
@@ -601,6 +590,7 @@ class IncrementalClassifier(Estimator):
         )
         learner._chosen = record.method
         learner._config, learner._learned, learner._notices = stored.config, stored.learned, list(stored.notices)
+        learner.targets = "one" if record.label_sets is None else "sets"
         learner._keep = record.keep
         if learner.towers == ROWS:
             learner._towers = row_towers_named(held.fingerprint)

@@ -80,7 +80,7 @@ def save_learner(
     require_savable(record.method)
     Archive(folder, NAME).write(
         record.model_dump(mode="json", exclude_unset=True),
-        {"method": method.state_dict(), "pictures": learned.pictures.state_dict()},
+        {"method": method.state_dict(), **learned.to_parts()},
         record.keep if keep is None else keep,
     )
     _write_card(folder, record)
@@ -164,9 +164,10 @@ class StoredLearner:
         settings = entry.completed(record.config)
         config = validated(entry.config, settings, f"'{folder}': settings of the learner", made_by)
         try:
-            learned = Learned.of_record(record, found.parts.get("pictures"))
+            learned = Learned.of_record(record, found.parts)
         except ValueError as error:
-            raise ResultError(f"'{folder}': the hashes of pictures: {error}; restore the folder from a copy") from None
+            what = "the hashes of pictures" if record.label_sets is None else "hashes of pictures, or decisions on them"
+            raise ResultError(f"'{folder}': {what}: {error}; restore the folder from a copy") from None
         if "method" not in found.parts:
             raise ResultError(f"'{folder}': holds no state of a method; learn again")
         notices = [f"{damaged}; the one before it was taken" for damaged in found.damaged]

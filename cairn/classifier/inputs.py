@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,13 +25,20 @@ Sentences: TypeAlias = Mapping[str, Sequence[str] | str] | str | Path | None
 Labelled: TypeAlias = Any
 """Images, `Item | Iterable[Item]`, whose labels are beside them; or a data set that has labels of its own."""
 
+NameSet: TypeAlias = list[str] | tuple[str, ...] | set[str] | frozenset[str]
+"""The classes of one image."""
+
+
+Labels: TypeAlias = str | Iterable[str] | Iterable[NameSet] | None
+"""A class name for each image, or where it may show several a list of them."""
+
 
 def unlabelled(images: Item | Iterable[Item], width: int | None) -> InMemoryImages:
     items = items_of(images, width)
     return InMemoryImages(items, np.zeros(len(items), dtype=np.int64), width)
 
 
-def labelled(images: Labelled, labels: str | Iterable[str] | None, width: int | None) -> tuple[list[Item], list[str]]:
+def labelled(images: Labelled, labels: Labels, width: int | None) -> tuple[list[Item], list[str]]:
     """Images and a label for each, at least one. A single image and a single label may stand without a list; without labels the
     images are a data set that has them (see `cairn.data.labelled_datasets`). Raises InvalidInput."""
     if labels is None:
@@ -49,10 +56,54 @@ def labelled(images: Labelled, labels: str | Iterable[str] | None, width: int | 
         )
     if not items:
         raise InvalidInput("no image given")
+    texts: list[str] = []
     for name in names:
+        if isinstance(name, (list, tuple, set, frozenset)):
+            raise InvalidInput(
+                f"labels {name!r}: images of this learner show one class each; give one class name, or begin another learner with "
+                "targets='sets'"
+            )
         if not isinstance(name, str):
             raise InvalidInput(f"label {name!r}: a class is called by a text, such as 'oak'")
-    return items, names
+        texts.append(name)
+    return items, texts
+
+
+def list_of(labels: Any) -> Any:
+    """Labels that can be gone over more than once."""
+    return list(labels) if isinstance(labels, Iterator) else labels
+
+
+def are_sets(labels: Any) -> bool:
+    """Whether labels are sets of class names: the first of them is a list, a tuple or a set."""
+    return isinstance(labels, Sequence) and len(labels) > 0 and isinstance(labels[0], (list, tuple, set, frozenset))
+
+
+def labelled_sets(images: Labelled, labels: Labels, width: int | None) -> tuple[list[Item], list[list[str]]]:
+    """Images and the class names of each, at least one image. A single image and its names may stand without a list. Raises
+    InvalidInput."""
+    if labels is None or isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise InvalidInput(f"labels: {labels!r}; this learner takes a list of class names for each image")
+    items, given = items_of(images, width), list(labels)
+    if len(items) == 1 and given and all(isinstance(own, str) for own in given):
+        given = [given]
+    if len(items) != len(given):
+        raise InvalidInput(
+            f"{counted(len(items), 'image')} with {counted(len(given), 'list')} of labels: give one list for each image"
+        )
+    if not items:
+        raise InvalidInput("no image given")
+    sets = []
+    for own in given:
+        if isinstance(own, str):
+            raise InvalidInput(
+                f"label '{own}': images of this learner may show several classes; give a list of class names for each image"
+            )
+        own = sorted(own, key=str) if isinstance(own, (set, frozenset)) else own
+        if not isinstance(own, (list, tuple)) or not all(isinstance(name, str) for name in own):
+            raise InvalidInput(f"labels {own!r}; give a list of class names, texts such as 'oak', for each image")
+        sets.append(list(own))
+    return items, sets
 
 
 def readable(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cairn.classifier.inputs import Labelled, labelled, readable
+from cairn.classifier.inputs import Labelled, Labels, labelled, readable
 from cairn.classifier.learned import Learned
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.names import alike, class_name
@@ -26,10 +26,22 @@ class Intake(NamedTuple):
     new: list[str]
     """Names of the classes that come with them."""
 
+    @property
+    def train(self) -> InMemoryImages:
+        return self.images
+
+    @property
+    def train_hashes(self) -> list[bytes]:
+        return self.hashes
+
+    @property
+    def label_sets(self) -> None:
+        """Each image shows one class."""
+
 
 def intake(
     images: Labelled,
-    labels: str | Iterable[str] | None,
+    labels: Labels,
     learned: Learned,
     width: int | None,
     again: bool,

@@ -13,11 +13,15 @@ from torch import Tensor
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import AccuracyEstimate
+from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.record import LearnerRecord
 from cairn.data.identity import LearnedPictures
 from cairn.data.names import normal_form
 from cairn.data.task import Task
 from cairn.errors import DataError, suggestion
+
+PICTURES, DECISIONS = "pictures", "decisions"
+"""Parts of a learner's folder: hashes of pictures; of label sets, what probabilities and thresholds come from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,8 @@ class Learned:
     calibration: Calibration = field(default_factory=Calibration)
     pictures: LearnedPictures = field(default_factory=LearnedPictures)
     estimate: AccuracyEstimate = field(default_factory=AccuracyEstimate)
+    sets: LearnedSets | None = None
+    """Where images may show several classes: what makes probabilities and sets of scores."""
 
     def numbers(self) -> dict[str, int]:
         """The classes' numbers by name, and by its normal form: a learner made before names were normalised may hold others."""
@@ -55,8 +61,10 @@ class Learned:
         references: Sequence[float],
         estimate: AccuracyEstimate,
         drift: Drift | None = None,
+        sets: LearnedSets | None = None,
     ) -> Learned:
-        """After `task`, whose images have these hashes and those of known classes this drift."""
+        """After `task`, whose images have these hashes and those of known classes this drift; where images may show several
+        classes a hash for each label, and `sets`."""
         k, labels = len(self.classes), task.train.labels
         classes = np.array([*self.classes, *task.names], dtype=object)
         counts = np.bincount(labels, minlength=len(classes))
@@ -71,6 +79,8 @@ class Learned:
         }
         if drift is not None:
             entry["drift"] = drift.model_dump(mode="json")
+        if task.label_sets is not None:
+            entry |= {"images": len(task.label_sets), "labels": len(labels)}
         return Learned(
             classes,
             counts,
@@ -80,6 +90,7 @@ class Learned:
             calibration,
             self.pictures.with_more(hashes, labels),
             estimate,
+            sets,
         )
 
     def without_class(self, c: int) -> Learned:
@@ -96,6 +107,7 @@ class Learned:
             history=_without_name(self.history, str(self.classes[c])),
             pictures=self.pictures.without_class(c),
             estimate=self.estimate.without_class(c),
+            sets=None if self.sets is None else self.sets.without_class(c),
         )
 
     def without_pictures(self, copies: Mapping[tuple[bytes, int], int], taken: np.ndarray) -> Learned:
@@ -181,8 +193,10 @@ class Learned:
         )
 
     @classmethod
-    def of_record(cls, record: LearnerRecord, pictures: Mapping[str, Tensor] | None) -> Learned:
-        """As it was saved; learners of earlier versions have no hashes of pictures. Raises ValueError for hashes that are none."""
+    def of_record(cls, record: LearnerRecord, parts: Mapping[str, Mapping[str, Tensor]]) -> Learned:
+        """As it was saved; learners of earlier versions have no hashes of pictures. Raises ValueError for hashes or decisions that are
+        none."""
+        pictures, rule = parts.get(PICTURES), record.label_sets
         return cls(
             np.array(record.classes, dtype=object),
             np.array(record.counts, dtype=np.int64),
@@ -192,7 +206,13 @@ class Learned:
             record.calibration,
             LearnedPictures() if pictures is None else LearnedPictures.from_state(pictures, len(record.classes)),
             record.estimate.for_classes(len(record.classes)),
+            None if rule is None else LearnedSets.from_state(rule, parts.get(DECISIONS)),
         )
+
+    def to_parts(self) -> dict[str, dict[str, Tensor]]:
+        """Its tensors, by the name of the part that they are kept in."""
+        decisions = {} if self.sets is None else {DECISIONS: self.sets.state_dict()}
+        return {PICTURES: self.pictures.state_dict()} | decisions
 
     def to_record(self) -> dict[str, Any]:
         """Its part of a LearnerRecord, as JSON holds it."""
@@ -205,6 +225,7 @@ class Learned:
             "calibration": self.calibration.model_dump(mode="json"),
             "estimate": self.estimate.model_dump(mode="json"),
             "picture_hashes": len(self.pictures),
+            **({} if self.sets is None else {"label_sets": self.sets.to_record()}),
         }
 
 

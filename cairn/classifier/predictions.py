@@ -23,7 +23,7 @@ class Predictions:
     scores: Scores
     """(n, k), as the method gives them; higher is likelier."""
     probabilities: Scores
-    """(n, k), rows sum to 1; see `cairn.classifier.calibration`."""
+    """(n, k), rows sum to 1; see `cairn.classifier.calibration`. Where images may show several classes, of each by itself."""
     known: np.ndarray | None = None
     """(n,) in [0, 1]: how well each image fits the classes that are known, if that was asked for."""
     reasons: list[list[dict[str, Any]]] | None = None
@@ -34,6 +34,8 @@ class Predictions:
     """Images that have no row here, by their position among those given, and why they cannot be read."""
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(n,), which of the images given each row is of."""
+    thresholds: np.ndarray | None = None
+    """(k,), where images may show several classes: from this probability on one is said to be shown."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -52,6 +54,7 @@ class Predictions:
             next((part.patch_grid for part in parts if part.patch_grid is not None), None),
             {row: said for part in parts for row, said in part.unreadable.items()},
             np.concatenate([part.positions for part in parts]),
+            first.thresholds,
         )
 
     def moved(self, by: int) -> Predictions:
@@ -71,8 +74,32 @@ class Predictions:
             raise ConfigError("reasons were not asked for; call predictions(images, reasons=3)")
         return self.reasons
 
-    def labels(self, unknown_below: float | None = None) -> np.ndarray:
-        """(n,), the likeliest class; with `unknown_below` in [0, 1], None where the known score is below it."""
+    def shown(self, threshold: float | None = None) -> np.ndarray:
+        """(n, k) of bool: which classes each image is said to show, by its probabilities and the classes' thresholds, or by one for
+        all. Raises ConfigError where an image shows one class."""
+        if self.thresholds is None:
+            raise ConfigError("images of this learner show one class each, so there is no threshold; leave it out")
+        if threshold is not None:
+            require_threshold(threshold, "threshold")
+        return self.probabilities.numpy() >= (self.thresholds if threshold is None else threshold)
+
+    def sets(self, threshold: float | None = None) -> list[list[tuple[str, float]]]:
+        """For each image the classes that it is said to show with their probabilities, the likeliest first."""
+        shown = self.shown(threshold)
+        order, p = self.probabilities.argsort(stable=True, dim=1, descending=True), self.probabilities.tolist()
+        return [
+            [(str(self.classes[c]), p[row][c]) for c in own if shown[row, c]] for row, own in enumerate(order.tolist())
+        ]
+
+    def labels(self, unknown_below: float | None = None, threshold: float | None = None) -> np.ndarray:
+        """(n,), the likeliest class; with `unknown_below` in [0, 1], None where the known score is below it. Where images may show
+        several classes, a tuple of those that each is said to show, the likeliest first, maybe none; with `threshold` by this one
+        for every class."""
+        if self.thresholds is not None or threshold is not None:
+            sets = np.empty(len(self), dtype=object)
+            for row, own in enumerate(self.sets(threshold)):
+                sets[row] = tuple(name for name, _ in own)
+            return sets
         found = self.classes[self.scores.argmax(1).numpy()] if len(self) else np.array([], dtype=object)
         if unknown_below is not None:
             require_threshold(unknown_below, "unknown_below")

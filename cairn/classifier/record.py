@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import AccuracyEstimate
+from cairn.classifier.label_sets import LabelSetRule
 from cairn.data.names import text_problem
 from cairn.data.templates import template_problem
 from cairn.errors import counted
@@ -73,6 +74,7 @@ class HistoryEntry(Record):
     again: list[ClassName] = Field(default=[], description="classes of which more was learned")
     images: Count
     hashed: bool = Field(default=False, description="whether its images are known one by one, by their hashes")
+    labels: Count = Field(default=0, description="where images may show several classes: labels of all of them")
     given: str | None = Field(
         default=None, description="in place of that in earlier versions: a hash of files and their classes"
     )
@@ -104,7 +106,8 @@ class HistoryEntry(Record):
     def told(self) -> str:
         """In words, without the names of classes."""
         again = f", more of {counted(len(self.again), 'known one')}" if self.again else ""
-        known = "" if self.hashed else ", not known one by one"
+        labels = f" with {counted(self.labels, 'label')}" if self.labels else ""
+        known = labels if self.hashed else f"{labels}, not known one by one"
         learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}{self._drifted}"
         match self.kind:
             case "learned":
@@ -143,6 +146,9 @@ class LearnerRecord(Record):
     estimate: AccuracyEstimate = Field(
         default=AccuracyEstimate(), description="counts of left-out images, of which its accuracy is estimated"
     )
+    label_sets: LabelSetRule | None = Field(
+        default=None, description="where images may show several classes: how sets of them are made of scores"
+    )
     picture_hashes: Count = Field(
         default=0, description="images that are known one by one, per class; see `cairn.data.identity`"
     )
@@ -168,6 +174,10 @@ class LearnerRecord(Record):
             raise ValueError("history: the classes that were learned are not those in 'classes'")
         if not {name for entry in self.history for name in entry.again} <= set(self.classes):
             raise ValueError("history: a class that was learned again is not in 'classes'")
-        if sum(self.counts) > sum(entry.images for entry in self.history):
+        if self.label_sets is not None and len(self.label_sets.offsets) != len(self.classes):
+            raise ValueError(
+                f"label_sets: of {len(self.label_sets.offsets)} classes, where there are {len(self.classes)}"
+            )
+        if sum(self.counts) > sum(entry.labels or entry.images for entry in self.history):
             raise ValueError("counts: more images than the history tells of")
         return self

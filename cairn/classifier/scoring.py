@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.novelty import Novelty
 from cairn.classifier.predictions import Predictions
 from cairn.data.folders import decoded, reason, unreadable
@@ -58,6 +59,8 @@ class Scorer:
     """Of so many of the likeliest classes reasons are given."""
     width: int | None
     """Numbers in a row, where embeddings are scored."""
+    sets: LearnedSets | None = None
+    """Where images may show several classes: what makes probabilities in place of `calibration`."""
 
     @torch.no_grad()
     def batches(self, items: Sequence[Item], size: int = BATCH) -> Iterator[Predictions]:
@@ -105,7 +108,10 @@ class Scorer:
                 f"{one_line(images.describe(rows[row]))}: scores that are not finite; the weights or the image hold NaN"
             )
         telling = self.method if isinstance(self.method, PatchReasons) and self.method.has_reasons else None
-        probabilities = self.calibration.log_probabilities(scores).exp()
+        if self.sets is None:
+            probabilities = self.calibration.log_probabilities(scores).exp()
+        else:
+            probabilities = self.sets.rule.probabilities(scores)
         return Predictions(
             self.classes,
             scores,
@@ -115,13 +121,19 @@ class Scorer:
             telling.patch_grid(features) if self.reasons and telling is not None else None,
             bad,
             rows,
+            self._thresholds,
         )
+
+    @property
+    def _thresholds(self) -> np.ndarray | None:
+        return None if self.sets is None else self.sets.thresholds
 
     def nothing(self, bad: dict[int, str]) -> Predictions:
         """Where no image can be read, or there is none."""
         none = torch.zeros(0, len(self.classes))
         known = None if self.novelty is None else np.zeros(0)
-        return Predictions(self.classes, none, none.double(), known, [] if self.reasons else None, None, bad)
+        whys = [] if self.reasons else None
+        return Predictions(self.classes, none, none.double(), known, whys, None, bad, thresholds=self._thresholds)
 
     def _reasons(self, features: Features, scores: Scores, probabilities: Scores) -> list[list[dict[str, Any]]]:
         """For each row its likeliest classes and what speaks for them."""

@@ -19,13 +19,13 @@ from cairn.experiment.metrics import (
     any_time,
     average_incremental,
     backward_transfer,
-    by_frequency,
     forgetting,
     mean_of_known,
     seen_accuracy,
 )
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
+from cairn.maths.frequency import by_frequency
 from cairn.methods.protocol import ChoosesRanks, LearnsUnlabelled, Method
 from cairn.storage.archive import Archive
 from cairn.storage.versions import versions

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from cairn.config import values_by_path
-from cairn.experiment.metrics import Frequency
+from cairn.maths.frequency import Frequency
 from cairn.storage.schema import Amount, Count, Difference, Share
 
 SCHEMA_VERSION = 1

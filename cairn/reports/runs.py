@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
-from cairn.experiment.metrics import Frequency
 from cairn.experiment.schema import SCHEMA_VERSION
+from cairn.maths.frequency import Frequency
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, settings_of, stream_keys
 from cairn.storage.files import read_bytes, read_json

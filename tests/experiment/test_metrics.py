@@ -12,7 +12,6 @@ from cairn.experiment.metrics import (
     any_time,
     average_incremental,
     backward_transfer,
-    by_frequency,
     forgetting,
     mean_and_deviation,
     mean_of_known,
@@ -24,6 +23,7 @@ from cairn.maths.calibration_error import (
     calibration_error_by_chance,
     negative_log_likelihood,
 )
+from cairn.maths.frequency import by_frequency
 
 A = [
     [0.9, None, None],

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from cairn.data.stream import class_order
 from cairn.errors import CairnError, ResultError
 from cairn.experiment.folder import Call, RunFolder, read_result
-from cairn.experiment.metrics import average_incremental, by_frequency, seen_accuracy
+from cairn.experiment.metrics import average_incremental, seen_accuracy
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call
+from cairn.maths.frequency import by_frequency
 from cairn.training.log import Log
 
 QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")

@@ -1,0 +1,81 @@
+"""One call of `partial_fit`: a copy of the method learns a task, and images left out of it tell how far it is to be trusted.
+
+Nothing of the classifier is changed: it takes the result over whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from cairn.classifier.assessment import assessed, needs_every_image
+from cairn.classifier.calibration import keep_left_out
+from cairn.classifier.choice import choice, comparable
+from cairn.classifier.comparison import compared_rows, drift_in_task
+from cairn.classifier.intake import Intake
+from cairn.classifier.label_set_learning import IntakeOfSets, LeavingOut
+from cairn.classifier.label_sets import before_any
+from cairn.classifier.learned import Learned
+from cairn.classifier.novelty import Novelty
+from cairn.data.task import Task
+from cairn.methods.protocol import Method
+from cairn.training.context import Context
+
+
+class Lesson(NamedTuple):
+    """What takes the place of a classifier's own after a task."""
+
+    method: Method
+    chosen: str
+    learned: Learned
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Learns what a classifier is given."""
+
+    learned: Learned
+    previous: Method | None
+    """What it was before the task, if anything."""
+    copy: Callable[[str], Method]
+    """Makes a copy of that, or a new method of the name."""
+    known: Callable[[], Novelty]
+    """Its known scores."""
+    compares: bool
+    """Whether images left out may choose another method than the one called for."""
+
+    def learned_with(self, task: Task, given: Intake | IntakeOfSets, called: str, ctx: Context) -> Lesson:
+        """By the method of that name."""
+        if isinstance(given, IntakeOfSets):
+            return self._sets_of_classes(task, given, called, ctx)
+        learned, method = self.learned, self.copy(called)
+        compares = self.compares and comparable(task)
+        keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
+        method.learn(task, ctx)
+        if compares:
+            found = choice(method, task, ctx)
+            ctx.log("notice", text=found.reason)
+            if found.method != called:  # it takes passes of its own
+                called, ctx = found.method, Context(ctx.seeds, ctx.log)
+                method = self.copy(called)
+                keep_left_out(task, ctx, every=needs_every_image(method, task))
+                method.learn(task, ctx)
+        before = partial(self.copy, called)
+        found = assessed(learned.calibration, learned.estimate, method, self.previous, before, task, ctx)
+        drift = drift_in_task(self.previous, self.known, task, ctx, list(map(str, learned.classes)))
+        after = learned.with_task(task, given.hashes, found.calibration, found.references, found.estimate, drift)
+        return Lesson(method, called, after)
+
+    def _sets_of_classes(self, task: Task, given: IntakeOfSets, called: str, ctx: Context) -> Lesson:
+        """Of images that may show several."""
+        learned, method = self.learned, self.copy(called)
+        leaving_out = LeavingOut(task, given.fresh, method, ctx)
+        leaving_out.keep_features()
+        method.learn(task, ctx)
+        sets = learned.sets or before_any(centred=not method.card.label_sets)
+        found = leaving_out.told(sets, partial(self.copy, called))
+        estimate = learned.estimate.for_classes(task.classes.stop)
+        after = learned.with_task(task, given.train_hashes, learned.calibration, [], estimate, sets=found)
+        return Lesson(method, called, after)

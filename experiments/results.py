@@ -196,7 +196,6 @@ def _blend_blocks() -> list[str]:
 
 
 TABLES = {
-    "README.md": ["shapes/{finetune,zero-shot,simplecil,dmc,dmc-ot,spa,ranpac,blend,joint}"],
     "docs/blend.md": _blend_blocks(),
     "docs/measured.md": [
         "shapes",
@@ -421,6 +420,7 @@ def write_tables() -> None:
     for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
     cairn_script("methods.py")
+    cairn_script("ranking.py")
     cairn_script("costs.py")
     cairn_script("heads.py", "--table")
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/measured.md")

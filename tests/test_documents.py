@@ -160,6 +160,14 @@ def test_every_table_is_what_the_stored_results_give(kind, name, text):
         assert text.strip() == difference_table(*(results_below([folder]) for folder in folders))
 
 
+@pytest.mark.parametrize(("page", "name"), [("README.md", "best"), ("docs/choose-a-method.md", "ranking")])
+def test_rankings_are_what_the_stored_results_give(page, name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    blocks = runpy.run_path(str(ROOT / "experiments" / "ranking.py"))["blocks"]()
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.search(rf"<!-- cairn {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)[1] == blocks[page]
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "results").rglob("result.json")), ids=lambda p: str(p.parent.relative_to(ROOT))
 )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import classifier, embed, evaluate, mend, monitor, predict, reproduce, run, sweep
+from cairn.cli import classifier, embed, evaluate, mend, monitor, predict, rank, reproduce, run, sweep
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
 from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, printable
 from cairn.reports.console import Console
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="A CLIP model learns new classes, task after task, without keeping old images.",
 )
-for commands in (run, classifier, predict, evaluate, monitor, mend, embed, sweep, reproduce):
+for commands in (run, classifier, predict, evaluate, monitor, mend, embed, sweep, reproduce, rank):
     commands.register(app)
 
 Into = Annotated[Path | None, typer.Option(help="a Markdown file; its block 'cairn COMMAND NAME' is replaced")]

@@ -18,13 +18,17 @@ def figures(cairn, features, tmp_path):
     """A file of figures that runs of this version reach; with changes."""
     rows = []
     for method in METHODS.split(","):
-        status, _, error = cairn("run", method, "--data", features, "--step", "2", "--order", "seed:1993", "--out", f"f/{method}")
+        status, _, error = cairn(
+            "run", method, "--data", features, "--step", "2", "--order", "seed:1993", "--out", f"f/{method}"
+        )
         assert status == 0, error
         result = json.loads((tmp_path / "f" / method / "result.json").read_text())
         rows.append([tmp_path.joinpath(features).stem, 0, 2, method, 100 * result["average"], 100 * result["last"]])
 
     def written(order="seed:1993", add=0.0, test=None):
-        shown = [[*row[:4], row[4] + add * (row[3] == "zero-shot"), row[5] + add * (row[3] == "zero-shot")] for row in rows]
+        shown = [
+            [*row[:4], row[4] + add * (row[3] == "zero-shot"), row[5] + add * (row[3] == "zero-shot")] for row in rows
+        ]
         text = f'[settings.own]\ntitle = "own"\ntowers = ["features"]\norder = "{order}"\n'
         text += f'[[source]]\nname = "me"\ncite = "here"\nsetting = "own"\nfigures = {json.dumps(shown)}\n'
         if test:
@@ -41,7 +45,7 @@ def call(cairn, features, file, *more, seeds="1,2"):
 
 
 def test_figures_are_reached_and_shown(cairn, features, figures, tmp_path):
-    status, out, error = call(cairn, features, figures())
+    status, _, error = call(cairn, features, figures())
     assert (status, error) == (0, "")
     report = json.loads((tmp_path / "o" / "reproduction.json").read_text())
     assert report["findings"] == []
@@ -58,20 +62,20 @@ def test_figures_are_reached_and_shown(cairn, features, figures, tmp_path):
 
 
 def test_a_wrong_order_is_told_at_once(cairn, features, figures, tmp_path):
-    status, out, error = call(cairn, features, figures(order="natural"))
+    status, _, error = call(cairn, features, figures(order="natural"))
     assert status == 2
     assert error.count("\n") == 1
     assert "zero-shot is not as published" in error
     report = json.loads((tmp_path / "o" / "reproduction.json").read_text())
     assert "class order: --order seed:1993" in report["findings"][0]
     assert not (tmp_path / "o" / "simplecil").exists()
-    status, out, error = call(cairn, features, figures(order="natural"), "--anyway")
+    status, _, error = call(cairn, features, figures(order="natural"), "--anyway")
     assert (status, error) == (0, "")
     assert (tmp_path / "o" / "lda" / "seed-2" / "result.json").exists()
 
 
 def test_other_weights_and_another_split(cairn, features, figures, tmp_path):
-    status, out, _ = call(cairn, features, figures(add=-20.0, test=99))
+    status, _, _ = call(cairn, features, figures(add=-20.0, test=99))
     assert status == 2
     first, second = json.loads((tmp_path / "o" / "reproduction.json").read_text())["findings"]
     assert "published 99" in first

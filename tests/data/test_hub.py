@@ -533,7 +533,13 @@ def test_an_image_that_a_table_has_by_its_path_is_the_file(tmp_path):
 
 def test_published_classes_are_the_first_by_folder_name(tmp_path, row):
     row("cars", classes=(5,), published=3)
-    names = ["Audi V8 Sedan 1994", "Audi TT Hatchback 2011", "Audi TTS Coupe 2012", "AM General Hummer SUV 2000", "Yugo 1"]
+    names = [
+        "Audi V8 Sedan 1994",
+        "Audi TT Hatchback 2011",
+        "Audi TTS Coupe 2012",
+        "AM General Hummer SUV 2000",
+        "Yugo 1",
+    ]
     copy = datasets.DatasetDict(
         train=table([0, 1, 2, 3, 4, 1], names, image="image", label="label"),
         test=table([4, 3, 2, 1, 0], names, image="image", label="label"),

@@ -44,7 +44,9 @@ def test_settings_are_those_of_the_run_files(name):
     assert file.template == setting.template
 
 
-@pytest.mark.parametrize("method", sorted({row[3] for source in published().source for row in source.figures} - {"zero-shot"}))
+@pytest.mark.parametrize(
+    "method", sorted({row[3] for source in published().source for row in source.figures} - {"zero-shot"})
+)
 def test_methods_are_run_as_their_run_files_say(method):
     file = read_run_file(ROOT / "configs" / method / "cifar100.toml")
     needs = published().approach(method).needs
@@ -62,12 +64,16 @@ def test_expected_figures_of_the_run_files_are_those(request):
             for figure in published().figures(name, "cifar100")
             if figure.method == method and figure.step == 10 and figure.base == 0
         ]
-        assert any([100 * v for v in (f.average, f.last) if v is not None] == pytest.approx(numbers) for f in found), method
+        assert any([100 * v for v in (f.average, f.last) if v is not None] == pytest.approx(numbers) for f in found), (
+            method
+        )
 
 
 def test_the_setting_is_that_of_the_towers():
     assert reproduction("cifar100", "openai/clip-vit-base-patch16", published()).setting_name == "A"
-    asked = reproduction("cifar100", "open_clip:timm/vit_base_patch16_clip_224.laion400m_e32", published(), base=50, step=10)
+    asked = reproduction(
+        "cifar100", "open_clip:timm/vit_base_patch16_clip_224.laion400m_e32", published(), base=50, step=10
+    )
     assert asked.setting_name == "B"
     runs = asked.runs()
     assert [run.method for run in runs[::3]] == ["zero-shot", "simplecil", "ranpac", "blend", "proof"]

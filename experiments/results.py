@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ["--data", "data/cifar100", "--towers", "data/mini-clip", "--step", "10"]
 ONE_PASS = ["--stream", "online", "--chunk", "25"]
+EIGHTH = ["--labelled", "0.125"]
 EMBEDDINGS = ["--step", "10", "--order", "seed:1993", "--data"]
 STREAMS = {
     "shapes": ["--data", "shapes"],
@@ -60,6 +61,8 @@ STREAMS = {
     },
     "shapes-online": ["--data", "shapes", *ONE_PASS, "--limit-train", "10", "--limit-test", "10"],
     "cifar100-online": [*PHOTOGRAPHS, "--order", "seed:1993", *ONE_PASS, "--limit-train", "5", "--limit-test", "5"],
+    "shapes-eighth": ["--data", "shapes", "--limit-train", "40", *EIGHTH],
+    "cifar100-eighth": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "40", *EIGHTH],
     "fm-lora-shapes": ["--data", "shapes"],
     "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "spa-shapes": ["--data", "shapes"],
@@ -140,6 +143,12 @@ FM_LORA_PARTS = {
 }
 """FM-LoRA at full rank, with ranks by singular values, and without prompt tokens."""
 
+MCCL_PARTS = {
+    "mccl-labelled": ["unlabelled=false"],
+    "mccl-statistics": ["consistency=0", "alignment=0", "compactness=0", "intervention=0"],
+}
+"""MCCL from labelled images alone, and with the others in its statistics alone."""
+
 LORA_8 = [
     "stage1.tuning.rank=8",
     "stage1.tuning.alpha=8",
@@ -211,6 +220,8 @@ TABLES = {
         "ucf101-online",
         "shapes-online",
         "cifar100-online",
+        "shapes-eighth",
+        "cifar100-eighth",
         "fm-lora-shapes",
         "fm-lora-cifar100",
         "spa-shapes",
@@ -263,6 +274,7 @@ VARIANTS = {
     **{folder: ("fm-lora", switches) for folder, switches in FM_LORA_PARTS.items()},
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
+    **{folder: ("mccl", switches) for folder, switches in MCCL_PARTS.items()},
     **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
     **{folder: ("sda", switches) for folder, switches in SDA_PARTS.items()},
 }
@@ -319,6 +331,8 @@ METHOD_ROWS = {
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")
     },
+    "shapes-eighth": ["simplecil", "mccl", *MCCL_PARTS],
+    "cifar100-eighth": ["simplecil", "mccl", *MCCL_PARTS],
     "caltech51-online": ["zero-shot", *ONLINE],
     "ucf101-online": ONLINE,
     "shapes-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],

@@ -256,6 +256,10 @@ class Checkpoint:
             raise Interrupted(signal, GOES_ON)
 
 
+BESIDE = "beside-"
+"""How the name of a pass begins that is over other images than the rows of the task, and is handed on whole."""
+
+
 class _HandedOn(Checkpoint):
     def __init__(self, source: Checkpoint, rows: Tensor, number: int):
         super().__init__(world=source.world)
@@ -264,6 +268,8 @@ class _HandedOn(Checkpoint):
     def work(self, name: str) -> State | None:
         """Of a pass over the rows. One of another number is over other images."""
         state = self._source._finished.get(name, {})
+        if name.startswith(BESIDE):
+            return state or None
         columns = {key: value for key, value in state.items() if key.startswith("column-")}
         if not columns or any(len(column) != self._number for column in columns.values()):
             return None

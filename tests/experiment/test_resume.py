@@ -20,7 +20,7 @@ from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.methods import dmc
 from cairn.methods.catalogue import METHODS
-from cairn.methods.protocol import LearnsOnline
+from cairn.methods.protocol import LearnsOnline, LearnsUnlabelled
 from cairn.storage.archive import Archive
 from cairn.storage.files import read_json
 from cairn.training.checkpoint import Checkpoint
@@ -32,7 +32,9 @@ QUICK = {
     "dmc-ot": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2"),
     "finetune": ("stage1.schedule.epochs=2",),
     "joint": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2"),
-    **dict.fromkeys(("spa", "rapf", "proof", "engine", "calfuse", "capnet", "reco", "fm-lora"), ("schedule.epochs=2",)),
+    **dict.fromkeys(
+        ("spa", "rapf", "proof", "engine", "calfuse", "capnet", "reco", "fm-lora", "mccl"), ("schedule.epochs=2",)
+    ),
     "clipood": ("stage1.schedule.epochs=2",),
     "slca": ("stage1.schedule.epochs=2", "stage2.schedule.epochs=2", "stage2.per_class=16"),
     "aper": ("schedule.epochs=2",),
@@ -103,6 +105,16 @@ def test_cut_off_anywhere_the_end_is_the_same(name, features, tmp_path):
         assert_same(reference, found)
         assert found[2] > 0 or units < after
         assert found[0].resumed == found[2]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if LearnsUnlabelled in METHODS[name].capabilities])
+def test_with_images_without_labels_too(name, features, tmp_path):
+    config = RunConfig(method=name, data=features, step=2, labelled=0.25, settings=QUICK.get(name, ()))
+    reference = atomic_write(config)
+    found = cut_and_gone_on(config, Archive(tmp_path, "run"), max(2, reference[2] // 6))
+    assert_same(reference, found)
+    assert found[2] > 0
+    assert found[0].temperature == reference[0].temperature
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if LearnsOnline in METHODS[name].capabilities])

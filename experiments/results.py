@@ -59,7 +59,7 @@ STREAMS = {
         ]
         for name in ("caltech51", "ucf101")
     },
-    "shapes-online": ["--data", "shapes", *ONE_PASS, "--limit-train", "10", "--limit-test", "10"],
+    "shapes-online": ["--data", "shapes", *ONE_PASS, "--limit-train", "10", "--limit-test", "5"],
     "cifar100-online": [*PHOTOGRAPHS, "--order", "seed:1993", *ONE_PASS, "--limit-train", "5", "--limit-test", "5"],
     "shapes-eighth": ["--data", "shapes", "--limit-train", "40", *EIGHTH],
     "cifar100-eighth": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "40", *EIGHTH],
@@ -165,11 +165,11 @@ REPLAY = [*SMALL, "contrast=0", "classified=both"]
 SDA_PARTS = {
     "sda": [*SMALL, "shifts.number=2"],
     "sda-own": [*SMALL, "shifts.number=2", "shifted=own"],
-    "sda-replay": [*REPLAY, "steps=5"],
+    "sda-replay": [*REPLAY, "steps=5", "schedule.lr=3e-4"],
     "sda-replay-1": REPLAY,
 }
 """SDA at a size that two cores can do, the same with copies that have the label of their class, and plain replay: with as many passes
-(90 and 100 for 10 images), and with as many steps."""
+(90 and 100 for 10 images), and with as many steps. The learning rates of the first and of `sda` were chosen on `shapes:dev`."""
 
 BLEND_PARTS = {
     "blend": [],

@@ -10,6 +10,12 @@ from cairn.classifier.record import LearnerRecord
 from cairn.errors import counted, one_line
 from cairn.methods.catalogue import method_named
 
+KEPT = {
+    "buffer": "some of which are kept as the tower sees them: they are in this folder",
+    "exemplars": "none of which is kept, but embeddings of some",
+}
+"""What is said of the images that were learned from, where a method keeps single ones."""
+
 
 def card(record: LearnerRecord) -> str:
     """A page of Markdown from the record that a learner is saved with."""
@@ -20,8 +26,10 @@ def card(record: LearnerRecord) -> str:
         f"- method: {record.method}, {entry.card.title} ({entry.card.source})",
         f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
         f"revision {one_line(towers.revision or 'none')}",
-        f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}, none of which is kept",
-        f"- {counted(record.bytes, 'byte')}, of which {record.memory_bytes:,} are statistics of classes",
+        f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}, "
+        f"{KEPT.get(entry.card.keeps, 'none of which is kept')}",
+        f"- {counted(record.bytes, 'byte')}, of which {record.memory_bytes:,} are "
+        f"{'images' if entry.card.keeps == 'buffer' else 'statistics of classes'}",
         f"- {counted(record.picture_hashes, 'hash')} (SHA-256 of the pixels) by which learned images are known again; no image can "
         "be made from one, but who has an image can tell whether it was learned",
         f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}",

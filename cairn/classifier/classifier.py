@@ -79,7 +79,7 @@ AHEAD = 16
 
 
 class IncrementalClassifier(Fitted):
-    """Learns classes as they come and keeps none of their images.
+    """Learns classes as they come and keeps none of their images, unless the method says so (`Card.keeps`).
 
     `method` is a name of `cairn list`, or `auto`: `blend`, unless the images of the first call, left out of learning, tell that
     another in closed form does better (see `cairn.classifier.choice`); with `settings` always blend. `towers` is a hub id, a

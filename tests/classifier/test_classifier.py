@@ -404,6 +404,23 @@ def test_the_card_tells_people_what_is_there(learned, tmp_path):
     assert all(name in card for name in learned.classes_)
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("sda", "from 8 images, some of which are kept as the tower sees them: they are in this folder"),
+        ("reco", "from 8 images, none of which is kept, but embeddings of some"),
+    ],
+)
+def test_the_card_tells_what_is_kept_of_single_images(method, told, pictures, towers_once, tmp_path):
+    (images, names), _ = pictures
+    settings = {"tuning": "none", "contrast": 0.0} if method == "sda" else {"schedule.epochs": 1}
+    learner = IncrementalClassifier(method, towers_once, settings=settings).partial_fit(images[:8], names[:8])
+    learner.save(tmp_path)
+    card = (tmp_path / "CARD.md").read_text()
+    assert told in card
+    assert (f"of which {learner.method_.memory_bytes:,} are images" in card) == (method == "sda")
+
+
 def test_a_name_is_text_whatever_its_signs(pictures, towers_once, tmp_path):
     (images, _), _ = pictures
     names = ["<script>alert(1)</script>", "../../x", "{0} | b"]

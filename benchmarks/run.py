@@ -25,6 +25,7 @@ import loading
 import predicting
 import prefix
 import retrieval
+import ridge
 import shares
 import startup
 import transport
@@ -38,6 +39,7 @@ ITEMS = {
     "shares": shares,
     "input": loading,
     "compiled": compiled,
+    "ridge": ridge,
     "growth": growth,
     "launches": launches,
     "alignment": alignment,

@@ -21,6 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+PANEL, ROWS = 128, 512
+"""Columns that are reflected at once, and rows that are multiplied at once."""
+
 
 def one_hot(labels: Int[Tensor, " n"], k: int) -> Float[Tensor, "n k"]:
     """Row i is 1 in column labels_i, float64."""
@@ -28,11 +31,41 @@ def one_hot(labels: Int[Tensor, " n"], k: int) -> Float[Tensor, "n k"]:
 
 
 def compressed(R: Float[Tensor, "r m"], D: Float[Tensor, "r k"]) -> tuple[Float[Tensor, "q m"], Float[Tensor, "q k"]]:
-    """The same R^T R and R^T D in at most m rows."""
+    """The same R^T R and R^T D in at most m rows; the m rows are an upper triangle. Q is applied to D and never made."""
     if len(R) <= R.shape[1]:
         return R, D
-    Q, R = torch.linalg.qr(R)
-    return R, Q.T.to(D) @ D
+    reflectors, tau = torch.geqrf(R)
+    turned = torch.ormqr(reflectors, tau, D.to(R), transpose=True)
+    return reflectors[: R.shape[1]].triu(), turned[: R.shape[1]].to(D)
+
+
+def joined_to_triangle(
+    R: Float[Tensor, "m m"], D: Float[Tensor, "m k"], H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, "m m"], Float[Tensor, "m k"]]:
+    """`compressed` of [R; H] and [D; Y] for an upper triangle R, which takes 2 n m^2 operations and not 2 n m^2 + 4/3 m^3.
+
+    Of a panel of columns only the triangle's own rows and H are not zero below it: their reflections change those rows alone.
+    """
+    m = len(R)
+    top, below = torch.cat([R, D.to(R)], 1), torch.cat([H, Y.to(R)], 1)
+    for j in range(0, m, PANEL):
+        own = slice(j, min(j + PANEL, m))
+        size = own.stop - j
+        reflectors, tau = torch.geqrf(torch.cat([top[own, own], below[:, own]]))
+        rest = torch.ormqr(reflectors, tau, torch.cat([top[own, own.stop :], below[:, own.stop :]]), transpose=True)
+        top[own, own], top[own, own.stop :] = reflectors[:size].triu(), rest[:size]
+        below[:, own.stop :] = rest[size:]
+    return top[:, :m].contiguous(), top[:, m:].to(D)
+
+
+def squared(R: Float[Tensor, "r m"], *, triangle: bool = False) -> Float[Tensor, "r r"]:
+    """R R^T in float64 by half of the operations, and by a sixth where R is an upper triangle."""
+    K = torch.empty(len(R), len(R), dtype=torch.float64)
+    for i in range(0, len(R), ROWS):
+        stop, first = min(i + ROWS, len(R)), i if triangle else 0
+        K[i:stop, :stop] = R[i:stop, first:].double() @ R[:stop, first:].double().T
+        K[:i, i:stop] = K[i:stop, :i].T
+    return K
 
 
 def solved(K: Float[Tensor, "r r"], D: Float[Tensor, "r k"], lam: float) -> Float[Tensor, "r k"]:

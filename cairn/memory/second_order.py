@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from math import isqrt
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cairn.errors import DataError
-from cairn.maths.ridge import compressed, solved
+from cairn.errors import DataError, ResultError
+from cairn.maths.ridge import compressed, joined_to_triangle, solved, squared
 from cairn.maths.rows import merged, without
 
 ROUNDING = 1e-5
@@ -20,12 +23,14 @@ FOREIGN = 1e-3
 class SecondOrder:
     """G = sum H^T H and C = sum H^T Y over everything learned, as a square root: R^T R = G, R^T D = C, in at most m rows.
 
-    H are rows of features (n x m), Y their labels one-hot (n x k). R and D are in float32; K = R R^T, in float64, is kept
-    while the object lives and can be made again. Immutable: `joined` and `without` return others.
+    H are rows of features (n x m), Y their labels one-hot (n x k). R and D are in float32; beyond m rows R is an upper triangle,
+    of which half is stored. K = R R^T, in float64, and the last solutions are kept while the object lives and can be made again.
+    Immutable: `joined` and `without` return others.
     """
 
     def __init__(self, R: Float[Tensor, "r m"], D: Float[Tensor, "r k"], K: Float[Tensor, "r r"] | None = None):
         self.R, self.D, self._K = R, D, K
+        self._solutions: dict[float, Tensor] = {}
 
     @classmethod
     def empty(cls, m: int) -> SecondOrder:
@@ -33,13 +38,18 @@ class SecondOrder:
 
     @property
     def bytes(self) -> int:
-        return self.R.nbytes + self.D.nbytes
+        """What is stored."""
+        m = self.R.shape[1]
+        return (self.R.element_size() * m * (m + 1) // 2 if self._triangle else self.R.nbytes) + self.D.nbytes
+
+    @cached_property
+    def _triangle(self) -> bool:
+        return len(self.R) == self.R.shape[1] and not self.R.tril(-1).any()
 
     @property
     def K(self) -> Float[Tensor, "r r"]:
         if self._K is None:
-            A = self.R.double()
-            self._K = A @ A.T
+            self._K = squared(self.R, triangle=self._triangle)
         return self._K
 
     def joined(
@@ -48,23 +58,16 @@ class SecondOrder:
         """With n more rows learned, of at least as many classes.
 
         With `rng` they are mixed among themselves by a random rotation, so that none of them can be read from R: what is
-        to be kept must be. Beyond m rows a QR factorisation brings them back to m.
+        to be kept must be. Beyond m rows a QR factorisation brings them back to m, the same whatever the rotation.
         """
-        if rng is not None:
+        if rng is not None and len(self.R) + len(H) <= H.shape[1]:
             Q = torch.linalg.qr(torch.randn(len(H), len(H), generator=rng, dtype=torch.float64))[0].to(H)
             H, Y = Q @ H, Q.to(Y) @ Y
         D = torch.cat([self.D, self.D.new_zeros(len(self.D), Y.shape[1] - self.D.shape[1])], 1)
+        if self._triangle:
+            return SecondOrder(*joined_to_triangle(self.R, D, H, Y))
         R, D = torch.cat([self.R, H]), torch.cat([D, Y])
-        if len(R) > R.shape[1]:
-            return SecondOrder(*compressed(R, D))
-        new = H.double()
-        X = (
-            torch.cat([rows.double() @ new.T for rows in self.R.split(1024)])
-            if len(self.R)
-            else new.new_zeros(0, len(new))
-        )
-        K = torch.cat([torch.cat([self.K, X], 1), torch.cat([X.T, new @ new.T], 1)])
-        return SecondOrder(R, D, K)
+        return SecondOrder(*compressed(R, D))
 
     def without_rows(self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]) -> SecondOrder:
         """As if these rows had not been learned.
@@ -102,15 +105,30 @@ class SecondOrder:
 
     def solution(self, lam: float) -> Float[Tensor, "m k"]:
         """W = (G + lam I)^-1 C = R^T (K + lam I)^-1 D. NaN where there is none."""
-        return self.R.T @ solved(self.K, self.D, lam).to(self.R)
+        if lam not in self._solutions:
+            self._solutions[lam] = self.R.T @ solved(self.K, self.D, lam).to(self.R)
+        return self._solutions[lam]
 
     def error(self, H: Float[Tensor, "v m"], Y: Float[Tensor, "v k"], lam: float) -> float:
         """|H W(lam) - Y|^2 / (v k) on rows that were not learned."""
         return ((H @ self.solution(lam) - Y) ** 2).mean().item()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"R": self.R, "D": self.D}
+        """R row by row; of an upper triangle m (m + 1) / 2 numbers."""
+        R = torch.cat([row[i:] for i, row in enumerate(self.R)]) if self._triangle else self.R
+        return {"R": R, "D": self.D}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> SecondOrder:
-        return cls(state["R"], state["D"])
+        R = state["R"]
+        if R.ndim == 1:
+            m = (isqrt(8 * len(R) + 1) - 1) // 2
+            if m * (m + 1) // 2 != len(R):
+                raise ResultError(
+                    f"sums of squares with {len(R)} numbers: no triangle has so many; the file is damaged"
+                )
+            rows = R.split(list(range(m, 0, -1)))
+            R = R.new_zeros(m, m)
+            for i, row in enumerate(rows):
+                R[i, i:] = row
+        return cls(R, state["D"])

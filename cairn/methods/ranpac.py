@@ -86,7 +86,7 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         ),
         trains="head",
         keeps="second-order",
-        bytes=lambda k, d, n, i, w: 4 * min(n, 10000) * (10000 + k),
+        bytes=lambda k, d, n, i, w: 4 * n * (10000 + k) if n <= 10000 else 4 * (50_005_000 + 10_000 * k),
         closed_form=True,
         passes="one per image, can be cached",
         quick={"schedule.epochs": 2, "schedule.batch": 4},
@@ -120,24 +120,23 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         with self.image.inference():
             z, y = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z1")
         Y = one_hot(y, max(task.classes.stop, self.sums.D.shape[1])).float()
-        self.lam = self._chosen(z, Y, ctx.seeds)
-        self.sums = self._joined(z, Y, ctx.seeds.generator("rotation"))
+        self.lam, self.sums = self._chosen(z, Y, ctx.seeds)
         self.W = self.sums.solution(self.lam)
         ctx.log("ridge", chosen=self.lam, rows=len(self.sums.R))
 
-    def _joined(self, z: Features, Y: Scores, rng: torch.Generator | None = None) -> SecondOrder:
+    def _joined(self, sums: SecondOrder, z: Features, Y: Scores, rng: torch.Generator) -> SecondOrder:
         """The sums with these images learned, some at a time."""
-        sums = self.sums
         for rows in torch.arange(len(z)).split(self.random.width):
             sums = sums.joined(self.random(z[rows]), Y[rows], rng)
         return sums
 
-    def _chosen(self, z: Features, Y: Scores, seeds: Seeds) -> float:
-        """The lam of the smallest error on held-out images, learned from the others and all tasks before. Their scores with
-        it are left in `held_out`."""
+    def _chosen(self, z: Features, Y: Scores, seeds: Seeds) -> tuple[float, SecondOrder]:
+        """The lam of the smallest error on held-out images, learned from the others and all tasks before; and the sums with
+        those images, too. Their scores with it are left in `held_out`."""
         order = torch.randperm(len(z), generator=seeds.generator("held-out"))
         out, learned = order.tensor_split([max(1, round(self.config.held_out * len(z)))])
-        sums, H, ridges = self._joined(z[learned], Y[learned]), self.random(z[out]), self.config.ridges
+        rng = seeds.generator("rotation")
+        sums, H, ridges = self._joined(self.sums, z[learned], Y[learned], rng), self.random(z[out]), self.config.ridges
 
         @cache
         def error(i: int) -> float:
@@ -153,7 +152,7 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         labels = Y[out].argmax(1)
         known = (sums.D != 0).any(0)[labels]  # of a class all of whose images are held out nothing was learned
         self.held_out = self.towers.logit_scale * H[known] @ sums.solution(ridges[best]), labels[known]
-        return ridges[best]
+        return ridges[best], self._joined(sums, z[out], Y[out], rng)
 
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cairn.maths.ridge import compressed, one_hot, recursive_ridge, solved
+from cairn.maths.ridge import compressed, joined_to_triangle, one_hot, recursive_ridge, solved, squared
 
 
 def clustered(n, m, k, seed=0, dtype=torch.float64):
@@ -70,3 +70,28 @@ def test_how_rows_are_spread_over_calls_is_immaterial():
     for h, label in zip(H, y, strict=True):
         P, W = recursive_ridge(P, W, h[None], one_hot(label[None], 4))
     assert (W - at_once).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("rows", [1, 70, 400])
+def test_rows_that_join_a_triangle_leave_one(rows):
+    """300 columns are three panels, the last of them narrower."""
+    rng = torch.Generator().manual_seed(1)
+    mixing = torch.randn(300, 300, generator=rng, dtype=torch.float64) * torch.logspace(0, -2, 300)
+    H = torch.randn(500 + rows, 300, generator=rng, dtype=torch.float64) @ mixing.T
+    Y = one_hot(torch.arange(len(H)) % 4, 4)
+    triangle, D = compressed(H[:500], Y[:500])
+    R, D = joined_to_triangle(triangle, D, H[500:], Y[500:])
+    assert R.shape == (300, 300)
+    assert torch.equal(R, R.triu())
+    torch.testing.assert_close(R.T @ R, H.T @ H, rtol=1e-10, atol=1e-8)
+    torch.testing.assert_close(R.T @ D, H.T @ Y, rtol=1e-10, atol=1e-8)
+    whole = compressed(H, Y)[0]
+    torch.testing.assert_close(R.abs(), whole.abs(), rtol=1e-8, atol=1e-8)  # the same but for signs
+
+
+@pytest.mark.parametrize("m", [5, 700])
+def test_the_square_of_a_triangle(m):
+    R = torch.randn(m, m, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(squared(R[: m - 2]), R[: m - 2].double() @ R[: m - 2].double().T)
+    R = R.triu()
+    torch.testing.assert_close(squared(R, triangle=True), R.double() @ R.double().T)

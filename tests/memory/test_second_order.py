@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from cairn.errors import ResultError
 from cairn.maths.ridge import one_hot
 from cairn.memory.second_order import SecondOrder
 
@@ -104,6 +105,23 @@ def test_in_single_precision_the_square_root_beats_the_sum_of_squares():
     by_sum = torch.linalg.solve(G + lam * torch.eye(40, dtype=torch.float64), (H.T @ Y).double())
     sums = SecondOrder.empty(40).joined(H, Y)
     assert (sums.solution(lam) - exact).norm() < 0.05 * (by_sum - exact).norm()
+
+
+def test_of_a_triangle_half_is_stored_and_more_can_be_learned_from_it():
+    H, y = clustered(90, 40, 4)
+    sums = SecondOrder.empty(40).joined(H[:60], labels(y[:60], 4))
+    state = sums.state_dict()
+    assert state["R"].shape == (40 * 41 // 2,)
+    assert sums.bytes == sum(tensor.nbytes for tensor in state.values())
+    again = SecondOrder.from_state(state)
+    assert torch.equal(again.R, sums.R)
+    more = again.joined(H[60:], labels(y[60:], 4))
+    exact = batch_solution(H, labels(y, 4), 1.0)
+    torch.testing.assert_close(more.solution(1.0).double(), exact, rtol=1e-2, atol=1e-3 * exact.abs().max().item())
+    former = SecondOrder.from_state({"R": sums.R, "D": sums.D})  # stored whole, as it once was
+    assert torch.equal(former.solution(1.0), sums.solution(1.0))
+    with pytest.raises(ResultError, match="with 819 numbers: no triangle has so many"):
+        SecondOrder.from_state(state | {"R": state["R"][1:]})
 
 
 def test_it_loses_a_class_and_comes_back_from_its_state(tasks):

@@ -296,7 +296,8 @@ def sums_of(method):
     """What is a sum over images, or follows from such: of ranpac, whose root is one of many, G, C and W."""
     state = {key: value for key, value in method.state_dict().items() if not key.startswith(("pools", "ridge_errors"))}
     if "sums.R" in state:
-        R, D = state.pop("sums.R").double(), state.pop("sums.D").double()
+        R, D = method.sums.R.double(), method.sums.D.double()
+        del state["sums.R"], state["sums.D"]
         state |= {"G": R.T @ R, "C": R.T @ D, "W": method.sums.solution(1.0)}
         del state["lam"]
     if "memory.factors" in state:  # of which each class's own product is one

@@ -6,44 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numbered import COUNTS, Numbers, dataset, rows
 from PIL import Image
 
 from cairn.data.few_labels import few_labels
 from cairn.data.folders import loose_pictures, unreadable
-from cairn.data.images import Concatenation, Dataset, Subset, Unlabelled
+from cairn.data.images import Concatenation, Subset, Unlabelled
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream, without
 from cairn.errors import ConfigError, DataError
-
-COUNTS = (12, 5, 9, 7, 1, 8)
-
-
-class Numbers:
-    """Each item is its number."""
-
-    def __init__(self, labels):
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return index
-
-    def describe(self, index):
-        return f"item {index}"
-
-    def identity(self, index):
-        return str(index).encode()
-
-
-def dataset():
-    train, test = Numbers(np.repeat(np.arange(6), COUNTS)), Numbers(np.tile(np.arange(6), 3))
-    return Dataset("made", tuple("abcdef"), train, test, ("a photo of a {}.",))
-
-
-def rows(images):
-    return [images[i] for i in range(len(images))]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.125, 0.5, 0.99])

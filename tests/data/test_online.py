@@ -4,41 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numbered import COUNTS, dataset, rows
 
-from cairn.data.images import Dataset
 from cairn.data.stream import task_stream, without
 from cairn.errors import ConfigError
-
-
-class Numbers:
-    """Each item is its number."""
-
-    def __init__(self, labels):
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return index
-
-    def describe(self, index):
-        return f"item {index}"
-
-    def identity(self, index):
-        return str(index).encode()
-
-
-COUNTS = (12, 5, 9, 7, 1, 8)
-
-
-def dataset():
-    train, test = Numbers(np.repeat(np.arange(6), COUNTS)), Numbers(np.tile(np.arange(6), 3))
-    return Dataset("made", tuple("abcdef"), train, test, ("a photo of a {}.",))
-
-
-def rows(images):
-    return [images[i] for i in range(len(images))]
 
 
 def sizes(stream):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cairn.errors import ConfigError, ResultError
+from cairn.experiment.schema import comparable_call
 from cairn.storage.distribution import extra_remedy
 from cairn.sweep.file import Choice, Range, SweepFile, option_or_setting, shown
 from cairn.sweep.ledger import Job
@@ -66,12 +67,13 @@ class Study:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ResultError(f"'{path}': cannot be continued ({error}); give another --out") from None
-        run = point.config.model_dump(mode="json", exclude={"seed"})
+        run = comparable_call(point.config.model_dump(mode="json", exclude={"seed"}))
         search = file.search.model_dump(mode="json", exclude={"trials"})
         asked = json.loads(json.dumps({"run": run, "seeds": point.seeds, **search}))
         held = self._study.user_attrs.get("asked")
         if held is None:
             self._study.set_user_attr("asked", held := asked)
+        held = {**held, "run": comparable_call(held["run"])}
         if changed := [key for key in asked if held.get(key) != asked[key]]:
             raise ResultError(
                 f"'{path}': the search '{point.name}' was begun with another {changed[0]}; only trials may change, give another "

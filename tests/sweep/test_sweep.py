@@ -473,6 +473,15 @@ def test_another_search_in_the_same_folder_is_refused(sweep):
         sweep(QUICK + SEARCH, head=HELD_OUT + "\nseeds = [1, 2]")
 
 
+def test_a_search_of_before_there_was_an_option_is_gone_on_with(sweep, tmp_path):
+    sweep(QUICK + SEARCH.replace("trials = 3", "trials = 1"), head=HELD_OUT)
+    journal = tmp_path / "out" / JOURNAL
+    told = journal.read_text()
+    assert '"imbalance":1.0,' in told
+    journal.write_text(told.replace('"imbalance":1.0,', ""))
+    assert len(sweep(QUICK + SEARCH.replace("trials = 3", "trials = 2"), head=HELD_OUT).jobs) == 2
+
+
 def test_every_corner_of_a_search_is_found_good_first(write, tmp_path):
     body = QUICK + SEARCH + 'stage2.text = {choices = ["templates", "tempaltes"]}\n'
     held = Sweep(read_sweep_file(write(body, head=HELD_OUT)), tmp_path / "out", View(io.StringIO()))

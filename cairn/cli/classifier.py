@@ -16,6 +16,7 @@ from cairn.reports.console import Console
 if TYPE_CHECKING:
     from cairn.classifier.classifier import IncrementalClassifier
     from cairn.classifier.onnx import Form
+    from cairn.classifier.record import LearnerRecord
 
 METHOD, TOWERS = "auto", "openai/clip-vit-base-patch16"
 Weights = Annotated[
@@ -23,6 +24,8 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 Learner = Annotated[Path, typer.Argument(help="folder of the learner")]
+AsJson = Annotated[bool, typer.Option("--json", help="the whole report as JSON on standard output")]
+SkipBadImages = Annotated[str, typer.Option("--on-bad-image", help="images that cannot be read: skip them, or stop")]
 Recursive = Annotated[
     bool, typer.Option("--recursive", help="pictures in folders inside a class's folder are taken too")
 ]
@@ -192,15 +195,21 @@ def _shown(value: Any) -> str:
     return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
-def inspect(learner: Learner) -> None:
-    """Show what a learner knows and what it keeps."""
-    from cairn.classifier.card import card
+def record_in(learner: Path) -> LearnerRecord:
+    """The record of a learner; that a newer one is damaged is told."""
     from cairn.classifier.folder import read_record
 
     record, damaged = read_record(learner)
     for told in damaged:
         Console().note(f"WARNING: {told}; the one before it was taken")
-    typer.echo(printable(card(record)))
+    return record
+
+
+def inspect(learner: Learner) -> None:
+    """Show what a learner knows and what it keeps."""
+    from cairn.classifier.card import card
+
+    typer.echo(printable(card(record_in(learner))))
 
 
 def forget(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cairn.cli.run import (
+    AnyDevice,
     BadImages,
     Data,
     LimitTest,
@@ -16,6 +17,7 @@ from cairn.cli.run import (
     Preprocess,
     Revision,
     Template,
+    Towers,
     checked,
     of_fields,
 )
@@ -50,10 +52,10 @@ def embed(
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="the features file to write (.safetensors)")],
     data: Data = "shapes",
-    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
+    towers: Towers = "auto",
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    device: AnyDevice = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
     template: Template = None,

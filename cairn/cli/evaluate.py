@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cairn.cli.classifier import Device, Learner, Recursive, Weights
+from cairn.cli.classifier import AsJson, Device, Learner, Recursive, SkipBadImages, Weights
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, counted, one_line, printable
 from cairn.reports.console import Console
@@ -37,12 +37,12 @@ def evaluate(
         float, typer.Option(help="the known score below which a picture counts as unknown")
     ] = 0.05,
     topk: Annotated[int, typer.Option(help="a class among so many likeliest counts in the second accuracy")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="the whole report as JSON on standard output")] = False,
+    as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="the classes as CSV on standard output")] = False,
     html: Annotated[
         Path | None, typer.Option(help="a page with the confusion matrix and pictures that are mixed up")
     ] = None,
-    on_bad_image: Annotated[str, typer.Option(help="images that cannot be read: skip them, or stop")] = "skip",
+    on_bad_image: SkipBadImages = "skip",
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cairn.cli.classifier import Learner, Weights
+from cairn.cli.classifier import Device, Learner, Weights, record_in
 from cairn.cli.predict import files_of
 from cairn.cli.run import BadImages, checked_bad_image
 from cairn.errors import ConfigError, DataError, counted, one_line
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="a class of `cairn inspect`")]
 Pictures = Annotated[list[Path], typer.Argument(help="image files, or folders of them, as they were learned")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,12 +31,10 @@ def register(app: typer.Typer) -> None:
 
 def history(learner: Learner) -> None:
     """Show what was done to a learner when. Tells also how far `cairn undo` can go back."""
-    from cairn.classifier.folder import NAME, read_record
+    from cairn.classifier.folder import NAME
     from cairn.storage.archive import Archive
 
-    record, damaged = read_record(learner)
-    for told in damaged:
-        Console().note(f"WARNING: {told}; the one before it was taken")
+    record = record_in(learner)
     for number, entry in enumerate(record.history, 1):
         typer.echo(one_line(f"{number:4d}  {entry.date}  {entry.told}{_named(entry)}"))
     *earlier, newest = Archive(learner, NAME).bytes_of_each().values()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli.classifier import Device, Learner, Weights
+from cairn.cli.classifier import AsJson, Device, Learner, SkipBadImages, Weights
 from cairn.cli.predict import files_of
 from cairn.cli.run import checked_bad_image
 from cairn.errors import counted, one_line, printable
@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
 def monitor(
     learner: Learner,
     pictures: Annotated[list[Path], typer.Argument(help="image files, or folders of them; no labels are needed")],
-    as_json: Annotated[bool, typer.Option("--json", help="the whole report as JSON on standard output")] = False,
-    on_bad_image: Annotated[str, typer.Option(help="images that cannot be read: skip them, or stop")] = "skip",
+    as_json: AsJson = False,
+    on_bad_image: SkipBadImages = "skip",
     towers: Weights = None,
     device: Device = "auto",
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cairn.cli.run import Precision, run_all, seed_numbers
+from cairn.cli.run import AnyDevice, Precision, run_all, seed_numbers
 from cairn.errors import ConfigError, counted
 from cairn.reports.console import Console
 
@@ -45,7 +45,7 @@ def reproduce(
     price: Annotated[float | None, typer.Option(help="of an hour of this machine, for the plan")] = None,
     shard: Annotated[str | None, typer.Option(help="K/N: every N-th run from the K-th, for N machines")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="go on though the first figures are not reached")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    device: AnyDevice = "auto",
     precision: Precision = "float32",
 ) -> None:
     """Make published figures again: ours, published, difference, on one page. Methods that need one pass come first; if they are

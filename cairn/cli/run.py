@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 Data = Annotated[str, typer.Option("--data", help="shapes, a folder, a features file (.safetensors) or a hub data set")]
+Towers = Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")]
+Base = Annotated[int, typer.Option(help="classes of the first task; 0: like the others")]
+Step = Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")]
+Order = Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")]
+Validation = Annotated[float, typer.Option(help="test on this share of the training images instead")]
+AnyDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, key=value; may be repeated")]
 LimitTrain = Annotated[int | None, typer.Option(help="training images per class at most")]
 Imbalance = Annotated[
@@ -86,24 +92,24 @@ def run(
         ),
     ] = None,
     data: Data = "shapes",
-    towers: Annotated[str, typer.Option(help="tiny, a hub id, a folder, or open_clip:<either>; auto picks")] = "auto",
-    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
-    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
-    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    towers: Towers = "auto",
+    base: Base = 0,
+    step: Step = None,
+    order: Order = "natural",
     seed: Annotated[int, typer.Option(help="moves every random choice but the class order")] = 1,
     seeds: Annotated[str | None, typer.Option(help="several seeds, 1,2,3: one folder each and a summary")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder  [default: runs/METHOD-DATA]")] = None,
     set_: Set = None,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
-    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    validation: Validation = 0.0,
     imbalance: Imbalance = 1.0,
     stream: Stream = "tasks",
     chunk: Chunk = None,
     blurry: Blurry = 0.0,
     labelled: Labelled = 1.0,
     unlabelled: LooseFolder = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    device: AnyDevice = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
     template: Template = None,
@@ -159,18 +165,8 @@ def run(
     own = {"method": entry.name, "step": step, "seed": several[0] if several else seed}
     own |= {"settings": merged(asked.settings, parsed(set_ or ())), "stream": checked_stream(stream)}
     config = checked(RunConfig, **of_fields(context, RunConfig) | own)
-    call = checked(
-        Call,
-        run=config,
-        seeds=several,
-        keep_learner=keep_learner,
-        cache=cache,
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps,
-        track=track or [],
-        log_lines=log_lines,
-        notices=asked.notices,
-    )
+    own = {"run": config, "seeds": several, "track": track or [], "notices": asked.notices}
+    call = checked(Call, **of_fields(context, Call) | own)
     run_all(call, folder, overwrite, world)
 
 
@@ -350,9 +346,9 @@ def drift(
     context: typer.Context,
     data: Data = "shapes",
     towers: Annotated[str, typer.Option(help="as in `cairn run`")] = "auto",
-    base: Annotated[int, typer.Option(help="classes of the first task; 0: like the others")] = 0,
-    step: Annotated[int | None, typer.Option(help="classes per task  [default: 5 for shapes, else 10]")] = None,
-    order: Annotated[str, typer.Option(help="natural, seed:N, or a file of class names")] = "natural",
+    base: Base = 0,
+    step: Step = None,
+    order: Order = "natural",
     seeds: Annotated[str, typer.Option(help="seeds, 1,2,3")] = "1",
     estimators: Annotated[
         str, typer.Option(help="which of the family, by name")
@@ -361,7 +357,7 @@ def drift(
     set_: Set = None,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
-    validation: Annotated[float, typer.Option(help="test on this share of the training images instead")] = 0.0,
+    validation: Validation = 0.0,
     imbalance: Imbalance = 1.0,
     on_bad_image: BadImages = "stop",
 ) -> None:

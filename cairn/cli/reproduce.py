@@ -48,8 +48,8 @@ def reproduce(
     device: AnyDevice = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Make published figures again: ours, published, difference, on one page. Methods that need one pass come first; if they are
-    off, it stops and says what is likely wrong. The same call again goes on."""
+    """Make published figures again, on one page: ours and theirs. Methods that need one pass come first; if they are off, it
+    stops and says what is likely wrong. The same call again goes on."""
     from cairn.config import merged, parsed
     from cairn.data.opening import open_dataset
     from cairn.experiment.folder import Call

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cairn.storage import distribution
-from cairn.storage.versions import versions
+from cairn.storage.versions import changes, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -81,3 +81,10 @@ def test_the_version_is_ours_also_of_an_install_under_the_former_name(monkeypatc
 
     monkeypatch.setattr(metadata, "version", found)
     assert versions()["cairn"] == version
+
+
+def test_what_is_of_another_version_is_named():
+    now = versions()
+    assert changes(now) == ""
+    assert changes(now | {"torch": "1.0"}) == f"torch 1.0 -> {now['torch']}"
+    assert changes({key: number for key, number in now.items() if key != "peft"}) == f"peft None -> {now['peft']}"

@@ -24,6 +24,9 @@ Schema = TypeVar("Schema", bound=BaseModel)
 NULL = "null"
 """How a setting is null in TOML, which has no word for it."""
 
+KINDS = {"list_type": "must be a list of values", "dict_type": "must be a table", "model_type": "must be a table"}
+"""What TOML calls the kinds of values that have parts, by pydantic's types of errors."""
+
 
 def toml_value(value: Any) -> Any:
     """A setting's value as a run holds it."""
@@ -71,7 +74,8 @@ def checked(schema: type[Schema], values: dict[str, Any], where: str, table: str
         if problem["type"] == "extra_forbidden":
             raise UnknownName(f"key of [{'.'.join(above)}] in {where}:", key, _keys_of(schema)) from None
         shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-        raise ConfigError(f"{where}: {'.'.join([*above, key])}{shown}: {reason_of(problem)}") from None
+        reason = KINDS.get(problem["type"]) or reason_of(problem)
+        raise ConfigError(f"{where}: {'.'.join([*above, key])}{shown}: {reason}") from None
 
 
 def _keys_of(schema: type[BaseModel]) -> list[str]:

@@ -31,7 +31,6 @@ SHOWN = 60
 PLAIN = {
     "int_parsing": "must be a whole number", "int_from_float": "must be a whole number",
     "float_parsing": "must be a number", "bool_parsing": "must be true or false",
-    "list_type": "must be a list of values", "dict_type": "must be a table", "model_type": "must be a table",
 }  # fmt: skip
 """What pydantic says at more length, by its types of errors."""
 

@@ -31,7 +31,7 @@ from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 
 SIZES = {
-    "full": {"classes": [100, 300, 1000, 3000], "repeats": 3},
+    "full": {"classes": [100, 300, 1000, 3000, 10_000], "repeats": 3},
     "quick": {"classes": [100, 300], "repeats": 1},
 }
 DIM, NEW, IMAGES = 512, 10, 30

@@ -23,6 +23,7 @@ from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
 from cairn.memory.covariances import Covariance, Full, Held, LowRank
+from cairn.memory.factors import KeptFactors
 from cairn.memory.protocol import rows_by_class
 from cairn.settings import Settings, kind_by_name
 from cairn.types import Features, Labels
@@ -31,7 +32,8 @@ CHUNK_VALUES = 2**24
 """Numbers that drawing holds at once beside its result: 64 MiB in float32."""
 
 CACHE_BYTES = 2**30
-"""Factors kept between draws, per memory. Past this the remaining ones are computed again for every draw."""
+"""Factors kept between draws, per memory. Where those of full covariances are more, they are kept in half precision, which takes
+half of what is stored; of other kinds the remaining ones are computed again for every draw."""
 
 LONE_VARIANCE = 0.01
 """Share of |mean|^2 that is the total variance of a class without scatter, when no other class has any either."""
@@ -99,7 +101,7 @@ class GaussianMemory:
 
     def _set(self, dim: int, kind: Covariance, shrinkage: Shrinkage, stored: _Stored) -> None:
         self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
-        self._factors: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, ...]] = {}
+        self._factors = KeptFactors()
         self.repaired: dict[int, float] = {}
         """Covariances drawn from that were singular, and what was added to their diagonal, as a share of its average."""
 
@@ -109,7 +111,9 @@ class GaussianMemory:
         return other
 
     def tell_repairs(self, log: Callable[..., object]) -> None:
-        """A warning, if covariances that were drawn from had to be repaired."""
+        """A warning, if covariances that were drawn from had to be repaired; a notice, if draws were made in half precision."""
+        if self.halves_factors:
+            log("notice", text=f"factors of {self.classes} full covariances are drawn with in half precision")
         if self.repaired:
             log(
                 "warning",
@@ -329,7 +333,7 @@ class GaussianMemory:
         """`per_class` features of each of `classes` (all of them if None), grouped by class, and their labels.
 
         Features are float32 on the generator's device and not normalised. Beside the result at most about CHUNK_VALUES
-        numbers are held; factors are computed at the first draw and kept up to CACHE_BYTES.
+        numbers are held; factors are computed at the first draw and kept (see CACHE_BYTES).
         The same generator state and arguments give the same draws. No other source of randomness is used.
 
         Raises IndexError for a class not held, NotFinite where a covariance has no factor.
@@ -430,19 +434,24 @@ class GaussianMemory:
             _write(stored.held[name], row, tensor, f"moved covariance of {whose}")
 
     def _factored(self, rows: list[int], device: torch.device) -> tuple[Tensor, ...]:
-        """Factors of these covariances, stacked: training asks for the same ones at every step, and stacks are large."""
-        key = (tuple(rows), device)
-        if key not in self._factors:
+        """Factors of these covariances, stacked. Where those of all classes are beyond CACHE_BYTES and are triangles, they are
+        kept, and drawn with, in half precision: half of what is stored."""
+
+        def made() -> tuple[Tensor, ...]:
             factors = self._kind.factors(*self._readable(rows), self._dim, self._shrinkage)
             self.repaired |= {
                 c: jitter for c, jitter in zip(rows, self._kind.jitters(factors).tolist(), strict=True) if jitter
             }
-            stacked = tuple(tensor.to(device) for tensor in factors)
-            held = sum(tensor.nbytes for tensors in self._factors.values() for tensor in tensors)
-            if held + sum(tensor.nbytes for tensor in stacked) > CACHE_BYTES:
-                return stacked
-            self._factors[key] = stacked
-        return self._factors[key]
+            return tuple(tensor.to(device) for tensor in factors)
+
+        halved = self.halves_factors
+        limit = max(CACHE_BYTES, self.bytes // 2 + 8 * self.classes) if halved else CACHE_BYTES
+        return self._factors.of((tuple(rows), device), made, limit, halved=halved)
+
+    @property
+    def halves_factors(self) -> bool:
+        """Whether draws are made with factors in half precision: full covariances whose factors are more than CACHE_BYTES."""
+        return isinstance(self._kind, Full) and 4 * self.classes * self._dim**2 > CACHE_BYTES
 
     def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, " rows"]]:
         """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""

@@ -8,6 +8,7 @@ from scipy import stats
 from cairn.errors import NotFinite
 from cairn.maths.gaussian import (
     AffineMap,
+    Halved,
     cholesky_repaired,
     draw,
     log_density,
@@ -181,3 +182,19 @@ def test_draws_come_from_the_generator_alone():
     assert not torch.equal(first, draw(torch.zeros(3), L, 4, rng(6)))
     low_rank_draw(torch.zeros(3), torch.zeros(3, 1), torch.ones(1), torch.ones(3), 4, rng())
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 8])
+def test_triangles_folded_in_half_precision(d):
+    rng = torch.Generator().manual_seed(d)
+    L = (torch.randn(3, d, d, generator=rng) * torch.logspace(0, -3, d)).tril() * torch.tensor([1e-9, 1.0, 1e9])[
+        :, None, None
+    ]
+    L[:, 0, 0] = L[:, 0, 0].abs()
+    halved = Halved.of(L)
+    assert sum(part.numel() for part in halved[1:]) == 3 * (d * (d + 1) // 2 + d % 2 * (d // 2))
+    largest = L.abs().amax((1, 2), keepdim=True)
+    whole = halved.whole()
+    assert torch.equal(whole, whole.tril())
+    assert ((whole - L).abs() <= torch.maximum(2**-11 * L.abs(), 2**-25 * largest) * (1 + 1e-5)).all()
+    assert torch.equal(Halved.of(torch.zeros(2, d, d)).whole(), torch.zeros(2, d, d))

@@ -20,13 +20,15 @@ KEPT = {
 def card(record: LearnerRecord) -> str:
     """A page of Markdown from the record that a learner is saved with."""
     entry, towers, made_by = method_named(record.method), record.towers, record.versions
+    sets, learned = record.label_sets, "image" if record.label_sets is None else "label"
+    column = "estimated accuracy, with its interval" if sets is None else "said to be shown from a probability of"
     lines = [
         "# A classifier that learns on",
         "",
         f"- method: {record.method}, {entry.card.title} ({entry.card.source})",
         f"- towers: {one_line(towers.name)}, fingerprint {one_line(towers.fingerprint)}, "
         f"revision {one_line(towers.revision or 'none')}",
-        f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), 'image')}, "
+        f"- {counted(len(record.classes), 'class')} from {counted(sum(record.counts), learned)}, "
         f"{KEPT.get(entry.card.keeps, 'none of which is kept')}",
         f"- {counted(record.bytes, 'byte')}, of which {record.memory_bytes:,} are "
         f"{'images' if entry.card.keeps == 'buffer' else 'statistics of classes'}",
@@ -34,12 +36,12 @@ def card(record: LearnerRecord) -> str:
         "be made from one, but who has an image can tell whether it was learned",
         f"- made with cairn {one_line(made_by.get('cairn', '?'))}, torch {one_line(made_by.get('torch', '?'))}",
         "",
-        *(f"- {line}" for line in accuracy_lines(record.estimate, [*map(_cell, record.classes)], record.counts)),
+        *(f"- {line}" for line in _what_is_known(record)),
         "",
-        "| class | images | estimated accuracy, with its interval |",
+        f"| class | images | {column} |",
         "|---|---|---|",
         *(
-            f"| {_cell(name)} | {count} | {_estimated(record.estimate, c)} |"
+            f"| {_cell(name)} | {count} | {_estimated(record.estimate, c) if sets is None else f'{sets.thresholds[c]:.2f}'} |"
             for c, (name, count) in enumerate(zip(record.classes, record.counts, strict=True))
         ),
         "",
@@ -59,6 +61,14 @@ def card(record: LearnerRecord) -> str:
             for date, one in moved
         ]
     return "\n".join(lines) + "\n"
+
+
+def _what_is_known(record: LearnerRecord) -> list[str]:
+    if record.label_sets is None:
+        return accuracy_lines(record.estimate, [*map(_cell, record.classes)], record.counts)
+    rule = record.label_sets
+    images = counted(rule.images, "image") + " left out" if rule.images else counted(rule.learned, "image") + " learned"
+    return [f"images may show several classes; probabilities and thresholds are from {images}"]
 
 
 def _estimated(estimate: AccuracyEstimate, c: int) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.estimator import Estimator
+from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.learned import Learned
 from cairn.errors import ConfigError, NotFitted
 from cairn.methods.protocol import Method
@@ -84,6 +85,11 @@ class Fitted(Estimator):
         if (sets := self._known().sets) is None:
             raise AttributeError("images show one class each, so there are no thresholds")
         return sets.thresholds
+
+    @property
+    def sets_(self) -> LearnedSets | None:
+        """Where images may show several classes: what makes probabilities and sets of scores."""
+        return self._known().sets
 
     @property
     def notices_(self) -> list[str]:

@@ -97,7 +97,8 @@ def labelled_sets(images: Labelled, labels: Labels, width: int | None) -> tuple[
     for own in given:
         if isinstance(own, str):
             raise InvalidInput(
-                f"label '{own}': images of this learner may show several classes; give a list of class names for each image"
+                f"label '{own}': images of this learner may show several classes; give a list of class names for each image, in a CSV "
+                "a column 'labels'"
             )
         own = sorted(own, key=str) if isinstance(own, (set, frozenset)) else own
         if not isinstance(own, (list, tuple)) or not all(isinstance(name, str) for name in own):

@@ -206,6 +206,20 @@ def _thinned(own: Decisions, c: int, values: Tensor, shown: Tensor) -> Decisions
     return _joined(found)
 
 
+def told(sets: LearnedSets) -> str:
+    """What images left out tell, in a line."""
+    rule, mean, f1 = sets.rule, sets.mean_average_precision, sets.macro_f1
+    if not rule.images or mean is None or f1 is None:
+        return (
+            "too few pictures to leave any out: thresholds are from those learned, and how good it is is not estimated"
+        )
+    of = "picture left out, each class" if rule.images == 1 else "pictures left out, each class"
+    return (
+        f"on {rule.images:,} {of} among those of the calls that named it: mAP {100 * mean:.0f} %, macro F1 {100 * f1:.0f} %; among "
+        "all classes it is less: `cairn evaluate` tells, on pictures kept aside"
+    )
+
+
 def before_any(centred: bool) -> LearnedSets:
     """Before anything was learned."""
     return LearnedSets(LabelSetRule(centred=centred))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.errors import ConfigError, ResultError
-from cairn.maths.score_modules import CalibratedScores
+from cairn.maths.score_modules import CalibratedScores, IndependentScores
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import ScoresAsModule
 from cairn.storage.distribution import extra_remedy
@@ -100,7 +100,7 @@ def export_onnx(
     except ImportError as error:
         raise ConfigError(f"export: {error.name} is missing; {extra_remedy('onnx')}") from None
     tower, head = scores_module(learner)
-    towers, calibration = learner.method_.towers, learner.calibration_
+    towers, sets = learner.method_.towers, learner.sets_
     pictures, given = _pictures(towers, images), preprocessing_of(towers)
     pixels = towers.pixels(torch.stack([towers.prepare(picture) for picture in pictures])).cpu().float()
     with torch.no_grad():
@@ -108,12 +108,7 @@ def export_onnx(
     with atomic_write(path) as temporary, tempfile.TemporaryDirectory() as folder:
         parts = [
             _in_form(_program(tower, pixels, "pixels", ["rows"]), form, Path(folder)),
-            _program(
-                CalibratedScores(head, calibration.temperature, calibration.power),
-                rows,
-                "rows",
-                ["scores", "probabilities"],
-            ),
+            _program(_with_probabilities(head, learner), rows, "rows", ["scores", "probabilities"]),
         ]
         if preprocessing:
             assert given is not None
@@ -125,6 +120,8 @@ def export_onnx(
             "method": learner.chosen_,
             "towers": towers.fingerprint,
         }
+        if sets is not None:
+            about["thresholds"] = sets.rule.thresholds
         onnx.helper.set_model_props(proto, {f"cairn.{key}": json.dumps(value) for key, value in about.items()})
         onnx.save(proto, temporary)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
@@ -142,6 +139,13 @@ def export_onnx(
             raise ResultError(f"'{path}': scores differ by {found.difference:.1e} from the learner's; nothing was kept")
         size = temporary.stat().st_size
     return Exported(path, size, len(pictures), found.difference, found.probability, found.agreement)
+
+
+def _with_probabilities(head: nn.Module, learner: IncrementalClassifier) -> nn.Module:
+    if (sets := learner.sets_) is None:
+        return CalibratedScores(head, learner.calibration_.temperature, learner.calibration_.power)
+    rule = sets.rule
+    return IndependentScores(head, rule.slope / rule.scale, torch.tensor(rule.offsets), rule.centred)
 
 
 def _pictures(towers: Any, images: Item | Iterable[Item] | None) -> list[Any]:

@@ -39,7 +39,11 @@ def register(app: typer.Typer) -> None:
 def learn(
     learner: Learner,
     pictures: Annotated[
-        Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
+        Path,
+        typer.Argument(
+            help="a folder with a folder of pictures per class, a CSV file_name,label, or for several classes in a picture a CSV "
+            "file_name,labels or COCO's JSON"
+        ),
     ],
     method: Annotated[
         str | None,
@@ -79,7 +83,7 @@ def learn(
     from cairn.classifier.classifier import WORK, IncrementalClassifier
     from cairn.classifier.folder import NAME, require_savable
     from cairn.config import parsed
-    from cairn.data.labelled import labelled_pictures
+    from cairn.data.given_pictures import given_pictures
     from cairn.data.templates import DEFAULT, prompt_templates
     from cairn.experiment.folder import Lock
     from cairn.storage.archive import Archive
@@ -90,8 +94,8 @@ def learn(
     console, bad_images = Console(), checked_bad_image(on_bad_image)
     if keep is not None and keep < 1:
         raise ConfigError(f"--keep {keep}: must be at least 1, the state that is made")
-    found = labelled_pictures(pictures, recursive=recursive)
-    items, names = found.files, found.names
+    found = given_pictures(pictures, recursive=recursive)
+    items, labels = found.files, found.names if found.sets is None else found.sets
     for notice in found.notices:
         console.note(f"note: {notice}")
     settings = parsed(set_ or ())
@@ -127,7 +131,7 @@ def learn(
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
             held.partial_fit(
-                items, names, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=bad_images
+                items, labels, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=bad_images
             )
         if len(held.history_) == calls:
             console.note(
@@ -153,7 +157,10 @@ def learn(
 def _accuracy(held: IncrementalClassifier) -> list[str]:
     """How good the learner is, as far as pictures left out tell, and what to do about it."""
     from cairn.classifier.advice import accuracy_lines, pair_line
+    from cairn.classifier.label_sets import told
 
+    if held.sets_ is not None:
+        return [told(held.sets_)]
     estimate, names = held.estimate_, list(map(str, held.classes_))
     lines = accuracy_lines(estimate, names, held.counts_.tolist())
     if worst := estimate.confused[:1]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cairn.cli.classifier import AsJson, Device, Learner, Recursive, SkipBadImages, Weights
+from cairn.cli.label_sets import require_meant, tell_sets, write_page_of_sets
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, counted, one_line, printable
 from cairn.reports.console import Console
@@ -30,12 +31,20 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     learner: Learner,
     pictures: Annotated[
-        Path, typer.Argument(help="a folder with a folder of pictures per class, or a CSV file_name,label")
+        Path,
+        typer.Argument(
+            help="a folder with a folder of pictures per class, a CSV file_name,label, or for several classes in a picture a CSV "
+            "file_name,labels or COCO's JSON"
+        ),
     ],
     recursive: Recursive = False,
     unknown_below: Annotated[
         float, typer.Option(help="the known score below which a picture counts as unknown")
     ] = 0.05,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="of several classes in a picture: in place of the classes' own, a probability for all"),
+    ] = None,
     topk: Annotated[int, typer.Option(help="a class among so many likeliest counts in the second accuracy")] = 5,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="the classes as CSV on standard output")] = False,
@@ -49,8 +58,9 @@ def evaluate(
     """Tell how well labelled pictures are classified. Per class and in all: precision, recall, calibration, unknown pictures,
     and which classes are mixed up."""
     from cairn.classifier.classifier import IncrementalClassifier
+    from cairn.classifier.label_set_evaluation import LabelSetEvaluation
     from cairn.classifier.novelty import require_threshold
-    from cairn.data.labelled import labelled_pictures
+    from cairn.data.given_pictures import given_pictures
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv: give only one of them")
@@ -58,13 +68,23 @@ def evaluate(
         raise ConfigError(f"--topk {topk}: must be at least 1")
     require_threshold(unknown_below, "--unknown-below")
     bad_images, console, errors = checked_bad_image(on_bad_image), Console(), Console(sys.stderr)
-    given = labelled_pictures(pictures, "test", recursive)
+    given = given_pictures(pictures, "test", recursive)
     for notice in given.notices:
         errors.note(f"note: {notice}")
     held = IncrementalClassifier.load(learner, towers, device)
-    found = held.evaluate(given.files, given.names, unknown_below=unknown_below, on_bad_image=bad_images)
+    require_meant(held.sets_ is not None, threshold)
+    if given.sets is None:
+        found = held.evaluate(given.files, given.names, unknown_below=unknown_below, on_bad_image=bad_images)
+    else:
+        found = held.evaluate(given.files, given.sets, threshold=threshold, on_bad_image=bad_images)
     for row, reason in found.predictions.unreadable.items():
         errors.note(f"cannot be read: {one_line(given.files[row])} ({reason})")
+    if isinstance(found, LabelSetEvaluation):
+        if html is not None:
+            write_page_of_sets(found, html, str(learner))
+            errors.note(f"-> {html}")
+        tell_sets(console, found, "json" if as_json else "csv" if as_csv else "text")
+        return
     advice = held.advice(found.confused[:SHOWN])
     report = found.report(topk, advice)
     if html is not None:

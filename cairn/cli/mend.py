@@ -110,7 +110,7 @@ def unlearn(
     with _changed(learner, towers, device) as held:
         before = sum(held.counts_)
         held.unlearn(files, name, on_bad_image=bad_images)
-    out = counted(int(before - sum(held.counts_)), "picture")
+    out = counted(int(before - sum(held.counts_)), "picture" if held.sets_ is None else "label")
     Console().note(f"{learner}: {out} taken out; left: {_what_is_left(held)}")
 
 
@@ -123,7 +123,7 @@ def relabel(
 ) -> None:
     """Say of which class pictures are. They are taken out of the others and learned as that, both or neither.
 
-    cairn relabel LEARNER PICTURES CLASS
+    cairn relabel LEARNER PICTURES CLASS, of several classes in a picture CLASS;CLASS
     """
     *files, name = pictures
     if not files:
@@ -131,7 +131,8 @@ def relabel(
     paths, bad_images = files_of([Path(file) for file in files]), checked_bad_image(on_bad_image)
     with _changed(learner, towers, device) as held:
         calls = len(held.history_)
-        held.relabel(paths, name, on_bad_image=bad_images)
+        several = [own for own in name.split(";") if own.strip()]
+        held.relabel(paths, name if held.sets_ is None else several, on_bad_image=bad_images)
     done = "learned as" if len(held.history_) > calls else "known already as"
     Console().note(f"{learner}: {counted(len(paths), 'picture')} {done} '{one_line(name)}'; {_what_is_left(held)}")
 
@@ -166,7 +167,8 @@ def _changed(learner: Path, towers: str | None, device: str) -> Iterator[Increme
 
 
 def _what_is_left(held: IncrementalClassifier) -> str:
-    return f"{counted(len(held.classes_), 'class')} from {counted(int(sum(held.counts_)), 'image')}"
+    learned = "image" if held.sets_ is None else "label"
+    return f"{counted(len(held.classes_), 'class')} from {counted(int(sum(held.counts_)), learned)}"
 
 
 def _what_is_there(record: LearnerRecord) -> str:

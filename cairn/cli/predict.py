@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cairn.cli.classifier import Device, Learner, Weights
+from cairn.cli.label_sets import cells_of_sets, line_of_sets, require_meant, rows_of_sets
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, Interrupted, counted, one_line
 from cairn.reports.console import Console
@@ -42,6 +43,12 @@ def predict(
     unknown_below: Annotated[
         float, typer.Option(help="say 'unknown' where the known score is below this; 0: never")
     ] = 0.0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="of several classes in a picture: those of at least this probability  [default: each class its own, of the best F1]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output, one list")] = False,
     as_jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON on standard output, a line per image")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
@@ -97,13 +104,14 @@ def predict(
     try:
         store = FeatureStore.configured() if cache else None
         held = IncrementalClassifier.load(learner, towers, device, store)
-        reasons = 0 if explain is None else max(topk, 3)
+        reasons, sets = 0 if explain is None else max(topk, 3), held.sets_ is not None
+        require_meant(sets, threshold, unknown_below)
         printed = _Printed(given[0] if given else "text", unknown_below)
 
         def answer(files: list[Path], whole: int | None) -> None:
             began = monotonic()
             first = sum(counts[key] for key in ("answered", "unreadable"))
-            for found in held.stream(files, known=True, reasons=reasons, on_bad_image=bad_images, batch=batch):
+            for found in held.stream(files, known=not sets, reasons=reasons, on_bad_image=bad_images, batch=batch):
                 unread.extend(
                     f"cannot be read: {one_line(files[row])} ({reason})" for row, reason in found.unreadable.items()
                 )
@@ -113,11 +121,13 @@ def predict(
                     unread.clear()
                 counts["unreadable"] += len(found.unreadable)
                 read = [files[row] for row in found.positions]
-                for row, file in zip(_rows(found, read, topk, unknown_below), read, strict=True):
+                rows = rows_of_sets(found, read, threshold) if sets else _rows(found, read, topk, unknown_below)
+                for row, file in zip(rows, read, strict=True):
                     printed.row(row)
                     counts["answered"] += 1
                     if sorted_folder is not None:
-                        sorted_folder.put(file, None if row["unknown"] else row["classes"][0]["name"])
+                        for name in _names(row):
+                            sorted_folder.put(file, name)
                 for _ in () if explain is None else _explained(held.method_.towers, read, found, explain, names):
                     counts["explained"] += 1
                 done = counts["answered"] + counts["unreadable"]
@@ -158,6 +168,13 @@ def _rows(found: Predictions, files: list[Path], topk: int, unknown_below: float
         }
 
 
+def _names(row: dict[str, Any]) -> list[str | None]:
+    """The folders that a picture is sorted into; None: that of the unknown."""
+    if "labels" in row:
+        return [one["name"] for one in row["labels"]] or [None]
+    return [None if row["unknown"] else row["classes"][0]["name"]]
+
+
 class _Printed:
     """Answers on standard output, each as it is there."""
 
@@ -171,6 +188,10 @@ class _Printed:
                 typer.echo(("," if self._any else "[") + "\n" + indent(_json(row), "  "), nl=False)
             case "jsonl":
                 typer.echo(_ascii_where_unseen(json.dumps(row, ensure_ascii=False)))
+            case "csv" if "labels" in row:
+                if not self._any:
+                    self._writer.writerow(["image", "label", "probability"])
+                self._writer.writerows(cells_of_sets(row))
             case "csv":
                 if not self._any:
                     self._writer.writerow(["image", "known", "unknown", "rank", "class", "probability"])
@@ -178,7 +199,7 @@ class _Printed:
                 for rank, found in enumerate(row["classes"], 1):
                     self._writer.writerow([*known, rank, csv_text(found["name"]), f"{found['probability']:.6f}"])
             case "text":
-                typer.echo(_line(row, self._unknown_below))
+                typer.echo(line_of_sets(row) if "labels" in row else _line(row, self._unknown_below))
         self._any = True
         sys.stdout.flush()
 

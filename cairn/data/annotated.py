@@ -139,7 +139,7 @@ def annotated_dataset(path: str | Path, files: Sequence[Path]) -> Dataset:
     that one side lacks.
     """
     root = Path(os.path.expanduser(path))
-    read = [_of_csv(file, root) if file.suffix.lower() == ".csv" else _of_coco(file, root) for file in files]
+    read = [listed(file, root) for file in files]
     single, shown = all(part.single for part in read), one_line(path)
     named = sorted({name for part in read for own in part.classes for name in own})
     order = next((part.order for part in read if part.order), ())
@@ -148,6 +148,11 @@ def annotated_dataset(path: str | Path, files: Sequence[Path]) -> Dataset:
     train, test = parts if len(parts) == 2 else _cut(parts[0], shown, classes)
     said = read_descriptions(root / FILE_NAME) if (root / FILE_NAME).is_file() else None
     return Dataset(one_line(root.resolve().name), classes, train, test, DEFAULT, descriptions=said)
+
+
+def listed(file: Path, root: Path) -> Listed:
+    """What a CSV or COCO's JSON says of pictures below a root, or beside it. Raises DataError, naming what is wrong in it."""
+    return _of_csv(file, root) if file.suffix.lower() == ".csv" else _of_coco(file, root)
 
 
 def _labelled(part: Listed, classes: Sequence[str], single: bool) -> Images:

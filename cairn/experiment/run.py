@@ -12,7 +12,7 @@ import numpy as np
 from cairn.classifier.calibration import Calibration, foreseen, keep_left_out, own_left_out, unlearned
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import Part, TaskStream
-from cairn.errors import NotFinite
+from cairn.errors import ConfigError, NotFinite
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.inputs import prepared, require_alike, require_online, require_shareable, tower_stands
 from cairn.experiment.metrics import (
@@ -102,6 +102,11 @@ def run_stream(
         )
     if archive is not None:
         course.keep(checkpoint, archive)
+    if learned is not None and stream.label_sets:
+        raise ConfigError(
+            "--keep-learner: a run on images that show several classes leaves none out, so its learner would have no thresholds; "
+            "leave it out, `cairn learn` makes one"
+        )
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     online = stream.chunk is not None

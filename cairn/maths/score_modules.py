@@ -118,6 +118,23 @@ class CalibratedScores(nn.Module):
         return s, torch.softmax(apart / (self.temperature * spread), 1)
 
 
+class IndependentScores(nn.Module):
+    """Scores s, and of each class by itself sigmoid(a (s - mean s) + o), or with s alone unless `centred`: see
+    `cairn.classifier.label_sets`."""
+
+    offsets: Tensor
+
+    def __init__(self, scores: nn.Module, a: float, offsets: Float[Tensor, " k"], centred: bool):
+        super().__init__()
+        self.scores, self.a, self.centred = scores, a, centred
+        self.register_buffer("offsets", offsets.float())
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.scores(rows)
+        v = s - s.mean(1, keepdim=True) if self.centred else s
+        return s, torch.sigmoid(self.a * v + self.offsets)
+
+
 class PatchMoments(nn.Module):
     """The unit blocks of a row: the image's embedding, mean and, with three blocks, deviation of its unit patches."""
 

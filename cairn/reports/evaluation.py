@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -45,3 +45,9 @@ def evaluation_page(
         top=top,
         legible=MOST,
     )
+
+
+def label_sets_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]], learner: str) -> str:
+    """HTML of `LabelSetEvaluation.report()`. `pictures` are those shown: name, thumbnail, classes said, classes missing. Raises
+    ConfigError if Jinja2 is missing."""
+    return rendered("label_sets.html.jinja", "--html", report=report, pictures=pictures, learner=learner)

@@ -272,3 +272,15 @@ def test_what_is_kept_of_left_out_images_is_bounded_and_weighs_as_much():
     assert float(own.weights[own.shown > 0].sum()) == pytest.approx(n, rel=1e-5)
     assert held.without_class(0).decisions.classes.numel() == 0
     assert held.without_class(1).rule.offsets == held.rule.offsets[:1]
+
+
+def test_it_is_exported_with_probabilities_by_themselves(scenes, learned, tmp_path):
+    import onnxruntime
+
+    from cairn.classifier.onnx import export_onnx
+
+    made = export_onnx(learned, tmp_path / "sets.onnx", images=scenes[2][0][:4])
+    assert made.probability < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "sets.onnx"), providers=["CPUExecutionProvider"])
+    held = json.loads(session.get_modelmeta().custom_metadata_map["cairn.thresholds"])
+    np.testing.assert_allclose(held, learned.thresholds_)

@@ -79,6 +79,15 @@ def test_images_go_through_a_frozen_tower_once(tmp_path):
     assert result.tower_passes.text_tokens == 0
 
 
+def test_a_tower_that_moves_once_sees_the_test_images_twice(tmp_path):
+    """As it came and as it became, whatever the number of tasks after that."""
+    settings = {"tuning": "bottleneck", "width": 30, "schedule.epochs": 1}
+    config = RunConfig(
+        method="ranpac", data="shapes", step=10, limit_train=2, limit_test=1, device="cpu", settings=settings
+    )
+    assert run_stream(config).evaluation_passes.images == 2 * 40
+
+
 def test_events_tell_the_run_in_order(features):
     events = []
     run_stream(RunConfig(method="dmc", data=features, step=3), Log(keep=events.append))

@@ -35,6 +35,9 @@ MOST_SHOWN, MOST_OTHERS = 128, 384
 TRUSTED = 10.0
 """Images that show a class, of which a threshold follows what is seen as much as what its probabilities expect."""
 
+UNKNOWN = 0.5
+"""The threshold of a class of which no image is known not to show it."""
+
 State = Mapping[str, Tensor]
 
 
@@ -156,10 +159,12 @@ class LearnedSets:
 
 
 def _fitted(rule: LabelSetRule, told: Decisions, k: int) -> LearnedSets:
-    """With slope, offsets and thresholds of k classes from these decisions."""
-    slope, offsets = log_odds(told, k)
+    """With slope, offsets and thresholds of k classes from these decisions. A class that every image of its calls shows, as one
+    that is taught alone, says nothing of when it is not shown: it has the offset of all, and UNKNOWN for a threshold."""
+    both = [bool((_of_class(told, c).shown < 0.5).any()) for c in range(k)]
+    slope, offsets = log_odds(_kept(told, both) if any(both) else told, k)
     rule = rule.model_copy(update={"slope": slope, "offsets": offsets.tolist()})
-    thresholds = [_threshold(rule, _of_class(told, c), c) for c in range(k)]
+    thresholds = [_threshold(rule, _of_class(told, c), c) if both[c] else UNKNOWN for c in range(k)]
     return LearnedSets(rule.model_copy(update={"thresholds": thresholds}), told)
 
 

@@ -68,7 +68,12 @@ class Reason(Likely):
 
 class Prediction(BaseModel):
     classes: list[Likely] = Field(description="the likeliest first")
-    known: float = Field(description="how well the picture fits what is known, 0 to 1")
+    labels: list[Likely] | None = Field(
+        description="where pictures may show several classes, those that it is said to show, the likeliest first; else null"
+    )
+    known: float | None = Field(
+        description="how well the picture fits what is known, 0 to 1; null where pictures may show several classes"
+    )
     grid: int | None = Field(description="patches along a side; null for methods without")
     view: str = Field(description="what the tower saw: crop or keep, the centre square, or squash or pad, all of it")
     reasons: list[Reason]
@@ -117,6 +122,7 @@ class Health(BaseModel):
     may_ask: bool
     may_change: bool
     describes: bool = Field(description="whether a new class needs sentences")
+    several: bool = Field(description="whether pictures may show several classes: names are given between semicolons")
     relabels: bool = Field(description="whether pictures that were learned can be learned as another class instead")
     max_bytes: int
     max_images: int = IMAGES
@@ -154,6 +160,7 @@ def application(service: Service, rules: Rules) -> ASGIApp:
             may_ask=rules.local or trusted,
             may_change=trusted,
             describes=service.describes,
+            several=service.several,
             relabels=service.relabels,
             max_bytes=rules.max_bytes,
         )
@@ -167,10 +174,14 @@ def application(service: Service, rules: Rules) -> ASGIApp:
     def predict(
         image: Annotated[UploadFile, File(description="one picture")],
         topk: Annotated[int, Form(ge=1, le=100, description="classes to tell")] = 5,
+        threshold: Annotated[
+            float | None,
+            Form(ge=0, le=1, description="of several classes: in place of their own, from which probability on"),
+        ] = None,
     ) -> Prediction:
         """What a picture shows."""
         small(image)
-        return Prediction.model_validate(service.predict(image.file, topk))
+        return Prediction.model_validate(service.predict(image.file, topk, threshold))
 
     @app.post("/api/learn")
     async def learn(

@@ -77,8 +77,15 @@ async function begin() {
     $("teach").hidden = !health.may_change;
     $("look").hidden = !health.may_ask;
     $("sentences-field").hidden = !health.describes;
+    $("sure").hidden = health.several;
+    $("right-label").textContent = health.several ? "It shows (several names between semicolons)" : "It is";
+    $("name-label").textContent = health.several ? "What do they show? Several names between semicolons" : "What is it called?";
     $("mend").hidden = $("snap-teach").hidden = !health.may_change;
-    $("mend-hint").textContent = health.relabels
+    $("mend-hint").textContent = health.several
+      ? health.relabels
+        ? "It is learned as showing these and nothing else that was taught."
+        : "It is learned as showing these. What it was learned as before stays."
+      : health.relabels
       ? "It is learned as that; if it was learned as another class, it is taken out there."
       : "It is learned as that. What it was learned as before stays.";
     $("camera-on").hidden = !health.may_ask || !navigator.mediaDevices?.getUserMedia || Boolean(camera);
@@ -139,6 +146,7 @@ function row(one, i) {
 function inShort({ answer: found, problem }) {
   if (problem) return { text: problem, kind: "unread" };
   if (!found) return { text: "…", kind: "" };
+  if (found.labels) return { text: found.labels.map(({ name }) => name).join(", ") || "No known class", kind: found.labels.length ? "" : "unsure" };
   const unsure = found.known < Number($("threshold").value);
   return { text: unsure ? `Not sure, ${found.classes[0].name}?` : found.classes[0].name, kind: unsure ? "unsure" : "" };
 }
@@ -149,7 +157,7 @@ function tellRow(one, i) {
   const { text, kind } = inShort(one);
   made.querySelector(".name").textContent = text;
   made.querySelector(".name").className = `name ${kind}`;
-  made.querySelector(".percent").textContent = one.answer ? percent(one.answer.classes[0].probability) : "";
+  made.querySelector(".percent").textContent = one.answer && !one.answer.labels ? percent(one.answer.classes[0].probability) : "";
   const done = looked.filter((other) => other.answer || other.problem).length;
   $("batch-status").textContent = done < looked.length
     ? `${done} of ${counted(looked.length, "picture")}`
@@ -176,6 +184,7 @@ function say() {
   tell("look-problem", one?.problem ?? "");
   $("result").hidden = !one || Boolean(one.problem);
   $("result").classList.toggle("waiting", !answer);
+  $("chips").hidden = !answer?.labels?.length;
   if (!answer) {
     $("verdict").className = "";
     $("verdict").textContent = "Looking …";
@@ -184,6 +193,15 @@ function say() {
     return;
   }
   const [best] = answer.classes;
+  if (answer.labels) {
+    const verdict = answer.labels.length ? "It shows" : `It shows no known class. The closest is ${best.name}.`;
+    $("verdict").className = answer.labels.length ? "" : "unsure";
+    if ($("verdict").textContent !== verdict) $("verdict").textContent = verdict;
+    $("chips").replaceChildren(...answer.labels.map(chip));
+    $("bars").replaceChildren(...answer.classes.map(bar));
+    draw();
+    return;
+  }
   const unsure = answer.known < Number($("threshold").value);
   const verdict = unsure
     ? `Not sure: this may be none of the known classes. The closest is ${best.name}.`
@@ -195,6 +213,10 @@ function say() {
   draw();
 }
 
+function chip({ name, probability }) {
+  return element("li", { class: "chip" }, element("span", { class: "name", dir: "auto" }, name), element("span", { class: "percent" }, percent(probability)));
+}
+
 // A cell, as a spreadsheet shows it: what it would take for a formula gets an apostrophe in front
 function cell(text) {
   const plain = /^[=+@\t\r-]/.test(text) ? `'${text}` : text;
@@ -203,6 +225,13 @@ function cell(text) {
 
 function table() {
   const least = Number($("threshold").value);
+  if (health.several) {
+    const lines = looked.flatMap(({ file, answer: found, problem }) => {
+      if (!found?.labels?.length) return [[file.name, "", "", problem]];
+      return found.labels.map(({ name, probability }) => [file.name, name, probability.toFixed(6), ""]);
+    });
+    return [["image", "label", "probability", "problem"], ...lines].map((line) => `${line.map(cell).join(",")}\n`).join("");
+  }
   const head = ["image", "known", "unknown", "class", "probability", "second", "problem"];
   const lines = looked.map(({ file, answer: found, problem }) => {
     if (!found) return [file.name, "", "", "", "", "", problem];

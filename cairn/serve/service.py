@@ -39,6 +39,9 @@ DECODED = 4
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
 
+BETWEEN = ";"
+"""Names of several classes."""
+
 PAIRS, SHOWN = 5, 20
 """Of classes that are mixed up: pairs that are told, and classes between which the confusions are."""
 
@@ -89,11 +92,13 @@ class Service:
         learner = self.learner
         return [{"name": str(n), "images": int(c)} for n, c in zip(learner.classes_, learner.counts_, strict=True)]
 
-    def predict(self, file: IO[bytes], best: int) -> dict[str, Any]:
-        """Raises HTTPException 415 for what is no image."""
+    def predict(self, file: IO[bytes], best: int, threshold: float | None = None) -> dict[str, Any]:
+        """Raises HTTPException 415 for what is no image, ConfigError for a threshold where pictures show one class."""
         with self._slots:
             learner, image = self.learner, self._seen(file)
-            found = learner.predictions([image], known=True, reasons=EXPLAINED)
+            several = learner.sets_ is not None
+            found = learner.predictions([image], known=not several, reasons=EXPLAINED)
+            labels = found.sets(threshold)[0] if several or threshold is not None else None
             reasons = [
                 {key: told[key] for key in ("name", "probability", "patches")}
                 for told in found.told_reasons()[0]
@@ -101,7 +106,8 @@ class Service:
             ]
             return {
                 "classes": [{"name": n, "probability": p} for n, p in found.topk(best)[0]],
-                "known": float(found.known_scores()[0]),
+                "labels": None if labels is None else [{"name": n, "probability": p} for n, p in labels],
+                "known": None if several else float(found.known_scores()[0]),
                 "grid": found.patch_grid,
                 "view": (given := preprocessing_of(self.towers)) and given.mode,
                 "reasons": reasons,
@@ -128,6 +134,11 @@ class Service:
         }
 
     @property
+    def several(self) -> bool:
+        """Whether pictures may show several classes."""
+        return self.learner.sets_ is not None
+
+    @property
     def relabels(self) -> bool:
         """Whether pictures that were learned can be taken out again, and so be learned as another class."""
         method = self.learner.method_
@@ -144,17 +155,17 @@ class Service:
     async def learn(self, name: str, files: Sequence[IO[bytes]], sentences: Sequence[str] = ()) -> None:
         """Raises HTTPException: 409 while another change is made and for pictures that were learned already, 415 and 422 for
         what cannot be learned."""
-        name = _class_name(name)
-        said = _sentences(sentences)
+        names, said = self._names(name), _sentences(sentences)
+        name = ", ".join(names)
 
         def change(copy: IncrementalClassifier, work: Work) -> None:
             images = [self._whole(file, f"picture {i}") for i, file in enumerate(files, 1)]
-            if self.describes and name not in copy.classes_:
+            for new in [own for own in names if self.describes and own not in copy.classes_]:
                 if not said:
-                    raise HTTPException(422, f"say in a sentence or more what '{name}' looks like")
-                copy.describe({name: said})
-            calls = len(copy.history_)
-            copy.partial_fit(images, [name] * len(images), log=Log(show=work.progress), checkpoint=work.checkpoint)
+                    raise HTTPException(422, f"say in a sentence or more what '{new}' looks like")
+                copy.describe({new: said})
+            calls, labels = len(copy.history_), [names] * len(images) if copy.sets_ is not None else names * len(images)
+            copy.partial_fit(images, labels, log=Log(show=work.progress), checkpoint=work.checkpoint)
             if len(copy.history_) == calls:
                 raise HTTPException(409, f"'{name}' has learned these pictures already; nothing was changed")
 
@@ -162,12 +173,13 @@ class Service:
 
     async def relabel(self, name: str, files: Sequence[IO[bytes]]) -> None:
         """Raises HTTPException as `learn`: 409 too where these pictures are of that class and no other already."""
-        name = _class_name(name)
+        names = self._names(name)
+        name = ", ".join(names)
 
         def change(copy: IncrementalClassifier, work: Work) -> None:
             calls = len(copy.history_)
             images = [self._whole(file, f"picture {i}") for i, file in enumerate(files, 1)]
-            copy.relabel(images, name, log=Log(show=work.progress))
+            copy.relabel(images, names, log=Log(show=work.progress))
             if len(copy.history_) == calls:
                 raise HTTPException(409, f"'{name}' has learned these pictures already; nothing was changed")
 
@@ -245,6 +257,11 @@ class Service:
             self._free.release()
 
     # inside
+
+    def _names(self, given: str) -> list[str]:
+        """The classes that are meant: one, or where pictures may show several all between semicolons."""
+        names = [name for name in given.split(BETWEEN) if name.strip()] or [""] if self.several else [given]
+        return list(dict.fromkeys(map(_class_name, names)))
 
     def _whole(self, file: IO[bytes], what: str) -> Reduced:
         """The image as the tower sees it, and by what it is known wherever it was learned: the hash of all of its pixels. They

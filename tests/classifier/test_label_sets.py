@@ -284,3 +284,14 @@ def test_it_is_exported_with_probabilities_by_themselves(scenes, learned, tmp_pa
     session = onnxruntime.InferenceSession(str(tmp_path / "sets.onnx"), providers=["CPUExecutionProvider"])
     held = json.loads(session.get_modelmeta().custom_metadata_map["cairn.thresholds"])
     np.testing.assert_allclose(held, learned.thresholds_)
+
+
+def test_a_class_taught_alone_is_not_said_of_every_image(scenes, towers):
+    first, second, (test, _) = scenes
+    held = learner(towers).partial_fit(*first)
+    before = held._learned.sets.rule
+    held.partial_fit([*second[0][:6]], [["taught alone"]] * 6)
+    rule = held._learned.sets.rule
+    assert rule.thresholds[-1] == 0.5
+    assert rule.offsets[:4] == pytest.approx(before.offsets, abs=1e-6)
+    assert held.predict_proba(test)[:, -1].mean() < 0.7

@@ -30,6 +30,7 @@ from PIL import Image
 
 from cairn import IncrementalClassifier
 from cairn.classifier.estimate import AccuracyEstimate
+from cairn.data.attributes import attributes_dataset
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError
 from cairn.experiment.folder import Lock
@@ -922,3 +923,78 @@ def test_the_documented_nginx_block_works(service, drawn, tmp_path):
     with served(service) as address, proxied(tmp_path, port_of(address)) as (port, certificate):
         refused = httpx.get(f"https://127.0.0.1:{port}/api/classes", verify=False, headers={"Host": "127.0.0.1"})
         assert "--public-url" in error(refused, 403)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """PNG files of scenes, and what each shows of three words of the drawn world."""
+    data = attributes_dataset("dev")
+    words = np.argsort(-data.train.targets.sum(0))[:3]
+    shown = [[data.classes[c] for c in words if data.train.targets[row, c]] for row in range(40)]
+    return [(png(data.train[row]), own) for row, own in enumerate(shown) if own]
+
+
+@pytest.fixture
+def several(scenes, towers, tmp_path):
+    """The service of a learner whose pictures may show several classes."""
+    learner = IncrementalClassifier("simplecil", towers, device="cpu")
+    images = [np.asarray(Image.open(io.BytesIO(file))) for file, _ in scenes[:24]]
+    learner.partial_fit(images, [own for _, own in scenes[:24]]).save(tmp_path)
+    service = Service(tmp_path, learner)
+    yield service
+    service.close()
+
+
+def test_tells_and_learns_pictures_that_show_several_classes(several, scenes):
+    ask, (file, _) = client(several), scenes[30]
+    assert ask("GET", "/api/health").json()["several"] is True
+    found = ask("POST", "/api/predict", files={"image": file}).json()
+    image = np.asarray(Image.open(io.BytesIO(file)))
+    expected = several.learner.predictions([image]).sets()[0]
+    assert [(one["name"], one["probability"]) for one in found["labels"]] == expected
+    assert found["known"] is None
+    every = ask("POST", "/api/predict", files={"image": file}, data={"threshold": 0}).json()["labels"]
+    assert len(every) == 3
+    first = str(several.learner.classes_[0])
+    assert ask("POST", "/api/learn", files=pictures(file), data={"name": f"{first}; new one ;"}).status_code == 200
+    assert list(several.learner.classes_)[-1] == "new one"
+    assert several.learner.counts_[-1] == 1
+    assert ask("POST", "/api/relabel", files=pictures(file), data={"name": first}).status_code == 200
+    assert "new one" not in several.learner.classes_
+    error(ask("POST", "/api/learn", files=pictures(file), data={"name": ";"}), 422)
+
+
+def test_a_threshold_is_for_pictures_that_show_several_classes(service, drawn):
+    name = next(iter(drawn))
+    answer = client(service)("POST", "/api/predict", files={"image": drawn[name][8]}, data={"threshold": 0.5})
+    assert "show one class each" in error(answer, 422)
+    assert client(service)("GET", "/api/health").json()["several"] is False
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_shows_several_classes_as_chips(several, scenes):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with served(several) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        problems = []
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.goto(f"{address}#token={TOKEN}")
+        page.wait_for_selector("#teach:not([hidden])")
+        page.evaluate(DROP, ["#drop", "", [b64encode(file).decode() for file, _ in scenes[30:33]]])
+        page.wait_for_function("() => looked.every((one) => one.answer)")
+        labels = page.evaluate("answer.labels")
+        page.wait_for_function("() => document.querySelectorAll('#bars li').length === 3")
+        assert page.locator("#chips .name").all_inner_texts() == [one["name"] for one in labels]
+        assert page.locator("#sure").is_hidden()
+        table = page.evaluate("table()")
+        assert table.startswith("image,label,probability,problem\n")
+        assert len(table.splitlines()) == 1 + page.evaluate(
+            "looked.reduce((n, one) => n + Math.max(1, one.answer.labels.length), 0)"
+        )
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert problems == []
+        browser.close()

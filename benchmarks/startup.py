@@ -3,7 +3,8 @@
     python benchmarks/startup.py [--size full|quick] [--out results/benchmarks/startup.json] [--into docs/speed.md]
 
 Every call is a new process with one thread, and all ways take turns. Processor time, user and system, depends less on
-other work on the machine than seconds do. A prediction is of one picture, by a stored learner with the embedded towers.
+other work on the machine than seconds do. As with any installed package bytecode is there: a first round, which makes it, does
+not count. A prediction is of one picture, by a stored learner with the embedded towers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from measure import Row, handed_out, machine_line, seconds_cell, surroundings
 from PIL import Image
 
-SIZES = {"full": {"repeats": 3}, "quick": {"repeats": 1}}
+SIZES = {"full": {"repeats": 5, "warm": True}, "quick": {"repeats": 1, "warm": False}}
 CLASSES, PICTURES = ("red", "green", "blue"), 8
 CAIRN = ("-m", "cairn")
 BARE = "import torch; from transformers import CLIPModel"
@@ -31,12 +32,14 @@ TARGETS = {"import cairn": 0.1, "cairn --help": 0.5, "cairn predict, simplecil":
 """Most seconds asked for."""
 
 
-def processor_seconds(*arguments: str) -> float:
-    """User and system time of Python with these arguments."""
+def processor_seconds(bytecode: Path | None, *arguments: str) -> float:
+    """User and system time of Python with these arguments, and with the bytecode of modules in that folder, if one is given."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if bytecode is not None:
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -53,9 +56,9 @@ def drawn_pictures(folder: Path) -> Path:
     return folder / CLASSES[0] / "0.png"
 
 
-def measured(repeats: int) -> dict[str, Any]:
+def measured(repeats: int, warm: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, bytecode = Path(name), Path(name) / "bytecode" if warm else None
         picture = drawn_pictures(folder / "pictures")
         ways: dict[str, Sequence[str]] = {
             "import torch": ("-c", "import torch"),
@@ -66,14 +69,16 @@ def measured(repeats: int) -> dict[str, Any]:
         for method in ("simplecil", "dmc"):
             learner = str(folder / method)
             learn = ("learn", learner, str(folder / "pictures"), "--method", method, "--towers", "tiny")
-            processor_seconds(*CAIRN, *learn, "--device", "cpu")
+            processor_seconds(bytecode, *CAIRN, *learn, "--device", "cpu")
             ways[f"cairn predict, {method}"] = (*CAIRN, "predict", learner, str(picture), "--device", "cpu")
         taken: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(repeats):
+        for repeat in range(repeats + warm):
             for way, arguments in ways.items():
-                taken[way].append(processor_seconds(*arguments))
-    seconds = {way: median(all_seconds) for way, all_seconds in taken.items()}
-    return {"seconds": seconds, "all_seconds": taken} | surroundings()
+                seconds = processor_seconds(bytecode, *arguments)
+                if repeat >= warm:
+                    taken[way].append(seconds)
+    medians = {way: median(all_seconds) for way, all_seconds in taken.items()}
+    return {"seconds": medians, "all_seconds": taken} | surroundings()
 
 
 def rows(report: dict[str, Any]) -> list[Row]:

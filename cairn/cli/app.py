@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cairn.cli import classifier, embed, evaluate, mend, monitor, predict, rank, reproduce, run, sweep
+from cairn.cli.collector import end_without_collection, importing
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
 from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, printable
 from cairn.reports.console import Console
@@ -35,6 +36,7 @@ Block = Annotated[str, typer.Option(help="name of the block")]
 def main() -> None:
     """Entry point of the `cairn` command. Of several processes one tells what went wrong."""
     world = ALONE
+    end_without_collection()
     try:
         world = World.launched()
         status = app(standalone_mode=False, obj=world)
@@ -389,7 +391,8 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"serve: {error.name} is missing; {extra_remedy('serve')}") from None
-    from cairn.serve.app import serve
+    with importing():
+        from cairn.serve.app import serve
 
     console = Console()
 

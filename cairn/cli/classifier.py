@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from cairn.cli.collector import importing
 from cairn.cli.run import BadImages, checked_bad_image
 from cairn.errors import ConfigError, DataError, counted, one_line, printable
 from cairn.reports.console import Console
@@ -80,16 +81,17 @@ def learn(
 ) -> None:
     """Learn the classes of a folder of pictures. New names are new classes, of known ones more is learned. Makes the learner
     if there is none. Killed in the middle, the same call goes on."""
-    from cairn.classifier.classifier import WORK, IncrementalClassifier
-    from cairn.classifier.folder import NAME, require_savable
-    from cairn.config import parsed
-    from cairn.data.given_pictures import given_pictures
-    from cairn.data.templates import DEFAULT, prompt_templates
-    from cairn.experiment.folder import Lock
-    from cairn.storage.archive import Archive
-    from cairn.storage.files import make_folder
-    from cairn.training.checkpoint import stopped_by_signals
-    from cairn.training.context import Checkpoint, Log
+    with importing():
+        from cairn.classifier.classifier import WORK, IncrementalClassifier
+        from cairn.classifier.folder import NAME, require_savable
+        from cairn.config import parsed
+        from cairn.data.given_pictures import given_pictures
+        from cairn.data.templates import DEFAULT, prompt_templates
+        from cairn.experiment.folder import Lock
+        from cairn.storage.archive import Archive
+        from cairn.storage.files import make_folder
+        from cairn.training.checkpoint import stopped_by_signals
+        from cairn.training.context import Checkpoint, Log
 
     console, bad_images = Console(), checked_bad_image(on_bad_image)
     if keep is not None and keep < 1:
@@ -107,7 +109,8 @@ def learn(
     ).take()  # before anything is read there: what another process learned meanwhile must not be lost
     try:
         if Archive(learner, NAME):
-            held = IncrementalClassifier.load(learner, towers, device)
+            with importing():
+                held = IncrementalClassifier.load(learner, towers, device)
             _require_same(held, method, settings, templates, seed, precision)
             notices, before, calls = held.notices_, len(held.classes_), len(held.history_)
         else:
@@ -226,14 +229,16 @@ def forget(
     device: Device = "auto",
 ) -> None:
     """Remove a class: its name, texts and statistics. What shared weights learned of it stays."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.experiment.folder import Lock
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.experiment.folder import Lock
 
     if not learner.is_dir():
         raise DataError(f"'{learner}': no such folder")
     lock = Lock(learner).take()
     try:
-        held = IncrementalClassifier.load(learner, towers, device)
+        with importing():
+            held = IncrementalClassifier.load(learner, towers, device)
         held.forget(name)
         held.save(learner)
     finally:
@@ -256,9 +261,10 @@ def export(
 ) -> None:
     """Write a learner as one ONNX file. It gives scores and probabilities of pictures, and is compared with the learner
     before it is kept."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.onnx import FORMS, export_onnx
-    from cairn.data.picture_files import pictures_below
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.classifier.onnx import FORMS, export_onnx
+        from cairn.data.picture_files import pictures_below
 
     if form not in FORMS:
         raise ConfigError(f"--form {form}: must be {', '.join(FORMS)}")

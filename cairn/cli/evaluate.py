@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cairn.cli.classifier import AsJson, Device, Learner, Recursive, SkipBadImages, Weights
+from cairn.cli.collector import importing
 from cairn.cli.label_sets import require_meant, tell_sets, write_page_of_sets
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, counted, one_line, printable
@@ -57,10 +58,11 @@ def evaluate(
 ) -> None:
     """Tell how well labelled pictures are classified. Per class and in all: precision, recall, calibration, unknown pictures,
     and which classes are mixed up."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.label_set_evaluation import LabelSetEvaluation
-    from cairn.classifier.novelty import require_threshold
-    from cairn.data.given_pictures import given_pictures
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.classifier.label_set_evaluation import LabelSetEvaluation
+        from cairn.classifier.novelty import require_threshold
+        from cairn.data.given_pictures import given_pictures
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv: give only one of them")
@@ -71,7 +73,8 @@ def evaluate(
     given = given_pictures(pictures, "test", recursive)
     for notice in given.notices:
         errors.note(f"note: {notice}")
-    held = IncrementalClassifier.load(learner, towers, device)
+    with importing():
+        held = IncrementalClassifier.load(learner, towers, device)
     require_meant(held.sets_ is not None, threshold)
     if given.sets is None:
         found = held.evaluate(given.files, given.names, unknown_below=unknown_below, on_bad_image=bad_images)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cairn.cli.classifier import Device, Learner, Weights, record_in
+from cairn.cli.collector import importing
 from cairn.cli.predict import files_of
 from cairn.cli.run import BadImages, checked_bad_image
 from cairn.errors import ConfigError, DataError, counted, one_line
@@ -154,10 +155,12 @@ def _held(learner: Path) -> Iterator[Lock]:
 @contextmanager
 def _changed(learner: Path, towers: str | None, device: str) -> Iterator[IncrementalClassifier]:
     """The learner of a folder, to be changed; saved if it was. What the change had to say is told."""
-    from cairn.classifier.classifier import IncrementalClassifier
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
 
     with _held(learner):
-        held = IncrementalClassifier.load(learner, towers, device)
+        with importing():
+            held = IncrementalClassifier.load(learner, towers, device)
         told, calls = len(held.notices_), len(held.history_)
         yield held
         for notice in held.notices_[told:]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cairn.cli.classifier import AsJson, Device, Learner, SkipBadImages, Weights
+from cairn.cli.collector import importing
 from cairn.cli.predict import files_of
 from cairn.cli.run import checked_bad_image
 from cairn.errors import counted, one_line, printable
@@ -33,12 +34,15 @@ def monitor(
 ) -> None:
     """Tell whether pictures still look like those that were learned. How many fit badly, and which classes have moved, each by
     a test; nothing of the pictures is kept."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.drift import BELOW, LEVEL
-    from cairn.training.context import Log
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.classifier.drift import BELOW, LEVEL
+        from cairn.training.context import Log
 
     files, bad_images = files_of(pictures), checked_bad_image(on_bad_image)
-    held, errors, console = IncrementalClassifier.load(learner, towers, device), Console(sys.stderr), Console()
+    with importing():
+        held = IncrementalClassifier.load(learner, towers, device)
+    errors, console = Console(sys.stderr), Console()
     found = held.drift(files, log=Log(keep=errors.event), on_bad_image=bad_images)
     if as_json:
         report = found.model_dump(mode="json") | {

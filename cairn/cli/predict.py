@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cairn.cli.classifier import Device, Learner, Weights
+from cairn.cli.collector import importing
 from cairn.cli.label_sets import cells_of_sets, line_of_sets, require_meant, rows_of_sets
 from cairn.cli.run import checked_bad_image
 from cairn.errors import ConfigError, Interrupted, counted, one_line
@@ -75,11 +76,12 @@ def predict(
 ) -> None:
     """Tell the likeliest classes of images. Rows are printed as they are there. Says also whether an image fits what is
     known."""
-    from cairn.classifier.classifier import IncrementalClassifier
-    from cairn.classifier.novelty import require_threshold
-    from cairn.data.feature_store import FeatureStore
-    from cairn.data.sorting import SortedFolder
-    from cairn.data.watching import new_pictures
+    with importing():
+        from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.classifier.novelty import require_threshold
+        from cairn.data.feature_store import FeatureStore
+        from cairn.data.sorting import SortedFolder
+        from cairn.data.watching import new_pictures
 
     forms: dict[Form, bool] = {"json": as_json, "jsonl": as_jsonl, "csv": as_csv}
     given: list[Form] = [form for form, chosen in forms.items() if chosen]
@@ -103,7 +105,8 @@ def predict(
     counts = {"answered": 0, "unreadable": 0, "explained": 0}
     try:
         store = FeatureStore.configured() if cache else None
-        held = IncrementalClassifier.load(learner, towers, device, store)
+        with importing():
+            held = IncrementalClassifier.load(learner, towers, device, store)
         reasons, sets = 0 if explain is None else max(topk, 3), held.sets_ is not None
         require_meant(sets, threshold, unknown_below)
         printed = _Printed(given[0] if given else "text", unknown_below)

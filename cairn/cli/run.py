@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from cairn.cli.collector import importing
 from cairn.errors import ConfigError, Interrupted, printable
 from cairn.reports.console import Console
 from cairn.training.distributed import ALONE, World
@@ -138,11 +139,12 @@ def run(
 ) -> None:
     """Learn a class stream with one method. The result is DIR/result.json. The same call again goes on where it was cut
     off. Several processes that torchrun starts share the images out."""
-    from cairn.config import merged, parsed
-    from cairn.experiment.config_file import RunFile
-    from cairn.experiment.folder import Call, read_call
-    from cairn.experiment.schema import RunConfig, usual_step
-    from cairn.methods.catalogue import method_named
+    with importing():
+        from cairn.config import merged, parsed
+        from cairn.experiment.config_file import RunFile
+        from cairn.experiment.folder import Call, read_call
+        from cairn.experiment.schema import RunConfig, usual_step
+        from cairn.methods.catalogue import method_named
 
     world = context.obj or ALONE
     if resume is not None:
@@ -247,13 +249,14 @@ def _run_one(
     call, folder: Path, overwrite: bool, console: Console, world: World, opened: Callable[[], Any] = lambda: None
 ):
     """`opened` is called when the folder is there: when all input was found good."""
-    from cairn.contrib.pycil import curve_lines
-    from cairn.data.feature_store import FeatureStore
-    from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
-    from cairn.experiment.run import run_stream
-    from cairn.experiment.trackers import Tracking
-    from cairn.training.checkpoint import stopped_by_signals
-    from cairn.training.context import Checkpoint, Log
+    with importing():
+        from cairn.contrib.pycil import curve_lines
+        from cairn.data.feature_store import FeatureStore
+        from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
+        from cairn.experiment.run import run_stream
+        from cairn.experiment.trackers import Tracking
+        from cairn.training.checkpoint import stopped_by_signals
+        from cairn.training.context import Checkpoint, Log
 
     output = RunFolder(folder, call)
     trackers = call.track if world.is_main else []
@@ -363,12 +366,13 @@ def drift(
 ) -> None:
     """Measure how stored statistics drift, for research. Compares the estimators of drift with the truth, for which it opens
     the images of old tasks."""
-    from cairn.config import merged, parsed
-    from cairn.experiment.drift_lab import drift_report
-    from cairn.experiment.schema import RunConfig, usual_step
-    from cairn.reports.drift import drift_figure, drift_table
-    from cairn.storage.files import make_folder, write_json
-    from cairn.training.context import Log
+    with importing():
+        from cairn.config import merged, parsed
+        from cairn.experiment.drift_lab import drift_report
+        from cairn.experiment.schema import RunConfig, usual_step
+        from cairn.reports.drift import drift_figure, drift_table
+        from cairn.storage.files import make_folder, write_json
+        from cairn.training.context import Log
 
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"

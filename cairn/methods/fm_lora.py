@@ -44,16 +44,16 @@ from cairn.maths.ranks import (
     rank_prior,
     straight_through,
 )
-from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.methods.parts.stages import class_anchors, competing, renamed_anchors
-from cairn.methods.protocol import Card, ChoosesRanks, CosineScoring, NamesClasses
+from cairn.methods.parts.stages import competing
+from cairn.methods.parts.two_stage import TrainedVision
+from cairn.methods.protocol import Card, ChoosesRanks
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.factored import Factored, inject, plain
 from cairn.towers.protocol import Towers
 from cairn.towers.state import flattened, part
 from cairn.towers.tokens import WithTokens
-from cairn.training.context import Context, Log, Seeds
+from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
 from cairn.training.fit import fit
 from cairn.training.schedule import Schedule
@@ -315,7 +315,7 @@ class Encoder:
         self.version = int(state["version"])
 
 
-class FMLoRA(CosineScoring, NamesClasses, ChoosesRanks):
+class FMLoRA(TrainedVision[Encoder], ChoosesRanks):
     """argmax_c s cos(f_b(x), t_c), f_b with U (C_1 + ... + C_b) V in its layers."""
 
     card = Card(
@@ -340,9 +340,7 @@ class FMLoRA(CosineScoring, NamesClasses, ChoosesRanks):
     memory_bytes = 0
 
     def __init__(self, towers: Towers, config: FmLoraConfig, *, seed: int):
-        self.towers, self.config = towers, config
-        self.image = Encoder(towers, config, Seeds(seed).generator("encoder"))
-        self.anchors = torch.zeros(0, towers.dim)
+        super().__init__(towers, config, Encoder(towers, config, Seeds(seed).generator("encoder")))
         self.ranks: list[int] = []
 
     @property
@@ -353,7 +351,7 @@ class FMLoRA(CosineScoring, NamesClasses, ChoosesRanks):
         ctx = ctx.at(task=task.index)
         loader = NoisyLoader(task.train, self.towers.prepare, self.towers.pixels, batch=self.config.schedule.batch)
         k = len(self.anchors)  # old classes
-        self.anchors = torch.cat([self.anchors, class_anchors(self.towers, task, loader, ctx.log).cpu()])
+        self.add_anchors(task, loader, ctx)
         classes = competing(loader.labels.unique(), len(self.anchors), ctx.log)
         if len(classes) > 1 and self.config.schedule.epochs:
             self.ranks = [*self.ranks, self._trained(loader, classes, k, ctx)]
@@ -418,27 +416,9 @@ class FMLoRA(CosineScoring, NamesClasses, ChoosesRanks):
         means, _ = encode(loader, lambda pixels, _: embeddings(pixels)[:, 1:].mean(1), ctx, "P")
         return means.mean(0)
 
-    def forget(self, c: int) -> None:
-        self.anchors = without(self.anchors, c)
-
-    def rename(self, c: int, named: Task, log: Log) -> None:
-        """The class's text. What vision was trained to, with the old one in its place, stays."""
-        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
-
-    def embed(self, pixels: Pixels) -> Features:
-        return self.image(pixels)
-
-    def vision(self) -> nn.Module:
-        return self.image.copied()
-
-    @property
-    def class_matrix(self) -> Features:
-        return self.anchors
-
     def state_dict(self) -> State:
-        held = {"anchors": self.anchors, "ranks": torch.tensor(self.ranks, dtype=torch.int64)}
-        return held | flattened({"image": self.image.state_dict()})
+        return super().state_dict() | {"ranks": torch.tensor(self.ranks, dtype=torch.int64)}
 
     def load_state_dict(self, state: State) -> None:
-        self.anchors, self.ranks = state["anchors"], state["ranks"].tolist()
-        self.image.load_state_dict(part(state, "image"))
+        super().load_state_dict(state)
+        self.ranks = state["ranks"].tolist()

@@ -30,7 +30,3 @@ class FixedTextHead(VisionAndAnchors):
     def loss(self, z: Features, T: Float[Tensor, "k d"], y: Labels, s: float) -> Tensor:
         """CE(s z T^T, y), unless a method has its own."""
         return class_cross_entropy(z, T, y, s)
-
-    @property
-    def class_matrix(self) -> Features:
-        return self.anchors

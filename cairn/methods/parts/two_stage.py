@@ -3,7 +3,7 @@ decoupled stages also class texts that are learned, and class Gaussians."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -24,17 +24,30 @@ from cairn.training.encode import Ordered, encode
 from cairn.types import Features, Labels, Pixels, State
 
 
-class VisionAndAnchors(CosineScoring, NamesClasses):
-    """f(x), trained, and t_c, the unit template texts; what is learned, and the class matrix, are the method's own."""
+@runtime_checkable
+class TrainedImageSide(Protocol):
+    """An image side f that is trained."""
 
-    def __init__(self, towers: Towers, config: Any, *, seed: int):
-        self.towers, self.config = towers, config
-        self.image = ImageEncoder(towers, config.stage1.tuning, Seeds(seed).generator("encoder"))
+    def __call__(self, pixels: Pixels) -> Features: ...
+
+    def copied(self) -> nn.Module:
+        """A copy that shares nothing with it."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+Image = TypeVar("Image", bound=TrainedImageSide)
+
+
+class TrainedVision(CosineScoring, NamesClasses, Generic[Image]):
+    """f(x), the method's own, and t_c, the unit template texts, which are the class matrix unless a method has another."""
+
+    def __init__(self, towers: Towers, config: Any, image: Image):
+        self.towers, self.config, self.image = towers, config, image
         self.anchors = torch.zeros(0, towers.dim)
-
-    @property
-    def encoder(self) -> str:
-        return f"vision-{self.image.version}"
 
     def add_anchors(self, task: Task, loader: Loader, ctx: Context) -> Features:
         """The template texts of the task's new classes, which are kept."""
@@ -55,12 +68,28 @@ class VisionAndAnchors(CosineScoring, NamesClasses):
     def vision(self) -> nn.Module:
         return self.image.copied()
 
+    @property
+    def class_matrix(self) -> Features:
+        return self.anchors
+
     def state_dict(self) -> State:
         return {"anchors": self.anchors} | flattened({"image": self.image.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
         self.anchors = state["anchors"]
         self.image.load_state_dict(part(state, "image"))
+
+
+class VisionAndAnchors(TrainedVision[ImageEncoder]):
+    """The same with an `ImageEncoder`, tuned as stage 1 of the settings says."""
+
+    def __init__(self, towers: Towers, config: Any, *, seed: int):
+        tuned = ImageEncoder(towers, config.stage1.tuning, Seeds(seed).generator("encoder"))
+        super().__init__(towers, config, tuned)
+
+    @property
+    def encoder(self) -> str:
+        return f"vision-{self.image.version}"
 
 
 class TwoStageState(VisionAndAnchors, GaussianScoring[GaussianMemory]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -94,7 +94,7 @@ class Plan(BaseModel):
     @cached_property
     def key(self) -> str:
         held = self.model_dump(mode="json", exclude={"versions"})
-        return digest(held | {"config": comparable_call(held["config"])})[:32]
+        return digest(held | {"config": _comparable(self.config)})[:32]
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -117,9 +117,16 @@ class Plan(BaseModel):
         return "other images"
 
 
+def _comparable(config: EmbedConfig) -> dict[str, Any]:
+    """A config as it is compared with another. What only runs have is no part of it, so that keys stay as they are when runs
+    have more."""
+    held = config.model_dump(mode="json")
+    return {key: value for key, value in comparable_call(held).items() if key in held}
+
+
 def difference(config: EmbedConfig, stored: EmbedConfig) -> str | None:
     """The first option in which a stored config is another one."""
-    ours, theirs = (comparable_call(one.model_dump(mode="json")) for one in (config, stored))
+    ours, theirs = _comparable(config), _comparable(stored)
     for key, value in ours.items():
         if theirs[key] != value:
             return f"{key.replace('_', '-')} {theirs[key]}, not {value}"

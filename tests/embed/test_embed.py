@@ -499,6 +499,25 @@ def test_a_disk_that_seems_too_small_is_told_of_beforehand(tmp_path, monkeypatch
     assert "shards and file take 153,600 bytes, 1,000 are free" in told
 
 
+def test_the_key_of_a_plan_is_that_of_earlier_versions():
+    """Or else what they have begun would be begun again."""
+    plan = Plan(
+        config=EmbedConfig(data="pictures", limit_train=2),
+        split="s",
+        towers={"name": "t", "fingerprint": "f"},
+        dim=4,
+        logit_scale=1.0,
+        classes=("a",),
+        templates=("{}",),
+        left_out={"train": (), "test": (1,)},
+        train=2,
+        test=1,
+        images=("x", "y"),
+        versions={},
+    )
+    assert plan.key == "b2c4e48a25c2e7c2c87b8987211fa53c"  # as version 0.2.0 has it
+
+
 def test_merging_holds_one_shard_at_a_time(tmp_path):
     config = EmbedConfig(shard_rows=1000)
     plan = Plan(

@@ -145,9 +145,10 @@ FM_LORA_PARTS = {
 
 MCCL_PARTS = {
     "mccl-labelled": ["unlabelled=false"],
+    "mccl-consistency": ["statistics=labelled"],
     "mccl-statistics": ["consistency=0", "alignment=0", "compactness=0", "intervention=0"],
 }
-"""MCCL from labelled images alone, and with the others in its statistics alone."""
+"""MCCL from labelled images alone, and with the others in its losses alone, or in its statistics alone."""
 
 LORA_8 = [
     "stage1.tuning.rank=8",
@@ -274,6 +275,7 @@ VARIANTS = {
     **{folder: ("fm-lora", switches) for folder, switches in FM_LORA_PARTS.items()},
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
+    "segment-labelled": ("segment", ["unlabelled=false"]),
     **{folder: ("mccl", switches) for folder, switches in MCCL_PARTS.items()},
     **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
     **{folder: ("sda", switches) for folder, switches in SDA_PARTS.items()},
@@ -331,8 +333,8 @@ METHOD_ROWS = {
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")
     },
-    "shapes-eighth": ["simplecil", "mccl", *MCCL_PARTS],
-    "cifar100-eighth": ["simplecil", "mccl", *MCCL_PARTS],
+    "shapes-eighth": ["zero-shot", "simplecil", "blend", "mccl", *MCCL_PARTS, "segment", "segment-labelled"],
+    "cifar100-eighth": ["mccl", "mccl-labelled"],
     "caltech51-online": ["zero-shot", *ONLINE],
     "ucf101-online": ONLINE,
     "shapes-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],

@@ -24,6 +24,15 @@ class Checked(Protocol):
         ...
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """Images of which it is known where their object lies."""
+
+    def mask(self, index: int) -> np.ndarray | None:
+        """Bool (h, w): the object of the image's label; None where it is not known."""
+        ...
+
+
 class Unlabelled:
     """Some items of another collection, of which nobody is told what they show: all labels are -1, and of targets and masks there
     are none. What `describe` says is for messages."""
@@ -109,6 +118,12 @@ def source_of(images: Images, index: int) -> tuple[Images, int]:
         else:
             images, index = images.place(index)
     return images, index
+
+
+def mask_of(images: Images, index: int) -> np.ndarray | None:
+    """Where the object of an item lies, bool (h, w), if that is known."""
+    source, position = source_of(images, index)
+    return source.mask(position) if isinstance(source, Masked) else None
 
 
 @dataclass(frozen=True)

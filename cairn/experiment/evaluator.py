@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
-from cairn.data.images import LabelSets
+from cairn.data.images import LabelSets, mask_of
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
-from cairn.errors import NotFinite
+from cairn.errors import DataError, NotFinite
 from cairn.experiment.exemplar_check import looked_for, refuse_exemplars
 from cairn.experiment.metrics import mean_of_known
 from cairn.maths.average_precision import average_precision
@@ -28,8 +29,9 @@ from cairn.maths.calibration_error import (
     calibration_error_by_chance,
     negative_log_likelihood,
 )
+from cairn.maths.overlap import confusion, overlaps
 from cairn.maths.similarity import unit
-from cairn.methods.protocol import FROZEN, Method
+from cairn.methods.protocol import FROZEN, Method, Segments
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
 from cairn.training.context import OneProcess, Processes
@@ -37,6 +39,9 @@ from cairn.types import Features, Labels, Pixels, Scores
 
 KEEP_BYTES = 2 << 30
 """Test embeddings held in memory; what does not fit lies in a file."""
+
+SEGMENTED = 64
+"""Images segmented at once."""
 
 BATCH = 256
 """Images embedded, and scored, at once: the same ones in any number of processes, since the rounding of a product of matrices
@@ -63,6 +68,10 @@ class Evaluation:
     precision: list[float | None] | None = None
     """Where images may show several classes, the average precision of each class seen (None for one that no test image shows);
     `accuracy[j]` is then its mean over the classes of task j, and nothing is counted as correct."""
+
+    iou: list[float | None] | None = None
+    """Where the method segments and the objects of test images are known: intersection over union of the background, and of each class
+    seen (None for one that no test image shows)."""
 
     @property
     def by_class(self) -> list[float | None]:
@@ -143,7 +152,33 @@ class Evaluator:
             ece_by_chance=calibration_error_by_chance(confidence),
             nll=negative_log_likelihood(log_probability),
             temperature=calibration.temperature,
+            iou=self._overlaps(task, method) if whole else None,
         )
+
+    @torch.no_grad()
+    def _overlaps(self, task: int, method: Method) -> list[float | None] | None:
+        """Over all pixels of test images of the classes seen, patches brought to the size of the masks bilinearly."""
+        if not isinstance(method, Segments) or mask_of(self.stream.tests[0], 0) is None:
+            return None
+        k = self.stream.tasks[task].classes.stop + 1
+        counts = torch.zeros(k, k, dtype=torch.int64)
+        for j in range(task + 1):
+            embedded, own = self._embedded(j, method), self._places(j)[self.world.rank]
+            if embedded is None:
+                continue
+            for rows in torch.arange(len(own)).split(SEGMENTED):
+                masks = torch.from_numpy(np.stack([self._mask(j, int(i)) for i in own[rows]]))
+                labels = self.loaders[j].labels[own[rows]] + 1
+                found = interpolate(method.segment(embedded[rows]), size=masks.shape[1:], mode="bilinear").argmax(1)
+                truth = torch.where(masks, labels[:, None, None], 0)
+                counts += confusion(truth.flatten(), found.cpu().flatten(), k)
+        return overlaps(torch.stack(self.world.all_gather(counts)).sum(0))
+
+    def _mask(self, j: int, i: int) -> np.ndarray:
+        """Where the object of test image i of task j lies."""
+        if (mask := mask_of(self.stream.tests[j], i)) is None:
+            raise DataError(f"{self.stream.tests[j].describe(i)}: has no mask, though others do")
+        return mask
 
     def _figures(self, j: int, task: int, method: Method, calibration: Calibration) -> Float[Tensor, "n 3"]:
         """Of every test image of task j: whether it is classified correctly, the probability of the class that it is taken

@@ -30,7 +30,7 @@ from cairn.towers.feature_file import is_features_file
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
 )  # fmt: skip
-SUMMARISED = ("any_time", "average", "last", "forgetting", "bwt", "seconds")
+SUMMARISED = ("any_time", "mIoU", "average", "last", "forgetting", "bwt", "seconds")
 
 
 def read_result(path: Path) -> RunResult:

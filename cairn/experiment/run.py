@@ -181,6 +181,8 @@ def run_stream(
         chunk_sizes=chunks,
         chunk_accuracy=curve,
         any_time=any_time(curve, chunks) if online else None,
+        mIoU=None if evaluations[-1].iou is None else mean_of_known(evaluations[-1].iou),
+        iou_by_class=evaluations[-1].iou,
         average=average_incremental(seen),
         last=seen[-1],
         forgetting=forgetting(table),

@@ -193,6 +193,14 @@ class RunResult(BaseModel):
     any_time: Share | None = Field(
         default=None, description="area under the curve of that accuracy by images learned; null where tasks are whole"
     )
+    mIoU: Share | None = Field(
+        default=None,
+        description="after the last task, mean over background and classes of the intersection over union of pixels, where the method "
+        "segments and the objects of test images are known",
+    )
+    iou_by_class: list[Share | None] | None = Field(
+        default=None, description="that of the background, and of each class in order of arrival"
+    )
     average: Share = Field(description="average incremental accuracy, the mean of seen_accuracy")
     last: Share = Field(description="the last of seen_accuracy")
     forgetting: Difference | None = Field(description="null with a single task")

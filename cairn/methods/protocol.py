@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cairn.data.task import Task
 from cairn.maths.similarity import CosineScores, unit
@@ -284,6 +285,15 @@ class LearnsOnline(ABC):  # noqa: B024 - nothing is left to write
         return None
 
 
+class Segments(ABC):
+    """Tells which parts of an image show which class."""
+
+    @abstractmethod
+    def segment(self, features: Features) -> Float[Tensor, "n c g g"]:
+        """Of each image, as `embed` gives it, the probabilities of every patch: column 0 the background, then a column per class
+        seen."""
+
+
 class LearnsUnlabelled(ABC):  # noqa: B024 - nothing is left to write
     """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them."""
 
@@ -317,4 +327,5 @@ CAPABILITIES: tuple[type, ...] = (
     ChoosesRanks,
     LearnsOnline,
     LearnsUnlabelled,
+    Segments,
 )

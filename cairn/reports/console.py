@@ -119,6 +119,8 @@ class Console:
             f"{result.method}: {unit}average {percent(result.average)} %, last {percent(result.last)} %, "
             f"forgetting {forgetting}, {result.seconds:.0f} s -> {path}\n"
         )
+        if result.mIoU is not None:
+            self.note(f"mIoU {percent(result.mIoU)} %, background {percent((result.iou_by_class or [0])[0] or 0)} %\n")
         if result.any_time is not None:
             chunks = len(result.chunk_accuracy)
             curve = f"after each of {counted(chunks, 'chunk')}: {sparkline(result.chunk_accuracy[:: -(-chunks // MOST_BLOCKS)])}"

@@ -62,6 +62,7 @@ class _Stored(BaseModel):
     chunk_sizes: list[int] = []
     chunk_accuracy: list[Share] = []
     any_time: Share | None = None
+    mIoU: Share | None = None
     future_accuracy: list[Share | None] = []
     zero_shot_accuracy: list[Share | None] = []
     average: Share

@@ -96,10 +96,13 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     groups_of = [run["last_by_frequency"] for runs in groups.values() for run in runs if run.get("last_by_frequency")]
     frequencies = list(groups_of[0]) if groups_of else []
     unit = "mAP %" if any(run.get("metric") == "mAP" for runs in groups.values() for run in runs) else "%"
-    online = any(run.get("any_time") is not None for runs in groups.values() for run in runs)
+    online, segmented = (
+        any(run.get(key) is not None for runs in groups.values() for run in runs) for key in ("any_time", "mIoU")
+    )
     columns = [
         Column("method"),
         *([Column("any-time %")] if online else []),
+        *([Column("mIoU %")] if segmented else []),
         Column(f"average {unit}"),
         Column(f"last {unit}"),
         *(Column(f"{group} %") for group in frequencies),
@@ -115,6 +118,7 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
             [
                 name if group[0]["exemplar_free"] else f"{name} (keeps exemplars)",
                 *([estimate([r.get("any_time") for r in group], 100)] if online else []),
+                *([estimate([r.get("mIoU") for r in group], 100)] if segmented else []),
                 *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
                 *(estimate([(r.get("last_by_frequency") or {}).get(at) for r in group], 100) for at in frequencies),
                 estimate([r["forgetting"] for r in group], 100),

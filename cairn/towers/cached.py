@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.data.feature_store import Batch, FeatureStore, Kind, Rows, image_ids
-from cairn.data.images import Images, LabelSets, Subset
+from cairn.data.images import Images, LabelSets, Subset, mask_of
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite, one_line
@@ -50,6 +50,9 @@ class Placed:
 
     def identity(self, index: int) -> bytes:
         return self.images.identity(index)
+
+    def mask(self, index: int) -> np.ndarray | None:
+        return mask_of(self.images, index)
 
     @cached_property
     def ids(self) -> np.ndarray:

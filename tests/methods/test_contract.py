@@ -40,6 +40,7 @@ TOGETHER = {
     "joint": "what is fitted on all images at once is fitted again without those of the class",
     "proof": "classes are each other's context",
     "engine": "the likeliest classes are compared pair by pair",
+    "segment": "classes have shares of a patch",
     "capnet": "classes take from their neighbours in the graph of texts",
     "reco": "what is found of other classes refines images and texts",
 }

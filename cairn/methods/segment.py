@@ -141,7 +141,7 @@ class Segment(LearnsUnlabelled, Segments):
         self.products = self.products + (x * w[:, None]).T @ x
         self.sums = self.sums.index_add(0, c, x * (w * m)[:, None])
         self.counts = self.counts.index_add(0, c, w * m)
-        self.sums[0] += (w * (1 - m)) @ x
+        self.sums[0] += (w * (1 - m)) @ x  # of tensors made just now: a state that was kept stays as it is
         self.counts[0] += w @ (1 - m)
         self._held = None
 
@@ -187,11 +187,13 @@ class Segment(LearnsUnlabelled, Segments):
         self.sums, self.counts, self._held = without(self.sums, c + 1), without(self.counts, c + 1), None
 
     def state_dict(self) -> State:
-        return {"products": self.products, "sums": self.sums, "counts": self.counts, "labelled": self.labelled}
+        held = {"products": self.products, "sums": self.sums[1:], "counts": self.counts[1:], "labelled": self.labelled}
+        return held | {"background": self.sums[:1], "background_count": self.counts[:1]}
 
     def load_state_dict(self, state: State) -> None:
-        self.products, self.sums, self.counts = (state[name].clone() for name in ("products", "sums", "counts"))
-        self.labelled, self._held = state["labelled"].clone(), None
+        self.products, self.labelled, self._held = state["products"].clone(), state["labelled"].clone(), None
+        self.sums = torch.cat([state["background"], state["sums"]])
+        self.counts = torch.cat([state["background_count"], state["counts"]])
 
 
 def image_class(q: Float[Tensor, "n p j"], f: Float[Tensor, "n p"]) -> tuple[Float[Tensor, " n"], Labels]:

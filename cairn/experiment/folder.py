@@ -18,7 +18,8 @@ from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, record_of, save_learner
 from cairn.classifier.learned import Learned
 from cairn.data.descriptions import Descriptions
-from cairn.errors import ResultError
+from cairn.data.stream import TaskStream
+from cairn.errors import ConfigError, ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
 from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
@@ -208,6 +209,15 @@ class RunFolder:
                 self._events.close()
             self._events = None
             self._lock.release()
+
+
+def require_one_class(stream: TaskStream) -> None:
+    """Raises ConfigError for a stream whose learner would have no thresholds: it leaves no image out."""
+    if stream.label_sets:
+        raise ConfigError(
+            "--keep-learner: a run on images that show several classes leaves none out, so its learner would have no thresholds; "
+            "leave it out, `cairn learn` makes one"
+        )
 
 
 def write_learner(folder: Path, learned: Outcome) -> None:

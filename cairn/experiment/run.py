@@ -12,7 +12,7 @@ import numpy as np
 from cairn.classifier.calibration import Calibration, foreseen, keep_left_out, own_left_out, unlearned
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import Part, TaskStream
-from cairn.errors import ConfigError, NotFinite
+from cairn.errors import NotFinite
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.inputs import prepared, require_alike, require_online, require_shareable, tower_stands
 from cairn.experiment.metrics import (
@@ -51,11 +51,13 @@ def run_stream(
     store: FeatureStore | None = None,
     checkpoint: Checkpoint | None = None,
     archive: Archive | None = None,
+    opened: Callable[[TaskStream], Any] | None = None,
 ) -> RunResult:
     """Learn every task in turn, of an online stream chunk after chunk, evaluating after each. Raises a CairnError for any bad
     input before training starts.
 
-    `learned` is called when the last task is done, for who wants more than numbers. Where the method leaves the image tower
+    `opened` is called with the stream when all input was found good, and may refuse it; `learned` when the last task is done, for who
+    wants more than numbers. Where the method leaves the image tower
     as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the state is kept there
     whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is the same to the bit,
     apart from times and passes. With the `world` of `checkpoint` it is one process of several, all of which call this alike;
@@ -102,11 +104,8 @@ def run_stream(
         )
     if archive is not None:
         course.keep(checkpoint, archive)
-    if learned is not None and stream.label_sets:
-        raise ConfigError(
-            "--keep-learner: a run on images that show several classes leaves none out, so its learner would have no thresholds; "
-            "leave it out, `cairn learn` makes one"
-        )
+    if opened is not None:
+        opened(stream)
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     online = stream.chunk is not None

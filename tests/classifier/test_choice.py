@@ -17,7 +17,7 @@ from cairn.methods.catalogue import METHODS
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
-PICKED = "cairn.classifier.classifier.choice"
+PICKED = "cairn.classifier.learning.choice"
 
 
 def rows(counts, seed=0, d=16):

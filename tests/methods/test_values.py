@@ -124,6 +124,7 @@ def test_freeze_old_says_whether_residuals_of_finished_tasks_train(freeze, moves
 # forgetting
 
 APART = {"products", "tokens", "sizes", "sentences", "guides", "rows", "exemplars.rows", "out", "memory.factors"} | {
+    *(f"buffer.{part}" for part in ("items", "labels", "seen")),
     *(f"ridge-{i}.{part}" for i in (0, 1) for part in ("Z", "labels", "A")),
     *(f"{blend}.memory.factors" for blend in ("blend", "without-held-out")),
 }

@@ -39,6 +39,7 @@ def test_each_share_of_a_result_has_its_percent_sign():
         "forgetting": 0.125,
         "last_by_frequency": None,
         "any_time": None,
+        "mIoU": None,
         "seconds": 3.0,
     }
     result = SimpleNamespace(method="lda", metric="accuracy", **figures)

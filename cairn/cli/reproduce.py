@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,8 @@ def reproduce(
     )
     folder = out or Path("runs") / f"reproduce-{asked.key}-{asked.setting_name}"
     first = asked.runs()[0].config
-    dataset = prompted(open_dataset(data), first.template)
+    whole = open_dataset(first.data)
+    dataset = prompted(whole, first.template)
     used = towers_for(first, dataset)
     findings = copy_differences(asked.published.copy_of(asked.key), dataset)
     for finding in findings:
@@ -91,12 +93,12 @@ def reproduce(
             run_all(Call(run=run.config, cache=used.has_images, checkpoint_seconds=60.0), folder / run.place)
         last_of_method = number + 1 == len(runs) or runs[number + 1].method != run.method
         if last_of_method:
-            found = _off(asked, folder, run.method, dataset, used)
+            found, far = _off(asked, folder, run.method, dataset, used, whole.templates)
             findings += found
             _write(asked, folder, facts, findings)
             for finding in found:
                 console.note(f"! {finding}")
-            if found and not anyway:
+            if far and not anyway:
                 raise ConfigError(
                     f"{run.method} is not as published; mend what {folder / PAGE} names, or go on with --anyway"
                 )
@@ -183,30 +185,37 @@ def _stored(folder: Path, method: str) -> list[dict[str, Any]]:
     return sorted(results_below([place]), key=lambda one: one["seed"]) if place.is_dir() else []
 
 
-def _off(asked: Reproduction, folder: Path, method: str, dataset: Any, towers: Any) -> list[str]:
-    """What is wrong, if a method of the first does not reach its figures."""
+def _off(
+    asked: Reproduction, folder: Path, method: str, dataset: Any, towers: Any, templates: Sequence[str]
+) -> tuple[list[str], bool]:
+    """What does not fit, if a method of the first does not reach its figures to the digit, and whether it is so far off that nothing
+    else should be run."""
     from cairn.experiment.metrics import mean_and_deviation
-    from cairn.reproduce.checks import TOLERANCE, Curve, distance, likely_causes
+    from cairn.reproduce.checks import EXACT, TOLERANCE, Curve, distance, likely_causes
     from cairn.reproduce.plan import FIRST
 
     results, figures = _stored(folder, method), asked.figures_of(method)
     if method not in FIRST or not results or not figures:
-        return []
+        return [], False
     (average, spread), (last, more) = (mean_and_deviation([one[key] for one in results]) for key in ("average", "last"))
     found = Curve(average, last)
     nearest = min(figures, key=lambda figure: distance(figure, found))
-    if distance(nearest, found) <= max(TOLERANCE, 2 * spread, 2 * more):
-        return []
+    away = distance(nearest, found)
+    if away <= max(EXACT, 2 * spread, 2 * more):
+        return [], False
     shown = " / ".join("?" if value is None else f"{100 * value:.2f}" for value in (nearest.average, nearest.last))
     said = f"{method}: {100 * average:.2f} / {100 * last:.2f}, published {shown} ({nearest.source.name})"
+    far = away > max(TOLERANCE, 2 * spread, 2 * more)
+    if not far:
+        said += ", no more than copies of a data set differ by"
     if method != FIRST[0]:
-        return [f"{said}; zero-shot has no training images in it: look at those, and at how images are read"]
-    causes = likely_causes(asked, dataset, towers, nearest, found)
+        return [f"{said}; training images are in it that zero-shot does not have"], far
+    causes = likely_causes(asked, dataset, towers, nearest, found, templates)
     if not causes:
-        return [
-            f"{said}; no other activation, prompts, preprocessing or class order explains it: other weights or other test images"
-        ]
-    return [f"{said}; likely {'; or '.join(map(str, causes[:3]))}"]
+        said += "; no other activation, prompts, preprocessing or class order explains it: other weights or other test images"
+    else:
+        said += f"; likely {'; or '.join(map(str, causes[:3]))}"
+    return [said], far
 
 
 def _rows(asked: Reproduction, folder: Path) -> list[Row]:

@@ -81,6 +81,22 @@ def test_other_prompts_are_told(data, towers):
     assert "'a photo of a {}.'" in told(wrong, towers, right)[0].otherwise
 
 
+def test_a_small_effect_is_told_too(data, towers, right):
+    """The embedded towers hardly tell activations apart: a difference of two images of 250 is explained, and only by its cause."""
+    wrong = towers.varied(activation="gelu" if towers.activation == "quick_gelu" else "quick_gelu")
+    off = measured(data, wrong)
+    assert 0 < max(abs(off.average - right.average), abs(off.last - right.last)) < 0.02
+    assert {cause.what for cause in told(data, wrong, right)} == {"activation"}
+
+
+def test_the_data_sets_own_prompts_are_told(data, towers):
+    right, wrong = measured(data, towers), replace(data, templates=("{}",))
+    asked = reproduction("shapes", "tiny", figures(right.average, right.last))
+    first = likely_causes(asked, wrong, towers, asked.figures[0], measured(wrong, towers), data.templates)[0]
+    assert first.what == "prompts"
+    assert "the mean of 4 templates in place of '{}'" in str(first)
+
+
 def test_another_class_order_is_told(data, towers):
     right = measured(data, towers, "seed:1993")
     first = told(data, towers, right, "natural")[0]

@@ -308,7 +308,7 @@ def _single(
         train, test = Subset(train, kept, train.labels[kept]), Subset(train, out, train.labels[out])
 
     k = len(arrival)
-    counts = np.minimum(np.bincount(train.labels, minlength=k), limit_train or len(train))
+    counts = np.minimum(np.bincount(train.labels, minlength=k), min(limit_train or len(train), len(train)))
     if imbalance > 1:
         counts = np.minimum(counts, long_tail(int(counts.max()), k, imbalance))
 
@@ -318,7 +318,7 @@ def _single(
         trains = blurred(trains, blurry)
     if chunk:
         trains = shuffled(trains, ranges)
-    return [*trains], [_of(test, arrival, ids, np.full(k, limit_test or len(test))) for ids in ranges]
+    return [*trains], [_of(test, arrival, ids, np.full(k, min(limit_test or len(test), len(test)))) for ids in ranges]
 
 
 def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStream:

@@ -32,6 +32,7 @@ from cairn.maths.calibration_error import (
 from cairn.maths.overlap import confusion, overlaps
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method, Segments
+from cairn.storage.schema import Amount, Count, Positive, Share
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
 from cairn.training.context import OneProcess, Processes
@@ -56,20 +57,20 @@ class Evaluation:
     negative log-likelihood of the calibrated probabilities, whose T is `temperature`, over all test images of classes seen,
     and `ece_by_chance` the error that perfect ones would have; None in what was kept before there were any."""
 
-    accuracy: list[float]
-    correct: list[int]
-    total: list[int]
-    future: float | None
-    zero_shot: float | None
-    ece: float | None = None
-    ece_by_chance: float | None = None
-    nll: float | None = None
-    temperature: float | None = None
-    precision: list[float | None] | None = None
+    accuracy: list[Share]
+    correct: list[Count]
+    total: list[Count]
+    future: Share | None
+    zero_shot: Share | None
+    ece: Share | None = None
+    ece_by_chance: Share | None = None
+    nll: Amount | None = None
+    temperature: Positive | None = None
+    precision: list[Share | None] | None = None
     """Where images may show several classes, the average precision of each class seen (None for one that no test image shows);
     `accuracy[j]` is then its mean over the classes of task j, and nothing is counted as correct."""
 
-    iou: list[float | None] | None = None
+    iou: list[Share | None] | None = None
     """Where the method segments and the objects of test images are known: intersection over union of the background, and of each class
     seen (None for one that no test image shows)."""
 

@@ -183,7 +183,6 @@ class Course:
             and (found.precision is not None) == self.stream.label_sets
             and len(found.correct) == len(found.total)
             and (found.iou is None or len(found.iou) == part.content.classes.stop + 1)
-            and all(0 <= value <= 1 for value in (*found.accuracy, *(found.precision or ())) if value is not None)
             and all(0 <= right <= number > 0 for right, number in zip(found.correct, found.total, strict=True))
             for part, found in zip(self.parts, self.evaluations, strict=False)
         )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from cairn.config import values_by_path
 from cairn.maths.frequency import Frequency
-from cairn.storage.schema import Amount, Count, Difference, Share
+from cairn.storage.schema import Amount, Count, Difference, Positive, Share
 
 SCHEMA_VERSION = 1
 
@@ -178,7 +178,7 @@ class RunResult(BaseModel):
         default=[],
         description="mean negative log-probability of the true class, after task i, over the same images; in nats",
     )
-    temperature: list[Annotated[float, Field(gt=0)] | None] = Field(
+    temperature: list[Positive | None] = Field(
         default=[],
         description="T of `cairn.maths.calibration`, by which scores become probabilities, after task i; fitted on training "
         "images",

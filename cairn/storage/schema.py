@@ -20,6 +20,7 @@ REMEDY = "damaged or edited by hand; restore it from a copy"
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1 + 1e-6, allow_inf_nan=False)]
 Difference = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]
 """Of two shares."""

@@ -208,6 +208,12 @@ def test_limit_below_one(flag):
         task_stream(dataset(), step=2, **{flag: 0})
 
 
+def test_a_limit_above_all_images_is_none():
+    data = dataset()
+    huge = task_stream(data, step=2, limit_train=10**30, limit_test=2**63)
+    assert huge.fingerprint == task_stream(data, step=2).fingerprint
+
+
 # --- validation ---
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from cairn.config import NoSettings
 from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
-from cairn.experiment.evaluator import Evaluator
+from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
@@ -113,3 +114,20 @@ def test_the_row_of_the_table_counts_image_by_image(flat, blurred_dataset):
             correct[c] += hit
     assert (found.correct, found.total) == (correct, total)
     assert len(set(total)) == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((key, wrong) for key in ("future", "zero_shot", "ece", "ece_by_chance") for wrong in (1e308, -0.1, float("nan"))),
+        *((key, [wrong]) for key in ("accuracy", "precision", "iou") for wrong in (1e308, -0.1, float("nan"))),
+        ("nll", -1.0), ("nll", float("inf")), ("temperature", 0.0), ("temperature", float("inf")), ("correct", [-1]),
+    ],
+)  # fmt: skip
+def test_what_was_kept_of_an_evaluation_is_in_range(field, value):
+    """It is read from a checkpoint, and becomes part of a result."""
+    sound = {"accuracy": [0.5], "correct": [1], "total": [2], "future": None, "zero_shot": 1.0}
+    schema = TypeAdapter(Evaluation)
+    assert schema.validate_python(sound).accuracy == [0.5]
+    with pytest.raises(ValidationError):
+        schema.validate_python(sound | {field: value})

@@ -112,13 +112,13 @@ def likely_causes(
     near: list[Cause] = []
 
     def tried(what: str, otherwise: str, scores: Tensor, order: np.ndarray = order) -> None:
-        """Kept, if it would give the figure: to the digit where all test images are tried, else within two deviations of what a
-        sample can tell, of images that are answered otherwise."""
+        """Kept, if it would give the figure: but for one image, whose classes may be level, where all test images are tried, else
+        within two deviations of what a sample can tell, of images that are answered otherwise."""
         other = curve(scores, labels, order, reproduction.base, reproduction.step)
         expected = Curve(found.average + other.average - present.average, found.last + other.last - present.last)
         changed = int((scores.argmax(1) != answers).sum())
-        chance = 0.0 if len(rows) == len(dataset.test) else 2 * changed**0.5 / len(rows)
-        if distance(figure, expected) <= EXACT + chance and distance(figure, expected) < distance(figure, found):
+        chance = (1.5 if len(rows) == len(dataset.test) else 2 * changed**0.5) / len(rows)
+        if distance(figure, expected) <= max(EXACT, chance) and distance(figure, expected) < distance(figure, found):
             near.append(Cause(what, otherwise, expected))
 
     for name in ORDERS:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 
 from cairn.classifier.advice import advice, alike_names
-from cairn.classifier.choice import AUTO, FIRST
+from cairn.classifier.choice import AUTO
 from cairn.classifier.comparison import drift_of_images
 from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import ConfusedPair
@@ -612,11 +612,6 @@ class IncrementalClassifier(Fitted):
         return learner
 
     # inside
-
-    @property
-    def _name(self) -> str:
-        """The method that it was learned with, or will be if images do not tell of a better one."""
-        return self._chosen or (FIRST if self.method == AUTO else self.method)
 
     def _settings(self, method: str | None = None) -> BaseModel:
         """Those of the method that it was learned with, else of this one. Sentences that nobody gave are made of the templates."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.choice import AUTO, FIRST
 from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.label_sets import LearnedSets
@@ -19,14 +20,16 @@ from cairn.methods.protocol import Method
 class Fitted(Estimator):
     """Base of a classifier: its attributes with an underscore, which are there after learning."""
 
+    method: str
+    _chosen: str | None
     _method: Method | None
     _learned: Learned
     _notices: list[str]
 
     @property
     def _name(self) -> str:
-        """Of the method that it learned with, or will learn with."""
-        raise NotImplementedError
+        """The method that it was learned with, or will be if images do not tell of a better one."""
+        return self._chosen or (FIRST if self.method == AUTO else self.method)
 
     def _fitted(self) -> Method:
         if self._method is None:

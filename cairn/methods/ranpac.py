@@ -124,7 +124,7 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         self.W = self.sums.solution(self.lam)
         ctx.log("ridge", chosen=self.lam, rows=len(self.sums.R))
 
-    def _joined(self, sums: SecondOrder, z: Features, Y: Scores, rng: torch.Generator) -> SecondOrder:
+    def _joined(self, sums: SecondOrder, z: Features, Y: Scores, rng: torch.Generator | None = None) -> SecondOrder:
         """The sums with these images learned, some at a time."""
         for rows in torch.arange(len(z)).split(self.random.width):
             sums = sums.joined(self.random(z[rows]), Y[rows], rng)
@@ -135,8 +135,8 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         those images, too. Their scores with it are left in `held_out`."""
         order = torch.randperm(len(z), generator=seeds.generator("held-out"))
         out, learned = order.tensor_split([max(1, round(self.config.held_out * len(z)))])
-        rng = seeds.generator("rotation")
-        sums, H, ridges = self._joined(self.sums, z[learned], Y[learned], rng), self.random(z[out]), self.config.ridges
+        # Not rotated: while there are fewer rows than features, ridges near 0 are told apart by less than a rotation's rounding.
+        sums, H, ridges = self._joined(self.sums, z[learned], Y[learned]), self.random(z[out]), self.config.ridges
 
         @cache
         def error(i: int) -> float:
@@ -152,7 +152,8 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         labels = Y[out].argmax(1)
         known = (sums.D != 0).any(0)[labels]  # of a class all of whose images are held out nothing was learned
         self.held_out = self.towers.logit_scale * H[known] @ sums.solution(ridges[best]), labels[known]
-        return ridges[best], self._joined(sums, z[out], Y[out], rng)
+        rng, few = seeds.generator("rotation"), len(self.sums.R) + len(z) <= self.sums.R.shape[1]
+        return ridges[best], self._joined(self.sums, z, Y, rng) if few else self._joined(sums, z[out], Y[out])
 
     def forget(self, c: int) -> None:
         """Its column of the head. That its images were other classes' counterexamples stays."""

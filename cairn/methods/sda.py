@@ -48,13 +48,13 @@ from cairn.maths.losses import class_cross_entropy, supervised_contrast
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.buffer import Buffer, Insertion
-from cairn.methods.parts.stages import class_anchors, renamed_anchors
-from cairn.methods.protocol import Card, CosineScoring, LearnsOnline, NamesClasses
+from cairn.methods.parts.two_stage import TrainedVision
+from cairn.methods.protocol import Card, LearnsOnline
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Frozen, ImageEncoder, Lora, Projection
-from cairn.training.context import Context, Log, Seeds
+from cairn.training.context import Context, Seeds
 from cairn.training.fit import fit
 from cairn.training.schedule import Schedule
 from cairn.types import Features, Labels, Pixels, State
@@ -261,7 +261,7 @@ class OnlineBatches:
         return noisy(pixels, self.config.noise, rng)
 
 
-class SDA(CosineScoring, LearnsOnline, NamesClasses):
+class SDA(TrainedVision[ImageEncoder], LearnsOnline):
     """argmax_c s cos(f_b(x), C_c), f_b and C trained on the stream and on what a buffer holds of it."""
 
     card = Card(
@@ -285,12 +285,10 @@ class SDA(CosineScoring, LearnsOnline, NamesClasses):
     )
 
     def __init__(self, towers: Towers, config: SdaConfig, *, seed: int):
-        self.towers, self.config = towers, config
-        self.image = ImageEncoder(towers, config.tuning, Seeds(seed).generator("encoder"))
+        super().__init__(towers, config, ImageEncoder(towers, config.tuning, Seeds(seed).generator("encoder")))
         self.head = projection(towers.dim, config.width, Seeds(seed).generator("head")).to(towers.device)
         self.shifts = config.shifts.shifts(towers, Seeds(seed).generator("shifts"))
         self.buffer = Buffer(config.buffer, config.insertion)
-        self.anchors = torch.zeros(0, towers.dim)
         self.residuals = torch.zeros(0, towers.dim)
         self.means = torch.zeros(0, towers.dim)
 
@@ -311,8 +309,7 @@ class SDA(CosineScoring, LearnsOnline, NamesClasses):
         config = self.config
         ctx = ctx.at(task=task.index)
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
-        new = class_anchors(self.towers, task, loader, ctx.log).cpu()
-        self.anchors = torch.cat([self.anchors, new])
+        new = self.add_anchors(task, loader, ctx).cpu()
         R = nn.Parameter(torch.cat([self.residuals, torch.zeros_like(new)]).to(self.towers.device))
         batches = OnlineBatches(task, self.towers, config, self.shifts, self.buffer, ctx.seeds)
         self._train(batches, R, ctx)
@@ -352,28 +349,18 @@ class SDA(CosineScoring, LearnsOnline, NamesClasses):
         return self.means if self.config.decision == "means" else self._classifier
 
     def forget(self, c: int) -> None:
-        self.anchors, self.residuals = without(self.anchors, c), without(self.residuals, c)
+        super().forget(c)
+        self.residuals = without(self.residuals, c)
         self.means, self.buffer = without(self.means, c), self.buffer.without(c)
-
-    def rename(self, c: int, named: Task, log: Log) -> None:
-        """The class's text. What was trained on top of it stays."""
-        self.anchors = renamed_anchors(self.anchors, c, self.towers, named)
-
-    def embed(self, pixels: Pixels) -> Features:
-        return self.image(pixels)
-
-    def vision(self) -> nn.Module:
-        return self.image.copied()
 
     def state_dict(self) -> State:
         head = {name: value.cpu().clone() for name, value in self.head.state_dict().items()}
-        held = {"anchors": self.anchors, "residuals": self.residuals, "means": self.means}
-        parts = {"image": self.image.state_dict(), "head": head, "buffer": self.buffer.state_dict()}
-        return held | flattened(parts)
+        held = {"residuals": self.residuals, "means": self.means}
+        return super().state_dict() | held | flattened({"head": head, "buffer": self.buffer.state_dict()})
 
     def load_state_dict(self, state: State) -> None:
-        self.anchors, self.residuals, self.means = state["anchors"], state["residuals"], state["means"]
-        self.image.load_state_dict(part(state, "image"))
+        super().load_state_dict(state)
+        self.residuals, self.means = state["residuals"], state["means"]
         self.head.load_state_dict(part(state, "head"))
         self.buffer = self.buffer.restored(part(state, "buffer"))
 

@@ -179,6 +179,8 @@ BLEND_PARTS = {
     "blend-no-features": ["features=0"],
     "blend-no-text": ["text=false"],
     "blend-gaussians": ["text=false", "features=0"],
+    "blend-mean-patch": ["patches=mean"],
+    "blend-no-patches": ["patches=none"],
 }
 """Blend, and what it is without one of its parts."""
 
@@ -186,13 +188,10 @@ BLEND_STREAMS = ("shapes", "cifar100", "caltech51", "ucf101", "imagenet150", *(f
 
 
 def _counts_on(stream: str, folder: str, switches: list[str]) -> bool:
-    """Whether the part is left out on this stream: on some of few images, which are alike, none is, and on images, which take
-    longer, texts alone."""
-    if folder == "blend":
-        return True
-    if stream in ("shapes", "cifar100"):
-        return folder == "blend-no-text"
-    return stream not in ("caltech51-2", "caltech51-8") and (stream != "ucf101" or "text=false" not in switches)
+    """Whether a stream has the part that is left out: embeddings have no patches, and not all of them texts."""
+    if "patch" in folder:
+        return stream in ("shapes", "cifar100")
+    return stream != "ucf101" or "text=false" not in switches
 
 
 def _blend_blocks() -> list[str]:
@@ -369,7 +368,7 @@ def jobs() -> list[Job]:
     for stream in BLEND_STREAMS:
         for folder, switches in BLEND_PARTS.items():
             if _counts_on(stream, folder, switches):
-                found.append((stream, folder, "blend", switches, THREE if folder == "blend" else "1"))
+                found.append((stream, folder, "blend", switches, THREE))
     for n in (1, 2, 4, 8):
         for method in ("zero-shot", "simplecil", "lda", "ranpac", "engine", "dmc", "joint"):
             found.append((f"caltech51-{n}", method, method, [], THREE))

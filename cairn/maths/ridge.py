@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PANEL, ROWS = 128, 512
+PANEL, ROWS = 128, 256
 """Columns that are reflected at once, and rows that are multiplied at once."""
 
 
@@ -58,10 +58,19 @@ def joined_to_triangle(
     return top[:, :m].contiguous(), top[:, m:].to(D)
 
 
-def squared(R: Float[Tensor, "r m"], *, triangle: bool = False) -> Float[Tensor, "r r"]:
-    """R R^T in float64 by half of the operations, and by a sixth where R is an upper triangle."""
+def squared(
+    R: Float[Tensor, "r m"], *, triangle: bool = False, known: Float[Tensor, "q q"] | None = None
+) -> Float[Tensor, "r r"]:
+    """R R^T in float64 by half of the operations, and by a sixth where R is an upper triangle.
+
+    `known` is that of R's first q rows. Of it whole blocks are taken, so that each number comes from the same product as
+    without it, to the bit.
+    """
     K = torch.empty(len(R), len(R), dtype=torch.float64)
-    for i in range(0, len(R), ROWS):
+    kept = 0 if known is None else len(known) // ROWS * ROWS
+    if known is not None:
+        K[:kept, :kept] = known[:kept, :kept]
+    for i in range(kept, len(R), ROWS):
         stop, first = min(i + ROWS, len(R)), i if triangle else 0
         K[i:stop, :stop] = R[i:stop, first:].double() @ R[:stop, first:].double().T
         K[:i, i:stop] = K[i:stop, :i].T
@@ -70,9 +79,9 @@ def squared(R: Float[Tensor, "r m"], *, triangle: bool = False) -> Float[Tensor,
 
 def solved(K: Float[Tensor, "r r"], D: Float[Tensor, "r k"], lam: float) -> Float[Tensor, "r k"]:
     """(K + lam I)^-1 D in float64; NaN where the sum is not positive definite to rounding."""
-    shifted = K.double().clone()
-    shifted.diagonal().add_(lam)
-    L, failed = torch.linalg.cholesky_ex(shifted)
+    L, failed = K.double().clone(), torch.empty((), dtype=torch.int32)
+    L.diagonal().add_(lam)
+    torch.linalg.cholesky_ex(L, out=(L, failed))
     return torch.full_like(D.double(), torch.nan) if failed else torch.cholesky_solve(D.double(), L)
 
 

@@ -24,12 +24,13 @@ class SecondOrder:
     """G = sum H^T H and C = sum H^T Y over everything learned, as a square root: R^T R = G, R^T D = C, in at most m rows.
 
     H are rows of features (n x m), Y their labels one-hot (n x k). R and D are in float32; beyond m rows R is an upper triangle,
-    of which half is stored. K = R R^T, in float64, and the last solutions are kept while the object lives and can be made again.
-    Immutable: `joined` and `without` return others.
+    of which half is stored. K = R R^T, in float64, and the last solutions are kept while the object lives and can be made again;
+    while rows are added, only theirs are multiplied. Immutable: `joined` and `without` return others.
     """
 
-    def __init__(self, R: Float[Tensor, "r m"], D: Float[Tensor, "r k"], K: Float[Tensor, "r r"] | None = None):
-        self.R, self.D, self._K = R, D, K
+    def __init__(self, R: Float[Tensor, "r m"], D: Float[Tensor, "r k"], first: Float[Tensor, "q q"] | None = None):
+        """`first`: K of the first q rows, where it is known."""
+        self.R, self.D, self._first = R, D, first
         self._solutions: dict[float, Tensor] = {}
 
     @classmethod
@@ -48,9 +49,9 @@ class SecondOrder:
 
     @property
     def K(self) -> Float[Tensor, "r r"]:
-        if self._K is None:
-            self._K = squared(self.R, triangle=self._triangle)
-        return self._K
+        if self._first is None or len(self._first) < len(self.R):
+            self._first = squared(self.R, triangle=self._triangle, known=self._first)
+        return self._first
 
     def joined(
         self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"], rng: torch.Generator | None = None
@@ -67,6 +68,8 @@ class SecondOrder:
         if self._triangle:
             return SecondOrder(*joined_to_triangle(self.R, D, H, Y))
         R, D = torch.cat([self.R, H]), torch.cat([D, Y])
+        if len(R) <= R.shape[1]:
+            return SecondOrder(R, D, self._first)
         return SecondOrder(*compressed(R, D))
 
     def without_rows(self, H: Float[Tensor, "n m"], Y: Float[Tensor, "n k"]) -> SecondOrder:
@@ -97,11 +100,11 @@ class SecondOrder:
 
     def merged(self, c: int, other: int) -> SecondOrder:
         """With class `other` gone into class c < other, and later ones one number lower."""
-        return SecondOrder(self.R, merged(self.D, c, other, 1), self._K)
+        return SecondOrder(self.R, merged(self.D, c, other, 1), self._first)
 
     def without(self, c: int) -> SecondOrder:
         """Column c of D gone; in R its images stay, as counterexamples of the others."""
-        return SecondOrder(self.R, without(self.D, c, 1), self._K)
+        return SecondOrder(self.R, without(self.D, c, 1), self._first)
 
     def solution(self, lam: float) -> Float[Tensor, "m k"]:
         """W = (G + lam I)^-1 C = R^T (K + lam I)^-1 D. NaN where there is none."""

@@ -73,6 +73,16 @@ def test_the_solution_is_that_of_all_tasks_at_once(tasks, lam, rotated):
     )
 
 
+def test_products_of_earlier_rows_are_taken_to_the_bit():
+    """A run that goes on from its files makes all of them anew and must not differ."""
+    H, y = clustered(700, 800, 4)
+    sums = SecondOrder.empty(800).joined(H[:300], labels(y[:300], 4))
+    earlier = sums.K.clone()
+    more = sums.joined(H[300:], labels(y[300:], 4))
+    assert torch.equal(more.K, SecondOrder.from_state(more.state_dict()).K)
+    assert torch.equal(sums.K, earlier)
+
+
 def test_no_row_that_was_learned_is_kept():
     H, y = clustered(40, 60, 4)
     start = SecondOrder.empty(60)

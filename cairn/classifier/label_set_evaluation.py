@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cairn.classifier.predictions import Predictions
 from cairn.data.images import Images
@@ -19,6 +20,7 @@ from cairn.data.names import normal_form
 from cairn.errors import InvalidInput
 from cairn.maths.average_precision import average_precision
 from cairn.maths.calibration_error import calibration_error, calibration_error_by_chance
+from cairn.maths.f1 import macro_f1, micro_f1
 from cairn.maths.frequency import ByFrequency, by_frequency
 
 
@@ -125,12 +127,16 @@ class LabelSetEvaluation:
     @property
     def micro_f1(self) -> float:
         """Of all decisions together: 2 |S and Y| / (|S| + |Y|)."""
-        return float(2 * (self.said & self.targets).sum() / (self.said.sum() + self.targets.sum()))
+        return micro_f1(*self._decisions) or 0.0
 
     @property
     def macro_f1(self) -> float:
         """Mean of the classes' F1, over those that an image shows."""
-        return float(np.mean([one.f1 for one in self.by_class if one.support]))
+        return macro_f1(*self._decisions) or 0.0
+
+    @property
+    def _decisions(self) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.said), torch.from_numpy(self.targets)
 
     @property
     def exact(self) -> float:

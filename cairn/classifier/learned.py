@@ -177,8 +177,9 @@ class Learned:
         return sum(entry["images"] for entry in self.history if not entry.get("hashed"))
 
     @classmethod
-    def of_tasks(cls, tasks: Sequence[Task], calibration: Calibration) -> Learned:
-        """As if the tasks of a run had been given one after another, their images not known one by one."""
+    def of_tasks(cls, tasks: Sequence[Task], calibration: Calibration, sets: LearnedSets | None = None) -> Learned:
+        """As if the tasks of a run had been given one after another, their images not known one by one. `sets` is what the run
+        found where images may show several classes."""
         classes = np.array([name for task in tasks for name in task.names], dtype=object)
         today = str(date.today())
         return cls(
@@ -186,10 +187,12 @@ class Learned:
             np.bincount(np.concatenate([task.train.labels for task in tasks]), minlength=len(classes)),
             [
                 {"date": today, "new": list(task.names), "again": [], "images": len(task.train), "hashed": False}
+                | ({} if task.label_sets is None else {"images": len(task.label_sets), "labels": len(task.train)})
                 for task in tasks
             ],
             calibration=calibration,
             estimate=AccuracyEstimate().for_classes(len(classes)),
+            sets=sets,
         )
 
     @classmethod

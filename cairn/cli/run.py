@@ -252,7 +252,7 @@ def _run_one(
     with importing():
         from cairn.contrib.pycil import curve_lines
         from cairn.data.feature_store import FeatureStore
-        from cairn.experiment.folder import RESULT, RunFolder, events_in, require_one_class, write_learner
+        from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
         from cairn.experiment.run import run_stream
         from cairn.experiment.trackers import Tracking
         from cairn.training.checkpoint import stopped_by_signals
@@ -291,9 +291,9 @@ def _run_one(
     store = FeatureStore.configured() if call.cache else None
     try:
         with stopped_by_signals(checkpoint), console.live():
-            learned, usable = (partial(write_learner, folder), require_one_class) if call.keep_learner else (None, None)
+            learned = partial(write_learner, folder) if call.keep_learner else None
             log = Log(keep=keep, show=console.progress) if world.is_main else Log()
-            result = run_stream(call.run, log, learned, store, checkpoint, output.archive, usable)
+            result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
         if world.is_main:
             output.write(result)
             tracking.result(result)

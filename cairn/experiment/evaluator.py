@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
+from cairn.classifier.label_sets import LearnedSets
 from cairn.data.images import LabelSets, mask_of
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
@@ -29,6 +30,7 @@ from cairn.maths.calibration_error import (
     calibration_error_by_chance,
     negative_log_likelihood,
 )
+from cairn.maths.f1 import f1_by_class, macro_f1, micro_f1
 from cairn.maths.overlap import confusion, overlaps
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method, Segments
@@ -47,6 +49,35 @@ SEGMENTED = 64
 BATCH = 256
 """Images embedded, and scored, at once: the same ones in any number of processes, since the rounding of a product of matrices
 depends on how many rows it has."""
+
+
+@dataclass(frozen=True)
+class SaidSets:
+    """How good the sets of classes are that images are said to show: F1 of each class seen (None for one that no test image shows),
+    and over the classes of each task j <= i, and over all classes seen, macro and micro. An image is said to show class c where its
+    calibrated probability is `thresholds[c]` at least."""
+
+    by_class: list[Share | None]
+    macro: list[Share | None]
+    micro: list[Share | None]
+    macro_seen: Share | None
+    micro_seen: Share | None
+    thresholds: list[Share]
+
+    @classmethod
+    def of(
+        cls, said: Bool[Tensor, "n k"], shown: Bool[Tensor, "n k"], tasks: list[range], thresholds: list[float]
+    ) -> SaidSets:
+        """Of what is said of all k classes seen."""
+        columns = [slice(classes.start, classes.stop) for classes in tasks]
+        return cls(
+            f1_by_class(said, shown),
+            [macro_f1(said[:, own], shown[:, own]) for own in columns],
+            [micro_f1(said[:, own], shown[:, own]) for own in columns],
+            macro_f1(said, shown),
+            micro_f1(said, shown),
+            thresholds,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +100,9 @@ class Evaluation:
     precision: list[Share | None] | None = None
     """Where images may show several classes, the average precision of each class seen (None for one that no test image shows);
     `accuracy[j]` is then its mean over the classes of task j, and nothing is counted as correct."""
+
+    sets: SaidSets | None = None
+    """Beside `precision`; None in what was kept before there was any."""
 
     iou: list[Share | None] | None = None
     """Where the method segments and the objects of test images are known: intersection over union of the background, and of each class
@@ -117,10 +151,16 @@ class Evaluator:
         self._frozen: dict[int, Features | None] = {}
 
     def after(
-        self, task: int, method: Method, calibration: Calibration = UNCALIBRATED, whole: bool = True
+        self,
+        task: int,
+        method: Method,
+        calibration: Calibration = UNCALIBRATED,
+        whole: bool = True,
+        sets: LearnedSets | None = None,
     ) -> Evaluation:
         """The row of the table that follows learning task number `task`, probabilities being what `calibration` makes of
-        scores. Where the task is not yet learned as a `whole`, class texts are not evaluated, and no image is looked for.
+        scores, or `sets` where images may show several classes. Where the task is not yet learned as a `whole`, class texts are not
+        evaluated, and no image is looked for.
         Raises NotFinite if a score is not a number, ExemplarsKept if the method is said to be exemplar-free and is
         not."""
         if self.exemplar_free and whole:
@@ -129,7 +169,7 @@ class Evaluator:
         if self._encoder != method.encoder:
             self._encoder, self._kept = method.encoder, {}
         if self.stream.label_sets:
-            return self._of_sets(task, method)
+            return self._of_sets(task, method, sets)
         seen = self.stream.tasks[task].classes.stop
         correct, total = torch.zeros(seen, dtype=torch.long), torch.zeros(seen, dtype=torch.long)
         accuracy, figures = [], []
@@ -198,27 +238,26 @@ class Evaluator:
 
         return self._of_all(j, figures, self._embedded(j, method), torch.empty(0, 3, dtype=torch.float64))
 
-    def _of_sets(self, task: int, method: Method) -> Evaluation:
+    def _of_sets(self, task: int, method: Method, sets: LearnedSets | None) -> Evaluation:
         """As `after`, where images may show several classes: over all test images that show a class seen, how well the scores of
-        each class rank them. From scores that only tell the classes of one image apart (not `Card.label_sets`) what is the same for
-        all of them is taken off first."""
+        each class rank them, and with `sets` how good what is said of them is. From scores that only tell the classes of one image
+        apart (not `Card.label_sets`) what is the same for all of them is taken off first."""
         tasks = self.stream.tasks
         seen, everything = tasks[task].classes.stop, range(len(tasks))
 
-        def precision(
-            classes: range,
-            which: range,
-            rows: Callable[[int], Features | None],
-            scores: Callable[[Features], Scores],
-            alone: bool = False,
-        ) -> list[float | None]:
+        def ranked(
+            classes: range, which: range, rows: Callable[[int], Features | None], scores: Callable[[Features], Scores]
+        ) -> tuple[Scores, Bool[Tensor, "n k"]]:
+            """Scores of all images that show one of the classes, and what they show of them."""
             found = [
                 self._of_all(j, lambda some, _: scores(some), rows(j), torch.empty(0, len(classes))) for j in which
             ]
             shown = torch.cat([torch.from_numpy(_sets(self.stream, j))[:, classes.start : classes.stop] for j in which])
             some = shown.any(1)
-            ranked = torch.cat(found)[some].double()
-            return average_precision(ranked if alone else ranked - ranked.mean(1, keepdim=True), shown[some])
+            return torch.cat(found)[some].double(), shown[some]
+
+        def precision(found: Scores, shown: Bool[Tensor, "n k"], alone: bool = False) -> list[float | None]:
+            return average_precision(found if alone else found - found.mean(1, keepdim=True), shown)
 
         def by_texts(classes: range, which: range, rows: Callable[[int], Features | None]) -> float | None:
             if not classes or not self.towers.has_text:
@@ -228,15 +267,15 @@ class Evaluator:
             def scores(z: Features) -> Scores:
                 return _scored(lambda some: self._text_scores(some, T), z).cpu()
 
-            return mean_of_known(precision(classes, which, rows, scores))
+            return mean_of_known(precision(*ranked(classes, which, rows, scores)))
 
         def scores(rows: Features) -> Scores:
             found = self._scores(task, method, rows)
             _likeliest(found, f"task {task}: the scores of the method")
             return found.cpu()
 
-        alone = method.card.label_sets
-        found = precision(range(seen), range(task + 1), lambda j: self._embedded(j, method), scores, alone)
+        values, shown = ranked(range(seen), range(task + 1), lambda j: self._embedded(j, method), scores)
+        found = precision(values, shown, method.card.label_sets)
         return Evaluation(
             [mean_of_known([found[c] for c in tasks[j].classes]) for j in range(task + 1)],
             [],
@@ -244,7 +283,13 @@ class Evaluator:
             future=by_texts(range(seen, len(self._texts)), everything, lambda j: self._embedded(j, method)),
             zero_shot=by_texts(range(seen), range(task + 1), lambda j: self._untouched(j, method)),
             precision=found,
+            sets=None if sets is None else self._said(task, sets, values, shown),
         )
+
+    def _said(self, task: int, sets: LearnedSets, scores: Scores, shown: Bool[Tensor, "n k"]) -> SaidSets:
+        thresholds = sets.rule.thresholds
+        said = sets.rule.probabilities(scores) >= torch.tensor(thresholds, dtype=torch.float64)
+        return SaidSets.of(said, shown, [each.classes for each in self.stream.tasks[: task + 1]], thresholds)
 
     def _scores(self, task: int, method: Method, rows: Features) -> Scores:
         seen = self.stream.tasks[task].classes.stop

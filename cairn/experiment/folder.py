@@ -18,8 +18,7 @@ from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, record_of, save_learner
 from cairn.classifier.learned import Learned
 from cairn.data.descriptions import Descriptions
-from cairn.data.stream import TaskStream
-from cairn.errors import ConfigError, ResultError
+from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
 from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
@@ -31,7 +30,7 @@ from cairn.towers.feature_file import is_features_file
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
 )  # fmt: skip
-SUMMARISED = ("any_time", "mIoU", "average", "last", "forgetting", "bwt", "seconds")
+SUMMARISED = ("any_time", "mIoU", "macro_f1", "micro_f1", "average", "last", "forgetting", "bwt", "seconds")
 
 
 def read_result(path: Path) -> RunResult:
@@ -211,19 +210,16 @@ class RunFolder:
             self._lock.release()
 
 
-def require_one_class(stream: TaskStream) -> None:
-    """Raises ConfigError for a stream whose learner would have no thresholds: it leaves no image out."""
-    if stream.label_sets:
-        raise ConfigError(
-            "--keep-learner: a run on images that show several classes leaves none out, so its learner would have no thresholds; "
-            "leave it out, `cairn learn` makes one"
-        )
-
-
 def write_learner(folder: Path, learned: Outcome) -> None:
-    """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images."""
+    """The classifier that a run has made, beside its result. Raises ConfigError for a method that keeps images, ResultError
+    where an earlier version began the run and images may show several classes."""
     run, tasks = learned.config, learned.stream.tasks
-    found, said = Learned.of_tasks(tasks, learned.calibration), tasks[0].descriptions
+    if learned.stream.label_sets and learned.sets is None:
+        raise ResultError(
+            f"'{folder}': begun by an earlier version, which left no image out, so its learner would have no thresholds; --overwrite "
+            "to start again"
+        )
+    found, said = Learned.of_tasks(tasks, learned.calibration, learned.sets), tasks[0].descriptions
     record = record_of(
         run.method,
         learned.method,

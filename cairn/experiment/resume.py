@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from cairn.classifier.calibration import Calibration
+from cairn.classifier.label_sets import LabelSetRule, LearnedSets, before_any
+from cairn.classifier.learned import DECISIONS
 from cairn.classifier.stored import copied, restore_checked
 from cairn.data.stream import TaskStream
 from cairn.data.task import Task
@@ -42,6 +44,10 @@ class CheckpointRecord(Record):
     durations: list[Amount] = Field(description="seconds of learning per part, that in progress included")
     passes: dict[str, dict[str, Count]] = Field(description="through the towers, while learning and while evaluating")
     calibration: Calibration = Field(default=Calibration(), description="what the temperature is fitted from")
+    label_sets: LabelSetRule | None = Field(
+        default=None,
+        description="how sets of classes are made of scores, where images may show several; not in older ones",
+    )
 
 
 PARTS = ("learning", "calibrating", "evaluating")
@@ -66,6 +72,8 @@ class Course:
         self.parts = stream.parts()
         self.evaluations: list[Evaluation] = []
         self.calibration = Calibration()
+        self.sets: LearnedSets | None = before_any(not self.method.card.label_sets) if stream.label_sets else None
+        """Where images may show several classes; None too where an earlier version began, which left none of them out."""
         self.durations: list[float] = []
         self.passes = {part: dict.fromkeys(towers.passes, 0) for part in PARTS}
         self.resumed = 0
@@ -161,7 +169,7 @@ class Course:
             for damaged in held.damaged:
                 self.log("warning", text=f"{damaged}; the checkpoint before it is taken")
             try:
-                self._restore(held.record, work.pop("learner"))
+                self._restore(held.record, work.pop("learner"), work.pop(DECISIONS, None))
             except ResultError:
                 raise
             except Exception as error:
@@ -181,6 +189,7 @@ class Course:
             len(found.accuracy) == part.task + 1
             and len(found.by_class) == part.content.classes.stop
             and (found.precision is not None) == self.stream.label_sets
+            and (found.sets is None or len(found.sets.by_class) == part.content.classes.stop)
             and len(found.correct) == len(found.total)
             and (found.iou is None or len(found.iou) == part.content.classes.stop + 1)
             and all(0 <= right <= number > 0 for right, number in zip(found.correct, found.total, strict=True))
@@ -202,7 +211,8 @@ class Course:
     def _write(self, work: dict[str, State]) -> None:
         self._take("learning")
         if self.world.is_main:
-            self.archive.write(self._record(), {"learner": self._learned, **work})
+            sets = {} if self.sets is None else {DECISIONS: self.sets.state_dict()}
+            self.archive.write(self._record(), {"learner": self._learned, **sets, **work})
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -216,9 +226,10 @@ class Course:
             "durations": self.durations,
             "passes": self.passes,
             "calibration": self.calibration.model_dump(mode="json"),
+            **({} if self.sets is None else {"label_sets": self.sets.to_record()}),
         }
 
-    def _restore(self, stored: dict[str, Any], learner: State) -> None:
+    def _restore(self, stored: dict[str, Any], learner: State, decisions: State | None) -> None:
         remedy = "--overwrite to start again"
         record = validated(CheckpointRecord, stored, f"'{self.archive.folder}': the checkpoint", remedy=remedy)
         same = {
@@ -236,9 +247,16 @@ class Course:
         self.evaluations, self.durations, self.calibration = record.evaluations, record.durations, record.calibration
         self.passes |= record.passes  # those of before there were temperatures have none made for them
         self._spent, self.resumed = record.seconds, record.resumed + 1
+        if record.label_sets is not None:
+            self.sets = LearnedSets.from_state(record.label_sets, decisions)
+        elif self.done:
+            self.sets = None
         if not self._plausible():
             raise ValueError("a record of other tasks")
         tasks = self._learned_parts()
+        known = sum(len(task.classes) for task in tasks) if self.stream.label_sets else -1
+        if self.sets is not None and len(self.sets.rule.offsets) != known:
+            raise ValueError("decisions on other classes")
         restore_checked(self.method, learner, self.archive.folder, sum(len(task.classes) for task in tasks))
         if isinstance(self.method, KeepsImages):
             self.method.attach_images(tasks)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cairn.classifier.calibration import Calibration, foreseen, keep_left_out, own_left_out, unlearned
+from cairn.classifier.label_set_learning import LeavingOut
+from cairn.classifier.label_sets import LearnedSets
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import Part, TaskStream
+from cairn.data.task import Task
 from cairn.errors import NotFinite
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.experiment.inputs import prepared, require_alike, require_online, require_shareable, tower_stands
@@ -42,6 +45,8 @@ class Outcome(NamedTuple):
     stream: TaskStream
     towers: Towers
     calibration: Calibration
+    sets: LearnedSets | None = None
+    """Where images may show several classes: what makes sets of scores."""
 
 
 def run_stream(
@@ -51,13 +56,11 @@ def run_stream(
     store: FeatureStore | None = None,
     checkpoint: Checkpoint | None = None,
     archive: Archive | None = None,
-    opened: Callable[[TaskStream], Any] | None = None,
 ) -> RunResult:
     """Learn every task in turn, of an online stream chunk after chunk, evaluating after each. Raises a CairnError for any bad
     input before training starts.
 
-    `opened` is called with the stream when all input was found good, and may refuse it; `learned` when the last task is done, for who
-    wants more than numbers. Where the method leaves the image tower
+    `learned` is called when the last task is done, for who wants more than numbers. Where the method leaves the image tower
     as it is, embeddings are looked up in `store`, if one is given, and kept there. With `archive`, the state is kept there
     whenever `checkpoint` finds it due, and a run that it holds is gone on with: on a CPU the result is the same to the bit,
     apart from times and passes. With the `world` of `checkpoint` it is one process of several, all of which call this alike;
@@ -104,17 +107,18 @@ def run_stream(
         )
     if archive is not None:
         course.keep(checkpoint, archive)
-    if opened is not None:
-        opened(stream)
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)
     evaluator = Evaluator(stream, towers, between=checkpoint.poll, exemplar_free=entry.card.exemplar_free, world=world)
     online = stream.chunk is not None
     for part in course.parts[course.done :]:
         task = part.content
-        before, ahead = course.before(), None
+        before, ahead, sets = course.before(), None, course.sets
+        leaving_out = None if sets is None else _leaving_out(task, method, ctx)
         if online:
             with course.passing("calibrating"):
                 ahead = foreseen(method, task)
+        elif leaving_out is not None:
+            leaving_out.keep_features()
         elif not stream.label_sets:
             keep_left_out(task, ctx)
         with course.learning():
@@ -129,21 +133,25 @@ def run_stream(
             else:
                 left_out = None if stream.label_sets else unlearned(method, before, task, ctx)
             calibration = course.calibration.with_images(left_out)
+            if sets is not None and leaving_out is not None:
+                sets = leaving_out.told(sets, before)
         with course.passing("evaluating"):
-            found = evaluator.after(part.task, method, calibration, whole=part.last)
+            found = evaluator.after(part.task, method, calibration, whole=part.last, sets=sets)
         course.evaluations.append(found)
-        course.calibration = calibration
+        course.calibration, course.sets = calibration, sets
         _tell(log, course, part, found)
         course.snapshot()
         checkpoint.begin()
 
     if learned is not None and world.is_main:
-        learned(Outcome(config, method, stream, loaded, course.calibration))
+        learned(Outcome(config, method, stream, loaded, course.calibration, course.sets))
     B = len(stream.tasks)
     evaluations = [found for part, found in zip(course.parts, course.evaluations, strict=True) if part.last]
     chunks = [len(part.content.train) for part in course.parts] if online else []
     curve = [found.seen for found in course.evaluations] if online else []
-    table = [[*e.accuracy, *[None] * (B - len(e.accuracy))] for e in evaluations]
+    table = [_row(e.accuracy, B) for e in evaluations]
+    said = [e.sets for e in evaluations if e.sets is not None]
+    said = said if len(said) == B else []  # of a run that an earlier version began some tasks have none
     sizes, classes = [len(test) for test in stream.tests], [len(task.classes) for task in stream.tasks]
     seen = seen_accuracy(table, classes if stream.label_sets else sizes)
     images = _images_by_class(stream)
@@ -167,6 +175,14 @@ def run_stream(
         seen_accuracy_by_class=[mean_of_known(e.by_class) for e in evaluations],
         metric="mAP" if stream.label_sets else "accuracy",
         precision_by_class=evaluations[-1].precision,
+        macro_f1=said[-1].macro_seen if said else None,
+        micro_f1=said[-1].micro_seen if said else None,
+        seen_macro_f1=[one.macro_seen for one in said],
+        seen_micro_f1=[one.micro_seen for one in said],
+        macro_f1_by_task=[_row(one.macro, B) for one in said],
+        micro_f1_by_task=[_row(one.micro, B) for one in said],
+        f1_by_class=said[-1].by_class if said else None,
+        thresholds=said[-1].thresholds if said else None,
         train_sizes=images,
         unlabelled_sizes=hidden if any(hidden) else [],
         last_by_frequency=grouped.means if grouped else None,
@@ -200,6 +216,17 @@ def run_stream(
         precision=towers.precision,
         versions=versions(),
     )
+
+
+def _leaving_out(task: Task, method: Method, ctx: Context) -> LeavingOut:
+    """Of a task whose images may show several classes, what is told of its own."""
+    assert task.label_sets is not None
+    return LeavingOut(task, task.label_sets.targets, method, ctx)
+
+
+def _row(values: Sequence[float | None], tasks: int) -> list[float | None]:
+    """Of a table: after a task, of tasks that came later nothing."""
+    return [*values, *[None] * (tasks - len(values))]
 
 
 def _tell(log: Log, course: Course, part: Part, found: Evaluation) -> None:

@@ -154,6 +154,26 @@ class RunResult(BaseModel):
     accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
     seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
     seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
+    macro_f1: Share | None = Field(
+        default=None,
+        description="where images may show several classes, after the last task: mean of `f1_by_class`; null where accuracy is the "
+        "metric, and in older results",
+    )
+    micro_f1: Share | None = Field(default=None, description="the same of all decisions together")
+    seen_macro_f1: list[Share | None] = Field(default=[], description="macro F1 after task i, over all classes seen")
+    seen_micro_f1: list[Share | None] = Field(default=[], description="micro F1 after task i, over all classes seen")
+    macro_f1_by_task: list[list[Share | None]] = Field(
+        default=[], description="[i][j]: after task i, over the classes of task j; null for j > i"
+    )
+    micro_f1_by_task: list[list[Share | None]] = Field(default=[], description="the same of all decisions together")
+    f1_by_class: list[Share | None] | None = Field(
+        default=None, description="F1 of each class after the last task, with its threshold"
+    )
+    thresholds: list[Share] | None = Field(
+        default=None,
+        description="calibrated probability from which an image is said to show each class, after the last task; from training "
+        "images left out",
+    )
     train_sizes: list[Count] = Field(default=[], description="training images per class, in order of arrival")
     unlabelled_sizes: list[Count] = Field(
         default=[], description="images without labels that came with each task; empty where there are none"

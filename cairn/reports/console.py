@@ -121,6 +121,11 @@ class Console:
         )
         if result.mIoU is not None:
             self.note(f"mIoU {percent(result.mIoU)} %, background {percent((result.iou_by_class or [0])[0] or 0)} %\n")
+        if result.macro_f1 is not None:
+            self.note(
+                f"F1 after the last task: {percent(result.macro_f1)} % over classes (macro), {percent(result.micro_f1)} % over all "
+                "decisions (micro)\n"
+            )
         if result.any_time is not None:
             chunks = len(result.chunk_accuracy)
             curve = f"after each of {counted(chunks, 'chunk')}: {sparkline(result.chunk_accuracy[:: -(-chunks // MOST_BLOCKS)])}"

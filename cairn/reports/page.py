@@ -247,6 +247,16 @@ def _stream_charts(stream: Stream, prefix: str, keys: dict[str, Key], untouched:
         "classes seen",
         unit,
     )
+    for kind, over in (("macro", "mean over the classes"), ("micro", "of all decisions together")):
+        if said := series(seen, lambda line, kind=kind: line.over_tasks(f"seen_{kind}_f1", 100)):
+            yield curves(
+                f"{prefix}{kind}-f1",
+                f"{kind.capitalize()} F1 over the classes seen",
+                f"What images are said to show, {over}; a threshold per class, from training images left out.",
+                said,
+                "classes seen",
+                f"{kind} F1 %",
+            )
     images = list(accumulate(stream.first["chunk_sizes"]))
     if online := series(images, lambda line: line.over_tasks("chunk_accuracy", 100)):
         yield curves(

@@ -63,6 +63,10 @@ class _Stored(BaseModel):
     chunk_accuracy: list[Share] = []
     any_time: Share | None = None
     mIoU: Share | None = None
+    macro_f1: Share | None = None
+    micro_f1: Share | None = None
+    seen_macro_f1: list[Share | None] = []
+    seen_micro_f1: list[Share | None] = []
     future_accuracy: list[Share | None] = []
     zero_shot_accuracy: list[Share | None] = []
     average: Share
@@ -85,7 +89,14 @@ class _Stored(BaseModel):
         tasks = len(self.task_sizes)
         if len(self.seen_accuracy) != tasks:
             raise ValueError(f"seen_accuracy has {len(self.seen_accuracy)} values for {tasks} tasks")
-        for key in ("accuracy", "future_accuracy", "zero_shot_accuracy", "seconds_per_task"):
+        for key in (
+            "accuracy",
+            "future_accuracy",
+            "zero_shot_accuracy",
+            "seconds_per_task",
+            "seen_macro_f1",
+            "seen_micro_f1",
+        ):
             if (given := len(getattr(self, key))) not in (0, tasks):
                 raise ValueError(f"{key} has {given} values for {tasks} tasks")
         if len(self.chunk_accuracy) != len(self.chunk_sizes):

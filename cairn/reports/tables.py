@@ -92,19 +92,22 @@ def seed_list(results: Iterable[Result]) -> str:
 def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     """One row per label, rising with its average: mean ± sample standard deviation over seeds, in percent. Where classes
     have unequal numbers of training images, the last accuracy also of frequent and of rare ones; of online streams the
-    any-time accuracy first."""
+    any-time accuracy first; where images may show several classes F1 behind the last mAP."""
     groups_of = [run["last_by_frequency"] for runs in groups.values() for run in runs if run.get("last_by_frequency")]
     frequencies = list(groups_of[0]) if groups_of else []
     unit = "mAP %" if any(run.get("metric") == "mAP" for runs in groups.values() for run in runs) else "%"
-    online, segmented = (
-        any(run.get(key) is not None for runs in groups.values() for run in runs) for key in ("any_time", "mIoU")
+    online, segmented, decided = (
+        any(run.get(key) is not None for runs in groups.values() for run in runs)
+        for key in ("any_time", "mIoU", "macro_f1")
     )
+    f1 = ("macro_f1", "micro_f1") if decided else ()
     columns = [
         Column("method"),
         *([Column("any-time %")] if online else []),
         *([Column("mIoU %")] if segmented else []),
         Column(f"average {unit}"),
         Column(f"last {unit}"),
+        *(Column(f"{key.removesuffix('_f1')} F1 %") for key in f1),
         *(Column(f"{group} %") for group in frequencies),
         Column("forgetting"),
         Column("keeps, kB", 0),
@@ -120,6 +123,7 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
                 *([estimate([r.get("any_time") for r in group], 100)] if online else []),
                 *([estimate([r.get("mIoU") for r in group], 100)] if segmented else []),
                 *(estimate([r[key] for r in group], 100) for key in ("average", "last")),
+                *(estimate([r.get(key) for r in group], 100) for key in f1),
                 *(estimate([(r.get("last_by_frequency") or {}).get(at) for r in group], 100) for at in frequencies),
                 estimate([r["forgetting"] for r in group], 100),
                 None if memory is None else Estimate(memory / 1000),

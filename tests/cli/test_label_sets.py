@@ -149,8 +149,6 @@ def test_what_is_for_the_other_kind_is_refused_in_one_line(shop, pictures, cairn
         (("learn", shop, pictures / "week1.csv", "--recursive"), "--recursive"),
         (("monitor", shop, one), "may show several classes"),
         (("merge", shop, *IncrementalClassifier.load(shop, device="cpu").classes_[:2]), "may show several classes"),
-        (("run", "simplecil", "--data", "attributes", "--towers", "tiny", "--step", "31", "--limit-train", "1", "--limit-test", "1",
-          "--keep-learner", "--out", tmp_path / "run"), "--keep-learner"),
     )  # fmt: skip
     for words, said in asked:
         status, _, err = cairn(*words)

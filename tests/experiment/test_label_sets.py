@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
+from cairn import IncrementalClassifier
 from cairn.cli.app import app
 from cairn.config import settings as every_setting
 from cairn.data.embeddings import save_features
@@ -67,6 +68,57 @@ def test_the_table_is_scikit_learns_average_precision(path):
     assert found.ece == [None] * 3
 
 
+@pytest.mark.parametrize("name", ["simplecil", "capnet"])
+def test_f1_is_scikit_learns_with_thresholds_from_training_images(path, name):
+    outcome = []
+    quick = {"schedule.epochs": 2} if name == "capnet" else {}
+    found = run_stream(call(path, name, settings=quick), learned=outcome.append)
+    stream, method, sets = outcome[0].stream, outcome[0].method, outcome[0].sets
+    rows = np.concatenate([[test[i] for i in range(len(test))] for test in stream.tests])
+    shows = np.concatenate([test.targets for test in stream.tests])
+    p = sets.rule.probabilities(method.scores(method.embed(torch.from_numpy(rows)))).numpy()
+    said = p >= np.array(found.thresholds)
+    assert sets.rule.images > 0
+    assert sets.rule.learned == 0
+    assert found.thresholds == sets.rule.thresholds
+
+    def scikit(kind, columns=slice(None)):
+        return f1_score(shows[:, columns], said[:, columns], average=kind, zero_division=0)
+
+    assert found.macro_f1 == pytest.approx(scikit("macro"), abs=1e-12)
+    assert found.micro_f1 == pytest.approx(scikit("micro"), abs=1e-12)
+    assert found.f1_by_class == pytest.approx(scikit(None).tolist(), abs=1e-12)
+    tasks = [slice(c, c + 2) for c in (0, 2, 4)]
+    assert found.macro_f1_by_task[-1] == pytest.approx([scikit("macro", own) for own in tasks], abs=1e-12)
+    assert found.micro_f1_by_task[-1] == pytest.approx([scikit("micro", own) for own in tasks], abs=1e-12)
+    assert found.macro_f1_by_task[0][1:] == found.micro_f1_by_task[0][1:] == [None, None]
+    assert found.seen_macro_f1[0] == found.macro_f1_by_task[0][0]
+    assert (found.seen_macro_f1[-1], found.seen_micro_f1[-1]) == (found.macro_f1, found.micro_f1)
+
+
+def test_a_run_has_the_thresholds_of_a_learner_that_is_given_the_same(path):
+    outcome = []
+    found = run_stream(call(path, seed=1), learned=outcome.append)
+    learner = IncrementalClassifier("simplecil", str(path), seed=1)
+    for task in outcome[0].stream.tasks:
+        own, names = task.label_sets, outcome[0].stream.class_names
+        learner.partial_fit(
+            [own[i] for i in range(len(own))], [[names[c] for c in np.flatnonzero(row)] for row in own.targets]
+        )
+    assert learner.thresholds_ == pytest.approx(found.thresholds, abs=1e-5)  # images are added up in another order
+
+
+def test_a_run_keeps_a_learner_of_sets(path, tmp_path):
+    words = ["run", "lda", "--data", str(path), "--step", "2", "--keep-learner", "--out", str(tmp_path / "run")]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert f"{100 * result['macro_f1']:.2f} % over classes (macro)" in ended.output
+    learner = IncrementalClassifier.load(tmp_path / "run" / "learner")
+    assert learner.thresholds_.tolist() == result["thresholds"]
+    assert isinstance(learner.predict([np.ones(D, dtype=np.float32)])[0], tuple)
+
+
 def test_after_a_task_images_of_classes_to_come_are_not_ranked(path):
     outcome = []
     found = run_stream(call(path, "zero-shot"), learned=outcome.append)
@@ -122,6 +174,24 @@ def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(path, tmp_path):
     assert resumed.resumed == 1
     assert resumed.accuracy == whole.accuracy
     assert resumed.precision_by_class == whole.precision_by_class
+    assert resumed.macro_f1_by_task == whole.macro_f1_by_task
+    assert resumed.thresholds == whole.thresholds
+
+
+def test_a_run_that_an_earlier_version_began_has_no_f1(path, tmp_path):
+    settings = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2}
+    config, archive = call(path, "dmc", settings=settings), Archive(tmp_path, "run")
+    with pytest.raises(Cut):
+        run_stream(config, checkpoint=Cutting(8), archive=archive)
+    held = archive.read()
+    assert held is not None
+    assert held.record["evaluations"]
+    kept = {key: value for key, value in held.parts.items() if key != "decisions"}
+    archive.write({key: value for key, value in held.record.items() if key != "label_sets"}, kept)
+    resumed = run_stream(config, checkpoint=Cutting(-1), archive=archive)
+    assert resumed.last == run_stream(config).last
+    assert resumed.macro_f1 is None
+    assert resumed.seen_macro_f1 == []
 
 
 def test_an_image_is_embedded_once_whatever_it_shows(tmp_path):
@@ -158,9 +228,14 @@ def test_a_report_says_what_was_measured(path, tmp_path):
     assert "mAP over the classes seen" in text
     assert "the mean over classes of the average precision" in text
     assert "Accuracy over" not in text
+    assert "macro F1 %" in text
+    assert "Micro F1 over the classes seen" in text
 
 
 def test_results_of_before_say_accuracy(path):
     stored = json.loads(run_stream(call(path)).model_dump_json())
-    del stored["metric"], stored["precision_by_class"]
-    assert RunResult.model_validate(stored).metric == "accuracy"
+    for key in [key for key in stored if "f1" in key]:
+        del stored[key]
+    del stored["metric"], stored["precision_by_class"], stored["thresholds"]
+    found = RunResult.model_validate(stored)
+    assert (found.metric, found.macro_f1, found.seen_micro_f1) == ("accuracy", None, [])

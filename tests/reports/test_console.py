@@ -40,6 +40,7 @@ def test_each_share_of_a_result_has_its_percent_sign():
         "last_by_frequency": None,
         "any_time": None,
         "mIoU": None,
+        "macro_f1": None,
         "seconds": 3.0,
     }
     result = SimpleNamespace(method="lda", metric="accuracy", **figures)

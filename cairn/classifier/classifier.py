@@ -69,6 +69,7 @@ from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
 from cairn.towers.catalogue import load_towers
 from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
+from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Checkpoint, Context, Log, Seeds
 from cairn.types import State
@@ -108,6 +109,7 @@ class IncrementalClassifier(Fitted):
         device: str = "auto",
         precision: str = "float32",
         preprocess: Literal["crop", "squash"] | None = None,
+        decode: Literal["whole", "reduced"] = "whole",
         revision: str | None = None,
         targets: Literal["auto", "one", "sets"] = "auto",
     ):
@@ -115,6 +117,7 @@ class IncrementalClassifier(Fitted):
         self.templates, self.descriptions, self.seed = templates, descriptions, seed
         self.device, self.precision, self.revision = device, precision, revision
         self.preprocess: Literal["crop", "squash"] | None = preprocess
+        self.decode: Literal["whole", "reduced"] = decode
         self.targets: Literal["auto", "one", "sets"] = targets
         self._lock = ReadWriteLock()
         self._begin()
@@ -177,6 +180,7 @@ class IncrementalClassifier(Fitted):
             take = intake_of_sets if self._has_sets(labels, log) else intake
             given = take(images, labels, self._learned, self._width, again, on_bad_image, log)
             if given.hashes:
+                given = given.reduced(decoded_side(self.open_towers()))
                 self._learn(given, log, checkpoint or Checkpoint(), archive)
         return self
 
@@ -586,6 +590,7 @@ class IncrementalClassifier(Fitted):
             device=device,
             precision=held.precision,
             preprocess=held.preprocess,
+            decode=held.decode,
             revision=held.revision if towers in (None, held.name) else None,
         )
         learner._chosen = record.method
@@ -670,12 +675,15 @@ class IncrementalClassifier(Fitted):
         if not isinstance(towers, str):
             return towers
         if is_features_file(towers):
+            if self.decode != "whole":
+                raise ConfigError(f"decode '{self.decode}': '{towers}' holds embeddings, not images; leave it out")
             return open_features_towers(towers)
         return load_towers(
             towers,
             device=self.device,
             precision=self.precision,
             preprocess=self.preprocess,
+            decode=self.decode,
             revision=self.revision,
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cairn.classifier.drift import BELOW, ClassShift, Drift
 from cairn.classifier.novelty import Novelty, gaussians_of, within_factor
 from cairn.classifier.scoring import BATCH
+from cairn.data.images import reduced
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
 from cairn.data.task import Task
@@ -21,6 +22,7 @@ from cairn.maths.tails import beta_binomial_tail
 from cairn.memory.protocol import WithScatter
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import FROZEN, GaussianScoring, Method
+from cairn.towers.preprocessing import decoded_side
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.types import Features
@@ -62,7 +64,8 @@ def drift_of_images(method: Method, novelty: Novelty, images: InMemoryImages, na
     if not len(images):
         raise InvalidInput("no image given")
     towers = method.towers
-    loader = Loader(images, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
+    seen = reduced(images, decoded_side(towers))
+    loader = Loader(seen, towers.prepare, towers.pixels, batch=BATCH, cache_bytes=0)
     features, _ = encode(loader, lambda features, _: features, embed=method.embed)
     scores = method.scores(features)
     z = method.memory_rows(features) if isinstance(method, GaussianScoring) else features

@@ -23,6 +23,7 @@ from cairn.storage.files import atomic_write
 from cairn.storage.schema import validated
 from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
+from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 from cairn.types import State
 
@@ -62,6 +63,7 @@ def record_of(
             "precision": towers.precision,
             "preprocess": preprocess,
             "revision": towers.revision,
+            **({"decode": "reduced"} if decoded_side(towers) else {}),  # whole is not said: earlier versions read it so
         },
         "keep": keep,
         "memory_bytes": method.memory_bytes,

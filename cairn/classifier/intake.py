@@ -38,6 +38,10 @@ class Intake(NamedTuple):
     def label_sets(self) -> None:
         """Each image shows one class."""
 
+    def reduced(self, side: int | None) -> Intake:
+        """To be decoded with that side."""
+        return self if side is None else self._replace(images=self.images.reduced(side))
+
 
 def intake(
     images: Labelled,

@@ -15,7 +15,7 @@ from cairn.classifier.calibration import BATCH, FOLDS, folds, left_out
 from cairn.classifier.inputs import Labelled, Labels, labelled_sets, readable
 from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.learned import Learned
-from cairn.data.images import LabelSets, Subset
+from cairn.data.images import LabelSets, Subset, reduced_subset
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name
@@ -54,6 +54,10 @@ class IntakeOfSets(NamedTuple):
     @property
     def train_hashes(self) -> list[bytes]:
         return [self.hashes[row] for row in np.nonzero(self.fresh.T)[1]]
+
+    def reduced(self, side: int | None) -> IntakeOfSets:
+        """To be decoded with that side."""
+        return self._replace(label_sets=reduced_subset(self.label_sets, side))
 
 
 def _copies(sets: LabelSets, fresh: np.ndarray) -> Subset:

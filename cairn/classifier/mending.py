@@ -17,6 +17,7 @@ from cairn.classifier.inputs import Sentences, descriptions_of, unlabelled
 from cairn.classifier.learned import Learned
 from cairn.classifier.scoring import BATCH
 from cairn.data.identity import SHOWN
+from cairn.data.images import reduced
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name, listed
@@ -24,6 +25,7 @@ from cairn.data.task import Task
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, counted, one_line
 from cairn.methods.protocol import KeepsSums, Method, NamesClasses
+from cairn.towers.preprocessing import decoded_side
 from cairn.training.context import Log
 from cairn.training.encode import encode
 from cairn.types import Features
@@ -116,7 +118,8 @@ class Mending:
                 )
         rows = sorted({*pairs.values()})
         place = {row: i for i, row in enumerate(rows)}
-        loader = Loader(given.taken(rows), method.towers.prepare, method.towers.pixels, batch=BATCH)
+        seen = reduced(given.taken(rows), decoded_side(method.towers))
+        loader = Loader(seen, method.towers.prepare, method.towers.pixels, batch=BATCH)
         features, _ = encode(loader, lambda features, _: features, embed=method.embed)
         each = [(place[row], pair[1]) for pair, row in pairs.items() for _ in range(copies[pair])]
         index, labels = torch.tensor(each).T

@@ -63,6 +63,7 @@ class TowersRecord(Record):
     fingerprint: str = Field(min_length=1)
     precision: Literal["float32", "bfloat16"]
     preprocess: Literal["crop", "squash"] | None = None
+    decode: Literal["whole", "reduced"] = "whole"
     revision: str | None = None
 
 

@@ -22,6 +22,7 @@ from cairn.errors import DataError, NotFinite, one_line
 from cairn.methods.protocol import Method, PatchReasons
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.cached import CachedTowers
+from cairn.towers.preprocessing import decoded_side
 from cairn.types import Features, Scores
 
 BATCH = 64
@@ -31,16 +32,16 @@ BATCH = 64
 class ReadableImages(InMemoryImages):
     """Images of which the files that cannot be read are noted in `unreadable`, with why, and stood in for by a grey one."""
 
-    def __init__(self, items: Sequence[Item], width: int | None):
-        super().__init__(items, np.zeros(len(items), dtype=np.int64), width)
+    def __init__(self, items: Sequence[Item], width: int | None, side: int | None = None):
+        super().__init__(items, np.zeros(len(items), dtype=np.int64), width, side)
         self.unreadable: dict[int, str] = {}
 
-    def _picture(self, index: int) -> Image.Image:
+    def _picture(self, index: int, side: int | None) -> Image.Image:
         item = self.items[index]
         if not isinstance(item, (str, Path)):
-            return super()._picture(index)
+            return super()._picture(index, side)
         try:
-            return decoded(Path(item))
+            return decoded(Path(item), side)
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             self.unreadable[index] = reason(error)
             return Image.new("RGB", (64, 64))
@@ -68,7 +69,8 @@ class Scorer:
         if isinstance(self.method.towers, CachedTowers):
             yield from self._from_store(self.method.towers, items, size)
             return
-        images, towers, start = ReadableImages(items, self.width), self.method.towers, 0
+        towers, start = self.method.towers, 0
+        images = ReadableImages(items, self.width, decoded_side(towers))
         for pixels, _ in Loader(images, towers.prepare, towers.pixels, batch=size, cache_bytes=0).ordered():
             here = range(start, start + len(pixels))
             bad = {row: images.unreadable[row] for row in here if row in images.unreadable}
@@ -80,7 +82,7 @@ class Scorer:
 
     def _from_store(self, towers: CachedTowers, items: Sequence[Item], size: int) -> Iterator[Predictions]:
         """The same, where embeddings are kept: those that are missing are made for all items before the first answer."""
-        images = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self.width)
+        images = InMemoryImages(items, np.zeros(len(items), dtype=np.int64), self.width, decoded_side(towers))
         rows, bad, features = np.arange(len(items)), dict[int, str](), list[Features]()
         while len(rows):
             placed = towers.placed(images.taken(rows))

@@ -68,6 +68,13 @@ def learn(
         str | None,
         typer.Option(help="for a new learner: float32, bfloat16, or auto, the faster of them here  [default: float32]"),
     ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            help="for a new learner: JPEGs whole, or reduced: at a fraction, no less than twice the tower's side  "
+            "[default: whole]"
+        ),
+    ] = None,
     recursive: Recursive = False,
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",
@@ -111,7 +118,7 @@ def learn(
         if Archive(learner, NAME):
             with importing():
                 held = IncrementalClassifier.load(learner, towers, device)
-            _require_same(held, method, settings, templates, seed, precision)
+            _require_same(held, method, settings, templates, seed, precision, decode)
             notices, before, calls = held.notices_, len(held.classes_), len(held.history_)
         else:
             held = IncrementalClassifier(
@@ -122,6 +129,7 @@ def learn(
                 seed=1 if seed is None else seed,
                 device=device,
                 precision=precision or "float32",
+                decode=cast("Any", decode or "whole"),  # checked with the towers
             )
             if held.method != METHOD:
                 require_savable(held.method)
@@ -178,6 +186,7 @@ def _require_same(
     templates: tuple[str, ...] | None,
     seed: int | None,
     precision: str | None,
+    decode: str | None,
 ) -> None:
     """Options for a new learner may be given again where it is there already; raises ConfigError for the first that differs."""
     from cairn.config import settings as every_setting
@@ -192,6 +201,7 @@ def _require_same(
         ("--template", templates, held.templates),
         ("--seed", seed, held.seed),
         ("--precision", None if precision == "auto" else precision, held.precision),
+        ("--decode", decode, held.decode),
     ]
     for option, value, own in options:
         if value != own and (value is not None or option.startswith("--set")):

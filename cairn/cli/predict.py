@@ -253,12 +253,15 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
     from cairn.data.folders import decoded
     from cairn.reports.patches import bar_figure, patch_figure
     from cairn.storage.files import make_folder, write_json
+    from cairn.towers.preprocessing import decoded_side
 
     make_folder(folder)
     for file, reasons in zip(files, found.told_reasons(), strict=True):
         name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
         taken.add(name)
-        seen = np.asarray(towers.prepare(decoded(file)).permute(1, 2, 0)) if towers.has_images else None
+        seen = None
+        if towers.has_images:
+            seen = np.asarray(towers.prepare(decoded(file, decoded_side(towers))).permute(1, 2, 0))
         if seen is not None and found.patch_grid is not None:
             patch_figure(seen, found.patch_grid, reasons, folder / f"{name}.png")
         elif seen is not None:

@@ -47,6 +47,9 @@ Revision = Annotated[str | None, typer.Option(help="revision of the towers on th
 Preprocess = Annotated[
     str | None, typer.Option(help="crop (CLIP's) or squash (all of the image); unset: as the checkpoint says")
 ]
+Decode = Annotated[
+    str, typer.Option(help="JPEGs whole, or reduced: at a fraction, no less than twice the tower's side")
+]
 Template = Annotated[str | None, typer.Option(help="one prompt, {} for the class name  [default: the data's]")]
 BadImages = Annotated[
     str,
@@ -113,6 +116,7 @@ def run(
     device: AnyDevice = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,
+    decode: Decode = "whole",
     template: Template = None,
     revision: Revision = None,
     on_bad_image: BadImages = "stop",

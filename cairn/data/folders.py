@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -46,8 +47,10 @@ class FolderImages:
     """Image files below one root, labelled by their folder. An item is a PIL image in RGB, upright.
 
     `folders[label]` is the class's folder and `names[i]` the file in it, both relative: a million files cost a
-    million short strings.
+    million short strings. With `side`, which `reduced` sets, JPEGs are decoded at a fraction of their size.
     """
+
+    side: int | None = None
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str], labels: np.ndarray):
         self.root = root
@@ -61,7 +64,7 @@ class FolderImages:
     def __getitem__(self, index: int) -> Image.Image:
         """The image. Raises DataError that names the file if it cannot be decoded."""
         try:
-            return decoded(self._file(index))
+            return decoded(self._file(index), self.side)
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             raise DataError(
                 f"image '{one_line(self.path(index))}': cannot be read ({reason(error)}); replace or remove the file"
@@ -70,6 +73,12 @@ class FolderImages:
     def check(self, index: int) -> None:
         """Raises what opening the image would raise, at less cost."""
         check(self._file(index))
+
+    def reduced(self, side: int) -> FolderImages:
+        """The same images, JPEGs decoded as `decoded` does with that side."""
+        same = copy(self)
+        same.side = side
+        return same
 
     def describe(self, index: int) -> str:
         """The path below the data set's root, with forward slashes and on one line: the same on every machine."""
@@ -99,24 +108,35 @@ class FolderImages:
         return path
 
 
-def decoded(file: Path | IO[bytes]) -> Image.Image:
-    """The image as `rgb` gives it. Raises whatever the decoder raises, and refuses a decompression bomb by its header."""
+def decoded(file: Path | IO[bytes], side: int | None = None) -> Image.Image:
+    """The image as `rgb` gives it. Raises whatever the decoder raises, and refuses a decompression bomb by its header.
+
+    With `side` a JPEG is decoded at the smallest of its fractions (to an eighth) that has so many pixels along either side: the
+    decoder leaves out frequencies that a smaller picture does not show. A smaller JPEG, and any other kind, is decoded whole.
+    """
     with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
+        if side is not None:
+            image.draft(None, (side, side))
         return rgb(image)
 
 
-def decoded_within(file: Path | IO[bytes], pixels: int, side: int | None = None) -> Image.Image:
+def decoded_within(
+    file: Path | IO[bytes], pixels: int, side: int | None = None, every_kind: bool = False
+) -> Image.Image:
     """As `decoded`, of at most so many `pixels`. A plain JPEG, which is decoded row by row, may have more. With `side`, for whoever
     needs no more than so many pixels along either side, it is decoded at the smallest of its fractions (to an eighth) that
-    has them, and what is decoded counts."""
+    has them, and what is decoded counts. With `every_kind` other JPEGs are decoded so as well, but count whole."""
     with Image.open(file, formats=readable_formats()) as image:
         _refuse_bomb(image)
         plain = image.format == "JPEG" and not image.info.get("progressive")  # of a progressive one all is held at once
-        if plain and side is not None:
+        width, height = image.size
+        if side is not None and (plain or every_kind):
             image.draft(None, (side, side))
-        if (not plain or side is not None) and image.width * image.height > pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, where {pixels:,} are the most")
+        if plain:
+            width, height = image.size
+        if (not plain or side is not None) and width * height > pixels:
+            raise Image.DecompressionBombError(f"{width} x {height} pixels, where {pixels:,} are the most")
         return rgb(image)
 
 

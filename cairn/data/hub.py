@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,10 @@ TEST_SHARE = 0.2
 
 
 class HubImages:
-    """Rows of one split of a table. An item is a PIL image in RGB, decoded when it is asked for."""
+    """Rows of one split of a table. An item is a PIL image in RGB, decoded when it is asked for; with `side`, which `reduced`
+    sets, JPEGs at a fraction of their size."""
+
+    side: int | None = None
 
     def __init__(self, rows: Any, column: str, labels: np.ndarray, name: str):
         self.rows = rows
@@ -45,7 +49,7 @@ class HubImages:
     def __getitem__(self, index: int) -> Image.Image:
         """The image. Raises DataError that names the row if it cannot be decoded."""
         try:
-            return decoded(io.BytesIO(self.identity(index)))
+            return decoded(io.BytesIO(self.identity(index)), self.side)
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             raise DataError(
                 f"image {self.describe(index)}: cannot be read ({reason(error)}); repair the copy"
@@ -54,6 +58,12 @@ class HubImages:
     def check(self, index: int) -> None:
         """Raises what opening the image would raise, at less cost."""
         check(io.BytesIO(self.identity(index)))
+
+    def reduced(self, side: int) -> HubImages:
+        """The same images, JPEGs decoded as `decoded` does with that side."""
+        same = copy(self)
+        same.side = side
+        return same
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"

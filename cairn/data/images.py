@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from cairn.data.task import Images, LabelSets, Subset
 from cairn.data.templates import prompt_templates
 from cairn.errors import DataError
 
+SubsetOf = TypeVar("SubsetOf", bound=Subset)
+
 
 @runtime_checkable
 class Checked(Protocol):
@@ -21,6 +23,15 @@ class Checked(Protocol):
 
     def check(self, index: int) -> None:
         """Raises what opening the image would raise, at less cost."""
+        ...
+
+
+@runtime_checkable
+class Reducible(Protocol):
+    """Images that are encoded files, which may be decoded at a fraction of their size."""
+
+    def reduced(self, side: int) -> Images:
+        """The same images, each JPEG decoded at the smallest of its fractions that has so many pixels along either side."""
         ...
 
 
@@ -59,6 +70,9 @@ class Unlabelled:
         source, position = source_of(self.__images, int(self.__rows[index]))
         if isinstance(source, Checked):
             source.check(position)
+
+    def reduced(self, side: int) -> Unlabelled:
+        return Unlabelled(reduced(self.__images, side), self.__rows)
 
 
 def rows_of(images: Images, source: Images) -> np.ndarray:
@@ -118,6 +132,23 @@ def source_of(images: Images, index: int) -> tuple[Images, int]:
         else:
             images, index = images.place(index)
     return images, index
+
+
+def reduced(images: Images, side: int | None) -> Images:
+    """The same images, JPEGs among them decoded at no less than `side` pixels along either side (see `Reducible`); all whole if
+    None. Items that are no encoded files stay as they are."""
+    if side is None:
+        return images
+    if isinstance(images, Subset):
+        return reduced_subset(images, side)
+    if isinstance(images, Concatenation):
+        return Concatenation([reduced(part, side) for part in images.parts])
+    return images.reduced(side) if isinstance(images, Reducible) else images
+
+
+def reduced_subset(images: SubsetOf, side: int | None) -> SubsetOf:
+    """The same of a subset, which stays one of its kind."""
+    return images if side is None else replace(images, source=reduced(images.source, side))
 
 
 def mask_of(images: Images, index: int) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +29,8 @@ class Reduced:
 
 @dataclass(frozen=True, eq=False)
 class Deferred:
-    """A picture of a data set, read whenever it is asked for: `read` gives a file, a PIL image or an array; `name` is for
-    messages."""
+    """A picture of a data set, read whenever it is asked for: `read` gives a file or the bytes of one, a PIL image or an array;
+    `name` is for messages."""
 
     read: Callable[[], Any]
     name: str
@@ -85,37 +86,43 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
 class InMemoryImages:
     """Images as they were handed over, labelled by class number. A file is opened when it is asked for.
 
-    With `width` the items are rows of so many numbers, in place of pictures.
+    With `width` the items are rows of so many numbers, in place of pictures. With `side` JPEG files are decoded at a fraction of
+    their size (see `decoded`); what they are known by is made of them whole.
     """
 
-    def __init__(self, items: Sequence[Item], labels: np.ndarray, width: int | None = None):
-        self.items, self.labels, self.width = items, labels, width
+    def __init__(self, items: Sequence[Item], labels: np.ndarray, width: int | None = None, side: int | None = None):
+        self.items, self.labels, self.width, self.side = items, labels, width, side
 
     def __len__(self) -> int:
         return len(self.items)
 
     def taken(self, rows: Sequence[int] | np.ndarray) -> InMemoryImages:
         """Those items, in that order."""
-        return InMemoryImages(
-            [self.items[row] for row in rows], self.labels[np.asarray(rows, dtype=np.int64)], self.width
-        )
+        labels = self.labels[np.asarray(rows, dtype=np.int64)]
+        return InMemoryImages([self.items[row] for row in rows], labels, self.width, self.side)
+
+    def reduced(self, side: int) -> InMemoryImages:
+        """The same items, JPEG files decoded with that side."""
+        return InMemoryImages(self.items, self.labels, self.width, side)
 
     def __getitem__(self, index: int) -> Any:
         """A PIL image in RGB or a float32 row (width,). Raises InvalidInput naming the item that is neither."""
-        return self._picture(index) if self.width is None else self._row(index)
+        return self._picture(index, self.side) if self.width is None else self._row(index)
 
-    def _picture(self, index: int) -> Image.Image:
+    def _picture(self, index: int, side: int | None) -> Image.Image:
         item = self.items[index]
         if isinstance(item, Deferred):
             try:
                 item = item.read()
+                if isinstance(item, BytesIO):
+                    return decoded(item, side)
             except Exception as error:  # whatever a data set's own reading may raise
                 raise InvalidInput(
                     f"image '{item.name}': cannot be read ({reason(error)}); replace or leave it out"
                 ) from None
         if isinstance(item, (str, Path)):
             try:
-                return decoded(Path(item))
+                return decoded(Path(item), side)
             except Exception as error:  # a decoder fed with damaged bytes may raise anything
                 raise InvalidInput(
                     f"image '{one_line(str(item))}': cannot be read ({reason(error)}); replace or leave it out"
@@ -172,7 +179,7 @@ class InMemoryImages:
         for a file that cannot be read."""
         item = self.items[index]
         if not isinstance(item, (str, Path)):
-            return item.content if isinstance(item, Reduced) else content_hash(self[index])
+            return self._content(index)
         try:
             return b"file\0" + hashlib.sha256(Path(item).read_bytes()).digest()
         except OSError as error:
@@ -181,13 +188,15 @@ class InMemoryImages:
     def content_hashes(self) -> list[bytes]:
         """By which the items are known again, see `cairn.data.identity`; decoded eight at a time. Raises what opening one
         raises."""
-
-        def of(index: int) -> bytes:
-            item = self.items[index]
-            return item.content if isinstance(item, Reduced) else content_hash(self[index])
-
         with ThreadPoolExecutor(max_workers=8) as pool:
-            return list(pool.map(of, range(len(self))))
+            return list(pool.map(self._content, range(len(self))))
+
+    def _content(self, index: int) -> bytes:
+        """The hash of all that the item is, at whatever size it is decoded otherwise."""
+        item = self.items[index]
+        if isinstance(item, Reduced):
+            return item.content
+        return content_hash(self._picture(index, None) if self.width is None else self._row(index))
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from cairn.data.folders import decoded
 from cairn.data.in_memory import Deferred, InMemoryImages, Item
 from cairn.data.names import listed
 from cairn.errors import InvalidInput, counted, one_line
@@ -115,9 +114,9 @@ def _of_hugging_face(dataset: Any) -> tuple[list[Item], list[str]]:
             if stored is None:
                 raise ValueError("empty")
             if stored["bytes"] is not None:  # decoded as a file is: the same picture, wherever it came from
-                return decoded(BytesIO(stored["bytes"]))
+                return BytesIO(stored["bytes"])
             local = Path(stored["path"])
-            return decoded(local) if local.is_file() else dataset.with_format(None)[row][image]
+            return BytesIO(local.read_bytes()) if local.is_file() else dataset.with_format(None)[row][image]
 
         return Deferred(read, f"row {row}")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cairn.data.few_labels import few_labels, together
-from cairn.data.images import Dataset, taken
+from cairn.data.images import Dataset, reduced, reduced_subset, taken
 from cairn.data.label_set_tasks import tasks_of_sets
 from cairn.data.names import alike, normal_form
 from cairn.data.online import blurred, chunks, shuffled
@@ -347,6 +347,23 @@ def without(stream: TaskStream, left_out: Sequence[Collection[int]]) -> TaskStre
                 "some, or remove the class"
             )
     return replace(less, fingerprint=_fingerprint(less))
+
+
+def reduced_stream(stream: TaskStream, side: int | None) -> TaskStream:
+    """The stream with JPEGs decoded at no less than `side` pixels along either side (see `cairn.data.images.reduced`); as it is if
+    None."""
+    if side is None:
+        return stream
+    tasks = tuple(_reduced(task, side) for task in stream.tasks)
+    return replace(stream, tasks=tasks, tests=tuple(reduced(test, side) for test in stream.tests))
+
+
+def _reduced(task: Task, side: int) -> Task:
+    loose = None if task.unlabelled is None else reduced(task.unlabelled, side)
+    if task.label_sets is None:
+        return replace(task, train=reduced(task.train, side), unlabelled=loose)
+    sets = reduced_subset(task.label_sets, side)
+    return replace(task, train=sets.copies(), label_sets=sets, unlabelled=loose)
 
 
 def _learning(task: Task, rows: np.ndarray) -> Task:

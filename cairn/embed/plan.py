@@ -33,6 +33,7 @@ class EmbedConfig(BaseModel):
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     preprocess: Literal["crop", "squash"] | None = None
+    decode: Literal["whole", "reduced"] = "whole"
     template: str | None = None
     on_bad_image: OnBadImage = "error"
     revision: str | None = None
@@ -93,8 +94,10 @@ class Plan(BaseModel):
 
     @cached_property
     def key(self) -> str:
-        held = self.model_dump(mode="json", exclude={"versions"})
-        return digest(held | {"config": _comparable(self.config)})[:32]
+        held, config = self.model_dump(mode="json", exclude={"versions"}), _comparable(self.config)
+        if config["decode"] == "whole":  # as before there was any other
+            del config["decode"]
+        return digest(held | {"config": config})[:32]
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:

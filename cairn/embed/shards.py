@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cairn.data.feature_store import image_ids
-from cairn.data.images import Dataset, Images, LabelSets, Subset, rows_of
+from cairn.data.images import Dataset, Images, LabelSets, Subset, reduced, rows_of
 from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, task_stream
@@ -27,6 +27,7 @@ from cairn.storage.files import atomic_write, write_chunks
 from cairn.storage.tensors import Layout, TensorFile, TensorWriter, serialized
 from cairn.storage.versions import versions
 from cairn.towers.fingerprint import same_towers
+from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 
 NAME = re.compile(r"\.?(train|test)-[0-9]{6,}\.safetensors(\..*\.part)?")
@@ -70,7 +71,7 @@ class Embedding:
 
         Raises DataError for other images than the plan's, NotFinite for a row that is no number.
         """
-        images, config = self.part(shard), self.plan.config
+        images, config = reduced(self.part(shard), decoded_side(self.towers)), self.plan.config
         if self.identity(shard) != self.plan.images[shard.number]:
             raise DataError(
                 f"data '{config.data}': images of {shard.name} changed meanwhile; --overwrite to begin again"

@@ -15,7 +15,7 @@ from cairn.data.folders import loose_pictures, named_unreadable, unreadable
 from cairn.data.images import Concatenation, Dataset, Images
 from cairn.data.online import CHUNK
 from cairn.data.opening import open_dataset
-from cairn.data.stream import TaskStream, task_stream, without
+from cairn.data.stream import TaskStream, reduced_stream, task_stream, without
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError
 from cairn.experiment.schema import RunConfig
@@ -27,6 +27,7 @@ from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.feature_file import features_towers
 from cairn.towers.features import FeatureTowers
+from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Processes
 
@@ -41,11 +42,16 @@ def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTower
             device=config.device,
             precision=config.precision,
             preprocess=config.preprocess,
+            decode=config.decode,
             revision=config.revision,
         )
     if config.towers not in ("auto", "features"):
         raise ConfigError(
             f"towers '{config.towers}': data '{config.data}' holds embeddings, not images; leave --towers out"
+        )
+    if config.decode != "whole":
+        raise ConfigError(
+            f"decode '{config.decode}': data '{config.data}' holds embeddings, not images; leave --decode out"
         )
     return features_towers(dataset, config.data)
 
@@ -109,7 +115,7 @@ def prepared(config: RunConfig) -> Prepared:
     stream = replace(stream, notices=(*stream.notices, *towers.notices))
     settings = with_settings(entry.default_config(towers), config.settings)
     stream = readable(stream, skip=config.on_bad_image == "skip")
-    return Prepared(entry, stream, towers, settings)
+    return Prepared(entry, reduced_stream(stream, decoded_side(towers)), towers, settings)
 
 
 def tower_stands(entry: Entry, settings: Settings) -> bool:

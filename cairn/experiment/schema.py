@@ -72,6 +72,10 @@ class RunConfig(BaseModel):
     preprocess: Literal["crop", "squash"] | None = Field(
         default=None, description="how images become squares of the towers' size; unset: as the checkpoint says"
     )
+    decode: Literal["whole", "reduced"] = Field(
+        default="whole",
+        description="how JPEG files are decoded: whole, or reduced to no less than twice the towers' size",
+    )
     template: str | None = Field(
         default=None, description="one prompt, {} for the class name, in place of the data set's"
     )
@@ -89,7 +93,7 @@ def usual_step(data: str) -> int:
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
-    Records of before there were `imbalance`, online streams and images without labels lack them.
+    Records of before there were `imbalance`, online streams, images without labels and `decode` lack them.
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
     otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
@@ -100,6 +104,7 @@ def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
         "blurry": 0.0,
         "labelled": 1.0,
         "unlabelled": None,
+        "decode": "whole",
     } | dict(call)
     if "settings" in call:
         call["settings"] = values_by_path(call["settings"])

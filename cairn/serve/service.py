@@ -29,12 +29,12 @@ from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses, KeepsSums
 from cairn.storage.archive import Archive
 from cairn.storage.schema import validated
-from cairn.towers.preprocessing import preprocessing_of
+from cairn.towers.preprocessing import decoded_side, preprocessing_of
 from cairn.training.context import Checkpoint, Log
 
 NAME_LETTERS, SENTENCES, SENTENCE_LETTERS = 100, 20, 300
 DECODED = 4
-"""A JPEG is decoded to no less than so many times the tower's side."""
+"""A JPEG is decoded to no less than so many times the tower's side, unless the learner says otherwise of its own."""
 
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
@@ -268,14 +268,19 @@ class Service:
         are held for one picture at a time."""
         try:
             image = decoded_within(file, self.max_pixels)
+            content = content_hash(image)
+            if (side := decoded_side(self.towers)) is not None:  # as the learner decodes what it learns
+                file.seek(0)
+                image = decoded_within(file, self.max_pixels, side, every_kind=True)
         except Exception as error:  # a decoder fed with hostile bytes may raise anything
             raise _unreadable(what, error) from None
-        return Reduced(self.towers.prepare(image).permute(1, 2, 0).numpy(), content_hash(image))
+        return Reduced(self.towers.prepare(image).permute(1, 2, 0).numpy(), content)
 
     def _seen(self, file: IO[bytes], what: str = "the file") -> np.ndarray:
         """The image as the tower sees it, (h, w, 3): however large it was, what is kept of it is small."""
         try:
-            image = decoded_within(file, self.max_pixels, DECODED * self._blank.shape[-1])
+            own = decoded_side(self.towers)
+            image = decoded_within(file, self.max_pixels, own or DECODED * self._blank.shape[-1], own is not None)
         except Exception as error:  # a decoder fed with hostile bytes may raise anything
             raise _unreadable(what, error) from None
         return self.towers.prepare(image).permute(1, 2, 0).numpy()

@@ -41,11 +41,13 @@ def load_towers(
     device: str = "auto",
     precision: str = "float32",
     preprocess: Literal["crop", "squash"] | None = None,
+    decode: Literal["whole", "reduced"] = "whole",
     revision: str | None = None,
 ) -> ClipTowers:
     """Towers from `tiny`, a hub id, a local folder, or `open_clip:` and either of the last two.
 
-    `preprocess` says how images become squares; None: as the checkpoint does. Weights are read from safetensors alone and
+    `preprocess` says how images become squares; None: as the checkpoint does. `decode` is how JPEG files are to be opened for them
+    (see `Preprocessing`). Weights are read from safetensors alone and
     code from a hub is never run. Raises TowersError naming what is missing.
     """
     if spec.startswith("open_clip:"):
@@ -70,7 +72,7 @@ def load_towers(
     return ClipTowers(
         model,
         tokenizer,
-        preprocessing.with_mode(preprocess),
+        preprocessing.with_mode(preprocess).with_decoding(decode),
         name=spec,
         device=device,
         precision=precision,

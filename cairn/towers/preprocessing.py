@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from cairn.errors import TowersError
+from cairn.errors import ConfigError, TowersError
 from cairn.storage.schema import Record, first_problem
 from cairn.towers.protocol import Towers
 from cairn.types import Pixels
@@ -23,6 +23,9 @@ FILES = ("processor_config.json", "preprocessor_config.json")
 
 LONGEST = 16
 """Aspect ratio past which an image is cut before it is resized."""
+
+TWICE = 2
+"""Of a reduced JPEG, pixels along a side for each that the resize makes: as many as it needs to filter by itself."""
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,6 +55,9 @@ class Preprocessing(BaseModel):
     Where there is less than is cut out, the rest is black. `edge` is `size` where it is None.
 
     Then, per channel, pixels = (bytes * rescale - mean) / std.
+
+    `decode` says how JPEG files are opened before that: `whole`, or `reduced` to the smallest fraction of their size, to an eighth,
+    that leaves the resize at least TWICE as many pixels along either side as it makes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,10 +70,11 @@ class Preprocessing(BaseModel):
     edge: int | None = None
     rescale: float = 1 / 255
     fill: int = 0
+    decode: Literal["whole", "reduced"] = "whole"
 
     def identity(self) -> str:
         """What a fingerprint covers. Later fields count where they are not neutral, so that older fingerprints hold."""
-        later = ("edge", "rescale", "fill")
+        later = ("edge", "rescale", "fill", "decode")
         return self.model_dump_json(exclude={key for key in later if getattr(self, key) == self._neutral(key)})
 
     def with_mode(self, mode: Literal["crop", "squash"] | None) -> Preprocessing:
@@ -75,6 +82,22 @@ class Preprocessing(BaseModel):
         if mode in (None, self.mode):
             return self
         return self.model_copy(update={"mode": mode, "edge": None})
+
+    def with_decoding(self, decode: Literal["whole", "reduced"]) -> Preprocessing:
+        """With JPEG files decoded so. Raises ConfigError for what is no way to, and where images are not resized."""
+        if decode not in ("whole", "reduced"):
+            raise ConfigError(f"decode '{decode}': must be whole or reduced")
+        if decode == "reduced" and self.mode == "keep":
+            raise ConfigError(
+                "decode 'reduced': by its checkpoint, images are cut out without being resized; leave it out, or choose how they "
+                "are resized with preprocess"
+            )
+        return self if decode == self.decode else self.model_copy(update={"decode": decode})
+
+    @property
+    def decoded_side(self) -> int | None:
+        """Pixels that a decoded JPEG has along either side, at least, unless the file has fewer; None: all that there are."""
+        return None if self.decode == "whole" else TWICE * max(self.size, self.edge or 0)
 
     @classmethod
     def _neutral(cls, key: str) -> Any:
@@ -128,6 +151,12 @@ class Preprocesses(Protocol):
 def preprocessing_of(towers: Towers) -> Preprocessing | None:
     """How an image becomes pixels; None where the towers have no image side, or do not say."""
     return towers.preprocessing if isinstance(towers, Preprocesses) else None
+
+
+def decoded_side(towers: Towers) -> int | None:
+    """With how many pixels along either side, at least, JPEG files are decoded for these towers; None: whole."""
+    how = preprocessing_of(towers)
+    return None if how is None else how.decoded_side
 
 
 def _shortened(image: Image.Image) -> Image.Image:

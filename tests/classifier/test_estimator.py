@@ -104,7 +104,7 @@ def test_the_constructor_stores_its_arguments_and_does_nothing_else():
     given = {
         "method": "no such method", "towers": "/no/such/folder", "settings": {"no such setting": 1}, "templates": "no place",
         "descriptions": "/no/such/file", "seed": -1, "device": "abacus", "precision": "int3", "preprocess": "fold",
-        "revision": "none", "targets": "neither",
+        "revision": "none", "targets": "neither", "decode": "half",
     }  # fmt: skip
     learner = IncrementalClassifier(**given)
     assert learner.get_params() == given

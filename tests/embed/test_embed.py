@@ -318,6 +318,7 @@ def test_a_shard_that_is_damaged_before_the_end_is_not_merged(tmp_path, undistur
         ({"limit_train": 1}, "begun with limit-train 2, not 1"),
         ({"data": "shapes:dev"}, "begun with data shapes, not shapes:dev"),
         ({"preprocess": "squash"}, "begun with preprocess crop, not squash"),
+        ({"decode": "reduced"}, "begun with decode whole, not reduced"),
     ],
 )
 def test_what_was_begun_otherwise_is_refused(tmp_path, changes, says):

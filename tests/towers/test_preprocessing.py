@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from cairn.errors import TowersError
+from cairn.errors import ConfigError, TowersError
 from cairn.towers.catalogue import load_towers
 from cairn.towers.preprocessing import (
     CLIP_MEAN,
@@ -231,4 +231,30 @@ def test_the_fingerprint_of_what_older_versions_knew_is_theirs(towers):
     )
     assert Preprocessing(size=56).identity() == older
     changed = [Preprocessing(size=56, **{key: 7}).identity() for key in ("edge", "rescale", "fill")]
-    assert len({older, *changed}) == 4
+    changed.append(Preprocessing(size=56, decode="reduced").identity())
+    assert len({older, *changed}) == 5
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_a_reduced_jpeg_leaves_the_resize_twice_what_it_makes(mode):
+    whole = Preprocessing(size=SIZE, mode=mode)
+    assert whole.decoded_side is None
+    assert whole.with_decoding("whole") is whole
+    assert whole.with_decoding("reduced").decoded_side == 2 * SIZE
+    assert Preprocessing(size=SIZE, mode=mode, edge=56).with_decoding("reduced").decoded_side == 112
+    assert whole.with_decoding("reduced").with_mode("squash").decode == "reduced"
+
+
+def test_decoding_is_whole_unless_asked_for_and_refused_where_nothing_is_resized():
+    from cairn import IncrementalClassifier
+    from cairn.embed.plan import EmbedConfig
+    from cairn.experiment.schema import RunConfig
+
+    assert {RunConfig(method="dmc").decode, EmbedConfig().decode, IncrementalClassifier("dmc").decode} == {"whole"}
+    with pytest.raises(ConfigError, match="without being resized; leave it out"):
+        Preprocessing(size=SIZE, mode="keep").with_decoding("reduced")
+    with pytest.raises(ConfigError, match="decode 'half': must be whole or reduced"):
+        load_towers("tiny", device="cpu", decode="half")
+    assert (
+        load_towers("tiny", device="cpu").fingerprint != load_towers("tiny", device="cpu", decode="reduced").fingerprint
+    )

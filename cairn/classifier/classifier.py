@@ -524,6 +524,10 @@ class IncrementalClassifier(Fitted):
             raise DataError(f"{len(items)} images: explain takes one at a time")
         return self.predictions(items, reasons=best).told_reasons()[0]
 
+    def segment(self, images: Item | Iterable[Item], side: int = 224) -> np.ndarray:
+        """Where in images which class is, (n, side, side): see `Predictions.masks`."""
+        return self.predictions(images, reasons=1).masks(side)
+
     # on disk
 
     def _record(self) -> LearnerRecord:

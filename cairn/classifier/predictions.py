@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cairn.classifier.novelty import require_threshold
 from cairn.errors import ConfigError
+from cairn.maths.overlap import pixel_classes
 from cairn.types import Scores
 
 
@@ -34,6 +37,8 @@ class Predictions:
     """Images that have no row here, by their position among those given, and why they cannot be read."""
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(n,), which of the images given each row is of."""
+    segments: Float[Tensor, "n c g g"] | None = None
+    """Where reasons were asked for and the method finds objects: the probabilities of every patch, column 0 the background."""
     thresholds: np.ndarray | None = None
     """(k,), where images may show several classes: from this probability on one is said to be shown."""
 
@@ -45,6 +50,7 @@ class Predictions:
         """Those of several batches, one at least, as one."""
         first, whys = parts[0], [part.reasons for part in parts if part.reasons is not None]
         knowns = [part.known for part in parts if part.known is not None]
+        segments = [part.segments for part in parts if part.segments is not None]
         return cls(
             first.classes,
             torch.cat([part.scores for part in parts]),
@@ -54,6 +60,7 @@ class Predictions:
             next((part.patch_grid for part in parts if part.patch_grid is not None), None),
             {row: said for part in parts for row, said in part.unreadable.items()},
             np.concatenate([part.positions for part in parts]),
+            torch.cat(segments) if segments else None,
             first.thresholds,
         )
 
@@ -73,6 +80,20 @@ class Predictions:
         if self.reasons is None:
             raise ConfigError("reasons were not asked for; call predictions(images, reasons=3)")
         return self.reasons
+
+    def masks(self, side: int) -> np.ndarray:
+        """(n, side, side): of each pixel of what the tower saw of an image 0 for the background, c + 1 for class number c. Raises
+        ConfigError where objects are not found, or were not asked for."""
+        if not len(self):
+            return np.zeros((0, side, side), dtype=np.int64)
+        if self.reasons is None:
+            raise ConfigError("objects were not asked for; call predictions(images, reasons=1)")
+        if self.segments is None:
+            raise ConfigError(
+                "this learner does not tell where in a picture a class is: only one of method 'segment' that has learned from masks "
+                "does, as a run on data with masks keeps it (cairn run segment --keep-learner)"
+            )
+        return pixel_classes(self.segments, side, side).numpy()
 
     def shown(self, threshold: float | None = None) -> np.ndarray:
         """(n, k) of bool: which classes each image is said to show, by its probabilities and the classes' thresholds, or by one for

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cairn.classifier.calibration import Calibration
 from cairn.classifier.label_sets import LearnedSets
@@ -19,7 +20,7 @@ from cairn.data.folders import decoded, reason, unreadable
 from cairn.data.in_memory import InMemoryImages, Item
 from cairn.data.loading import Loader
 from cairn.errors import DataError, NotFinite, one_line
-from cairn.methods.protocol import Method, PatchReasons
+from cairn.methods.protocol import Method, PatchReasons, Segments
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.cached import CachedTowers
 from cairn.towers.preprocessing import decoded_side
@@ -123,8 +124,13 @@ class Scorer:
             telling.patch_grid(features) if self.reasons and telling is not None else None,
             bad,
             rows,
+            self._segments(features) if self.reasons else None,
             self._thresholds,
         )
+
+    def _segments(self, features: Features) -> Tensor | None:
+        method = self.method
+        return method.segment(features).cpu() if isinstance(method, Segments) and method.finds_objects else None
 
     @property
     def _thresholds(self) -> np.ndarray | None:

@@ -20,6 +20,10 @@ from cairn.reports.formats import csv_text
 
 if TYPE_CHECKING:
     from cairn.classifier.evaluation import Evaluation
+    from cairn.classifier.object_evaluation import ObjectEvaluation
+
+SEGMENTED = 12
+"""Pictures on the page with what is found in them, spread evenly."""
 
 SHOWN = 5
 """Pairs that are printed, and shown on the page."""
@@ -49,6 +53,13 @@ def evaluate(
     topk: Annotated[int, typer.Option(help="a class among so many likeliest counts in the second accuracy")] = 5,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="the classes as CSV on standard output")] = False,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="a folder with a PNG for each picture, called as the picture is: what is not black is its object; for learners that "
+            "tell where it is"
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="a page with the confusion matrix and pictures that are mixed up")
     ] = None,
@@ -76,6 +87,10 @@ def evaluate(
     with importing():
         held = IncrementalClassifier.load(learner, towers, device)
     require_meant(held.sets_ is not None, threshold)
+    if masks is not None and given.sets is not None:
+        raise ConfigError(
+            "--masks: a mask says where one object is, and these pictures may show several classes; leave it out"
+        )
     if given.sets is None:
         found = held.evaluate(given.files, given.names, unknown_below=unknown_below, on_bad_image=bad_images)
     else:
@@ -89,9 +104,16 @@ def evaluate(
         tell_sets(console, found, "json" if as_json else "csv" if as_csv else "text")
         return
     advice = held.advice(found.confused[:SHOWN])
-    report = found.report(topk, advice)
+    report, objects = found.report(topk, advice), None
+    if masks is not None:
+        with importing():
+            from cairn.classifier.object_evaluation import ObjectEvaluation
+        root = pictures if pictures.is_dir() else pictures.parent
+        places = [masks / file.relative_to(root).with_suffix(".png") for file in given.files]
+        objects = ObjectEvaluation.of(held, found, given.files, places)
+        report["objects"] = objects.report()
     if html is not None:
-        _write_page(found, report, html, str(learner))
+        _write_page(found, report, html, str(learner), objects)
         errors.note(f"-> {html}")
     if as_json:
         typer.echo(printable(json.dumps(report, indent=2, ensure_ascii=False)))
@@ -103,6 +125,14 @@ def evaluate(
             writer.writerow([csv_text(one_line(one.name)), *figures, one.support])
     else:
         _tell(console, found, report, topk, advice)
+
+
+def _tell_objects(console: Console, told: dict[str, Any]) -> None:
+    if told["mIoU"] is not None:
+        images = counted(told["images"], "picture")
+        console.note(
+            f"where it is: mIoU {100 * told['mIoU']:.1f} %, background {100 * (told['background'] or 0):.1f} %, of {images}"
+        )
 
 
 def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int, advice: list[str]) -> None:
@@ -136,6 +166,8 @@ def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int
             f"of classes that were not learned: {number} of {counted(len(found.foreign), 'label')}, {named}; called unknown: "
             f"{100 * (found.found_unknown or 0):.1f} %"
         )
+    if "objects" in report:
+        _tell_objects(console, report["objects"])
     names = list(map(str, found.predictions.classes))
     for pair, said in zip(found.confused[:SHOWN], advice, strict=False):
         examples = ", ".join(one_line(found.images[row]) for row in found.examples(pair)[:2])
@@ -145,9 +177,12 @@ def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int
         )
 
 
-def _write_page(found: Evaluation, report: dict[str, Any], path: Path, learner: str) -> None:
+def _write_page(
+    found: Evaluation, report: dict[str, Any], path: Path, learner: str, objects: ObjectEvaluation | None
+) -> None:
     from cairn.data.folders import decoded
     from cairn.reports.evaluation import evaluation_page, thumbnail
+    from cairn.reports.masks import MaskedPicture
     from cairn.storage.files import make_folder, write_chunks
 
     shown = [row for pair in found.confused[:SHOWN] for row in found.examples(pair)]
@@ -160,5 +195,10 @@ def _write_page(found: Evaluation, report: dict[str, Any], path: Path, learner: 
         )
         for row in shown
     }
+    segmented = []
+    if objects is not None:
+        for row in range(0, len(objects.files), max(1, len(objects.files) // SEGMENTED))[:SEGMENTED]:
+            one = MaskedPicture(objects.images[row], objects.found[row], objects.classes, objects.truth[row])
+            segmented.append({"name": str(objects.files[row]), **one.told()})
     make_folder(path.parent)
-    write_chunks(path, [evaluation_page(report, pictures, learner, SHOWN).encode()])
+    write_chunks(path, [evaluation_page(report, pictures, learner, SHOWN, segmented).encode()])

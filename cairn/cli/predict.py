@@ -251,21 +251,28 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
     import numpy as np
 
     from cairn.data.folders import decoded
+    from cairn.reports.masks import SIDE, MaskedPicture, mask_figure
     from cairn.reports.patches import bar_figure, patch_figure
     from cairn.storage.files import make_folder, write_json
     from cairn.towers.preprocessing import decoded_side
 
     make_folder(folder)
-    for file, reasons in zip(files, found.told_reasons(), strict=True):
+    masks = None if found.segments is None else found.masks(SIDE)
+    for row, (file, reasons) in enumerate(zip(files, found.told_reasons(), strict=True)):
         name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
         taken.add(name)
         seen = None
         if towers.has_images:
             seen = np.asarray(towers.prepare(decoded(file, decoded_side(towers))).permute(1, 2, 0))
-        if seen is not None and found.patch_grid is not None:
+        regions = {}
+        if seen is not None and masks is not None:
+            picture = MaskedPicture(seen, masks[row], list(map(str, found.classes)))
+            mask_figure(picture, folder / f"{name}.png")
+            regions = {"regions": [{"name": one.name, "share": one.found} for one in picture.regions]}
+        elif seen is not None and found.patch_grid is not None:
             patch_figure(seen, found.patch_grid, reasons, folder / f"{name}.png")
         elif seen is not None:
             bar_figure(seen, reasons, folder / f"{name}.png")
         grid = {} if found.patch_grid is None else {"grid": found.patch_grid}
-        write_json(folder / f"{name}.json", {"image": str(file), **grid, "classes": reasons})
+        write_json(folder / f"{name}.json", {"image": str(file), **grid, **regions, "classes": reasons})
         yield file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -257,7 +256,8 @@ def _run_one(
         from cairn.contrib.pycil import curve_lines
         from cairn.data.feature_store import FeatureStore
         from cairn.experiment.folder import RESULT, RunFolder, events_in, write_learner
-        from cairn.experiment.run import run_stream
+        from cairn.experiment.run import Outcome, run_stream
+        from cairn.experiment.segmented import write_segmented
         from cairn.experiment.trackers import Tracking
         from cairn.training.checkpoint import stopped_by_signals
         from cairn.training.context import Checkpoint, Log
@@ -291,11 +291,15 @@ def _run_one(
             for line in curve_lines(list(seen.values())):
                 console.note(line)
 
+    def learned(outcome: Outcome) -> None:
+        if call.keep_learner:
+            write_learner(folder, outcome)
+        write_segmented(folder, outcome)
+
     checkpoint = Checkpoint(call.checkpoint_seconds, call.checkpoint_steps, world)
     store = FeatureStore.configured() if call.cache else None
     try:
         with stopped_by_signals(checkpoint), console.live():
-            learned = partial(write_learner, folder) if call.keep_learner else None
             log = Log(keep=keep, show=console.progress) if world.is_main else Log()
             result = run_stream(call.run, log, learned, store, checkpoint, output.archive)
         if world.is_main:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
 from cairn.classifier.label_sets import LearnedSets
@@ -31,7 +30,7 @@ from cairn.maths.calibration_error import (
     negative_log_likelihood,
 )
 from cairn.maths.f1 import f1_by_class, macro_f1, micro_f1
-from cairn.maths.overlap import confusion, overlaps
+from cairn.maths.overlap import confusion, overlaps, pixel_classes
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method, Segments
 from cairn.storage.schema import Amount, Count, Positive, Share
@@ -210,7 +209,7 @@ class Evaluator:
             for rows in torch.arange(len(own)).split(SEGMENTED):
                 masks = torch.from_numpy(np.stack([self._mask(j, int(i)) for i in own[rows]]))
                 labels = self.loaders[j].labels[own[rows]] + 1
-                found = interpolate(method.segment(embedded[rows]), size=masks.shape[1:], mode="bilinear").argmax(1)
+                found = pixel_classes(method.segment(embedded[rows]), *masks.shape[1:])
                 truth = torch.where(masks, labels[:, None, None], 0)
                 counts += confusion(truth.flatten(), found.cpu().flatten(), k)
         return overlaps(torch.stack(self.world.all_gather(counts)).sum(0))

@@ -21,7 +21,7 @@ from cairn.data.descriptions import Descriptions
 from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
-from cairn.experiment.schema import SCHEMA_VERSION, RunConfig, RunResult, comparable_call
+from cairn.experiment.schema import SCHEMA_VERSION, SEGMENTED, RunConfig, RunResult, comparable_call
 from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated
@@ -179,7 +179,8 @@ class RunFolder:
         if overwrite:
             self.archive.clear()
         try:
-            (self.path / RESULT).unlink(missing_ok=True)
+            for left in (RESULT, SEGMENTED):
+                (self.path / left).unlink(missing_ok=True)
             self._events = open_append(self.path / EVENTS, append=bool(self.archive))
         except OSError as error:
             self._lock.release()

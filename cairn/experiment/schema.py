@@ -13,6 +13,9 @@ from cairn.storage.schema import Amount, Count, Difference, Positive, Share
 
 SCHEMA_VERSION = 1
 
+SEGMENTED = "segmented.json"
+"""Pictures that a run has segmented, beside its result."""
+
 
 def _bad_image(value: Any) -> Any:
     if value not in ("stop", "skip", "error"):
@@ -156,9 +159,6 @@ class RunResult(BaseModel):
     precision_by_class: list[Share | None] | None = Field(
         default=None, description="average precision of each class after the last task, where that is the metric"
     )
-    accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
-    seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
-    seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
     macro_f1: Share | None = Field(
         default=None,
         description="where images may show several classes, after the last task: mean of `f1_by_class`; null where accuracy is the "
@@ -179,6 +179,9 @@ class RunResult(BaseModel):
         description="calibrated probability from which an image is said to show each class, after the last task; from training "
         "images left out",
     )
+    accuracy: list[list[Share | None]] = Field(description="A[i][j]: after task i, on task j; null for j > i")
+    seen_accuracy: list[Share] = Field(description="A_i: after task i, over all test images of classes seen")
+    seen_accuracy_by_class: list[Share] = Field(description="the same, every class weighing alike")
     train_sizes: list[Count] = Field(default=[], description="training images per class, in order of arrival")
     unlabelled_sizes: list[Count] = Field(
         default=[], description="images without labels that came with each task; empty where there are none"

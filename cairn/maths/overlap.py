@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+def pixel_classes(q: Float[Tensor, "n c g g"], height: int, width: int) -> Int[Tensor, "n h w"]:
+    """Of each pixel the likeliest class, the probabilities of patches brought to that size bilinearly."""
+    return interpolate(q, size=(height, width), mode="bilinear").argmax(1)
 
 
 def confusion(truth: Int[Tensor, " n"], found: Int[Tensor, " n"], classes: int) -> Int[Tensor, "c c"]:

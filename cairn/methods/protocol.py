@@ -293,6 +293,11 @@ class Segments(ABC):
         """Of each image, as `embed` gives it, the probabilities of every patch: column 0 the background, then a column per class
         seen."""
 
+    @property
+    @abstractmethod
+    def finds_objects(self) -> bool:
+        """Whether it has seen background: of images without masks every patch is the object's."""
+
 
 class LearnsUnlabelled(ABC):  # noqa: B024 - nothing is left to write
     """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them."""

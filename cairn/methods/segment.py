@@ -177,6 +177,10 @@ class Segment(LearnsUnlabelled, Segments):
         g = round(q.shape[1] ** 0.5)
         return q.transpose(1, 2).unflatten(2, (g, g))
 
+    @property
+    def finds_objects(self) -> bool:
+        return bool(self.labelled[0] > 0)
+
     def _shares_of(self, features: Features) -> Float[Tensor, "n p c"]:
         return self._discriminant()(_dense(features.cpu(), self.towers.dim)).softmax(-1)
 

@@ -28,10 +28,15 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def evaluation_page(
-    report: Mapping[str, Any], pictures: Mapping[str, tuple[str, str, str]], learner: str, pairs: int
+    report: Mapping[str, Any],
+    pictures: Mapping[str, tuple[str, str, str]],
+    learner: str,
+    pairs: int,
+    segmented: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """HTML of `Evaluation.report()`. `pictures` has for the images that are shown a thumbnail, their class and the one that they
-    are taken for. Raises ConfigError if Jinja2 is missing."""
+    are taken for; `segmented` are those with what is found where in them (`MaskedPicture.told`).
+    Raises ConfigError if Jinja2 is missing."""
     most = max((max(row) for row in report["confusion"]["counts"]), default=0)
     top = next(key for key in report if key.startswith("top"))
     return rendered(
@@ -43,6 +48,7 @@ def evaluation_page(
         pairs=pairs,
         most=max(1, most),
         top=top,
+        segmented=segmented,
         legible=MOST,
     )
 

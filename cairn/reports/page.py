@@ -64,6 +64,8 @@ class Part:
     provenance: Settings | None = None
     reference: str | None = None
     metric: str = "Accuracy"
+    segmented: Sequence[tuple[str, Sequence[dict[str, Any]]]] = ()
+    """Of each line that segments, pictures of what its first run found."""
     tasks: Sequence[Sequence[str]] = ()
     """Names of the classes of each task."""
 
@@ -185,6 +187,7 @@ def _stream_part(stream: Stream, keys: dict[str, Key], reference: str | None) ->
         provenance=_side_by_side(stream.lines, _origin, "origin"),
         reference=base.label if against else None,
         metric=stream.metric,
+        segmented=[(line.label, line.first["segmented"]) for line in stream.lines if line.first["segmented"]],
         tasks=[
             first["class_order"][end - size : end]
             for size, end in zip(first["task_sizes"], stream.classes_seen, strict=True)

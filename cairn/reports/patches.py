@@ -21,7 +21,7 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
     The rest of the image is dimmed. Below, the sentences that patches went to, with their share of the local score.
     Raises ConfigError if matplotlib is missing.
     """
-    figure = _figure(figsize=(3.6 * len(reasons), 5.2))
+    figure = blank_figure(figsize=(3.6 * len(reasons), 5.2))
     from matplotlib.patches import Patch, Rectangle
 
     height, width = image.shape[0] / grid, image.shape[1] / grid
@@ -66,7 +66,7 @@ def bar_figure(image: np.ndarray, reasons: Sequence[dict[str, Any]], path: Path)
 
     Raises ConfigError if matplotlib is missing.
     """
-    figure = _figure(figsize=(7.2, 3.2))
+    figure = blank_figure(figsize=(7.2, 3.2))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     left.imshow(image)
     left.set_axis_off()
@@ -79,7 +79,8 @@ def bar_figure(image: np.ndarray, reasons: Sequence[dict[str, Any]], path: Path)
     figure.savefig(path, dpi=130)
 
 
-def _figure(**how: Any) -> Any:
+def blank_figure(**how: Any) -> Any:
+    """Raises ConfigError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

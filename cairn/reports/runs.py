@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cairn.errors import ResultError, one_line
-from cairn.experiment.schema import SCHEMA_VERSION
+from cairn.experiment.schema import SCHEMA_VERSION, SEGMENTED
 from cairn.maths.frequency import Frequency
 from cairn.reports.formats import Estimate, estimate
 from cairn.reports.tables import Result, files_below, label, settings_of, stream_keys
@@ -107,6 +107,29 @@ class _Stored(BaseModel):
         return self
 
 
+Picture = Annotated[str, Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/]+=*$")]
+
+
+class _Region(BaseModel):
+    name: str
+    colour: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
+    found: Share
+    true: Share | None
+
+
+class _Segmented(BaseModel):
+    name: str = Field(alias="class")
+    panels: dict[Literal["picture", "found", "true"], Picture]
+    regions: list[_Region]
+
+
+class _AllSegmented(BaseModel):
+    """The same of `segmented.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    pictures: list[_Segmented]
+
+
 class _Place(BaseModel):
     estimator: str
     seed: int
@@ -154,12 +177,21 @@ def _read(path: Path, form: type[BaseModel]) -> dict[str, Any]:
 
 
 def read_results(folders: Iterable[Path]) -> list[Result]:
-    """Every result at or below the folders, with its `path`, and as `waiting` the share of training spent waiting for data
-    if the run's events lie beside it."""
+    """Every result at or below the folders, with its `path`, as `waiting` the share of training spent waiting for data if the
+    run's events lie beside it, and as `segmented` the pictures that it has segmented."""
     return [
-        _read(path, _Stored) | {"path": path, "waiting": _waiting(path.with_name("events.jsonl"))}
+        _read(path, _Stored)
+        | {
+            "path": path,
+            "waiting": _waiting(path.with_name("events.jsonl")),
+            "segmented": _segmented(path.with_name(SEGMENTED)),
+        }
         for path in files_below(folders, "result.json")
     ]
+
+
+def _segmented(path: Path) -> list[dict[str, Any]]:
+    return _read(path, _AllSegmented)["pictures"] if path.is_file() else []
 
 
 def read_drifts(folders: Iterable[Path]) -> list[dict[str, Any]]:

@@ -66,6 +66,19 @@ class Reason(Likely):
     patches: list[Patch]
 
 
+class Region(BaseModel):
+    name: str
+    colour: str = Field(description="of it in the mask")
+    share: float = Field(description="of the area, 0 to 1")
+
+
+class Objects(BaseModel):
+    mask: str = Field(
+        description="a PNG as a data: address, to be laid over what the tower saw; the background is clear"
+    )
+    regions: list[Region] = Field(description="the largest first")
+
+
 class Prediction(BaseModel):
     classes: list[Likely] = Field(description="the likeliest first")
     labels: list[Likely] | None = Field(
@@ -77,6 +90,9 @@ class Prediction(BaseModel):
     grid: int | None = Field(description="patches along a side; null for methods without")
     view: str = Field(description="what the tower saw: crop or keep, the centre square, or squash or pad, all of it")
     reasons: list[Reason]
+    objects: Objects | None = Field(
+        default=None, description="where in the picture each class is; null unless it is told"
+    )
 
 
 class ClassAccuracy(BaseModel):

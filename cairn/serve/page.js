@@ -323,11 +323,36 @@ function bar({ name, probability }) {
   return element("li", {}, row);
 }
 
+function swatch(fill) {
+  const made = drawn("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" });
+  made.append(drawn("rect", { x: 0.5, y: 0.5, width: 9, height: 9, rx: 2, fill }));
+  return made;
+}
+
+// Of a cropped picture the centre square was seen: exactly where "meet" puts the square of the drawing
+function place(overlay, n) {
+  overlay.setAttribute("viewBox", `0 0 ${n} ${n}`);
+  overlay.setAttribute("preserveAspectRatio", { squash: "none", pad: "xMidYMid slice" }[answer.view] ?? "xMidYMid meet");
+}
+
+function drawObjects({ mask, regions }) {
+  if ($("show-patches").checked) {
+    place($("overlay"), 1);
+    const image = drawn("image", { href: mask, width: 1, height: 1, preserveAspectRatio: "none" });
+    $("overlay").append(image);
+  }
+  $("phrases-title").textContent = regions.length ? "Where it is" : "No part of it shows a known class";
+  $("phrase-list").replaceChildren(...regions.map(({ name, colour, share }) =>
+    element("li", {}, swatch(colour), element("span", { class: "percent" }, percent(share)), element("span", { dir: "auto" }, name))));
+}
+
 function draw() {
   const reason = answer?.reasons[why];
   const overlay = $("overlay");
   overlay.replaceChildren();
-  $("phrases").hidden = $("overlay-choice").hidden = !reason;
+  $("phrases").hidden = $("overlay-choice").hidden = !reason && !answer?.objects;
+  $("show-what").textContent = answer?.objects ? "Show where it is" : "Show what speaks for it";
+  if (answer?.objects) return drawObjects(answer.objects);
   if (!reason) return;
   const shares = new Map();
   for (const { sentence, share } of reason.patches) shares.set(sentence, (shares.get(sentence) || 0) + share);
@@ -336,9 +361,7 @@ function draw() {
 
   if ($("show-patches").checked) {
     const n = answer.grid;
-    overlay.setAttribute("viewBox", `0 0 ${n} ${n}`);
-    // Of a cropped picture the centre square was seen: exactly where "meet" puts the square of the drawing
-    overlay.setAttribute("preserveAspectRatio", { squash: "none", pad: "xMidYMid slice" }[answer.view] ?? "xMidYMid meet");
+    place(overlay, n);
     let dim = `M${-20 * n} ${-20 * n}h${41 * n}v${41 * n}h${-41 * n}z`;
     const frames = [];
     for (const { patch, sentence } of reason.patches) {
@@ -351,10 +374,8 @@ function draw() {
 
   $("phrases-title").textContent = `What speaks for ${reason.name}`;
   $("phrase-list").replaceChildren(...order.map((sentence) => {
-    const swatch = drawn("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" });
-    swatch.append(drawn("rect", { x: 0.5, y: 0.5, width: 9, height: 9, rx: 2, fill: colour(sentence) }));
     const share = element("span", { class: "percent" }, percent(shares.get(sentence)));
-    return element("li", {}, swatch, share, element("span", { dir: "auto" }, sentence));
+    return element("li", {}, swatch(colour(sentence)), share, element("span", { dir: "auto" }, sentence));
   }));
 }
 

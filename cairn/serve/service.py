@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, undo
+from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import HistoryEntry
 from cairn.data.folders import decoded_within, reason
 from cairn.data.identity import content_hash
@@ -27,6 +28,7 @@ from cairn.data.names import class_name, require_text
 from cairn.errors import ConfigError, DataError, Interrupted, ResultError, counted, one_line
 from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses, KeepsSums
+from cairn.reports.masks import SIDE, MaskedPicture, transparent_address
 from cairn.storage.archive import Archive
 from cairn.storage.schema import validated
 from cairn.towers.preprocessing import decoded_side, preprocessing_of
@@ -111,6 +113,7 @@ class Service:
                 "grid": found.patch_grid,
                 "view": (given := preprocessing_of(self.towers)) and given.mode,
                 "reasons": reasons,
+                "objects": None if found.segments is None else _objects(image, found),
             }
 
     def estimate(self) -> dict[str, Any]:
@@ -313,6 +316,12 @@ def _estimate(learner: IncrementalClassifier) -> dict[str, Any]:
         "confusions": M[np.ix_(shown, shown)].tolist(),
         "others": [float(M[c].sum() - M[c, shown].sum()) for c in shown],
     }
+
+
+def _objects(image: np.ndarray, found: Predictions) -> dict[str, Any]:
+    picture = MaskedPicture(image, found.masks(SIDE)[0], list(map(str, found.classes)))
+    regions = [{"name": one.name, "colour": one.colour, "share": one.found} for one in picture.regions]
+    return {"mask": transparent_address(picture), "regions": regions}
 
 
 def _unreadable(what: str, error: Exception) -> HTTPException:

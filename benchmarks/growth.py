@@ -26,8 +26,8 @@ from cairn.methods.dmc_ot import Motion
 from cairn.methods.parts.stages import TextStage, align_text
 from cairn.towers.features import FeatureTowers
 from cairn.training.context import Context
+from cairn.training.fit import Schedule
 from cairn.training.log import Log
-from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 
 SIZES = {

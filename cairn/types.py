@@ -1,12 +1,15 @@
-"""The types that cross module borders: shapes of tensors, and what towers declare.
+"""The types that cross module borders: shapes of tensors, what towers declare, and the state of a learner.
 
 Letters: n rows, d width, k classes, m prompts, p patches, t tasks.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
+import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
@@ -28,4 +31,24 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 """Arithmetic inside the towers."""
 
 State: TypeAlias = dict[str, Tensor]
-"""Of a learner: one flat dictionary, what safetensors can hold and nothing it cannot. See `cairn.towers.state`."""
+"""Of a learner: one flat dictionary, what safetensors can hold and nothing it cannot."""
+
+
+def flattened(parts: Mapping[str, State]) -> State:
+    """{'image': {'a': t}} to {'image.a': t}."""
+    return {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}
+
+
+def part(state: State, name: str) -> State:
+    """The inverse, for one part."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def words(names: Sequence[str]) -> Tensor:
+    """Strings as a uint8 tensor of their JSON."""
+    return torch.tensor(list(json.dumps(list(names)).encode()), dtype=torch.uint8)
+
+
+def spelled(tensor: Tensor) -> list[str]:
+    """The inverse of `words`."""
+    return json.loads(bytes(tensor.tolist()))

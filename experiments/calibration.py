@@ -31,12 +31,11 @@ from cairn.maths.calibration_error import calibration_error
 from cairn.methods.catalogue import METHODS
 from cairn.methods.protocol import Method
 from cairn.towers.cached import kept
-from cairn.towers.state import State
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.encode import encode
 from cairn.training.seeds import Seeds
-from cairn.types import Scores
+from cairn.types import Scores, State
 
 STREAMS: dict[str, dict[str, Any]] = {
     "ucf101": {"data": "data/clip-vit-b32-features/ucf101.safetensors"},

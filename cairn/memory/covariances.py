@@ -9,6 +9,7 @@ had to be added to a singular S before it had a factor, as a share of its averag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from cairn.maths.gaussian import cholesky_repaired, draw, low_rank, low_rank_draw
+from cairn.maths.gaussian import Halved, cholesky_repaired, draw, low_rank, low_rank_draw
 from cairn.maths.shrinkage import Shrinkage
 
 Held: TypeAlias = dict[str, Tensor]
@@ -230,3 +231,31 @@ def _unpacked(lower: Float[Tensor, " t"], d: int) -> Float[Tensor, "d d"]:
     S[rows, columns] = lower
     S[columns, rows] = lower
     return S
+
+
+Factors = tuple[Tensor, ...]
+"""As the kind of covariance makes them, stacked: of a full one the triangles and what was added to each."""
+
+Key = tuple[tuple[int, ...], torch.device]
+
+
+class KeptFactors:
+    """Up to `limit` bytes; what is beyond is made again for every draw. With `halved`, triangles are kept in half precision."""
+
+    def __init__(self):
+        self._kept: dict[Key, tuple[Factors, Halved | None]] = {}
+        self._bytes = 0
+
+    def of(self, key: Key, make: Callable[[], Factors], limit: int, *, halved: bool) -> Factors:
+        """Those of `key`, which `make` makes. Whether they were kept or not changes nothing in them."""
+        if key not in self._kept:
+            factors, small = make(), None
+            if halved:
+                small, factors = Halved.of(factors[0]), factors[1:]
+            size = sum(tensor.nbytes for tensor in (*factors, *(small or ())))
+            if self._bytes + size > limit:
+                return factors if small is None else (small.whole(), *factors)
+            self._kept[key] = factors, small
+            self._bytes += size
+        factors, small = self._kept[key]
+        return factors if small is None else (small.whole(), *factors)

@@ -22,8 +22,7 @@ from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
-from cairn.memory.covariances import Covariance, Full, Held, LowRank
-from cairn.memory.factors import KeptFactors
+from cairn.memory.covariances import Covariance, Full, Held, KeptFactors, LowRank
 from cairn.memory.protocol import rows_by_class
 from cairn.settings import Settings, kind_by_name
 from cairn.types import Features, Labels

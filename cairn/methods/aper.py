@@ -20,12 +20,11 @@ from cairn.methods.parts.first_session import adapted
 from cairn.methods.protocol import Card
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Bottleneck, ImageEncoder, Tuning
 from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores, State
+from cairn.training.fit import Schedule
+from cairn.types import Features, Pixels, Scores, State, flattened, part
 
 
 class AperConfig(Settings):

@@ -51,10 +51,9 @@ from cairn.methods.protocol import (
 )
 from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 KAPPAS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 KAPPA = 2.0

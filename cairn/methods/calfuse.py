@@ -45,8 +45,7 @@ from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
+from cairn.training.fit import Schedule, fit
 from cairn.types import Features, Pixels, Scores, State
 
 

@@ -47,12 +47,10 @@ from cairn.methods.protocol import FROZEN, Card, NamesClasses
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Pixels, Scores, State, flattened, part
 
 
 class Graph(Settings):

@@ -28,10 +28,9 @@ from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring,
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import Prompts
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.types import Features, Labels, Pixels, State
+from cairn.types import Features, Labels, Pixels, State, flattened, part
 
 
 class Gaussian(GaussianSettings):

@@ -23,7 +23,7 @@ from cairn.methods.parts.stages import VisionStage
 from cairn.methods.protocol import Card
 from cairn.settings import Settings
 from cairn.towers.tuning import Full
-from cairn.training.schedule import Schedule
+from cairn.training.fit import Schedule
 from cairn.types import Features, Labels
 
 

@@ -51,13 +51,11 @@ from cairn.methods.protocol import Card, ChoosesRanks
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.factored import Factored, inject, plain
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tokens import WithTokens
 from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Pixels, State, flattened, part
 
 LATER = 0.1
 """Rate of what all tasks share, from the second task on, as a share of the schedule's [I]."""

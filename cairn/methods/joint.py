@@ -50,12 +50,11 @@ from cairn.methods.parts.stages import (
 from cairn.methods.protocol import Card, HoldsOut, KeepsImages, NamesClasses
 from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.training.fit import Schedule
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 
 class JointConfig(Settings):

@@ -59,12 +59,10 @@ from cairn.methods.parts.projector import Projector, UnitLength
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring, LearnsUnlabelled, NamesClasses
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import BESIDE, Context, Log
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 DROPOUT = 0.5
 """Share of the entries that L_fp does without [P]."""

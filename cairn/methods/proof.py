@@ -34,12 +34,10 @@ from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
 from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Pixels, Scores, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Pixels, Scores, State, flattened, part
 
 
 class ProofConfig(Settings):

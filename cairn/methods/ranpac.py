@@ -30,12 +30,11 @@ from cairn.methods.parts.random_features import RandomFeatures
 from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Frozen, ImageEncoder, Tuning
 from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.training.fit import Schedule
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 
 class RanpacConfig(Settings):

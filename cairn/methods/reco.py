@@ -48,12 +48,10 @@ from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, Method, NamesClasses
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 DUPLICATE = 0.999
 """Cosine from which a row of an outside memory is taken for the same picture."""

@@ -52,12 +52,10 @@ from cairn.methods.parts.two_stage import TrainedVision
 from cairn.methods.protocol import Card, LearnsOnline
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Frozen, ImageEncoder, Lora, Projection
 from cairn.training.context import Context, Seeds
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Features, Labels, Pixels, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Features, Labels, Pixels, State, flattened, part
 
 EMBEDDED = 256
 """Items of the buffer that pass the tower at once, for class means."""

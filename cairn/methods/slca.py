@@ -41,13 +41,11 @@ from cairn.methods.parts.stages import competing
 from cairn.methods.protocol import Card, GaussianScoring
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
 from cairn.training.context import Context, Seeds
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import BetaAverage, Schedule
-from cairn.types import Features, Labels, Pixels, Scores, State
+from cairn.training.fit import BetaAverage, Schedule, fit
+from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
 
 class SlowLearner(Settings):

@@ -53,12 +53,10 @@ from cairn.methods.protocol import (
 )
 from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part, spelled, words
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
-from cairn.types import Attention, Features, Pixels, Scores, State
+from cairn.training.fit import Schedule, fit
+from cairn.types import Attention, Features, Pixels, Scores, State, flattened, part, spelled, words
 
 
 class Local(Settings):

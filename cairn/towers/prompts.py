@@ -21,8 +21,7 @@ from cairn.data.templates import spoken
 from cairn.errors import ConfigError
 from cairn.maths.rows import replaced, without
 from cairn.towers.protocol import TextTower, Towers
-from cairn.towers.state import spelled, words
-from cairn.types import State
+from cairn.types import State, spelled, words
 
 if TYPE_CHECKING:
     from cairn.towers.prefix import PromptTree

@@ -20,8 +20,8 @@ from cairn.methods import acil, aper, lda, ranpac
 from cairn.methods.parts.random_features import RandomFeatures
 from cairn.towers.tuning import Bottleneck, Full, Lora
 from cairn.training.context import Context
+from cairn.training.fit import Schedule
 from cairn.training.log import Log
-from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 
 

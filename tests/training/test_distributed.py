@@ -22,9 +22,8 @@ from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context, SyncSchedule
 from cairn.training.distributed import ALONE, ProcessLost, World
 from cairn.training.encode import encode
-from cairn.training.fit import fit
+from cairn.training.fit import Schedule, fit
 from cairn.training.log import Log
-from cairn.training.schedule import Schedule
 from cairn.training.seeds import Seeds
 
 LAUNCH = {

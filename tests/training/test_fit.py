@@ -14,9 +14,8 @@ from torch import nn
 from cairn.errors import NotFinite
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
-from cairn.training.fit import fit
+from cairn.training.fit import BetaAverage, Schedule, fit
 from cairn.training.log import Log
-from cairn.training.schedule import BetaAverage, Schedule
 from cairn.training.seeds import Seeds
 
 

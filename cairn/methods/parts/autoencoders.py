@@ -23,8 +23,7 @@ from cairn.memory.gaussians import LONE_VARIANCE
 from cairn.memory.generators import Decoders, GeneratorMemory
 from cairn.settings import Settings
 from cairn.training.context import Context
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
+from cairn.training.fit import Schedule, fit
 from cairn.types import Features, Labels
 
 

@@ -18,8 +18,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import Schedule
+from cairn.training.fit import Schedule, fit
 from cairn.types import Features, Labels
 
 

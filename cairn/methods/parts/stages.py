@@ -24,8 +24,7 @@ from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
-from cairn.training.fit import fit
-from cairn.training.schedule import BetaAverage, Schedule
+from cairn.training.fit import BetaAverage, Schedule, fit
 from cairn.types import Features, Pixels
 
 Loss = Callable[[Float[Tensor, "n d"], Float[Tensor, "k d"], Int[Tensor, " n"], float], Float[Tensor, ""]]

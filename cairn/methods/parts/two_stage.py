@@ -17,11 +17,10 @@ from cairn.methods.parts.prior import PriorWeight
 from cairn.methods.parts.stages import TextPrior, VisionPrior, class_anchors, rename_text, renamed_anchors
 from cairn.methods.protocol import CosineScoring, GaussianScoring, NamesClasses
 from cairn.towers.protocol import Towers
-from cairn.towers.state import flattened, part
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import Ordered, encode
-from cairn.types import Features, Labels, Pixels, State
+from cairn.types import Features, Labels, Pixels, State, flattened, part
 
 
 @runtime_checkable

@@ -54,7 +54,7 @@ PLANTS = (
     Plant("patches least alike chosen", "maths/alignment.py", "chosen = ranked.topk(K, dim=-1).indices", "chosen = (-ranked).topk(K, dim=-1).indices", ALIGNMENT),
     Plant("every candidate counts the same", "maths/alignment.py", "weighted = prior[rows, columns, None] * found.share", "weighted = found.share", ALIGNMENT),
     Plant("classes not looked at win", "maths/alignment.py", "S.amin(1, keepdim=True)", "S.amax(1, keepdim=True)", ALIGNMENT),
-    Plant("ridge squared", "maths/ridge.py", "shifted.diagonal().add_(lam)", "shifted.diagonal().add_(lam**2)", (*RIDGE, *SECOND)),
+    Plant("ridge squared", "maths/ridge.py", "L.diagonal().add_(lam)", "L.diagonal().add_(lam**2)", (*RIDGE, *SECOND)),
     Plant("recursive head with the old inverse", "maths/ridge.py", "P = P - PH @ torch.cholesky_solve(PH.T, L)", "P = P - 0.5 * PH @ torch.cholesky_solve(PH.T, L)", RIDGE),
     Plant("margin of the wrong sign", "methods/clipood.py", "z - margin * T[y]", "z + margin * T[y]", CLIPOOD),
     Plant("contrast over all texts, not those of the batch", "maths/losses.py", "-log_share[which, torch.arange", "-log_share[0 * which, torch.arange", LOSSES),

@@ -1,16 +1,19 @@
-"""A LoRA that a checkpoint brings: merged into its weights, so that the towers are those that were fine-tuned.
+"""A LoRA that a checkpoint brings: merged into its weights, so that the towers are those that were fine-tuned; a model that
+carries one unmerged is refused.
 
 Source: Hu et al., LoRA (2021), section 4.1: W + (alpha / rank) B A, in the variants that peft's config names.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cairn.errors import TowersError, counted, first_line
 from cairn.storage.files import read_json
@@ -81,3 +84,16 @@ def with_adapter(model: CLIPModel, folder: Path) -> CLIPModel:
                 "the model that it was trained on"
             )
     return adapted.merge_and_unload().eval().requires_grad_(False)
+
+
+def require_unadapted(model: nn.Module, where: str) -> None:
+    """Raises TowersError for a model that carries layers of peft: what they add is no part of its weights."""
+    if "peft" not in sys.modules:  # then no module can be a layer of it
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        raise TowersError(
+            f"{where}: carries an adapter of peft on {counted(len(found), 'layer')}, first '{found[0]}'; give the model that its "
+            "merge_and_unload() returns"
+        )

@@ -17,8 +17,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from cairn.data.templates import filled, prompt_templates
 from cairn.errors import ConfigError, TowersError, counted
+from cairn.towers.adapter import require_unadapted
 from cairn.towers.fingerprint import full_fingerprint
-from cairn.towers.lora import require_unadapted
 from cairn.towers.patches import embedded_tokens
 from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import FrozenBlock, PromptTree, last_hidden, prompt_tree

@@ -1,4 +1,4 @@
-"""What is trained of the image side: a family of choices, each an object, and the encoder that results.
+"""What is trained of the image side: a family of choices, each an object with its layers, and the encoder that results.
 
 The paper ([P], abstract) says that the vision encoder is trained; by which means is ours to choose [I]. LoRA on keys and
 values follows MG-CLIP [K], full tuning with a Beta moving average CLIPood [K], the projection alone BOFA [K].
@@ -7,6 +7,7 @@ values follows MG-CLIP [K], full tuning with a Beta moving average CLIPood [K], 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,12 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from cairn.errors import ConfigError, counted
-from cairn.towers import lora
 from cairn.towers.protocol import Towers
 from cairn.types import Features, Pixels
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPMLP
+
+LORA = "cairn"
+"""Name of the LoRA in stored tensors, `LAYER.lora_A.cairn.weight`: those of peft for an adapter of this name."""
 
 
 class _Choice(BaseModel):
@@ -38,7 +41,7 @@ class Frozen(_Choice):
 
 
 class Lora(_Choice):
-    """Low-rank deltas on layers chosen by regex, continued over the tasks [K: MG-CLIP]."""
+    """Low-rank deltas on linear layers chosen by regex, continued over the tasks [K: MG-CLIP]."""
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, description="rank of each delta")
@@ -50,8 +53,100 @@ class Lora(_Choice):
     )
 
     def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
-        lora.inject(vision, targets=self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout, rng=rng)
+        linear = {name: module for name, module in vision.named_modules() if isinstance(module, nn.Linear)}
+        matching = {name: layer for name, layer in linear.items() if re.fullmatch(self.targets, name)}
+        if not matching:
+            raise ConfigError(
+                f"lora targets '{self.targets}': no layer matches; linear layers are named like {next(iter(linear))}"
+            )
+        for name, layer in matching.items():
+            parent, _, child = name.rpartition(".")
+            adapted = LowRank(layer, self.rank, self.alpha, self.dropout, rng)
+            vision.get_submodule(parent).add_module(child, adapted)
         return vision
+
+
+class LowRank(nn.Module):
+    """A linear layer with a delta beside it: x -> W x + b + (alpha / rank) B A x, B zero at first.
+
+    A is Kaiming-uniform from `rng`. `dropout` is that of `SeededDropout`, on the input of A.
+    Source: Hu et al., LoRA (2021), section 4.1; computed as peft computes it, to the bit.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, rng: torch.Generator):
+        super().__init__()
+        self.base_layer, self.scale, self.merged = base, alpha / rank, False
+        self.lora_dropout = SeededDropout(dropout) if dropout else nn.Identity()
+        A, B = _weight_alone(base, base.in_features, rank), _weight_alone(base, rank, base.out_features)
+        bound = base.in_features**-0.5  # kaiming_uniform with a = sqrt(5)
+        A.weight.data.copy_(torch.rand(A.weight.shape, generator=rng) * 2 * bound - bound)
+        nn.init.zeros_(B.weight)
+        self.lora_A, self.lora_B = nn.ModuleDict({LORA: A}), nn.ModuleDict({LORA: B})
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if self.merged:
+            return result
+        dropped = self.lora_dropout(x.to(self.base_layer.weight.dtype))
+        return result + self.lora_B[LORA](self.lora_A[LORA](dropped)) * self.scale
+
+    def delta(self) -> Tensor:
+        """(alpha / rank) B A."""
+        A, B = (matrix[LORA].get_parameter("weight") for matrix in (self.lora_A, self.lora_B))
+        return B @ A * self.scale
+
+
+def _weight_alone(like: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    """A layer without bias, of the kind and on the device of `like`; its numbers are not set."""
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=like.weight.dtype)
+    return layer.to_empty(device=like.weight.device)
+
+
+class SeededDropout(nn.Module):
+    """x m / (1 - p) with m ~ Bernoulli(1 - p) for each number, drawn from `generator`; x itself while there is none.
+
+    torch's own dropout draws from the global generator, so that a stage could not be resumed to the bit.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.generator is None:
+            return x
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
+@contextmanager
+def dropping(tower: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Inside, dropout is on and draws from `generator`."""
+    layers = [module for module in tower.modules() if isinstance(module, SeededDropout)]
+    for layer in layers:
+        layer.generator = generator
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.generator = None
+
+
+@contextmanager
+def merged(tower: nn.Module) -> Iterator[None]:
+    """Inside, the deltas are part of the weights; on leaving, the weights are what they were, to the bit."""
+    layers = [module for module in tower.modules() if isinstance(module, LowRank)]
+    kept = [layer.base_layer.weight.data for layer in layers]
+    try:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.base_layer.weight.data = weight + layer.delta()
+            layer.merged = True
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.base_layer.weight.data = weight
+            layer.merged = False
 
 
 class Full(_Choice):
@@ -203,7 +298,7 @@ class ImageEncoder:
     @contextmanager
     def training(self, generator: torch.Generator) -> Iterator[None]:
         """Dropout on, drawn from `generator`. Outside, embeddings are the same in every pass."""
-        with lora.dropping(self.module, generator):
+        with dropping(self.module, generator):
             yield
 
     @contextmanager
@@ -211,7 +306,7 @@ class ImageEncoder:
         """No gradients, deltas merged into the weights."""
         with torch.no_grad():
             if self.tuning.kind == "lora":
-                with lora.merged(self.module):
+                with merged(self.module):
                     yield
             else:
                 yield

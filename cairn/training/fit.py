@@ -1,4 +1,4 @@
-"""The one training loop.
+"""The one training loop, and its schedule: optimiser, learning rate, and the average of the weights along the way.
 
 Several processes go through it side by side. Batches of images are those of one process, and each process has a part of the
 rows: gradients are summed, so that a step is what one process makes of the whole batch, up to the order of sums. Batches of

@@ -88,8 +88,8 @@ PLANTS = (
     Plant("spa replays the last two classes alone", "methods/spa.py", "self.old.draw(self.per_class, rng)", "self.old.draw(self.per_class, rng, range(max(0, self.old.classes - 2), self.old.classes))", VALUES),
     Plant("discriminant without the volume", "methods/lda.py", "W.diagonal().log().sum() - ((x", "0 * W.diagonal().log().sum() - ((x", HEADS),
     # training
-    Plant("dropout stays on", "towers/lora.py", "            layer.generator = None\n", "            pass\n", TUNING),
-    Plant("dropout does not scale", "towers/lora.py", "x * kept / (1 - self.p)", "x * kept", TUNING),
+    Plant("dropout stays on", "towers/tuning.py", "            layer.generator = None\n", "            pass\n", TUNING),
+    Plant("dropout does not scale", "towers/tuning.py", "x * kept / (1 - self.p)", "x * kept", TUNING),
     Plant("dropout of every step alike", "training/fit.py", "ctx.seeds.at(step=step, **part)", "ctx.seeds.at(step=0, **part)", FIT),
     Plant("average with even weights", "training/fit.py", "(x * (1 - x)) ** (self.beta - 1)", "1.0", FIT),
     Plant("start of the trajectory not averaged", "training/fit.py", "        if step == 0:\n", "        if step < 0:\n", FIT),

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from cairn.errors import ConfigError
-from cairn.towers import lora
 from cairn.towers.factored import Factored, inject, plain
 from cairn.towers.tokens import WithTokens, first_patch
+from cairn.towers.tuning import LORA, Lora, LowRank
 
 TARGETS = r".*vision_model.*\.self_attn\.(k_proj|v_proj)"
 
@@ -61,18 +61,18 @@ def test_bases_are_orthonormal_and_no_larger_than_the_layer():
     assert Factored(linear(), 16, rng()).C.shape == (5, 5)
 
 
-def test_with_the_identity_between_them_it_is_peft_s_delta(towers, pixels):
+def test_with_the_identity_between_them_it_is_the_delta_of_a_lora(towers, pixels):
     """alpha = r, B = U, A = V, of every layer."""
-    theirs, ours = towers.vision(), towers.vision()
-    lora.inject(theirs, targets=TARGETS, rank=4, alpha=4.0, dropout=0.0, rng=rng())
+    ours = towers.vision()
+    theirs = Lora(rank=4, alpha=4.0, targets=TARGETS).attach(towers.vision(), towers.dim, rng())
     layers = inject(ours, TARGETS, 4, rng(2))
-    adapted = [m for m in theirs.modules() if hasattr(m, "lora_A")]
+    adapted = [module for module in theirs.modules() if isinstance(module, LowRank)]
     assert len(adapted) == len(layers)
     with torch.no_grad():
-        for peft_layer, layer in zip(adapted, layers, strict=True):
+        for lora_layer, layer in zip(adapted, layers, strict=True):
             layer.C.copy_(torch.eye(4))
-            peft_layer.lora_A[lora.ADAPTER].weight.copy_(layer.V)
-            peft_layer.lora_B[lora.ADAPTER].weight.copy_(layer.U)
+            lora_layer.lora_A[LORA].weight.copy_(layer.V)
+            lora_layer.lora_B[LORA].weight.copy_(layer.U)
         torch.testing.assert_close(ours(pixels), theirs(pixels), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(ours(pixels), towers.image(pixels), atol=1e-2)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from cairn.errors import ConfigError
-from cairn.towers import lora
 from cairn.towers.features import FeatureTowers
-from cairn.towers.tuning import Adapter, Bottleneck, Frozen, Full, ImageEncoder, Lora, Projection
+from cairn.towers.tuning import LORA, Adapter, Bottleneck, Frozen, Full, ImageEncoder, Lora, Projection
 
 CHOICES = [Frozen(), Lora(rank=4), Full(), Projection(), Adapter(), Bottleneck(width=8)]
 
@@ -87,8 +88,8 @@ def test_lora_is_the_written_formula(towers):
     choice = Lora(rank=4, alpha=6.0)
     encoder = shaken(ImageEncoder(towers, choice, rng()))
     layer = encoder.module.vision_model.encoder.layers[0].self_attn.k_proj
-    x = torch.randn(5, layer.in_features, generator=rng(3))
-    A, B = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
+    x = torch.randn(5, layer.base_layer.in_features, generator=rng(3))
+    A, B = layer.lora_A[LORA].weight, layer.lora_B[LORA].weight
     expected = x @ layer.base_layer.weight.T + layer.base_layer.bias + choice.alpha / choice.rank * (x @ A.T) @ B.T
     torch.testing.assert_close(layer(x), expected)
 
@@ -98,8 +99,8 @@ def test_dropout_is_the_written_formula_and_off_outside_training(towers):
     p, choice = 0.4, Lora(rank=4, alpha=6.0, dropout=0.4)
     encoder = shaken(ImageEncoder(towers, choice, rng()))
     layer = encoder.module.vision_model.encoder.layers[0].self_attn.k_proj
-    x = torch.randn(5, layer.in_features, generator=rng(3))
-    A, B = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
+    x = torch.randn(5, layer.base_layer.in_features, generator=rng(3))
+    A, B = layer.lora_A[LORA].weight, layer.lora_B[LORA].weight
     base = x @ layer.base_layer.weight.T + layer.base_layer.bias
 
     def expected(seen):
@@ -151,16 +152,29 @@ def test_weights_come_back_even_if_inference_fails(towers, pixels):
     assert torch.equal(encoder(pixels).detach(), apart)
 
 
-def test_a_delta_is_restored_alone(towers, pixels):
-    encoder = shaken(ImageEncoder(towers, Lora(rank=4), rng()))
-    kept, before = lora.delta(encoder.module), encoder(pixels).detach()
-    assert all("lora_" in name for name in kept)
-    shaken(encoder)
-    assert not torch.allclose(encoder(pixels), before)
-    lora.restore(encoder.module, kept)
-    assert torch.equal(encoder(pixels).detach(), before)
-    with pytest.raises(KeyError, match="delta has 1 tensors"):
-        lora.restore(encoder.module, dict([next(iter(kept.items()))]))
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 6.0), (3, 1.0)])
+def test_lora_is_that_of_peft_to_the_bit(towers, pixels, rank, alpha):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    choice = Lora(rank=rank, alpha=alpha)
+    encoder = shaken(ImageEncoder(towers, choice, rng()))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=choice.targets, bias="none")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = inject_adapter_in_model(config, towers.vision(), adapter_name=LORA).eval()
+    assert [name for name, _ in theirs.named_parameters()] == [name for name, _ in encoder.module.named_parameters()]
+    theirs.load_state_dict(encoder.module.state_dict())
+
+    assert torch.equal(theirs(pixels), encoder(pixels))
+    for module in (theirs, encoder.module):
+        module(pixels).square().sum().backward()
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
+    assert all(torch.equal(p.grad, wanted[name]) for name, p in encoder.module.named_parameters() if p.requires_grad)
+    for layer in theirs.modules():
+        if hasattr(layer, "merge"):
+            layer.merge()
+    with encoder.inference():
+        assert torch.equal(theirs(pixels), encoder(pixels))
 
 
 def test_lora_draws_from_its_generator_alone(towers):

@@ -18,6 +18,7 @@ import alignment
 import bures
 import calibration
 import compiled
+import decoding
 import draws
 import growth
 import launches
@@ -38,6 +39,7 @@ ITEMS = {
     "draws": draws,
     "shares": shares,
     "input": loading,
+    "decoding": decoding,
     "compiled": compiled,
     "ridge": ridge,
     "growth": growth,
@@ -48,7 +50,7 @@ ITEMS = {
     "predicting": predicting,
     "retrieval": retrieval,
 }
-OWN = ("alignment", "calibration", "startup", "predicting", "retrieval", "launches")
+OWN = ("alignment", "calibration", "startup", "predicting", "retrieval", "launches", "decoding")
 """Items whose whole report is a file and a table of its own."""
 
 

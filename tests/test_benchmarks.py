@@ -49,6 +49,22 @@ def test_both_forms_give_the_same(bench):
     assert compiled["gradient_difference"] < 1e-4
 
 
+def test_ways_of_decoding_are_told_with_how_far_they_are_apart(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import decoding
+
+    report = decoding.measured(**decoding.SIZES["tiny"])
+    (one,) = report["pictures"].values()
+    assert one["images_per_second"].keys() == {*decoding.ways(), decoding.LIMIT}
+    assert one["agreement"][decoding.PLAIN] == {"largest": 0, "mean": 0, "cosine": pytest.approx(1)}
+    off = one["agreement"][decoding.REDUCED]
+    assert 0 < off["mean"] < 4
+    assert off["cosine"] > 0.99
+    (row,) = decoding.rows(report)
+    assert row.target is None
+    assert decoding.table(report).count(decoding.REDUCED) == 1
+
+
 def test_the_parts_of_a_run_on_an_accelerator_are_told(tmp_path):
     subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "accelerator.py", "--size", "tiny", "--out", tmp_path / "report.json"],
@@ -113,6 +129,7 @@ def shown(page: str, block: str) -> str:
         ("predicting", "speed.md", "predicting"),
         ("retrieval", "speed.md", "retrieval"),
         ("launches", "speed.md", "launches"),
+        ("decoding", "speed.md", "decoding"),
     ],
 )
 def test_the_pages_show_what_is_stored(file, page, block, monkeypatch):

@@ -163,14 +163,20 @@ LORA_8 = [
 
 SMALL = ["tuning=projection", "replayed=10", "buffer=200"]
 REPLAY = [*SMALL, "contrast=0", "classified=both"]
+SAMPLED = [*SMALL, "shifts.number=2", "sampled=60", "image_rate=0.5"]
 SDA_PARTS = {
     "sda": [*SMALL, "shifts.number=2"],
     "sda-own": [*SMALL, "shifts.number=2", "shifted=own"],
     "sda-replay": [*REPLAY, "steps=5", "schedule.lr=3e-4"],
     "sda-replay-1": REPLAY,
+    "sda-replay-40": ["tuning=projection", "buffer=200", "contrast=0", "classified=both", "replayed=40", "steps=2"],
+    "sda-sampled": [*SAMPLED, "contrasted=views"],
+    "sda-sampled-alone": [*SAMPLED, "contrast=0"],
 }
 """SDA at a size that two cores can do, the same with copies that have the label of their class, and plain replay: with as many passes
-(90 and 100 for 10 images), and with as many steps. The learning rates of the first and of `sda` were chosen on `shapes:dev`."""
+(90 and 100 for 10 images), and with as many steps. Then both with larger draws, at 100 passes, and such an SDA without its contrast,
+at 60.
+Learning rates, `image_rate` and the draws were chosen on `shapes:dev`."""
 
 BLEND_PARTS = {
     "blend": [],

@@ -8,7 +8,7 @@ trained from scratch. [K] is CSI for the rotations and their labels, SupCon for 
 means of the buffer as a classifier, OnPro for a classifier that learns from the buffer alone. Every formula below is ours [I]. For
 each batch X of the stream:
 
-1. X_m is drawn from the buffer, then X enters it, then X_c is drawn, of each class as many.
+1. X_m is drawn from the buffer, then X enters it, then X_c is drawn, of each class as many, `sampled` in all.
 2. A contrast in which copy a of class y has a label of its own, so that it is held apart from the class; P(i) are the other rows with
    the label of row i:
 
@@ -139,6 +139,15 @@ class SdaConfig(Settings):
         description="what the classifier learns from: a draw from the buffer, the batch being in it, or the batch and a draw [P: "
         "sampled; K: OnPro]",
     )
+    sampled: int | None = Field(
+        default=None,
+        ge=1,
+        description="images drawn from the buffer for the cross entropy, classes alike; null: as many as replayed [P: sampled]",
+    )
+    contrasted: Literal["both", "views"] = Field(
+        default="both",
+        description="both: each image as it is and in a view; views: in a view alone, at half the passes [I]",
+    )
     steps: int = Field(
         default=1, ge=1, description="steps for each batch of the stream, each with draws of its own [I]"
     )
@@ -242,15 +251,18 @@ class OnlineBatches:
         if self.config.classified == "both":
             own, names = x, y
         else:
-            own, names = _with(items[:0], labels[:0], self.buffer, self.buffer.draw(self.config.replayed, rng))
+            sampled = self.config.sampled or self.config.replayed
+            own, names = _with(items[:0], labels[:0], self.buffer, self.buffer.draw(sampled, rng))
         classified = self._view(self.towers.pixels(own), rng)
         if not self.config.contrast:
             return Step(None, y[:0], classified), names
         pixels = self.towers.pixels(x)
-        both = torch.cat([pixels, self._view(pixels, rng)])
+        copies = [self._view(pixels, rng)]
+        if self.config.contrasted == "both":
+            copies.insert(0, pixels)
         S = len(self.shifts)
-        shifted = torch.cat([shift(both) for shift in self.shifts])
-        groups = (y.repeat(2)[None] * S + torch.arange(S)[:, None]).flatten()
+        shifted = torch.cat([shift(torch.cat(copies)) for shift in self.shifts])
+        groups = (y.repeat(len(copies))[None] * S + torch.arange(S)[:, None]).flatten()
         return Step(shifted, groups if self.config.shifted == "apart" else groups // S, classified), names
 
     def _view(self, pixels: Pixels, rng: torch.Generator) -> Pixels:

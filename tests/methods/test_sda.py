@@ -77,6 +77,19 @@ def test_copies_are_those_of_the_batch_and_of_what_is_replayed(flat, tasks, monk
     assert sorted(stream) == sorted(source)  # each image of the stream once
 
 
+def test_the_draw_of_the_classifier_and_the_copies_of_the_contrast_may_be_others(flat, tasks, monkeypatch):
+    method = build(flat, "noise=0", "sampled=8", "contrasted=views")
+    (steps,) = steps_of(method, tasks[0], monkeypatch)["epochs"]
+    for number, (step, y) in enumerate(steps[:-1]):
+        both = 6 + (0 if number == 0 else 5)
+        assert len(step.contrasted) == len(step.groups) == 4 * both
+        plain = step.contrasted[:both]
+        for a, shift in enumerate(method.shifts):
+            assert torch.equal(step.contrasted[a * both : (a + 1) * both], shift(plain))
+        assert (step.groups % 4).tolist() == [a for a in range(4) for _ in range(both)]
+        assert len(step.classified) == len(y) == min(8, 6 * (number + 1), 12)
+
+
 def test_plain_replay_learns_from_the_batch_and_a_draw_of_what_came_before(flat, tasks, monkeypatch):
     given = steps_of(build(flat, "noise=0", "steps=3", *REPLAY), tasks[0], monkeypatch)
     (steps,) = given["epochs"]

@@ -41,7 +41,7 @@ OTHERS: dict[str, Any] = {
     r"subspace": 8, r"rank\.rank": 2, r"rank\.price": 30.0, r"rank\.share": 0.3,
     r"floor": 1.0, r"memory": "a features file", r"search\.lists": 2, r"neighbours": 3, r"fusion\.heads": 2, r"base": "simplecil",
     r"base_settings": '{"ridge": 5.0}',
-    r"replayed": 3, r"buffer": 8,
+    r"replayed": 3, r"sampled": 5, r"buffer": 8,
     r"graph\.neighbours": 1, r"candidates": 4, r"pairs": 1, r"(.*\.)?schedule\.milestones": "[1]", r"rank": 2,
 }  # fmt: skip
 """Other values, where a number doubled, a flag turned, or another word of a list would not do."""

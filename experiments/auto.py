@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from stored import arguments, measured_rows, write_block
+from streams import ROOT, STREAMS
 
 from cairn.classifier.calibration import keep_left_out
 from cairn.classifier.choice import FIRST, Choice, choice, comparable
@@ -25,7 +26,6 @@ from cairn.methods.catalogue import METHODS
 from cairn.storage.files import read_json
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
-from results import ROOT, STREAMS
 
 CHOSEN_ON = (
     "shapes",

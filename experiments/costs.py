@@ -13,7 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rows import METHOD_ROWS
 from stored import write_block
+from streams import ROOT
 
 from cairn.config import values_by_path
 from cairn.experiment.run import run_stream
@@ -22,7 +24,6 @@ from cairn.methods.catalogue import METHODS
 from cairn.reports.formats import Column, Estimate, Table, estimate
 from cairn.reports.tables import label, results_below
 from cairn.training.log import Log
-from results import METHOD_ROWS, ROOT
 
 COSTED = ["shapes", "cifar100"]
 FEW = ("stage1.schedule.epochs", "stage2.schedule.epochs", "schedule.epochs", "generator.steps")

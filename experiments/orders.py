@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rows import THREE
 from stored import write_block
+from streams import DESCRIBED, ROOT, STREAMS
 
 from cairn.reports.tables import Result, gains_table, results_below
-from results import DESCRIBED, ROOT, STREAMS, THREE, missing, run
+from results import missing, run
 
 FIVE, TWO = ("seed:1994", "seed:1995", "seed:1996", "seed:1997"), ("seed:1994", "seed:1995")
 """Orders beside the usual one: embeddings are cheap, images are not."""

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored import Row, arguments, measured_rows, write_block
+from streams import ROOT
 
 from cairn.reports.formats import Column, Table
 from cairn.reports.tables import results_below
-from results import ROOT
 
 METHODS = ("zero-shot", "simplecil", "lda", "blend")
 """Each needs one pass of the frozen tower."""

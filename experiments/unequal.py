@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from stored import arguments, measured_rows, write_block
+from streams import DESCRIBED
 
 from cairn.data.feature_store import FeatureStore
 from cairn.data.images import Subset
@@ -28,7 +29,6 @@ from cairn.reports.formats import Column, Table, estimate
 from cairn.towers.cached import kept
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
-from results import DESCRIBED
 
 FEATURES = "data/clip-vit-b32-features"
 STREAMS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 NETWORK = "# needs the network"
-RESULTS = runpy.run_path(str(ROOT / "experiments" / "results.py"))
+
+
+def experiment(name):
+    """What a script defines, which imports others beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        return runpy.run_path(str(ROOT / "experiments" / name))
+
+
+RESULTS = experiment("results.py")
 
 
 def read(name: str) -> str:
@@ -161,9 +170,8 @@ def test_every_table_is_what_the_stored_results_give(kind, name, text):
 
 
 @pytest.mark.parametrize(("page", "name"), [("README.md", "best"), ("docs/choose-a-method.md", "ranking")])
-def test_rankings_are_what_the_stored_results_give(page, name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    blocks = runpy.run_path(str(ROOT / "experiments" / "ranking.py"))["blocks"]()
+def test_rankings_are_what_the_stored_results_give(page, name):
+    blocks = experiment("ranking.py")["blocks"]()
     text = (ROOT / page).read_text(encoding="utf-8")
     assert re.search(rf"<!-- cairn {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)[1] == blocks[page]
 
@@ -187,7 +195,7 @@ def test_every_key_of_a_result_is_documented():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choose-a-method.md"])
 def test_the_table_of_methods_is_what_their_cards_say(page):
-    table = runpy.run_path(str(ROOT / "experiments" / "methods.py"))["PAGES"][page]().markdown()
+    table = experiment("methods.py")["PAGES"][page]().markdown()
     assert f"<!-- cairn methods -->\n{table}\n<!-- end -->" in (ROOT / page).read_text(encoding="utf-8")
     assert [name for name in METHODS if f"| `{name}` |" not in table] == []
 

@@ -5,81 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from pydantic import BaseModel
 
-from cairn.classifier.advice import advice, alike_names
 from cairn.classifier.choice import AUTO
-from cairn.classifier.comparison import drift_of_images
-from cairn.classifier.drift import Drift
-from cairn.classifier.estimate import ConfusedPair
-from cairn.classifier.evaluation import Evaluation
-from cairn.classifier.fitted import Fitted
 from cairn.classifier.folder import StoredLearner, record_of, save_learner, undo
 from cairn.classifier.inputs import (
     Labelled,
     Labels,
-    NameSet,
     Sentences,
     are_sets,
     columns,
     descriptions_of,
-    labelled,
-    labelled_sets,
     list_of,
     pictures,
-    readable,
-    unlabelled,
 )
 from cairn.classifier.intake import Intake, intake, take_up, task_fingerprint
-from cairn.classifier.label_set_evaluation import LabelSetEvaluation
 from cairn.classifier.label_set_learning import TAKEN_AS_SETS, IntakeOfSets, intake_of_sets
 from cairn.classifier.learned import Learned
 from cairn.classifier.learning import Learning
 from cairn.classifier.mending import Mended, Mending
-from cairn.classifier.novelty import Novelty, require_threshold
-from cairn.classifier.predictions import Predictions
+from cairn.classifier.novelty import Novelty
+from cairn.classifier.predicting import Predicting
 from cairn.classifier.record import KEEP, LearnerRecord
 from cairn.classifier.retention import drawn_shares
-from cairn.classifier.scoring import BATCH, Scorer
 from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.feature_store import FeatureStore
-from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.in_memory import Item, items_of
-from cairn.data.names import class_name, normal_form
+from cairn.data.in_memory import Item
+from cairn.data.names import class_name
 from cairn.data.task import Task
 from cairn.data.templates import DEFAULT, prompt_templates
-from cairn.errors import (
-    ConfigError,
-    DataError,
-    TowersError,
-    UnknownName,
-    UnreadableImages,
-)
+from cairn.errors import ConfigError, DataError, TowersError, UnknownName
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method
 from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
-from cairn.towers.catalogue import load_towers
-from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, row_towers, row_towers_named
+from cairn.towers.feature_file import ROWS, row_towers, row_towers_named
 from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Checkpoint, Context, Log, Seeds
 from cairn.types import State
 
 WORK = "work"
-AHEAD = 16
-"""Batches for which images are taken from a generator at once."""
 
 
-class IncrementalClassifier(Fitted):
+class IncrementalClassifier(Predicting):
     """Learns classes as they come and keeps none of their images, unless the method says so (`Card.keeps`).
 
     `method` is a name of `cairn list`, or `auto`: `blend`, unless the images of the first call, left out of learning, tell that
@@ -319,215 +293,6 @@ class IncrementalClassifier(Fitted):
             self.__dict__.update(before)
             raise
 
-    # predicting
-
-    @torch.no_grad()
-    def predictions(
-        self,
-        images: Item | Iterable[Item],
-        *,
-        known: bool = False,
-        reasons: int = 0,
-        on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> Predictions:
-        """Everything that is to be said of images, from one pass of the tower: scores and probabilities; with `known`, how
-        well each fits the classes that are known; with `reasons`, why it looks like so many of its likeliest classes.
-
-        With `on_bad_image="skip"` images that cannot be read have no row and are listed in `unreadable`, unless that is all of
-        them. Raises UnreadableImages, with all such files, otherwise.
-        """
-        with self._lock.reading():
-            scorer, items, parts = self._scorer(known, reasons), items_of(images, self._width), []
-            for part in scorer.batches(items):
-                if part.unreadable and on_bad_image == "stop":
-                    raise self.unreadable(items)
-                parts.append(part)
-            found = Predictions.joined(parts or [scorer.nothing({})])
-            if found.unreadable and not len(found):
-                raise self.unreadable(items)
-            return found
-
-    def stream(
-        self,
-        images: Item | Iterable[Item],
-        *,
-        known: bool = False,
-        reasons: int = 0,
-        on_bad_image: Literal["stop", "skip"] = "skip",
-        batch: int = BATCH,
-    ) -> Iterator[Predictions]:
-        """`predictions` of at most `batch` images each, in order and as they are there: for more images than memory holds
-        answers, or than anyone waits for. `positions` and `unreadable` count through all of them.
-
-        Images may come from a generator, which is read a little ahead; only with `on_bad_image="stop"`, where all files are
-        read before the first answer, are they gathered first. What is learned meanwhile is for the next call.
-        """
-        if batch < 1:
-            raise ConfigError(f"batch {batch}: must be at least 1")
-        with self._lock.reading():
-            scorer = self._scorer(known, reasons)
-        if on_bad_image == "stop" or not isinstance(images, Iterator):
-            images = items_of(images, self._width)
-            if on_bad_image == "stop" and (error := self.unreadable(images)).reasons:
-                raise error
-        several, done = iter(images), 0
-        while items := list(islice(several, AHEAD * batch)):
-            for part in self._locked(scorer.batches(items, batch)):
-                yield part.moved(done)
-            done += len(items)
-
-    def _locked(self, parts: Iterator[Predictions]) -> Iterator[Predictions]:
-        """Each made while nobody learns, none held while it is looked at."""
-        while True:
-            with self._lock.reading():
-                part = next(parts, None)
-            if part is None:
-                return
-            yield part
-
-    def _scorer(self, known: bool, reasons: int) -> Scorer:
-        method = self._fitted()
-        if known:
-            self._require_one_class("known score", "one that shows no class reaches the threshold of none")
-        novelty = self._known_scores() if known else None
-        return Scorer(method, self.classes_, self.calibration_, novelty, reasons, self._width, self._learned.sets)
-
-    def _known_scores(self) -> Novelty:
-        if self._novelty is None:
-            self._novelty = Novelty(
-                self._fitted(), self.seed, self.references_, self.referenced_among_, calibration=self.calibration_
-            )
-        return self._novelty
-
-    def unreadable(self, items: Sequence[Item]) -> UnreadableImages:
-        """The error that names all of these that cannot be read."""
-        given = unlabelled(items, self._width)
-        bad = unreadable(given, whole=True)
-        return UnreadableImages(f"{named_unreadable(given, bad)}; replace or leave them out", bad)
-
-    def predict(
-        self, images: Item | Iterable[Item], unknown_below: float | None = None, threshold: float | None = None
-    ) -> np.ndarray:
-        """The likeliest class of each image; of a single one, too, an array. With `unknown_below` in [0, 1], None where
-        `known_score` is below it.
-
-        Where images may show several classes, a tuple of them for each, the likeliest first: those whose probability reaches their
-        `thresholds_`, or `threshold`."""
-        if unknown_below is not None:
-            require_threshold(unknown_below, "unknown_below")
-        return self.predictions(images, known=unknown_below is not None).labels(unknown_below, threshold)
-
-    def predict_proba(self, images: Item | Iterable[Item]) -> np.ndarray:
-        """(n, k), columns in the order of `classes_`: softmax of the scores over a temperature, which is fitted on images that
-        were left out of learning (see `cairn.classifier.calibration`), so that of images of known classes about as many are
-        classified correctly as the largest probabilities say. Where images may show several classes, of each class by itself."""
-        return self.predictions(images).probabilities.numpy()
-
-    def predict_topk(self, images: Item | Iterable[Item], k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each image its k likeliest classes with their probabilities, the likeliest first."""
-        if k < 1:
-            raise ConfigError(f"k {k}: must be at least 1")
-        return self.predictions(images).topk(k)
-
-    def known_score(self, images: Item | Iterable[Item]) -> np.ndarray:
-        """How well each image fits the classes that are known, (n,) in [0, 1]; see `cairn.classifier.novelty`.
-
-        Of a method that keeps Gaussians: the share of learned images that, left out of the statistics, fitted no better. So
-        about `t` of the images of known classes fall below `t`, if they are like those that were learned. Of other methods:
-        the largest probability, which promises nothing of the kind.
-        """
-        known = self.predictions(images, known=True).known
-        assert known is not None
-        return known
-
-    def score(self, images: Labelled, labels: Labels = None) -> float:
-        """Share of images whose class is predicted, or all classes of which are and no other. Raises DataError unless there is a
-        label, a text, for each image."""
-        if self._known().sets is not None:
-            return self.evaluate(*labelled_sets(images, labels, self._width)).exact
-        items, names = labelled(images, labels, self._width)
-        found = [normal_form(name) for name in self.predict(items)]
-        return float(np.mean([name == normal_form(label) for name, label in zip(found, names, strict=True)]))
-
-    def advice(self, pairs: Sequence[ConfusedPair]) -> list[str]:
-        """What to do about classes that are mixed up, a line for each pair, such as those of `estimate_.confused`."""
-        method, names = self._fitted(), list(map(str, self.classes_))
-        templates = prompt_templates(self.templates)
-        same = alike_names(method.towers, names, templates, pairs) if method.card.text else [False] * len(pairs)
-        return advice(pairs, names, self.counts_.tolist(), same)
-
-    @overload
-    def evaluate(
-        self,
-        images: Labelled,
-        labels: str | Iterable[str] | None = None,
-        *,
-        unknown_below: float = 0.05,
-        threshold: None = None,
-        on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> Evaluation: ...
-
-    @overload
-    def evaluate(
-        self,
-        images: Labelled,
-        labels: Iterable[NameSet],
-        *,
-        unknown_below: float = 0.05,
-        threshold: float | None = None,
-        on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> LabelSetEvaluation: ...
-
-    def evaluate(
-        self,
-        images: Labelled,
-        labels: Labels = None,
-        *,
-        unknown_below: float = 0.05,
-        threshold: float | None = None,
-        on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> Evaluation | LabelSetEvaluation:
-        """How labelled images are classified: see `Evaluation`, and `LabelSetEvaluation` where they may show several classes. Labels
-        that are no class of the learner are no error: their images count for how many unknown ones are found. Raises DataError
-        unless there is a label, a text, for each image, or a list of them."""
-        if self._known().sets is not None:
-            items, sets = labelled_sets(images, labels, self._width)
-            found, given = self.predictions(items, on_bad_image=on_bad_image), unlabelled(items, self._width)
-            return LabelSetEvaluation.of(found, sets, given, self.counts_.tolist(), threshold)
-        require_threshold(unknown_below, "unknown_below")
-        items, names = labelled(images, labels, self._width)
-        found = self.predictions(items, known=True, on_bad_image=on_bad_image)
-        given = unlabelled(items, self._width)
-        rows = found.positions.tolist()
-        return Evaluation(found, [names[row] for row in rows], [given.describe(row) for row in rows], unknown_below)
-
-    def drift(
-        self,
-        images: Item | Iterable[Item],
-        *,
-        log: Log | None = None,
-        on_bad_image: Literal["stop", "skip"] = "stop",
-    ) -> Drift:
-        """Whether images, which need no labels, still look like those that were learned: see `cairn.classifier.drift`. Nothing of
-        them is kept. Raises ConfigError for a method that keeps no means and covariances."""
-        self._require_one_class("drift", "what a shift of them means is not known")
-        with self._lock.reading():
-            method = self._fitted()
-            given = readable(unlabelled(images, self._width), {}, on_bad_image, log or Log())
-            return drift_of_images(method, self._known_scores(), given, list(map(str, self.classes_)))
-
-    def explain(self, image: Item, best: int = 3) -> list[dict[str, Any]]:
-        """Why an image looks like its likeliest classes: per class `name`, `score`, `probability`, and of SPA which patches
-        speak for it and for which sentence (`patches`, see `SPA.reasons`)."""
-        items = items_of(image, self._width)
-        if len(items) != 1:
-            raise DataError(f"{len(items)} images: explain takes one at a time")
-        return self.predictions(items, reasons=best).told_reasons()[0]
-
-    def segment(self, images: Item | Iterable[Item], side: int = 224) -> np.ndarray:
-        """Where in images which class is, (n, side, side): see `Predictions.masks`."""
-        return self.predictions(images, reasons=1).masks(side)
-
     # on disk
 
     def _record(self) -> LearnerRecord:
@@ -668,39 +433,8 @@ class IncrementalClassifier(Fitted):
             of_method, tasks = learned
             self._method = copied(self._fresh, of_method, tasks)
 
-    def open_towers(self) -> Towers:
-        """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""
-        if self._towers is None:
-            self._towers = self._opened(self.towers)
-            self._notices += self._towers.notices
-        return self._towers
-
-    def _opened(self, towers: str | Towers) -> Towers:
-        if not isinstance(towers, str):
-            return towers
-        if is_features_file(towers):
-            if self.decode != "whole":
-                raise ConfigError(f"decode '{self.decode}': '{towers}' holds embeddings, not images; leave it out")
-            return open_features_towers(towers)
-        return load_towers(
-            towers,
-            device=self.device,
-            precision=self.precision,
-            preprocess=self.preprocess,
-            decode=self.decode,
-            revision=self.revision,
-        )
-
     def describe(self, sentences: Mapping[str, Sequence[str]]) -> None:
         """Sentences of classes, beside and in place of those given before."""
         given = descriptions_of(self.descriptions)
         own = {} if given is None else {name: list(said.sentences) for name, said in given.classes.items()}
         self.descriptions = {**own, **sentences}
-
-    @property
-    def _width(self) -> int | None:
-        """How many numbers an item has, where embeddings are learned in place of images."""
-        if isinstance(self.towers, str) and self.towers != ROWS and not is_features_file(self.towers):
-            return None
-        towers = self.open_towers()
-        return None if towers.has_images else towers.dim

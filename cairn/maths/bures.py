@@ -1,6 +1,6 @@
-"""Gaussians under optimal transport: their Bures-Wasserstein distance, the map of one onto another, their barycentre.
+"""Gaussians under optimal transport: their Bures-Wasserstein distance, and the map of one onto another.
 
-Letters: m means (d), S covariances (d x d), L lower factor with S0 = L L^T, w weights, (A, b) the affine map
+Letters: m means (d), S covariances (d x d), L lower factor with S0 = L L^T, (A, b) the affine map
 x -> A x + b, k Gaussians, d width. Index 0 is where mass comes from, 1 where it goes. All in float64.
 
 No matrix root of S0 is taken. For any factor S0 = L L^T the matrices S0^1/2 S1 S0^1/2 and L^T S1 L have the same
@@ -8,8 +8,6 @@ eigenvalues, and the map written with L is the same map, so one Cholesky and one
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,15 +18,6 @@ from cairn.maths.gaussian import AffineMap
 
 REG = 1e-6
 """Ridge of `gaussian_map`, relative to the average variance: for d = 512 and unit features 1e-9 in absolute terms."""
-
-
-class Barycentre(NamedTuple):
-    """A Gaussian between Gaussians; `error` is the last relative change of its covariance, below tolerance or not."""
-
-    mean: Float[Tensor, " d"]
-    covariance: Float[Tensor, "d d"]
-    iterations: int
-    error: float
 
 
 def bures_squared(
@@ -104,43 +93,6 @@ def gaussian_map(
     half = torch.linalg.solve_triangular(L.mT, root, upper=True)
     A = _symmetric(torch.linalg.solve_triangular(L.mT, half.mT, upper=True))
     return AffineMap(A, m1 - (A @ m0[..., None])[..., 0])
-
-
-def barycentre(
-    means: Float[Tensor, "k d"],
-    covariances: Float[Tensor, "k d d"],
-    weights: Float[Tensor, " k"] | None = None,
-    iterations: int = 100,
-    tolerance: float = 1e-10,
-    reg: float = 0.0,
-) -> Barycentre:
-    """The Gaussian that minimises sum_j w_j bures_squared(., N(m_j, S_j)); w uniform by default, scaled to sum 1.
-
-    m = sum_j w_j m_j;  S <- T S T with T = sum_j w_j A_j, A_j the map of N(0, S) onto N(0, S_j), from S = sum_j w_j S_j
-    until |S_new - S| <= tolerance |S| (Frobenius) or `iterations` are spent, which `error` tells. reg is the relative
-    ridge of `gaussian_map` and is needed where every covariance is singular in the same direction.
-
-    Raises ValueError for weights that are negative or all zero, NotFinite as `gaussian_map` does.
-
-    Source: Alvarez-Esteban, del Barrio, Cuesta-Albertos & Matran 2016, J. Math. Anal. Appl. 441(2), equation 7 (there
-    with S^-1/2, here with the maps: the same iteration).
-    """
-    means, covariances = means.double(), covariances.double()
-    w = means.new_ones(len(means)) if weights is None else weights.double()
-    if (w < 0).any() or not w.sum() > 0:
-        raise ValueError(f"weights {w.tolist()}: they are non-negative and not all zero")
-    w = w / w.sum()
-    mean = w @ means
-    S = torch.einsum("j,jxy->xy", w, covariances)
-    zero = torch.zeros_like(means)
-    error, spent = float("inf"), 0
-    while spent < iterations and error > tolerance:
-        maps = gaussian_map(zero, S.expand_as(covariances), zero, covariances, reg)
-        T = torch.einsum("j,jxy->xy", w, maps.A)
-        moved = _symmetric(T @ S @ T)
-        error = float((moved - S).norm() / S.norm())
-        S, spent = moved, spent + 1
-    return Barycentre(mean, S, spent, error)
 
 
 def _factor(S: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:

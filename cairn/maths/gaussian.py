@@ -1,4 +1,4 @@
-"""Gaussians: their moments, how two samples' moments combine, drawing, densities, and the maps that move them.
+"""Gaussians: their moments, how two samples' moments combine, drawing, and the maps that move them.
 
 Letters: x rows (n x d), m mean, S covariance (biased: divided by n), L factor with S = L L^T, U orthonormal columns
 (d x r) with eigenvalues lam, diag a diagonal (d), n rows, d width, k classes, (A, b) the affine map x -> A x + b.
@@ -7,7 +7,6 @@ Statistics are float64; draws have the type of the mean they start from.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -118,18 +117,6 @@ def low_rank(
     U, lam = U[:, :r], lam[:r]
     missing = r - len(lam)
     return torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(lam, (0, missing)), rest
-
-
-def log_density(
-    x: Float[Tensor, "n d"], mean: Float[Tensor, "*k d"], factor: Float[Tensor, "*k d d"]
-) -> Float[Tensor, "*k n"]:
-    """log N(x; mean, L L^T) of every row under every Gaussian, L = factor lower triangular, in nats.
-
-    -1/2 (d log(2 pi) + |L^-1 (x - mean)|^2) - sum(log diag(L))
-    """
-    whitened = torch.linalg.solve_triangular(factor, (x - mean[..., None, :]).mT, upper=False)
-    log_volume = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * (x.shape[-1] * math.log(2 * math.pi) + (whitened**2).sum(-2)) - log_volume[..., None]
 
 
 def cholesky_repaired(S: Float[Tensor, "d d"], name: str = "covariance") -> tuple[Float[Tensor, "d d"], float]:

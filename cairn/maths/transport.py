@@ -146,59 +146,6 @@ def sinkhorn_kernel(
     return _plan(P, C, a, b, spent)
 
 
-def exact_plan(
-    C: Float[Tensor, "n m"], a: Float[Tensor, " n"] | None = None, b: Float[Tensor, " m"] | None = None
-) -> Plan:
-    """The plan without entropy, argmin <P, C>, for up to some dozens of points: what `sinkhorn_log` tends to as eps -> 0.
-
-    Mass is sent along cheapest paths, one at a time: from a row with mass left to a column with room, forward along any
-    entry at C_ij, backward along entries in use at -C_ij. Each path is as full as its narrowest entry allows.
-    About n + m paths of O(n m) work for each entry on a path. float64.
-
-    Raises ValueError as `sinkhorn_log` does.
-
-    Source: successive shortest paths for the transportation problem (Ahuja, Magnanti & Orlin 1993, section 9.7).
-    """
-    C, a, b = _problem(C.double(), a, b, 1.0)
-    with torch.no_grad():
-        n, m = C.shape
-        P, left, room = torch.zeros_like(C), a.clone(), b.clone()
-        # Differences below this are rounding: they neither make a path cheaper nor a remainder worth sending
-        slack, crumb = 1e-13 * float(C.abs().max()), 1e-14 * float(a.sum())
-        paths = 0
-        while float(left.max()) > crumb and float(room.max()) > crumb:
-            to_row = torch.where(left > 0, 0.0, math.inf).double()
-            to_column = torch.full_like(b, math.inf)
-            via_row, via_column = torch.zeros(m, dtype=torch.int64), torch.full((n,), -1)
-            for _ in range(n + m):
-                best, row = (to_row[:, None] + C).min(0)
-                nearer = best < to_column - slack
-                to_column, via_row = torch.where(nearer, best, to_column), torch.where(nearer, row, via_row)
-                best, column = torch.where(P > 0, to_column - C, math.inf).min(1)
-                shorter = best < to_row - slack
-                to_row, via_column = torch.where(shorter, best, to_row), torch.where(shorter, column, via_column)
-                if not (nearer.any() or shorter.any()):
-                    break
-            j = int(torch.where(room > 0, to_column, math.inf).argmin())
-            end, forward, backward, amount = j, [], [], float(room[j])
-            while True:
-                i = int(via_row[j])
-                forward.append((i, j))
-                j = int(via_column[i])
-                if j < 0:
-                    break
-                backward.append((i, j))
-            amount = min([amount, float(left[i]), *(float(P[entry]) for entry in backward)])
-            for entry in forward:
-                P[entry] += amount
-            for entry in backward:
-                P[entry] -= amount
-            left[i] -= amount
-            room[end] -= amount
-            paths += 1
-    return _plan(P, C, a, b, paths)
-
-
 def _problem(C: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cost and marginals in one type and one shape, or ValueError."""
     dtype = torch.promote_types(C.dtype, torch.float32)
@@ -206,7 +153,7 @@ def _problem(C: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> tuple
     a = C.new_full((n,), 1 / n) if a is None else a
     b = C.new_full((m,), 1 / m) if b is None else b
     if not eps > 0:
-        raise ValueError(f"eps {eps:g}: the entropic plan needs a positive one, exact_plan none")
+        raise ValueError(f"eps {eps:g}: the entropic plan needs a positive one")
     a, b = a.to(C).expand(C.shape[:-1]), b.to(C).expand(*C.shape[:-2], m)
     if not ((a > 0).all() and (b > 0).all()):
         raise ValueError("a marginal holds a weight that is not positive: leave such points out")

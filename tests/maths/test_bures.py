@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cairn.errors import NotFinite
-from cairn.maths.bures import barycentre, bures_parts, bures_squared, gaussian_map
+from cairn.maths.bures import bures_parts, bures_squared, gaussian_map
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -198,48 +198,3 @@ def test_map_refuses_what_it_cannot_do():
         gaussian_map(m, zero, m, S, reg=0.0)
     with pytest.raises(NotFinite, match="not finite"):
         gaussian_map(m, S, m, S * float("nan"))
-
-
-def test_barycentre_equals_pot():
-    m, S = several(4, 10, 0)
-    w = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    # POT iterates S <- sum_j w_j (S^1/2 S_j S^1/2)^1/2, which ends in the same place after ten times as many steps
-    mean, covariance = ot.gaussian.bures_wasserstein_barycenter(m, S, weights=w, num_iter=3000, eps=1e-11)
-    found = barycentre(m, S, w, tolerance=1e-12)
-    torch.testing.assert_close(found.mean, mean.reshape(-1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.covariance, covariance, rtol=1e-6, atol=1e-9)
-    assert found.error <= 1e-12
-    assert found.iterations < 100
-
-
-def test_barycentre_minimises_what_it_says():
-    m, S = several(3, 6, 0)
-    found = barycentre(m, S)
-
-    def total(mean, covariance):
-        return float(bures_squared(mean.expand(3, 6), covariance.expand(3, 6, 6), m, S).mean())
-
-    least = total(found.mean, found.covariance)
-    for seed in range(4):
-        E = 1e-2 * torch.randn(6, 6, generator=rng(seed), dtype=torch.float64)
-        nearby = (torch.eye(6, dtype=torch.float64) + E) @ found.covariance @ (torch.eye(6, dtype=torch.float64) + E).T
-        assert total(found.mean, nearby) > least
-        assert total(found.mean + E[0], found.covariance) > least
-
-
-def test_barycentre_of_commuting_covariances_averages_their_roots():
-    Q = torch.linalg.qr(torch.randn(7, 7, generator=rng(), dtype=torch.float64))[0]
-    roots = torch.rand(3, 7, generator=rng(1), dtype=torch.float64) + 0.1
-    w = torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64)
-    found = barycentre(torch.zeros(3, 7, dtype=torch.float64), (Q * roots.square()[:, None]) @ Q.T, w)
-    expected = Q * (w @ roots / 4).square() @ Q.T
-    torch.testing.assert_close(found.covariance, expected, rtol=1e-9, atol=1e-10)
-
-
-def test_barycentre_says_when_it_has_not_converged():
-    m, S = several(4, 10, 0)
-    found = barycentre(m, S, iterations=1, tolerance=1e-12)
-    assert found.iterations == 1
-    assert found.error > 1e-6
-    with pytest.raises(ValueError, match="non-negative"):
-        barycentre(m, S, torch.tensor([1.0, -1.0, 0.0, 0.0]))

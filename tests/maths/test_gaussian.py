@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from cairn.errors import NotFinite
 from cairn.maths.gaussian import (
@@ -11,7 +10,6 @@ from cairn.maths.gaussian import (
     Halved,
     cholesky_repaired,
     draw,
-    log_density,
     low_rank,
     low_rank_draw,
     merged,
@@ -113,24 +111,6 @@ def test_low_rank_keeps_the_leading_eigenpairs_and_every_variance(columns):
     torch.testing.assert_close(S.diagonal(), (B @ B.T).diagonal() + diag)
     if columns <= 3:
         torch.testing.assert_close(S, B @ B.T + diag.diag())
-
-
-def test_log_density_is_scipys_and_torchs():
-    S, mean = covariance(5), torch.arange(5, dtype=torch.float64)
-    L, _ = cholesky_repaired(S)
-    x = torch.randn(7, 5, generator=rng(), dtype=torch.float64)
-    ours = log_density(x, mean, L)
-    np.testing.assert_allclose(ours, stats.multivariate_normal(mean.numpy(), S.numpy()).logpdf(x.numpy()), rtol=1e-9)
-    theirs = torch.distributions.MultivariateNormal(mean, scale_tril=L).log_prob(x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
-
-
-def test_log_density_under_several_gaussians_has_one_row_each():
-    factors = torch.stack([cholesky_repaired(covariance(3, seed))[0] for seed in range(2)])
-    means = torch.randn(2, 3, generator=rng(), dtype=torch.float64)
-    x = torch.randn(4, 3, generator=rng(1), dtype=torch.float64)
-    expected = torch.stack([log_density(x, means[c], factors[c]) for c in range(2)])
-    torch.testing.assert_close(log_density(x, means, factors), expected)
 
 
 def test_cholesky_needs_no_jitter_where_a_factor_exists():

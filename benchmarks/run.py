@@ -23,6 +23,7 @@ import draws
 import growth
 import launches
 import loading
+import pool
 import predicting
 import prefix
 import retrieval
@@ -47,10 +48,11 @@ ITEMS = {
     "alignment": alignment,
     "calibration": calibration,
     "startup": startup,
+    "pool": pool,
     "predicting": predicting,
     "retrieval": retrieval,
 }
-OWN = ("alignment", "calibration", "startup", "predicting", "retrieval", "launches", "decoding")
+OWN = ("alignment", "calibration", "startup", "pool", "predicting", "retrieval", "launches", "decoding")
 """Items whose whole report is a file and a table of its own."""
 
 

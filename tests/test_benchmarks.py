@@ -126,6 +126,7 @@ def shown(page: str, block: str) -> str:
         ("alignment", "speed.md", "alignment"),
         ("calibration", "speed.md", "calibration"),
         ("startup", "speed.md", "startup"),
+        ("pool", "speed.md", "pool"),
         ("predicting", "speed.md", "predicting"),
         ("retrieval", "speed.md", "retrieval"),
         ("launches", "speed.md", "launches"),

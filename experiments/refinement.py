@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from stored import arguments, measured_rows, write_block
+from streams import STREAMS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -30,7 +31,6 @@ from cairn.experiment.schema import RunConfig
 from cairn.methods import blend
 from cairn.methods.catalogue import METHODS
 from cairn.training.context import Context, Seeds
-from streams import STREAMS
 
 AMONG = ("shapes", "cifar100-50", "ucf101", "caltech51", "caltech51-1", "caltech51-4", "imagenet150")
 SEEDS, FOLDS = (1, 2, 3), 5

@@ -150,6 +150,7 @@ TABLES = {
         "imagenet150",
         *(f"caltech51-{n}" for n in (1, 2, 4, 8)),
         "cifar100",
+        "cifar100-b50",
         "cifar100-50",
         "attributes",
         "caltech51-online",
@@ -262,6 +263,7 @@ METHOD_ROWS = {
         "spa",
         "joint",
     ],
+    "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
     **{

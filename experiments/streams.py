@@ -33,6 +33,7 @@ STREAMS = {
     ],
     "cifar100-50": [*PHOTOGRAPHS, "--limit-train", "50"],
     "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
+    "cifar100-b50": [*PHOTOGRAPHS, "--base", "50", "--order", "seed:1993"],
     "attributes": ["--data", "attributes"],
     **{
         f"{name}-online": [

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test slow torture fuzz lint results bench bench-quick docs clean
+.PHONY: install demo test slow torture fuzz lint results tables bench bench-quick docs clean
 
 install: $(BIN)/.installed
 
@@ -40,6 +40,10 @@ lint: install
 # Every stored result that is missing, then the documents' tables.
 results: install
 	$(BIN)/python experiments/results.py
+
+# All tables anew from what is stored, without running anything.
+tables: install
+	$(BIN)/python experiments/results.py --tables
 
 # What is done in fewer steps, against its plain form: reports and tables. For figures to quote, leave the machine alone.
 bench: install

@@ -84,9 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
     parser.add_argument("--only", nargs="+", choices=tuple(ITEMS), help="items; all that have such a size if left out")
+    parser.add_argument("--table", action="store_true", help="measure nothing: the pages from the reports in --out")
     parser.add_argument("--out", type=Path, help="folder of the reports")
     parser.add_argument("--into", type=Path, help="folder of the pages")
     args = parser.parse_args()
+    if args.table:
+        if args.out is None or args.into is None:
+            parser.error("--table takes the reports in --out and writes the pages in --into; give both")
+        show(kept(args.out, args.size), json.loads((args.out / "bench.json").read_text(encoding="utf-8")), args.into)
+        return
     chosen = args.only or [name for name, item in ITEMS.items() if args.size in item.SIZES]
     for name in chosen:
         if args.size not in ITEMS[name].SIZES:
@@ -110,9 +116,14 @@ def main() -> None:
             growth.figure(own["growth"], args.out / "growth.png")
     print("\n" + bench_table(bench))
     if args.into:
-        written(args.into / "speed.md", "bench", bench_table(bench))
-        for name in reports.keys() - own.keys():
-            written(args.into / "speed.md", name, ITEMS[name].table(reports[name]))
+        show(reports, bench, args.into)
+
+
+def show(reports: dict[str, Any], bench: dict[str, Any], pages: Path) -> None:
+    """The tables, in the pages."""
+    written(pages / "speed.md", "bench", bench_table(bench))
+    for name in reports.keys() & set(OWN):
+        written(pages / "speed.md", name, ITEMS[name].table(reports[name]))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,29 @@ def write_tables() -> None:
                     cairn(command, *folders(name), "--into", page, "--name", name)
     for report in sorted((ROOT / "results" / "drift").rglob("drift.json")):
         drift_figure(json.loads(report.read_text(encoding="utf-8")), report.with_name("drift.png"))
-    cairn_script("methods.py")
-    cairn_script("ranking.py")
-    cairn_script("costs.py")
-    cairn_script("heads.py", "--table")
+    for name in ("methods", "ranking", "costs", "scale"):
+        cairn_script(f"{name}.py")
+    for name in OTHERS:
+        cairn_script(f"{name}.py", "--table")
+    cairn_script("calibration.py", "--table", "--forms")
     cairn_script("patches_on_object.py", "--out", "results/patches.json", "--into", "docs/measured.md")
+    cairn_script("../benchmarks/run.py", "--table", "--out", "results/benchmarks", "--into", "docs")
+
+
+OTHERS = (
+    "heads",
+    "aper",
+    "auto",
+    "calibration",
+    "known",
+    "month",
+    "orders",
+    "refinement",
+    "rehearsal",
+    "unequal",
+    "unknown",
+)
+"""Measured and stored by a command of this folder each, which `--table` keeps from measuring anew."""
 
 
 def cairn(*words: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stored import arguments, measured_rows, write_block
+from stored import arguments, mean_cell, measured_rows, write_block
 from streams import ROOT, STREAMS
 
 from cairn.classifier.calibration import keep_left_out
@@ -87,9 +87,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def cell(values: list[float]) -> str:
-        return "{:.2f} ± {:.2f}".format(*mean_and_deviation(values))
-
     for stream in CHOSEN_ON:
         own = {row["seed"]: row["method"] for row in rows if row["stream"] == stream}
         results = reached(stream)
@@ -103,8 +100,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         average, rival = ([a for a, _ in found] for found in (auto, others[best]))
         difference = mean_and_deviation(average)[0] - mean_and_deviation(rival)[0]
         lines.append(
-            f"| {stream} | {', '.join(own.values())} | {cell(average)} | {cell([b for _, b in auto])} | {best} | {cell(rival)} | "
-            f"{cell([b for _, b in others[best]])} | {difference:+.2f} |"
+            f"| {stream} | {', '.join(own.values())} | {mean_cell(average)} | {mean_cell([b for _, b in auto])} | {best} | "
+            f"{mean_cell(rival)} | "
+            f"{mean_cell([b for _, b in others[best]])} | {difference:+.2f} |"
         )
     return "\n".join(lines)
 

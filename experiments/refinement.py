@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from stored import arguments, measured_rows, write_block
+from stored import arguments, mean_cell, measured_rows, write_block
 from streams import STREAMS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -26,7 +26,6 @@ from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
 from cairn.data.stream import task_stream
 from cairn.experiment.inputs import towers_for
-from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.schema import RunConfig
 from cairn.methods import blend
 from cairn.methods.catalogue import METHODS
@@ -115,18 +114,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
 
-    def cell(values: list[float], digits: int) -> str:
-        mean, deviation = mean_and_deviation(values)
-        return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
     for stream in AMONG:
         own = [row for row in rows if row["stream"] == stream]
         if own:
             best = [min(loss for lam, loss in row["unseen_loss"].items() if lam != "blend") for row in own]
             lines.append(
-                f"| {stream} | {cell([row['unseen_loss']['blend'] for row in own], 3)} | {cell(best, 3)} | "
+                f"| {stream} | {mean_cell([row['unseen_loss']['blend'] for row in own], 3)} | {mean_cell(best, 3)} | "
                 f"{sum(row['penalty'] is not None for row in own)} of {len(own)} | "
-                f"{cell([100 * row['accuracy'] for row in own], 2)} | {cell([100 * row['refined_accuracy'] for row in own], 2)} | "
+                f"{mean_cell([100 * row['accuracy'] for row in own], 2)} | "
+                f"{mean_cell([100 * row['refined_accuracy'] for row in own], 2)} | "
                 f"{', '.join(str(row['seed']) for row in own)} |"
             )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn.experiment.metrics import mean_and_deviation
 from cairn.reports.tables import replaced_block
 from cairn.storage.files import read_json, write_json
 from cairn.storage.versions import versions
@@ -57,3 +58,9 @@ def measured_rows(
 def write_block(page: Path, name: str, text: str) -> None:
     """A marked block of a page anew."""
     page.write_text(replaced_block(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+
+
+def mean_cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample deviation, as a cell of a table has them."""
+    mean, deviation = mean_and_deviation(list(values))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"

@@ -119,19 +119,40 @@ def _local(row: HubRow, local: str | Path) -> Dataset:
 
 def _published(row: HubRow, dataset: Dataset) -> Dataset:
     """The classes that published benchmarks keep, sorted as folders of their names are."""
-    names = dataset.classes
-    kept = sorted(range(len(names)), key=lambda c: names[c].replace(" ", "_"))[: row.published]
-    number = np.full(len(names), -1)
-    number[kept] = np.arange(len(kept))
+    number, names = _first(row, dataset) if row.published_names is None else _named(row, dataset, row.published_names())
 
     def part_of(images: Images) -> Subset:
         labels = number[images.labels]
         rows = np.flatnonzero(labels >= 0)
         return Subset(images, rows, labels[rows])
 
-    return replace(
-        dataset, classes=tuple(names[c] for c in kept), train=part_of(dataset.train), test=part_of(dataset.test)
-    )
+    return replace(dataset, classes=names, train=part_of(dataset.train), test=part_of(dataset.test))
+
+
+def _first(row: HubRow, dataset: Dataset) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The number of each of the data set's classes among those kept, -1 for others, and the names of those kept."""
+    names = dataset.classes
+    kept = sorted(range(len(names)), key=lambda c: names[c].replace(" ", "_"))[: row.published]
+    number = np.full(len(names), -1)
+    number[kept] = np.arange(len(kept))
+    return number, tuple(names[c] for c in kept)
+
+
+def _named(row: HubRow, dataset: Dataset, names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The same, each class kept under the longest of the names that its own begins with."""
+    number = np.array([_beginning(name.split(), names) for name in dataset.classes])
+    for c in np.setdiff1d(np.arange(len(names)), number):
+        raise DataError(
+            f"data '{row.key}:{PUBLISHED}': the copy has no class '{names[c]}'; use a whole copy, or write {row.key}"
+        )
+    return number, names
+
+
+def _beginning(words: list[str], names: tuple[str, ...]) -> int:
+    for n in range(len(words), 0, -1):
+        if (name := " ".join(words[:n])) in names:
+            return names.index(name)
+    return -1
 
 
 # --- reading tables ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from cairn.data.catalogue import (
     bird_name,
     scene_name,
     spaced,
+    sun_names,
     wordnet_name,
 )
 from cairn.data.hub import HubImages, hub_dataset
 from cairn.data.images import Dataset
+from cairn.data.names import class_name
 from cairn.data.opening import open_dataset
 from cairn.data.stream import task_sizes, task_stream
 from cairn.errors import CairnError, DataError, UnknownName
@@ -551,6 +553,38 @@ def test_published_classes_are_the_first_by_folder_name(tmp_path, row):
     assert [data.train[i].getpixel((0, 0))[0] for i in range(4)] == [1, 2, 3, 5]
     assert data.test.labels.tolist() == [0, 1, 2]
     assert len(open_dataset(f"cars={tmp_path / 'copy'}").classes) == 5
+
+
+def test_published_classes_by_name_take_all_that_begin_with_it(tmp_path, row):
+    row("sun397", classes=(7,), published=3, published_names=lambda: ("forest", "forest path", "office"))
+    raw = [
+        "/f/forest/needleleaf",
+        "/o/office",
+        "/f/forest_path",
+        "/s/sky",
+        "/f/forest/broadleaf",
+        "/o/office_block",
+        "/h/home_office",
+    ]
+    copy = datasets.DatasetDict(
+        train=table([0, 1, 2, 3, 4, 5, 6], raw, image="image", label="label"),
+        test=table([6, 5, 4, 3, 2, 1, 0], raw, image="image", label="label"),
+    )
+    copy.save_to_disk(str(tmp_path / "copy"))
+    data = open_dataset(f"sun397:published={tmp_path / 'copy'}")
+    assert data.classes == ("forest", "forest path", "office")
+    assert data.train.labels.tolist() == [0, 2, 1, 0, 2]
+    assert data.test.labels.tolist() == [2, 0, 1, 2, 0]
+    row("sun397", classes=(7,), published=3, published_names=lambda: ("forest", "canyon", "office"))
+    refused(lambda: open_dataset(f"sun397:published={tmp_path / 'copy'}"), "sun397:published", "no class 'canyon'")
+
+
+def test_the_classes_of_sun_are_three_hundred_in_the_order_of_their_folders():
+    names = sun_names()
+    assert len(set(names)) == 300
+    assert list(names) == sorted(names, key=lambda name: name.replace(" ", "_"))
+    assert (names[0], names[-1]) == ("abbey", "ski slope")
+    assert all(class_name(scene_name(f"/{name[0]}/{name.replace(' ', '_')}")) == name for name in names)
 
 
 def test_parts_that_there_are_not(tmp_path, row):

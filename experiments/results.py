@@ -21,6 +21,9 @@ from pathlib import Path
 from rows import COMPARISONS, DRIFT, TABLES, Job, jobs
 from streams import FEW_IMAGES, ROOT, STREAMS
 
+from cairn.config import values_by_path
+from cairn.storage.files import read_json
+
 
 def where(job: Job) -> list[str]:
     return DRIFT[job[1]][0] if job[2] == "drift" else STREAMS[job[0]]
@@ -38,8 +41,16 @@ def missing(job: Job) -> bool:
 
 
 def done(job: Job) -> bool:
-    """Runs skip what is finished by themselves; the laboratory does not."""
-    return job[2] == "drift" and (ROOT / "results" / "drift" / job[1] / "drift.json").exists()
+    """All seeds are stored, made with these settings; a run itself would say so, but takes seconds to start."""
+    stream, folder, method, settings, seeds = job
+    place = ROOT / "results" / stream / folder
+    if method == "drift":
+        return (place / "drift.json").exists()
+    if not (place / "summary.json").exists():
+        return False
+    stored = read_json(place / "summary.json")
+    same = values_by_path(stored["run"]["settings"]) == values_by_path(settings)
+    return same and stored["method"] == method and stored["seeds"] == [int(seed) for seed in seeds.split(",")]
 
 
 def folders(name: str) -> list[str]:

@@ -302,7 +302,7 @@ def jobs() -> list[Job]:
         "spa",
         "joint",
     ):
-        found.append(("ucf101", method, method, [], "1" if method == "simplecil" else THREE))
+        found.append(("ucf101", method, method, [], THREE))
     for stream in BLEND_STREAMS:
         for folder, switches in BLEND_PARTS.items():
             if _counts_on(stream, folder, switches):

@@ -176,6 +176,20 @@ def test_rankings_are_what_the_stored_results_give(page, name):
     assert re.search(rf"<!-- cairn {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)[1] == blocks[page]
 
 
+def test_stored_rows_were_made_with_the_seeds_and_settings_that_their_calls_name():
+    stored = [job for job in RESULTS["jobs"]() if (ROOT / "results" / job[0] / job[1] / "summary.json").exists()]
+    assert len(stored) > 200
+    assert [job[:2] for job in stored if not RESULTS["done"](job)] == []
+
+
+def test_a_row_of_another_number_of_seeds_or_other_settings_is_to_be_made():
+    done, job = RESULTS["done"], ("shapes", "dmc", "dmc", [], "1,2,3,4,5")
+    assert done(job)
+    assert not done((*job[:4], "1,2,3"))
+    assert not done((*job[:3], ["stage1.tuning=none"], job[4]))
+    assert not done((job[0], "no-such-row", *job[2:]))
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "results").rglob("result.json")), ids=lambda p: str(p.parent.relative_to(ROOT))
 )

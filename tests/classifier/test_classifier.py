@@ -22,7 +22,13 @@ from cairn.methods.catalogue import METHODS
 from cairn.storage.archive import Archive
 from cairn.training.checkpoint import Checkpoint
 
-QUICK = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2, "schedule.epochs": 2}
+QUICK = {
+    "stage1.schedule.epochs": 1,
+    "stage2.schedule.epochs": 2,
+    "schedule.epochs": 2,
+    "shifts.number": 2,
+    "replayed": 4,
+}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,9 @@ print(json.dumps({"grown": r1 - r0, "declared": s1 - s0}))
 """
 
 
-@pytest.mark.parametrize("name", ["simplecil", "dmc", "spa", pytest.param("dmc-ot", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["simplecil", "dmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spa", "dmc-ot"))]
+)
 def test_two_hundred_tasks_of_one_class(name):
     if sys.platform != "linux":
         pytest.skip("resident memory is read from /proc")

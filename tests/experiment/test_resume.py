@@ -367,10 +367,10 @@ def test_a_second_process_is_refused_and_a_dead_one_is_succeeded(tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_twenty_kills_change_no_bit():
+def test_eight_kills_change_no_bit():
     """Real processes, killed for real; `make torture` does two hundred."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "stress" / "torture.py", "--kills", "20"],
+        [sys.executable, ROOT / "tests" / "stress" / "torture.py", "--kills", "8"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -378,5 +378,5 @@ def test_twenty_kills_change_no_bit():
     )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     report = json.loads(done.stdout)
-    assert report["kills"] >= 20
+    assert report["kills"] >= 8
     assert report["different"] == []

@@ -153,6 +153,7 @@ TABLES = {
         "cifar100-b50",
         "cifar100-50",
         "attributes",
+        "mosaics",
         "caltech51-online",
         "ucf101-online",
         "shapes-online",
@@ -266,6 +267,7 @@ METHOD_ROWS = {
     "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
+    "mosaics": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "capnet", *CAPNET_PARTS],
     **{
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")

@@ -35,6 +35,10 @@ STREAMS = {
     "cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
     "cifar100-b50": [*PHOTOGRAPHS, "--base", "50", "--order", "seed:1993"],
     "attributes": ["--data", "attributes"],
+    "mosaics": [
+        *("--data", "mosaic=data/cifar100", "--towers", "data/mini-clip", "--step", "10"),
+        *("--order", "seed:1993", "--imbalance", "50"),
+    ],
     **{
         f"{name}-online": [
             *EMBEDDINGS,

@@ -141,6 +141,8 @@ def list_() -> None:
     console.table("Methods (MB kept of 100 classes with 50 images each, 512 numbers per embedding)", columns, rows)
     own = [
         ("shapes", "the drawn world: 40 compositions (embedded)"),
+        ("attributes", "the drawn world, several classes in an image"),
+        ("mosaic=DATA", "2 x 2 grids of a data set's pictures, several classes in an image"),
         ("FOLDER", "train/<class>/* and test/<class>/*, or <class>/*"),
         ("FILE.safetensors", "precomputed embeddings"),
     ]

@@ -44,6 +44,15 @@ class Masked(Protocol):
         ...
 
 
+@runtime_checkable
+class Composed(Protocol):
+    """Images that are put together from others, each of which shows one class."""
+
+    def long_tailed(self, imbalance: float) -> LabelSets:
+        """Images of fewer of those, the most frequent class having that many times as many as the rarest."""
+        ...
+
+
 class Unlabelled:
     """Some items of another collection, of which nobody is told what they show: all labels are -1, and of targets and masks there
     are none. What `describe` says is for messages."""

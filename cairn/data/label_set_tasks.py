@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from cairn.data.images import Dataset
+from cairn.data.images import Composed, Dataset
 from cairn.data.task import Images, LabelSets
-from cairn.errors import DataError
+from cairn.errors import ConfigError, DataError
 
 
 def tasks_of_sets(
@@ -28,6 +29,18 @@ def tasks_of_sets(
     """
     train, test = _split(dataset, validation, arrival)
     return _told(_limited(train, limit_train), classes), _tested(_limited(test, limit_test), classes)
+
+
+def long_tailed(dataset: Dataset, imbalance: float) -> Dataset:
+    """The data set with training images in which some classes are rare, where these can be composed so: to leave images out would
+    take frequent classes away with rare ones, and the other way round."""
+    assert isinstance(dataset.train, LabelSets)
+    source = dataset.train.source
+    if not isinstance(source, Composed):
+        raise ConfigError(
+            f"imbalance {imbalance:g}: data '{dataset.name}' has several classes in an image; leave it out"
+        )
+    return replace(dataset, train=source.long_tailed(imbalance))
 
 
 def _split(dataset: Dataset, share: float, arrival: np.ndarray) -> tuple[LabelSets, LabelSets]:

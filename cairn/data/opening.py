@@ -12,6 +12,9 @@ from cairn.errors import DataError, UnknownName
 DRAWN = ("shapes", "attributes")
 """Data sets that are drawn: nothing is read for them."""
 
+MOSAIC = "mosaic"
+"""Before `=` and the name of a data set: grids of its pictures."""
+
 
 def open_dataset(spec: str) -> Dataset:
     """The data set that `spec` names.
@@ -19,8 +22,8 @@ def open_dataset(spec: str) -> Dataset:
     `shapes` or `shapes:dev` (the drawn world), `attributes` or `attributes:dev` (the same, several classes in an image); a
     catalogue key, read from the hub, or `KEY=PATH`, a local copy of it, `KEY:published` for the classes of it that published
     benchmarks keep; a `.safetensors` file of features; a folder of images,
-    with a folder per class or a file that labels them. Where a folder is called like a key, the key wins: write `./cifar100`
-    for the folder.
+    with a folder per class or a file that labels them; `mosaic=DATA`, grids of the pictures of any of these. Where a folder is
+    called like a key, the key wins: write `./cifar100` for the folder.
     Raises UnknownName for a name that is none of these, DataError for a path that does not exist.
     """
     # Imported where needed: what is not opened is not loaded.
@@ -34,6 +37,12 @@ def open_dataset(spec: str) -> Dataset:
 
         return shapes_dataset(part) if drawn == "shapes" else attributes_dataset(part)
     name, equals, local = spec.partition("=")
+    if name == MOSAIC and (local or not os.path.exists(spec)):
+        from cairn.data.mosaics import mosaic_dataset
+
+        if not local:
+            raise DataError(f"data '{spec}': no data set after '='; write {MOSAIC}=PATH")
+        return mosaic_dataset(open_dataset(local))
     key, _, part = name.partition(":")
     if key in CATALOGUE:
         from cairn.data.hub import hub_dataset
@@ -56,4 +65,4 @@ def open_dataset(spec: str) -> Dataset:
         return annotated_dataset(spec, files) if files else folder_dataset(spec)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise DataError(f"data '{spec}': no such folder or file; check the path")
-    raise UnknownName("dataset", name, (*DRAWN, *CATALOGUE))
+    raise UnknownName("dataset", name, (*DRAWN, MOSAIC, *CATALOGUE))

@@ -18,7 +18,7 @@ import numpy as np
 
 from cairn.data.few_labels import few_labels, together
 from cairn.data.images import Dataset, reduced, reduced_subset, taken
-from cairn.data.label_set_tasks import tasks_of_sets
+from cairn.data.label_set_tasks import long_tailed, tasks_of_sets
 from cairn.data.names import alike, normal_form
 from cairn.data.online import blurred, chunks, shuffled
 from cairn.data.task import Images, LabelSets, Subset, Task
@@ -231,7 +231,8 @@ def task_stream(
     `limit_*` keep the first so many images of each class. `validation` in (0, 1) sets the test split aside and tests
     on that share of each class's training images instead (seed 0): settings are chosen there, never on the test split.
     `imbalance` above 1 makes the training images long-tailed (`long_tail`): the first so many of each class are kept, the
-    most frequent class having that many times as many as the rarest. Test images stay as they are.
+    most frequent class having that many times as many as the rarest. Test images stay as they are. Images that show several
+    classes are `Composed` anew for it, and others refused.
     `blurry` is the share of each class's training images that comes with later tasks (`blurred`). With `chunk` the stream is
     online: training images come in random order, and so many are learned at once (`TaskStream.parts`).
     `labelled` is the share of each class's training images that keep their label (`few_labels`); the others come with the task as
@@ -254,9 +255,7 @@ def task_stream(
     names = tuple(dataset.classes[i] for i in arrival)
     if isinstance(dataset.train, LabelSets):
         if imbalance > 1:
-            raise ConfigError(
-                f"imbalance {imbalance:g}: data '{dataset.name}' has several classes in an image; leave it out"
-            )
+            dataset = long_tailed(dataset, imbalance)
         if blurry or chunk:
             what = f"chunk {chunk}" if chunk else f"blurry {blurry:g}"
             raise ConfigError(f"{what}: data '{dataset.name}' has several classes in an image; leave it out")

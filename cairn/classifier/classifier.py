@@ -45,7 +45,7 @@ from cairn.storage.archive import Archive
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.cached import CachedTowers
 from cairn.towers.feature_file import ROWS, row_towers, row_towers_named
-from cairn.towers.preprocessing import decoded_side
+from cairn.towers.preprocessing import asked_mode, decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Checkpoint, Context, Log, Seeds
 from cairn.types import State
@@ -304,7 +304,7 @@ class IncrementalClassifier(Predicting):
             seed=self.seed,
             templates=prompt_templates(self.templates),
             descriptions=descriptions_of(self.descriptions),
-            preprocess=self.preprocess,
+            preprocess=self.preprocess if isinstance(self.towers, str) else asked_mode(self.towers),
             keep=self._keep,
         )
 

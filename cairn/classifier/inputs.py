@@ -13,7 +13,7 @@ from cairn.data.descriptions import Descriptions, read_descriptions, written_by
 from cairn.data.folders import named_unreadable, unreadable
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.labelled_datasets import labelled_items
-from cairn.errors import InvalidInput, UnreadableImages, counted
+from cairn.errors import ConfigError, InvalidInput, UnreadableImages, counted
 from cairn.training.context import Log
 
 SKIP = "replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip"
@@ -107,16 +107,23 @@ def labelled_sets(images: Labelled, labels: Labels, width: int | None) -> tuple[
     return items, sets
 
 
+def skips(on_bad_image: str) -> bool:
+    """Whether images that cannot be read are left out. Raises ConfigError for another word than stop and skip."""
+    if on_bad_image not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_image '{on_bad_image}': must be stop or skip")
+    return on_bad_image == "skip"
+
+
 def readable(
     given: InMemoryImages, classes: dict[str, int], on_bad_image: Literal["stop", "skip"], log: Log
 ) -> InMemoryImages:
     """Without the items that cannot be read, if they are to be skipped; a notice names them. Raises UnreadableImages for them
     otherwise, and where none is left of one of `classes`."""
-    bad = unreadable(given)
+    skip, bad = skips(on_bad_image), unreadable(given)
     if not bad:
         return given
     named = named_unreadable(given, bad)
-    if on_bad_image == "stop":
+    if not skip:
         raise UnreadableImages(f"{named}; {SKIP}", bad)
     rows = np.delete(np.arange(len(given)), list(bad))
     for name, number in classes.items():

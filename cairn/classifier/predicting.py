@@ -15,7 +15,7 @@ from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import ConfusedPair
 from cairn.classifier.evaluation import Evaluation
 from cairn.classifier.fitted import Fitted
-from cairn.classifier.inputs import Labelled, Labels, NameSet, labelled, labelled_sets, readable, unlabelled
+from cairn.classifier.inputs import Labelled, Labels, NameSet, labelled, labelled_sets, readable, skips, unlabelled
 from cairn.classifier.label_set_evaluation import LabelSetEvaluation
 from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
@@ -28,6 +28,7 @@ from cairn.errors import ConfigError, DataError, UnreadableImages
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.catalogue import load_towers
 from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers
+from cairn.towers.preprocessing import asked_mode, decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Log
 
@@ -69,9 +70,10 @@ class Predicting(Fitted):
         them. Raises UnreadableImages, with all such files, otherwise.
         """
         with self._lock.reading():
-            scorer, items, parts = self._scorer(known, reasons), items_of(images, self._width), []
+            skip, scorer = skips(on_bad_image), self._scorer(known, reasons)
+            items, parts = items_of(images, self._width), []
             for part in scorer.batches(items):
-                if part.unreadable and on_bad_image == "stop":
+                if part.unreadable and not skip:
                     raise self.unreadable(items)
                 parts.append(part)
             found = Predictions.joined(parts or [scorer.nothing({})])
@@ -96,11 +98,12 @@ class Predicting(Fitted):
         """
         if batch < 1:
             raise ConfigError(f"batch {batch}: must be at least 1")
+        skip = skips(on_bad_image)
         with self._lock.reading():
             scorer = self._scorer(known, reasons)
-        if on_bad_image == "stop" or not isinstance(images, Iterator):
+        if not skip or not isinstance(images, Iterator):
             images = items_of(images, self._width)
-            if on_bad_image == "stop" and (error := self.unreadable(images)).reasons:
+            if not skip and (error := self.unreadable(images)).reasons:
                 raise error
         several, done = iter(images), 0
         while items := list(islice(several, AHEAD * batch)):
@@ -271,6 +274,7 @@ class Predicting(Fitted):
 
     def _opened(self, towers: str | Towers) -> Towers:
         if not isinstance(towers, str):
+            self._require_as_asked(towers)
             return towers
         if is_features_file(towers):
             if self.decode != "whole":
@@ -284,6 +288,19 @@ class Predicting(Fitted):
             decode=self.decode,
             revision=self.revision,
         )
+
+    def _require_as_asked(self, towers: Towers) -> None:
+        """Raises ConfigError for towers, loaded by who hands them over, that prepare images otherwise than the arguments say."""
+        decode = "whole" if decoded_side(towers) is None else "reduced"
+        for name, asked, has in (
+            ("preprocess", self.preprocess, asked_mode(towers)),
+            ("decode", None if self.decode == "whole" else self.decode, decode),
+        ):
+            if asked not in (None, has):
+                raise ConfigError(
+                    f"{name} '{asked}': the towers '{towers.name}' that are given were loaded with {has}; load them with it, or leave "
+                    "it out"
+                )
 
     @property
     def _width(self) -> int | None:

@@ -78,7 +78,9 @@ class Preprocessing(BaseModel):
         return self.model_dump_json(exclude={key for key in later if getattr(self, key) == self._neutral(key)})
 
     def with_mode(self, mode: Literal["crop", "squash"] | None) -> Preprocessing:
-        """With another way to a square than the checkpoint's; None leaves it as it is."""
+        """With another way to a square than the checkpoint's; None leaves it as it is. Raises ConfigError for what is no way to."""
+        if mode not in (None, "crop", "squash"):
+            raise ConfigError(f"preprocess '{mode}': must be crop or squash")
         if mode in (None, self.mode):
             return self
         return self.model_copy(update={"mode": mode, "edge": None})
@@ -151,6 +153,12 @@ class Preprocesses(Protocol):
 def preprocessing_of(towers: Towers) -> Preprocessing | None:
     """How an image becomes pixels; None where the towers have no image side, or do not say."""
     return towers.preprocessing if isinstance(towers, Preprocesses) else None
+
+
+def asked_mode(towers: Towers) -> Literal["crop", "squash"] | None:
+    """With which `preprocess` towers of that name are loaded to be these; None where the checkpoint's own way is the only one."""
+    how = preprocessing_of(towers)
+    return how.mode if how is not None and how.mode in ("crop", "squash") else None
 
 
 def decoded_side(towers: Towers) -> int | None:

@@ -389,6 +389,35 @@ def test_what_is_asked_too_early_or_wrongly(tmp_path, towers_once):
         )
 
 
+def test_what_to_do_about_bad_images_is_stop_or_skip(learned, pictures):
+    """Another word would be taken for skip, and answers would be missing."""
+    (images, names), _ = pictures
+    for call in (
+        lambda: learned.predictions(images, on_bad_image="error"),
+        lambda: next(learned.stream(images, on_bad_image="error")),
+        lambda: learned.evaluate(images, names, on_bad_image="error"),
+        lambda: quick("lda").partial_fit(images, names, on_bad_image="error"),
+        lambda: quick("lda").partial_fit(images, [[name] for name in names], on_bad_image="error"),
+        lambda: quick("lda").partial_fit(images, names).unlearn(images[:1], on_bad_image="error"),
+    ):
+        with pytest.raises(ConfigError, match="on_bad_image 'error': must be stop or skip"):
+            call()
+
+
+def test_towers_that_are_handed_over_prepare_images_as_the_arguments_say(pictures, tmp_path):
+    from cairn.towers.catalogue import load_towers
+
+    towers = load_towers("tiny", device="cpu", preprocess="squash")
+    for changes, says in (({"preprocess": "crop"}, "preprocess 'crop'"), ({"decode": "reduced"}, "decode 'reduced'")):
+        with pytest.raises(ConfigError, match=f"{says}: the towers 'tiny' that are given were loaded with"):
+            quick("lda", towers, **changes).partial_fit(*pictures[0])
+    learner = quick("lda", towers).partial_fit(*pictures[0])
+    learner.save(tmp_path / "squashed")
+    again = IncrementalClassifier.load(tmp_path / "squashed", device="cpu")
+    assert again.open_towers().fingerprint == towers.fingerprint
+    np.testing.assert_array_equal(again.predict_proba(pictures[1][0]), learner.predict_proba(pictures[1][0]))
+
+
 def test_other_weights_are_refused(learned, tmp_path, towers_once):
     learned.save(tmp_path)
 

@@ -213,6 +213,12 @@ def test_another_mode_leaves_the_checkpoints_side_behind():
     assert own.with_mode("squash") == Preprocessing(size=SIZE, mode="squash")
 
 
+@pytest.mark.parametrize("asked", ["fold", "pad", "keep", ""])
+def test_what_is_no_way_to_a_square_is_refused(asked):
+    with pytest.raises(ConfigError, match=f"preprocess '{asked}': must be crop or squash"):
+        load_towers("tiny", device="cpu", preprocess=asked)
+
+
 def test_nobody_asks_for_a_crop_by_default(towers):
     from cairn import IncrementalClassifier
     from cairn.embed.plan import EmbedConfig

@@ -27,7 +27,7 @@ from cairn.data.descriptions import FILE_NAME, read_descriptions
 from cairn.data.folders import TEST_FOLDERS, FolderImages
 from cairn.data.images import Dataset, Images, LabelSets, Subset
 from cairn.data.label_set_tasks import held_out_sets
-from cairn.data.labelled import FILE, LABEL, METADATA
+from cairn.data.labelled import FILE, LABEL, METADATA, require_cells
 from cairn.data.names import class_name
 from cairn.data.stream import held_out
 from cairn.data.templates import DEFAULT
@@ -185,7 +185,10 @@ def _of_csv(file: Path, root: Path) -> Listed:
             if FILE not in columns or column is None:
                 raise DataError(f"'{shown}': no column {FILE} or {LABELS}; a first line 'file_name,labels' names them")
             for row in rows:
-                where, given = f"'{shown}', line {rows.line_num}", row[column] or ""
+                where, given = f"'{shown}', line {rows.line_num}", row[column]
+                require_cells(row, where)
+                if given is None:
+                    raise DataError(f"{where}: no cell for {column}; end it with a comma if the picture shows none")
                 own = given.split(BETWEEN) if column == LABELS else [given]
                 if column == LABELS:
                     own = [name for name in own if name.strip()]
@@ -206,6 +209,10 @@ def _of_coco(file: Path, root: Path) -> Listed:
         held = validated(_Coco, parsed_json(read_bytes(file, JSON_BYTES)), f"'{shown}'")
     except (ResultError, ValueError, RecursionError) as error:
         raise DataError(f"'{shown}': not annotations in COCO's form ({one_line(str(error))}); write it again") from None
+    for what, ids in (("images", held.images), ("categories", held.categories)):
+        if len(numbers := {one.id for one in ids}) < len(ids):
+            twice = next(number for number in numbers if sum(one.id == number for one in ids) > 1)
+            raise DataError(f"'{shown}': two {what} have id {twice}; give each its own")
     names = [_inside(image.file_name, f"'{shown}', image {image.id}") for image in held.images]
     categories = sorted(held.categories, key=lambda category: category.id)
     named = {category.id: _named(category.name, f"'{shown}', category {category.id}") for category in categories}

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -244,8 +244,7 @@ def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.
         train, classes, passed = _images(root, "train/", trained)
         test, _, more = _images(root, f"{test_folder}/", tested)
         passed = {**passed, **more}
-        if unused := [name for name in there.folders if name not in ("train", test_folder)]:
-            notices.append(f"not used, beside train/ and {test_folder}/: {listed([f'{one_line(n)}/' for n in unused])}")
+        notices += _unused(there.folders, ("train", test_folder))
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
     notices += passed_over(passed)
@@ -269,17 +268,31 @@ class ClassFolders:
     notices: tuple[str, ...]
 
 
-def class_folders(path: str | Path, recursive: bool = False) -> ClassFolders:
-    """All images in `path/<class>/`, or where there are folders in `train/` those in `path/train/<class>/`; with `recursive`
-    those in folders inside a class too, but for linked ones. Raises DataError as `folder_dataset`."""
+def class_folders(path: str | Path, recursive: bool = False, part: Literal["train", "test"] = "train") -> ClassFolders:
+    """All images in `path/<class>/`, or where there are folders in `train/` those in `path/train/<class>/`, for `test` those beside it
+    in `test/` or `val/`, if they are there; with `recursive` those in folders inside a class too, but for linked ones. Raises
+    DataError as `folder_dataset`."""
     root, shown = Path(os.path.expanduser(path)), one_line(path)
     if not os.path.isdir(root):
         raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
-    prefix = "train/" if "train" in list_folder(root).folders and _holds_classes(root / "train") else ""
+    there, prefix, notices = list_folder(root), "", []
+    parts = [name for name in ("train", *TEST_FOLDERS) if name in there.folders and _holds_classes(root / name)]
+    if "train" in parts:
+        own = next((name for name in parts if name != "train"), "train") if part == "test" else "train"
+        prefix = f"{own}/"
+        if part == "test" and own == "train":
+            notices.append(f"'{shown}' has train/ and no test/ or val/: the pictures of train/ are taken")
+        notices += _unused(there.folders, parts)
     images, classes, passed = _images(root, prefix, _classes(root / prefix), recursive)
     file = root / FILE_NAME
     said = read_descriptions(file) if file.is_file() else None
-    return ClassFolders(images, classes, said, tuple(passed_over(passed)))
+    return ClassFolders(images, classes, said, (*notices, *passed_over(passed)))
+
+
+def _unused(folders: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """A notice of folders beside those of training and test images, if there are any."""
+    more = [f"{one_line(name)}/" for name in folders if name not in parts]
+    return [f"not used, beside {' and '.join(f'{name}/' for name in parts)}: {listed(more)}"] if more else []
 
 
 def loose_pictures(path: str | Path) -> tuple[Unlabelled, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cairn.data.annotated import ANNOTATIONS, LABELS, Listed, annotation_files, listed
+from cairn.data.annotated import ANNOTATIONS, LABELS, annotation_files, listed
 from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
 from cairn.data.labelled import FILE, LABEL, METADATA, labelled_pictures
 from cairn.errors import ConfigError, one_line
@@ -31,7 +31,7 @@ class GivenPictures:
 def given_pictures(path: Path, part: Part = "train", recursive: bool = False) -> GivenPictures:
     """As `labelled_pictures`; besides a CSV with columns `file_name` and `labels`, several between semicolons, or JSON in COCO's form,
     and a folder with such files, of which `part` is taken if there is one (see `cairn.data.annotated`). Raises as these do."""
-    file = _file_of_sets(path, part)
+    file = _annotations(path, part)
     if file is None:
         found = labelled_pictures(path, part, recursive)
         return GivenPictures(found.files, found.names, None, found.descriptions, found.notices)
@@ -39,12 +39,15 @@ def given_pictures(path: Path, part: Part = "train", recursive: bool = False) ->
         raise ConfigError(f"--recursive: '{one_line(file)}' says which pictures there are; leave it out")
     root = path if path.is_dir() else path.parent
     said = read_descriptions(root / FILE_NAME) if (root / FILE_NAME).is_file() else None
-    sets = listed(file, root)
-    return GivenPictures(_files(sets), [], [[*own] for own in sets.classes], said)
+    found = listed(file, root)
+    files = [found.root / name for name in found.names]
+    if found.single:
+        return GivenPictures(files, [own for (own,) in found.classes], None, said)
+    return GivenPictures(files, [], [[*own] for own in found.classes], said)
 
 
-def _file_of_sets(path: Path, part: Part) -> Path | None:
-    """The file that labels pictures with several classes, if there is one."""
+def _annotations(path: Path, part: Part) -> Path | None:
+    """The file that labels pictures as a data set's does: with several classes, or those of `part` apart from the others."""
     if path.is_file():
         return path if _labels_sets(path) else None
     if not path.is_dir():
@@ -52,21 +55,21 @@ def _file_of_sets(path: Path, part: Part) -> Path | None:
     whole = next((file for file in (path / METADATA, path / ANNOTATIONS) if file.is_file()), None)
     if whole is not None:
         return whole if _labels_sets(whole) else None
-    files = [file for file in annotation_files(path) if _labels_sets(file)]
+    files = [file for file in annotation_files(path) if FILE in (held := _columns(file)) and held & {LABEL, LABELS}]
     return files[0 if part == "train" else -1] if files else None
 
 
 def _labels_sets(file: Path) -> bool:
     """Whether it is JSON, or a CSV with a column `labels` and none `label`."""
+    return {FILE, LABELS} <= (held := _columns(file)) and LABEL not in held
+
+
+def _columns(file: Path) -> set[str]:
+    """Those of a CSV; of JSON, which names the same things otherwise, what they would be."""
     if file.suffix.lower() == ".json":
-        return True
+        return {FILE, LABELS}
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            columns = {*next(csv.reader(stream), [])}
+            return {*next(csv.reader(stream), [])}
     except (OSError, UnicodeDecodeError, csv.Error):
-        return False  # which is said when it is read
-    return {FILE, LABELS} <= columns and LABEL not in columns
-
-
-def _files(sets: Listed) -> list[Path]:
-    return [sets.root / name for name in sets.names]
+        return set()  # which is said when it is read

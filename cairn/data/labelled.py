@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cairn.data.descriptions import Descriptions
 from cairn.data.folders import class_folders
-from cairn.data.picture_files import list_folder
 from cairn.errors import ConfigError, DataError, one_line
 
 FILE, LABEL = "file_name", "label"
@@ -33,7 +33,7 @@ def labelled_pictures(
 ) -> LabelledPictures:
     """What a CSV with columns `file_name` and `label` lists, paths relative to it; of a folder what its `metadata.csv` lists,
     or a folder of pictures per class, with `recursive` those in folders inside it as well. Where it has folders `train/` and
-    `test/` with classes in them, those of `part`.
+    `test/` (or `val/`) with classes in them, those of `part`.
 
     Raises DataError for what is neither, naming the line of a CSV that is wrong; ConfigError for a CSV with `recursive`.
     """
@@ -42,13 +42,17 @@ def labelled_pictures(
         raise ConfigError(f"--recursive: '{one_line(table)}' says which pictures there are; leave it out")
     if table is not None:
         return _of_csv(table)
-    if part == "test" and path.is_dir() and {"train", "test"} <= {*list_folder(path).folders}:
-        path = path / "test"
-    found = class_folders(path, recursive)
+    found = class_folders(path, recursive, part)
     files = [found.images.path(row) for row in range(len(found.images))]
     return LabelledPictures(
         files, [found.classes[label] for label in found.images.labels], found.descriptions, found.notices
     )
+
+
+def require_cells(row: Mapping[str | None, Any], where: str) -> None:
+    """Raises DataError for a line of a CSV with more cells than there are columns: a name would lose what follows its comma."""
+    if any(row.get(None) or ()):
+        raise DataError(f"{where}: more cells than columns; put what has a comma in it between double quotes")
 
 
 def _of_csv(path: Path) -> LabelledPictures:
@@ -61,10 +65,10 @@ def _of_csv(path: Path) -> LabelledPictures:
                     f"'{shown}': no column {' or '.join(sorted(missing))}; a first line 'file_name,label' names them"
                 )
             for row in rows:
+                where = f"'{shown}', line {rows.line_num}"
+                require_cells(row, where)
                 if not row[FILE] or not row[LABEL]:
-                    raise DataError(
-                        f"'{shown}', line {rows.line_num}: a file_name and a label must be there; correct it"
-                    )
+                    raise DataError(f"{where}: a file_name and a label must be there; correct it")
                 files.append(path.parent / row[FILE])
                 names.append(row[LABEL])
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cairn import IncrementalClassifier
 from cairn.classifier.evaluation import Evaluation
 from cairn.classifier.predictions import Predictions
 from cairn.cli.app import main
+from cairn.data.given_pictures import given_pictures
 from cairn.data.labelled import labelled_pictures
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import DataError, InvalidInput
@@ -161,6 +163,7 @@ def test_a_csv_is_learned_and_evaluated(pictures, tmp_path, monkeypatch, capsys)
         ("file_name,label\n", "lists no picture"),
         ("file_name,label\na.png,\n", "line 2: a file_name and a label must be there"),
         ("", "no column file_name or label"),
+        ("file_name,label\na.png,cat\nb.png,tea, green\n", "line 3: more cells than columns"),
     ],
 )
 def test_a_csv_that_is_none_is_one_line(text, error, tmp_path):
@@ -170,3 +173,46 @@ def test_a_csv_that_is_none_is_one_line(text, error, tmp_path):
     (tmp_path / "list.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not a CSV in UTF-8"):
         labelled_pictures(tmp_path / "list.csv")
+
+
+def test_a_folder_of_both_parts_gives_the_one_that_is_asked_for(pictures, tmp_path):
+    """The test pictures, whatever their folder is called: to be measured on what was learned would flatter."""
+    for held in ("test", "val", "validation"):
+        root = tmp_path / held
+        shutil.copytree(pictures / "train", root / "train")
+        shutil.copytree(pictures / "test", root / held)
+        files = {part: labelled_pictures(root, part).files for part in ("train", "test")}
+        assert {part: {file.relative_to(root).parts[0] for file in files[part]} for part in files} == {
+            "train": {"train"},
+            "test": {held},
+        }
+    (tmp_path / "test" / "oak").mkdir()
+    found = labelled_pictures(tmp_path / "test")
+    assert found.notices == ("not used, beside train/ and test/: oak/",)
+    shutil.rmtree(tmp_path / "test" / "test")
+    found = labelled_pictures(tmp_path / "test", "test")
+    assert "has train/ and no test/ or val/: the pictures of train/ are taken" in found.notices[0]
+
+
+def test_classes_called_train_and_test_are_classes(pictures, tmp_path):
+    for name, source in zip(("bus", "train", "test"), sorted((pictures / "train").iterdir()), strict=True):
+        shutil.copytree(source, tmp_path / name)
+    for part in ("train", "test"):
+        assert {*labelled_pictures(tmp_path, part).names} == {"bus", "train", "test"}
+
+
+def test_both_parts_with_one_label_beside_each_are_learned_and_evaluated(pictures, tmp_path):
+    """Hugging Face's imagefolder: its folders are no classes."""
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        rows = ["file_name,label"]
+        for file in sorted((pictures / part).glob("*/*.png")):
+            name = f"{file.parent.name} {file.name}"
+            shutil.copy(file, tmp_path / part / name)
+            rows.append(f"{name},{file.parent.name}")
+        (tmp_path / part / "metadata.csv").write_text("\n".join(rows))
+    for part in ("train", "test"):
+        given, apart = given_pictures(tmp_path, part), labelled_pictures(pictures, part)
+        assert given.sets is None
+        assert given.names == apart.names
+        assert {file.parent for file in given.files} == {tmp_path / part}

@@ -242,6 +242,8 @@ def test_cocos_form_in_its_own_layout(tmp_path):
         ({"images": [{"id": 7, "file_name": "../a.png"}]}, "image 7: file_name '../a.png'; give it relative"),
         ({"images": [{"id": 7, "file_name": "/etc/passwd"}]}, "image 7: file_name '/etc/passwd'; give it relative"),
         ({"categories": [{"id": 1, "name": " "}]}, "category 1: class ' '"),
+        ({"images": [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]}, "two images have id 7"),
+        ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "two categories have id 1"),
         ({"images": "many"}, "not annotations in COCO's form"),
         ({"images": [], "annotations": []}, "lists no picture"),
     ],
@@ -265,6 +267,8 @@ def test_damaged_annotations_are_refused_in_one_line(tmp_path, changes, problem)
         ("file_name,labels\n", "lists no picture"),
         ("file_name,labels\ngone.png,cat\n", "'gone.png' is not in"),
         ("file_name,label\na.png,\n", "line 2: class ''"),
+        ("file_name,labels\na.png,cat,dog\n", "line 2: more cells than columns"),
+        ("file_name,labels\na.png\n", "line 2: no cell for labels"),
     ],
 )
 def test_damaged_csvs_are_refused_in_one_line(tmp_path, text, problem):

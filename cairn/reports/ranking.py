@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from cairn.errors import ResultError, counted
 from cairn.experiment.metrics import mean_and_deviation
+from cairn.experiment.schema import comparable_call
 from cairn.reports.figures import BOUND, INK, UNTOUCHED, Chart, Series, Style, _figure, _look, curves, styles
 from cairn.reports.formats import Cell, Column, Estimate, Interval, Table, estimate
-from cairn.reports.runs import read_results
-from cairn.reports.tables import Result, gains, label, seed_list
+from cairn.reports.runs import differing, read_results
+from cairn.reports.tables import Result, gains, label, seed_list, used_precision
 from cairn.reports.templates import rendered
+from cairn.towers.fingerprint import completed
 
 Metric = Literal["last", "average"]
 
@@ -41,6 +43,43 @@ def stream_name(result: Result) -> str:
     if (imbalance := call.get("imbalance") or 1.0) != 1.0:
         said.append(f"imbalance {imbalance:g}")
     return ", ".join(said)
+
+
+SETTING_APART = ("limit_test", "validation", "blurry", "labelled", "unlabelled", "chunk", "template")
+"""Of a call, beside what `stream_name` says, what makes another stream of the same data."""
+
+
+def stream_names(results: Sequence[Result]) -> list[str]:
+    """The `stream_name` of each run; where several streams have one name, with what they differ in: towers, tasks, or how images were
+    chosen. Their figures do not compare."""
+    names, facts = [stream_name(result) for result in results], _facts(results)
+    of: dict[str, list[dict[str, str]]] = {}
+    for name, own in zip(names, facts, strict=True):
+        of.setdefault(name, []).append(own)
+    apart = {name: differing(held) for name, held in of.items()}
+    return [
+        name + (f" [{', '.join(f'{key} {own[key]}' for key in apart[name])}]" if apart[name] else "")
+        for name, own in zip(names, facts, strict=True)
+    ]
+
+
+def _facts(results: Sequence[Result]) -> list[dict[str, str]]:
+    """What tells apart streams of one name. Towers are the same by their fingerprint, whatever path led to them."""
+    whole = completed(result["towers"]["fingerprint"] for result in results)
+    towers: dict[str, str] = {}
+    found = []
+    for result in results:
+        mark, sizes, call = whole[result["towers"]["fingerprint"]], result["task_sizes"], comparable_call(result["run"])
+        found.append(
+            {
+                "towers": towers.setdefault(mark, f"{result['towers']['name']} {mark[:8]}"),
+                "classes": str(sum(sizes)),
+                "step": str(max(sizes[1:] or sizes)),
+                "precision": used_precision(result),
+                **{key.replace("_", " "): str(call.get(key)) for key in SETTING_APART},
+            }
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,10 +123,9 @@ def standings(
     Raises ResultError if there is nothing, or what there is cannot be read.
     """
     runs: dict[str, dict[str, list[Result]]] = {}
-    for result in read_results(list(folders)):
-        name = label(result)
-        if variants or name == result["method"]:
-            runs.setdefault(stream_name(result), {}).setdefault(name, []).append(result)
+    results = [run for run in read_results(list(folders)) if variants or label(run) == run["method"]]
+    for stream, run in zip(stream_names(results), results, strict=True):
+        runs.setdefault(stream, {}).setdefault(label(run), []).append(run)
     if not runs:
         raise ResultError("no run with a method's own settings there; --variants takes those with changed ones as well")
     return Standings(runs, metric, tuple(bounds))
@@ -151,8 +189,8 @@ def ranking_table(found: Standings) -> Table:
 
 
 def best_table(found: Standings) -> Table:
-    """A row per stream: the best method, the next, what it gains over that where both have runs in pairs, and beside them zero-shot
-    and the bounds."""
+    """A row per stream with a method that is no bound: the best, the next, what it gains over that where both have runs in pairs, and
+    beside them zero-shot and the bounds."""
     beside = [m for m in ("zero-shot", *found.bounds) if m in found.methods]
     rows: list[list[Cell]] = []
     for stream in found.streams:
@@ -161,6 +199,8 @@ def best_table(found: Standings) -> Table:
             for method in found.runs[stream]
             if method not in found.bounds and (value := found.value(stream, method)) is not None
         }
+        if not means:
+            continue
         best, *others = sorted(means, key=lambda method: -means[method])
         following = others[0] if others else None
         gain = _gain(found, stream, best, following) if following else None

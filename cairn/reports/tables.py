@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,27 @@ def summary_table(groups: Mapping[str, Sequence[Result]]) -> Table:
     return Table(columns, rows)
 
 
+def require_once(results: Sequence[Result]) -> None:
+    """Raises ResultError for two runs of one method with the same settings, seed and stream: a mean would count them as two."""
+    streams = [tuple(key.values()) for key in stream_keys(results)]
+    times = Counter((label(run), run["seed"], stream) for run, stream in zip(results, streams, strict=True))
+    for (name, seed, _), number in times.items():
+        if number > 1:
+            raise ResultError(
+                f"'{name}' with seed {seed}: {number} runs on the same stream, which would count as {number} seeds; name fewer folders"
+            )
+
+
 def markdown_table(results: Sequence[Result]) -> str:
     """The summary, a row per method and settings.
 
-    Raises ResultError if the runs cannot stand in one table: other weights, split or class order.
+    Raises ResultError if the runs cannot stand in one table: other weights, split or class order, or one run twice.
     """
     if problems := comparable(results):
         raise ResultError(
             f"these runs differ in {' and '.join(problems)}: they cannot stand in one table; name fewer folders"
         )
+    require_once(results)
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(label(result), []).append(result)
@@ -150,13 +163,13 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def paired(first: Sequence[Result], second: Sequence[Result]) -> list[list[tuple[Result, Result]]]:
-    """Runs of both with the same seed on the same stream in the same class order, one list for each order."""
+    """Runs of both with the same seed on the same stream in the same class order, each once, one list for each order."""
     keys = [tuple(key.values()) for key in stream_keys([*first, *second])]
     others = {(key, run["seed"]): run for key, run in zip(keys[len(first) :], second, strict=True)}
     found: dict[tuple, list[tuple[Result, Result]]] = {}
     for key, run in zip(keys, first, strict=False):
-        if (key, run["seed"]) in others:
-            found.setdefault(key, []).append((run, others[key, run["seed"]]))
+        if (other := others.pop((key, run["seed"]), None)) is not None:
+            found.setdefault(key, []).append((run, other))
     return list(found.values())
 
 
@@ -217,9 +230,15 @@ def gains_table(pairs: Mapping[str, tuple[Sequence[Result], Sequence[Result]]]) 
 def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
     """What the first method gains over the second, as Markdown. Each may have been run in several class orders.
 
-    Raises ResultError if the runs cannot be compared, or fewer than two seeds or orders are in both; ConfigError if scipy is
-    missing.
+    Raises ResultError if the runs cannot be compared, if either are of several methods or one of them is there twice, or if fewer
+    than two seeds or orders are in both; ConfigError if scipy is missing.
     """
+    for runs in (first, second):
+        if len(names := list(dict.fromkeys(map(label, runs)))) > 1:
+            raise ResultError(
+                f"results of {' and '.join(map(repr, names[:3]))} in one folder: give the folder of one of them"
+            )
+        require_once(runs)
     if not paired(first, second) and (problems := comparable([*first, *second])):
         raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
     if differences_known(first, second) < 2:

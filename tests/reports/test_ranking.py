@@ -170,3 +170,35 @@ def test_the_command(cairn, folder):
     status, _, error = cairn("rank", folder, "--metric", "best")
     assert status == 2
     assert error.count("\n") == 1
+
+
+def stored(folder, *results):
+    for number, one in enumerate(results):
+        (folder / f"more-{number}").mkdir(parents=True)
+        (folder / f"more-{number}" / "result.json").write_text(json.dumps(one))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"run": {"labelled": 0.125}}, ["d [labelled 1.0]", "d [labelled 0.125]"]),
+        ({"run": {"validation": 0.2}}, ["d [validation None]", "d [validation 0.2]"]),
+        ({"task_sizes": [2, 2]}, ["d [classes 2, step 1]", "d [classes 4, step 2]"]),
+        ({"towers": {"name": "b", "fingerprint": "u"}}, ["d [towers ? t]", "d [towers b u]"]),
+        ({"run": {"precision": "bfloat16"}}, ["d [precision float32]", "d [precision bfloat16]"]),
+        ({"class_order": ["b", "a"]}, ["d"]),
+    ],
+)
+def test_streams_that_do_not_compare_are_not_one(tmp_path, changes, names):
+    """A method that was run on the easier of the two would be ahead of one that was run on the other."""
+    one, other = result("d", "first", 1, 0.5), result("d", "second", 1, 0.9)
+    other |= {**changes, "run": other["run"] | changes.get("run", {})}
+    found = standings([stored(tmp_path, one, other)])
+    assert found.streams == names
+
+
+def test_a_stream_with_a_bound_alone_has_no_best(folder):
+    found = standings([stored(folder / "other", result("f", "joint", 1, 0.9)), folder])
+    assert "f" in found.streams
+    assert "f" not in [row[0] for row in best_table(found).rows]

@@ -150,3 +150,20 @@ def test_without_a_terminal_progress_is_plain_lines_seldom(tmp_path):
     assert len(lines) == 1
     assert "step 0/9" in lines[0]
     assert "\x1b" not in lines[0]
+
+
+def test_one_run_twice_is_no_second_seed():
+    for results in ([result(), result()], [result(seed=1), result(seed=2), result(seed=2, average=0.6)]):
+        with pytest.raises(ResultError, match="2 runs on the same stream, which would count as 2 seeds"):
+            markdown_table(results)
+    other = [result("lda", seed) for seed in (1, 2)]
+    with pytest.raises(ResultError, match="'dmc' with seed 1: 2 runs"):
+        difference_table([result(), result(), result(seed=2)], other)
+
+
+def test_a_difference_is_of_one_method_and_another():
+    """Of a folder with several methods the last of each seed would stand for all of them."""
+    first, several = [result("dmc", seed) for seed in (1, 2)], [result(m, s) for m in ("lda", "blend") for s in (1, 2)]
+    for pair in ((first, several), (several, first)):
+        with pytest.raises(ResultError, match="results of 'lda' and 'blend' in one folder"):
+            difference_table(*pair)

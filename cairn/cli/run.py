@@ -153,6 +153,9 @@ def run(
     if resume is not None:
         if method is not None:
             raise ConfigError(f"--resume {resume}: the folder says what to run; leave '{method}' out")
+        for parameter in context.command.params:
+            if parameter.name != "resume" and _is_given(context, parameter.name):
+                raise ConfigError(f"--resume {resume}: the folder says what to run; leave {parameter.opts[0]} out")
         run_all(read_call(resume), resume, world=world)
         return
     asked = context.meta.get(FILE) or RunFile()
@@ -164,8 +167,10 @@ def run(
     step = usual_step(data) if step is None else step
     folder = out or Path("runs") / f"{entry.name}-{_data_name(data)}"
     several = seed_numbers(seeds) if seeds is not None else None
-    source = context.get_parameter_source("seed")
-    if several is None and (source is None or source.name != "COMMANDLINE"):
+    alone = _is_given(context, "seed")
+    if several is not None and alone:
+        raise ConfigError(f"--seed {seed} and --seeds {seeds}: give only one of them")
+    if several is None and not alone:
         several = asked.seeds
     own = {"method": entry.name, "step": step, "seed": several[0] if several else seed}
     own |= {"settings": merged(asked.settings, parsed(set_ or ())), "stream": checked_stream(stream)}
@@ -173,6 +178,12 @@ def run(
     own = {"run": config, "seeds": several, "track": track or [], "notices": asked.notices}
     call = checked(Call, **of_fields(context, Call) | own)
     run_all(call, folder, overwrite, world)
+
+
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    """Whether an option stands on the command line, and is no default or what --config read."""
+    source = None if name is None else context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def checked(kind: type[Settings], **values: Any) -> Settings:
@@ -227,7 +238,7 @@ def run_all(call, folder: Path, overwrite: bool = False, world: World = ALONE) -
 
 
 def _runs(call, folder: Path, overwrite: bool, world: World) -> list:
-    from cairn.experiment.folder import CALL, SUMMARY, summary
+    from cairn.experiment.folder import CALL, SUMMARY, require_one_stream, summary
     from cairn.storage.files import write_json
 
     console = Console() if world.is_main else Console(io.StringIO())
@@ -241,6 +252,7 @@ def _runs(call, folder: Path, overwrite: bool, world: World) -> list:
     for number in call.seeds:
         own = call.model_copy(update={"run": call.run.model_copy(update={"seed": number}), "seeds": None})
         results.append(_run_one(own, folder / f"seed-{number}", overwrite, console, world, opened))
+        require_one_stream(results)
     if world.is_main:
         write_json(folder / SUMMARY, summary(results))
         (folder / CALL).unlink(missing_ok=True)

@@ -110,6 +110,8 @@ def read_run_file(path: Path) -> RunFile:
     for key in stored:
         if key not in KEYS:
             raise UnknownName(f"key of run file '{path}':", key, KEYS)
+    if {"seed", "seeds"} <= stored.keys():
+        raise ConfigError(f"run file '{path}': seeds are given twice; leave seed or seeds out")
     return checked(RunFile, stored, f"run file '{path}'")
 
 

@@ -26,6 +26,7 @@ from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated
 from cairn.towers.feature_file import is_features_file
+from cairn.towers.fingerprint import same_towers
 
 RESULT, EVENTS, SUMMARY, CALL, LEARNER, CHECKPOINT, LOCK = (
     "result.json", "events.jsonl", "summary.json", "call.json", "learner", "checkpoint", ".lock",
@@ -261,8 +262,27 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def seen_otherwise(result: RunResult, split: str, towers: str) -> str | None:
+    """What a run saw that today's is not, `images` or `towers`; None where it saw the same split through the same towers."""
+    if result.split != split:
+        return "images"
+    return None if same_towers(result.towers.fingerprint, towers) else "towers"
+
+
+def require_one_stream(results: Sequence[RunResult]) -> None:
+    """Raises ResultError for runs of one call that saw different images or towers: data has changed since the first was run."""
+    first, *others = results
+    for other in others:
+        if what := seen_otherwise(first, other.split, other.towers.fingerprint):
+            raise ResultError(
+                f"seed {first.seed} was run on other {what} than seed {other.seed}, so there is no mean of both: run all again with "
+                "--overwrite"
+            )
+
+
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:
-    """Mean and sample standard deviation over runs that differ in their seed alone."""
+    """Mean and sample standard deviation over runs that differ in their seed alone. Raises ResultError where they do in more."""
+    require_one_stream(results)
     first = results[0]
     rows = list(zip(*(result.seen_accuracy for result in results), strict=True))
     return {

@@ -15,9 +15,9 @@ import torch
 from pydantic import BaseModel
 
 from cairn.config import with_settings
-from cairn.errors import CairnError, ConfigError
+from cairn.errors import CairnError, ConfigError, ResultError
 from cairn.experiment.config_file import checked
-from cairn.experiment.folder import CALL, RESULT, read_call, read_result
+from cairn.experiment.folder import CALL, RESULT, read_call, read_result, seen_otherwise
 from cairn.experiment.inputs import Prepared, prepared
 from cairn.experiment.schema import RunConfig, RunResult, comparable_call, usual_step
 from cairn.methods.catalogue import method_named
@@ -112,15 +112,27 @@ class Checks:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device '{config.device}': {reason}; try auto or cpu") from None
+        towers = self._data(config).towers
+        settings = with_settings(entry.default_config(towers), config.settings)
+        entry.build(towers, settings, seed=config.seed)
+        return settings
+
+    def require_same_data(self, result: RunResult, name: str) -> None:
+        """Raises ResultError for a stored run of other images or towers than its call finds today."""
+        today = self._data(result.run)
+        if what := seen_otherwise(result, today.stream.fingerprint, today.towers.fingerprint):
+            raise ResultError(
+                f"run '{name}' saw other {what} than its call finds today, so its figures do not compare with those to come: give "
+                "another --out"
+            )
+
+    def _data(self, config: RunConfig) -> Prepared:
         # On the CPU: the machine that plans need not have an accelerator
         data = config.model_copy(update={"method": "zero-shot", "settings": {}, "seed": 0, "device": "cpu"})
         key = data.model_dump_json()
         if key not in self._opened:
             self._opened[key] = prepared(data)
-        towers = self._opened[key].towers
-        settings = with_settings(entry.default_config(towers), config.settings)
-        entry.build(towers, settings, seed=config.seed)
-        return settings
+        return self._opened[key]
 
     def forget_data(self) -> None:
         self._opened.clear()

@@ -180,6 +180,7 @@ class Sweep:
                 self.ledger.jobs.append(job)
                 job.attempts = attempts_in(self.folder / job.name)
                 if (result := self._results.get(job.name)) is not None:
+                    self._checks.require_same_data(result, job.name)
                     job.state, job.figures = "finished", figures(result)
                 else:
                     self._waiting.append(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,21 @@ def test_seeds_write_a_folder_each_and_a_summary(cairn, features, tmp_path):
     assert "over 3 seeds" in out
 
 
+def test_seeds_of_data_that_has_changed_have_no_mean(cairn, features_file, embedded_dataset, tmp_path):
+    call = ("run", "simplecil", "--data", features_file(), "--step", 3, "--out", "s")
+    assert cairn(*call, "--seeds", "1,2")[0] == 0
+    before = (tmp_path / "s" / "summary.json").read_bytes()
+    train = embedded_dataset.train
+    for kept, what in ((slice(1, None), "images"), (slice(None), "towers")):
+        features_file(train_features=1.5 * train.values[kept], train_labels=train.labels[kept])
+        status, _, err = cairn(*call, "--seeds", "1,3")
+        assert status == 2
+        assert f"seed 1 was run on other {what} than seed 3" in err
+        assert (tmp_path / "s" / "summary.json").read_bytes() == before
+        shutil.rmtree(tmp_path / "s" / "seed-3")
+    assert cairn(*call, "--seeds", "1,3", "--overwrite")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -86,6 +102,9 @@ def test_seeds_write_a_folder_each_and_a_summary(cairn, features, tmp_path):
         (("run", "dmc", "--set", "stage9.x=1"), "unknown setting 'stage9.x'"),
         (("run", "dmc", "--step", "41"), "step 41 is larger than the number of classes, 40"),
         (("run", "dmc", "--seeds", "1,1"), "--seeds 1,1: must be different"),
+        (("run", "dmc", "--seed", "3", "--seeds", "1,2"), "--seed 3 and --seeds 1,2: give only one of them"),
+        (("run", "--resume", "r", "--device", "cpu"), "leave --device out"),
+        (("run", "--resume", "r", "--set", "a=1"), "leave --set out"),
         (("run", "dmc", "--precision", "float7"), "--precision float7"),
         (("run", "dmc", "--seed", "-3"), "--seed -3"),
         (("run", "dmc", "--towers", "tinny"), "did you mean tiny"),

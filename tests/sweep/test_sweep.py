@@ -229,6 +229,15 @@ def test_what_is_finished_is_not_run_again_also_when_the_sweep_grows(sweep, tmp_
     assert (first / RESULT).stat().st_mtime_ns == before
 
 
+def test_stored_runs_of_data_that_has_changed_are_refused(sweep, features_file, embedded_dataset):
+    """Their means with new runs would be of two data sets."""
+    sweep("[grid]\nseeds = [1]", head='method = "simplecil"')
+    train = embedded_dataset.train
+    features_file(train_features=train.values[1:], train_labels=train.labels[1:])
+    with pytest.raises(ResultError, match="run 'simplecil/seed-1' saw other images than its call finds today"):
+        sweep("[grid]\nseeds = [1, 2]", head='method = "simplecil"')
+
+
 def test_equal_configs_are_one_run(cairn, write, tmp_path):
     path = write(
         "[grid]\nsettings = [{}, {stage1.schedule.epochs = 10}, {stage1.schedule.epochs = 1e1}]\n",

@@ -18,7 +18,15 @@ from cairn.reports.drift import errors_by_task, estimator_table
 from cairn.reports.figures import BOUND, UNTOUCHED, Chart, Series, Style, curves, matrix, styles
 from cairn.reports.formats import FORMS, Cell, Column, Estimate, Table, estimate
 from cairn.reports.runs import Line, Stream, differing, flat, read_drifts, read_results, streams_of
-from cairn.reports.tables import Result, gains_table, none_below, paired_seeds, seed_list, summary_table, used_precision
+from cairn.reports.tables import (
+    Result,
+    differences_known,
+    gains_table,
+    none_below,
+    seed_list,
+    summary_table,
+    used_precision,
+)
 from cairn.reports.templates import rendered
 from cairn.storage.files import make_folder, write_chunks
 
@@ -169,7 +177,7 @@ def _stream_part(stream: Stream, keys: dict[str, Key], reference: str | None) ->
     against = {
         f"{line.label} - {base.label}": (line.runs, base.runs)
         for line in stream.lines
-        if line is not base and len(paired_seeds(line.runs, base.runs)) > 1
+        if line is not base and differences_known(line.runs, base.runs) > 1
     }
     tables = {"summary": summary_table({line.label: line.runs for line in stream.lines})}
     if against:

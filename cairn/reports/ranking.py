@@ -18,7 +18,7 @@ from cairn.experiment.schema import comparable_call
 from cairn.reports.figures import BOUND, INK, UNTOUCHED, Chart, Series, Style, _figure, _look, curves, styles
 from cairn.reports.formats import Cell, Column, Estimate, Interval, Table, estimate
 from cairn.reports.runs import differing, read_results
-from cairn.reports.tables import Result, gains, label, seed_list, used_precision
+from cairn.reports.tables import COMPARED, Result, differences_known, gains, label, seed_list, used_precision
 from cairn.reports.templates import rendered
 from cairn.towers.fingerprint import completed
 
@@ -212,9 +212,11 @@ def best_table(found: Standings) -> Table:
 
 
 def _gain(found: Standings, stream: str, first: str, second: str) -> Interval | None:
-    """Over pairs of the same seed and class order; None where there are fewer than two."""
-    place = ("average", "last", "forgetting").index(found.metric)
-    return gains(found.runs[stream][first], found.runs[stream][second])[place]
+    """Over pairs of the same seed and class order; None where there are fewer than two, or seeds move neither method."""
+    runs = found.runs[stream]
+    if differences_known(runs[first], runs[second]) < 2:
+        return None
+    return gains(runs[first], runs[second])[COMPARED.index(found.metric)]
 
 
 def critical_difference_chart(found: Standings) -> Chart | None:

@@ -178,9 +178,13 @@ def paired_seeds(first: Sequence[Result], second: Sequence[Result]) -> list[int]
 
 
 def differences_known(first: Sequence[Result], second: Sequence[Result]) -> int:
-    """How many independent differences there are: class orders, or seeds where there is one order."""
+    """How many independent differences there are: class orders, or seeds where there is one order. Seeds that move neither of the two
+    give one difference again and again: it counts once."""
     orders = paired(first, second)
-    return len(orders[0]) if len(orders) == 1 else len(orders)
+    if len(orders) != 1:
+        return len(orders)
+    figures = {tuple(run[key] for run in pair for key in COMPARED) for pair in orders[0]}
+    return len(orders[0]) if len(figures) > 1 else 1
 
 
 def gains(first: Sequence[Result], second: Sequence[Result]) -> list[Interval | None]:
@@ -242,8 +246,15 @@ def difference_table(first: Sequence[Result], second: Sequence[Result]) -> str:
     if not paired(first, second) and (problems := comparable([*first, *second])):
         raise ResultError(f"these runs differ in {' and '.join(problems)}: they cannot be compared")
     if differences_known(first, second) < 2:
-        number = counted(len(paired_seeds(first, second)), "seed")
-        raise ResultError(f"in both folders: {number}: an interval needs two or more; run more --seeds")
+        seeds = paired_seeds(first, second)
+        if len(seeds) > 1:
+            raise ResultError(
+                f"{counted(len(seeds), 'seed')} move neither method, so there is one difference and no interval; run both in several "
+                "class orders, such as --order seed:1"
+            )
+        raise ResultError(
+            f"in both folders: {counted(len(seeds), 'seed')}: an interval needs two or more; run more --seeds"
+        )
     return gains_table({f"{label(first[0])} - {label(second[0])}": (first, second)}).markdown()
 
 

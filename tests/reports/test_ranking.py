@@ -202,3 +202,10 @@ def test_a_stream_with_a_bound_alone_has_no_best(folder):
     found = standings([stored(folder / "other", result("f", "joint", 1, 0.9)), folder])
     assert "f" in found.streams
     assert "f" not in [row[0] for row in best_table(found).rows]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_was_compared_once_is_not_told_apart(tmp_path, seeds):
+    runs = [result("d", method, seed, last) for method, last in (("a", 0.9), ("b", 0.5)) for seed in range(seeds)]
+    (row,) = best_table(standings([stored(tmp_path, *runs)])).rows
+    assert (row[1], row[3], row[4], row[5]) == ("a", "b", None, "-")

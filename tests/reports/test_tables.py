@@ -167,3 +167,13 @@ def test_a_difference_is_of_one_method_and_another():
     for pair in ((first, several), (several, first)):
         with pytest.raises(ResultError, match="results of 'lda' and 'blend' in one folder"):
             difference_table(*pair)
+
+
+def test_seeds_that_move_nothing_are_one_difference():
+    """The interval of copies has no width, and would tell apart what was compared once."""
+    first, second = (
+        [result(method, seed, average) for seed in (1, 2, 3)] for method, average in (("lda", 0.6), ("acil", 0.5))
+    )
+    with pytest.raises(ResultError, match="3 seeds move neither method, so there is one difference"):
+        difference_table(first, second)
+    assert "| lda - acil |" in difference_table([*first[:2], result("lda", 3, 0.61)], second)

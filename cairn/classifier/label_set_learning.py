@@ -20,7 +20,7 @@ from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
 from cairn.data.names import alike, class_name
 from cairn.data.task import Task
-from cairn.errors import UnreadableImages, counted
+from cairn.errors import InvalidInput, UnreadableImages, counted
 from cairn.methods.protocol import LeavesOut, Method
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
@@ -78,6 +78,8 @@ def intake_of_sets(
     that are none."""
     items, given = labelled_sets(images, labels, width)
     named = [[*dict.fromkeys(map(class_name, own))] for own in given]
+    if not any(named):
+        raise InvalidInput("labels: no image has one, so there is nothing to learn; give those that show a class")
     known, classes = learned.numbers(), list(map(str, learned.classes))
     new = [name for name in dict.fromkeys(name for own in named for name in own) if name not in known]
     numbers = known | {name: len(classes) + i for i, name in enumerate(new)}

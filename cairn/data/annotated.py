@@ -27,7 +27,7 @@ from cairn.data.descriptions import FILE_NAME, read_descriptions
 from cairn.data.folders import TEST_FOLDERS, FolderImages
 from cairn.data.images import Dataset, Images, LabelSets, Subset
 from cairn.data.label_set_tasks import held_out_sets
-from cairn.data.labelled import FILE, LABEL, METADATA, require_cells
+from cairn.data.labelled import FILE, LABEL, LABELS, METADATA, require_cells, require_one
 from cairn.data.names import class_name
 from cairn.data.stream import held_out
 from cairn.data.templates import DEFAULT
@@ -35,7 +35,7 @@ from cairn.errors import DataError, ResultError, one_line
 from cairn.storage.files import parsed_json, read_bytes
 from cairn.storage.schema import validated
 
-LABELS, BETWEEN = "labels", ";"
+BETWEEN = ";"
 ANNOTATIONS = "annotations.json"
 
 JSON_BYTES = 2**30
@@ -180,6 +180,7 @@ def _of_csv(file: Path, root: Path) -> Listed:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             rows = csv.DictReader(stream)
+            require_one(rows.fieldnames or (), f"'{shown}'")
             columns = {*(rows.fieldnames or ())}
             column = next((name for name in (LABELS, LABEL) if name in columns), None)
             if FILE not in columns or column is None:

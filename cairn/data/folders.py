@@ -6,6 +6,7 @@ which looks for damage. What becomes of odd files is in docs/hard-inputs.md.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
@@ -162,7 +163,7 @@ def rgb(image: Image.Image) -> Image.Image:
     """The image in mode RGB, turned as its EXIF orientation says; of an animation, the current (first) frame.
 
     Transparent parts lie on white, 16-bit greys keep their high byte, floats in [0, 1] become 0..255 (other floats
-    and integers beyond 16 bits are stretched over their range).
+    and integers beyond 16 bits are stretched over their range). Raises ValueError for floats that are not finite.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -177,6 +178,8 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels that are not finite (NaN or inf)")
     if mode == "F" and low >= 0 and high <= 1:
         scaled = values * 255
     elif mode != "F" and low >= 0 and high <= 65535:  # older Pillow opens a 16-bit PNG in mode "I"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cairn.data.annotated import ANNOTATIONS, LABELS, annotation_files, listed
+from cairn.data.annotated import ANNOTATIONS, annotation_files, listed
 from cairn.data.descriptions import FILE_NAME, Descriptions, read_descriptions
-from cairn.data.labelled import FILE, LABEL, METADATA, labelled_pictures
+from cairn.data.labelled import FILE, LABEL, LABELS, METADATA, labelled_pictures
 from cairn.errors import ConfigError, one_line
 
 Part = Literal["train", "test"]

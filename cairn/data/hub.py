@@ -199,7 +199,7 @@ def _stored(row: HubRow, path: Path) -> Mapping[str, Any] | None:
 def _split_of(file: Path) -> str:
     """'train' for train-00000-of-00002.parquet, train.parquet and train/0000.parquet."""
     first = file.stem.split("-")[0]
-    return file.parent.name if first.isdigit() else first
+    return file.parent.name if first.isdecimal() else first
 
 
 def _from_tables(row: HubRow, tables: Mapping[str, Any]) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,8 @@ from cairn.data.descriptions import Descriptions
 from cairn.data.folders import class_folders
 from cairn.errors import ConfigError, DataError, one_line
 
-FILE, LABEL = "file_name", "label"
-"""Columns of a CSV, as Hugging Face's imagefolder calls the first."""
+FILE, LABEL, LABELS = "file_name", "label", "labels"
+"""Columns of a CSV, as Hugging Face's imagefolder calls the first; the last has several classes of a picture."""
 
 METADATA = "metadata.csv"
 
@@ -55,11 +55,19 @@ def require_cells(row: Mapping[str | None, Any], where: str) -> None:
         raise DataError(f"{where}: more cells than columns; put what has a comma in it between double quotes")
 
 
+def require_one(columns: Sequence[str], where: str) -> None:
+    """Raises DataError for two columns of one name, of which one would be passed over."""
+    for name in (FILE, LABEL, LABELS):
+        if (number := list(columns).count(name)) > 1:
+            raise DataError(f"{where}: {number} columns called {name}; leave one")
+
+
 def _of_csv(path: Path) -> LabelledPictures:
     files, names, shown = [], [], one_line(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
+            require_one(rows.fieldnames or (), f"'{shown}'")
             if missing := {FILE, LABEL} - {*(rows.fieldnames or ())}:
                 raise DataError(
                     f"'{shown}': no column {' or '.join(sorted(missing))}; a first line 'file_name,label' names them"

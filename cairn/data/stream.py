@@ -108,7 +108,7 @@ def _arrival(order: str, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]
         return np.arange(len(classes)), []
     if order.startswith("seed:"):
         digits = order.removeprefix("seed:")
-        if not digits.isdigit() or int(digits) >= 2**32:
+        if not digits.isdecimal() or int(digits) >= 2**32:
             raise ConfigError(f"order '{order}': the seed must be a whole number from 0 to 4294967295")
         return np.random.RandomState(int(digits)).permutation(len(classes)), []
     path = Path(order)

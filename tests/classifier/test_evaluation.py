@@ -164,6 +164,7 @@ def test_a_csv_is_learned_and_evaluated(pictures, tmp_path, monkeypatch, capsys)
         ("file_name,label\na.png,\n", "line 2: a file_name and a label must be there"),
         ("", "no column file_name or label"),
         ("file_name,label\na.png,cat\nb.png,tea, green\n", "line 3: more cells than columns"),
+        ("file_name,label,label\na.png,cat,dog\n", "2 columns called label; leave one"),
     ],
 )
 def test_a_csv_that_is_none_is_one_line(text, error, tmp_path):

@@ -212,6 +212,8 @@ def test_labels_that_are_known_are_left_out_and_further_ones_learned(scenes, tow
     for said in ("without a label", "given twice", "only the further labels"):
         assert said in told
     np.testing.assert_allclose(held.method_.state_dict()["counts"], held.counts_)
+    with pytest.raises(DataError, match="no image has one"):
+        held.partial_fit(images[:2], [[], []])
 
 
 def test_changes_are_made_to_sets_too(scenes, towers, tmp_path):

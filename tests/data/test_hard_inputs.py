@@ -342,6 +342,13 @@ def test_sixteen_bits(root):
     assert saved(root, Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_not_finite(root, value):
+    """One of them would stretch all others to nothing."""
+    Image.fromarray(np.array([[0.0, value, 1.0]], dtype=np.float32)).save(root / "train" / "cat" / "0.tif")
+    assert refused(root, "train/cat/0.tif", why="pixels that are not finite")
+
+
 def test_palette(root):
     assert saved(root, Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4))[0, 0].tolist() == [10, 200, 30]
 
@@ -493,7 +500,8 @@ def test_files_that_are_passed_over(root, tmp_path, learner, cairn, monkeypatch)
     ]
     used, passed = folder_dataset(root).notices
     assert used == "not used, beside train/ and test/: extra/"
-    (learned,) = class_folders(root).notices
+    beside, learned = class_folders(root).notices
+    assert beside == used
     for notice in (passed, learned):
         cat = next(part for part in re.split("passed over: |; ", notice) if "2 .heic" in part)
         kinds, _, place = cat.partition(" in ")

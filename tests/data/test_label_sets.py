@@ -269,6 +269,7 @@ def test_damaged_annotations_are_refused_in_one_line(tmp_path, changes, problem)
         ("file_name,label\na.png,\n", "line 2: class ''"),
         ("file_name,labels\na.png,cat,dog\n", "line 2: more cells than columns"),
         ("file_name,labels\na.png\n", "line 2: no cell for labels"),
+        ("file_name,labels,file_name\na.png,cat,b.png\n", "2 columns called file_name; leave one"),
     ],
 )
 def test_damaged_csvs_are_refused_in_one_line(tmp_path, text, problem):

@@ -62,7 +62,7 @@ def test_natural_order():
     assert class_order("natural", names(4)).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", ["seed:", "seed:-1", "seed:1.5", "seed:x", f"seed:{2**32}"])
+@pytest.mark.parametrize("bad", ["seed:", "seed:-1", "seed:1.5", "seed:x", "seed:²", f"seed:{2**32}"])
 def test_seed_out_of_range(bad):
     with pytest.raises(ConfigError, match=rf"order '{bad}': the seed must be a whole number from 0 to 4294967295"):
         class_order(bad, names(4))

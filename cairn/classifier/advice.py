@@ -34,13 +34,19 @@ def accuracy_lines(estimate: AccuracyEstimate, names: Sequence[str], counts: Seq
         missing = f"; not known of {counted(unknown, 'class')}" if unknown else ""
         lines.append(
             f"estimated accuracy: {_percent(accuracy)} ({_percent(interval[0])} to {_percent(interval[1])}), every class counted "
-            f"the same; from {how}{missing}"
+            f"the same; from {how}{missing}{_of_texts(estimate, counts)}"
         )
         lines += _lowest(estimate, names, accuracy)
     if short := short_of_pictures(counts):
         few = listed([f"{_name(names[c])} ({counts[c]})" for c in short], NAMED)
         lines.append(f"short of pictures (fewer than {FEWEST}, or than half of the median class): {few}")
     return lines + _changed(estimate, names)
+
+
+def _of_texts(estimate: AccuracyEstimate, counts: Sequence[int]) -> str:
+    """That a class's only picture, left out, leaves it to its text: what more the picture tells is not in the estimate."""
+    alone = sum(n == 1 and m > 0 for n, m in zip(counts, estimate.images.tolist(), strict=False))
+    return f"; too low: {counted(alone, 'class')} with a single picture, scored without it" if alone else ""
 
 
 def pair_line(pair: ConfusedPair, names: Sequence[str], images: Sequence[float]) -> str:

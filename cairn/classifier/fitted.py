@@ -13,7 +13,7 @@ from cairn.classifier.estimate import AccuracyEstimate
 from cairn.classifier.estimator import Estimator
 from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.learned import Learned
-from cairn.errors import ConfigError, NotFitted
+from cairn.errors import ConfigError, DataError, NotFitted
 from cairn.methods.protocol import Method
 
 
@@ -110,3 +110,9 @@ class Fitted(Estimator):
         """Raises ConfigError where images may show several."""
         if self._known().sets is not None:
             raise ConfigError(f"{what}: images of this learner may show several classes; {instead}")
+
+
+def require_classes(learner: Fitted) -> None:
+    """Raises DataError for a learner of which every class was forgotten."""
+    if not len(learner.classes_):
+        raise DataError("no class is left: all of them were forgotten; learn some")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cairn.classifier.classifier import IncrementalClassifier
+from cairn.classifier.fitted import require_classes
 from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.errors import ConfigError, ResultError
 from cairn.maths.score_modules import CalibratedScores, IndependentScores
@@ -66,6 +67,7 @@ def scores_module(learner: IncrementalClassifier) -> nn.Sequential:
     """Pixels to rows and rows to scores. Raises ConfigError for a method that has no such form, and for features files, which
     have no tower."""
     method = learner.method_
+    require_classes(learner)
     if not method.towers.has_images:
         raise ConfigError("learned from embeddings: there is no image tower to export")
     if not isinstance(method, ScoresAsModule):
@@ -90,9 +92,11 @@ def export_onnx(
 
     Inputs: `pixels` (n, 3, size, size) as the image tower takes them; with `preprocessing` in their place `images`, uint8
     (n, height, width, 3) of any size, equal within a batch. Outputs: `scores` and `probabilities`, (n, k). `form` is that of
-    the image tower. Raises ConfigError if packages are missing or the method has no such form; ResultError if a float32 file
+    the image tower. Raises ConfigError if packages are missing or there is no such form; ResultError if a float32 file
     is further than TOLERANCE from the learner, or any gives numbers that are not finite. The file is then not kept.
     """
+    if form not in FORMS:
+        raise ConfigError(f"form '{form}': must be {', '.join(FORMS)}")
     try:
         import onnx
         import onnxruntime

@@ -14,7 +14,7 @@ from cairn.classifier.comparison import drift_of_images
 from cairn.classifier.drift import Drift
 from cairn.classifier.estimate import ConfusedPair
 from cairn.classifier.evaluation import Evaluation
-from cairn.classifier.fitted import Fitted
+from cairn.classifier.fitted import Fitted, require_classes
 from cairn.classifier.inputs import Labelled, Labels, NameSet, labelled, labelled_sets, readable, skips, unlabelled
 from cairn.classifier.label_set_evaluation import LabelSetEvaluation
 from cairn.classifier.novelty import Novelty, require_threshold
@@ -122,6 +122,7 @@ class Predicting(Fitted):
 
     def _scorer(self, known: bool, reasons: int) -> Scorer:
         method = self._fitted()
+        require_classes(self)
         if known:
             self._require_one_class("known score", "one that shows no class reaches the threshold of none")
         novelty = self._known_scores() if known else None
@@ -248,6 +249,7 @@ class Predicting(Fitted):
         self._require_one_class("drift", "what a shift of them means is not known")
         with self._lock.reading():
             method = self._fitted()
+            require_classes(self)
             given = readable(unlabelled(images, self._width), {}, on_bad_image, log or Log())
             return drift_of_images(method, self._known_scores(), given, list(map(str, self.classes_)))
 

@@ -204,7 +204,7 @@ def describe(
     from cairn.training.context import Log
 
     near, plus, far = guides.partition("+")
-    if not (plus and near.isdigit() and far.isdigit()):
+    if not (plus and near.isdecimal() and far.isdecimal()):
         raise ConfigError(f"guides '{guides}': two whole numbers, such as 4+4")
     config = checked(
         DescribeConfig,
@@ -318,11 +318,16 @@ def report(
 def _put(text: str, into: Path | None, block: str) -> None:
     """The text on standard output, or in place of a Markdown file's block."""
     from cairn.reports.tables import replaced_block
+    from cairn.storage.files import read_bytes, write_chunks
 
     if into is None:
         typer.echo(printable(text))
-    else:
-        into.write_text(replaced_block(into.read_text(encoding="utf-8"), block, text), encoding="utf-8")
+        return
+    try:
+        held = read_bytes(into).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--into {into}: not UTF-8 ({error.reason}); save it as such") from None
+    write_chunks(into, [replaced_block(held, block, text).encode()])
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Embeddings of frozen towers, kept by `cairn run --cache`.")

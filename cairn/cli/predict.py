@@ -259,7 +259,10 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
     make_folder(folder)
     masks = None if found.segments is None else found.masks(SIDE)
     for row, (file, reasons) in enumerate(zip(files, found.told_reasons(), strict=True)):
-        name = file.stem if file.stem not in taken else f"{file.stem}-{len(taken)}"
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}-{number}"
         taken.add(name)
         seen = None
         if towers.has_images:

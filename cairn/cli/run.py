@@ -226,7 +226,7 @@ def _data_name(data: str) -> str:
 
 def seed_numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise ConfigError(f"--seeds {text}: must be different whole numbers, e.g. 1,2,3")
     return [int(part) for part in parts]
 

@@ -126,7 +126,7 @@ def _towers(left: dict[str, Any], notices: list[str]) -> dict[str, Any]:
         notices.append(f"one device is used, the first of {', '.join(devices)}")
     # "0" is what every config says, whatever the machine has: the accelerator there is
     first = devices[0] if devices else "0"
-    device = {"0": "auto", "-1": "cpu"}.get(first, f"cuda:{first}" if first.isdigit() else first)
+    device = {"0": "auto", "-1": "cpu"}.get(first, f"cuda:{first}" if first.isdecimal() else first)
     return {"towers": towers, "device": device}
 
 

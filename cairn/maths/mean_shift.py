@@ -39,10 +39,12 @@ class MeanShift(NamedTuple):
 
 
 def directions(T: Float[Tensor, "d d"], N: int, L: Float[Tensor, "d d"]) -> float:
-    """h, at least 1."""
+    """h, at least 1; 1 where the rows that were learned do not scatter, one of each class, say."""
     U = torch.linalg.solve_triangular(L, T / N, upper=False)
     U = torch.linalg.solve_triangular(L, U.T, upper=False)
     trace = float(U.trace())
+    if not trace > 0:
+        return 1.0
     return max(1.0, OF_ONE_CLASS * trace**2 / max(float(U.square().sum()) - trace**2 / N, 1e-12 * trace**2))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cairn.errors import GOES_ON, Interrupted
+from cairn.errors import GOES_ON, ConfigError, Interrupted
 from cairn.types import State
 
 Event = dict[str, Any]
@@ -36,6 +36,10 @@ class Seeds:
 
     seed: int
     path: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
 
     def at(self, **place: int | str) -> Seeds:
         """The node below, e.g. `seeds.at(task=3, stage=1)`; keyword order does not matter."""
@@ -147,10 +151,14 @@ class Checkpoint:
 
     It is due when `seconds` have passed, or `steps` units of work were done, since the last time. Whoever can keep it says
     how with `kept_by`; without that nothing is ever due, and nothing is remembered. Of several processes, `world`, each has
-    one of these: they keep, and stop, after the same unit.
+    one of these: they keep, and stop, after the same unit. Raises ConfigError for negative seconds, and for fewer steps than one.
     """
 
     def __init__(self, seconds: float = SECONDS, steps: int | None = None, world: Processes | None = None):
+        if not seconds >= 0:
+            raise ConfigError(f"checkpoint-seconds {seconds}: must be 0 or more")
+        if steps is not None and steps < 1:
+            raise ConfigError(f"checkpoint-steps {steps}: must be at least 1")
         self.seconds, self.steps = seconds, steps
         self.world: Processes = world or OneProcess()
         self._write: Callable[[dict[str, State]], Any] | None = None

@@ -85,5 +85,5 @@ class Cluster:
 def _require_answer(address: str | None) -> None:
     """Raises OSError if nobody listens there: Ray itself would wait for minutes, and then end the process."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
+    if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=5).close()

@@ -418,6 +418,33 @@ def test_towers_that_are_handed_over_prepare_images_as_the_arguments_say(picture
     np.testing.assert_array_equal(again.predict_proba(pictures[1][0]), learner.predict_proba(pictures[1][0]))
 
 
+def test_a_learner_of_no_class_tells_nothing(pictures, tmp_path):
+    from cairn.classifier.onnx import export_onnx
+
+    (images, names), _ = pictures
+    learner = quick("lda").partial_fit(images[:8], names[:8])
+    learner.forget(names[0])
+    for call in (learner.predict, learner.drift, lambda images: learner.evaluate(images, names[:1])):
+        with pytest.raises(DataError, match="no class is left"):
+            call(images[:1])
+    with pytest.raises(DataError, match="no class is left"):
+        export_onnx(learner, tmp_path / "none.onnx")
+    learner.partial_fit(images[:8], names[:8])
+    assert list(learner.predict(images[:1])) == names[:1]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_is_none_is_refused_before_anything_is_learned(pictures, seed):
+    with pytest.raises(ConfigError, match=f"seed {seed}: must be a whole number from 0"):
+        quick("lda", seed=seed).partial_fit(*pictures[0])
+
+
+@pytest.mark.parametrize(("changes", "says"), [({"seconds": float("nan")}, "seconds nan"), ({"steps": 0}, "steps 0")])
+def test_a_checkpoint_that_would_never_be_kept_is_refused(changes, says):
+    with pytest.raises(ConfigError, match=f"checkpoint-{says}: must be"):
+        Checkpoint(**changes)
+
+
 def test_other_weights_are_refused(learned, tmp_path, towers_once):
     learned.save(tmp_path)
 

@@ -239,6 +239,13 @@ def test_what_is_said_of_it():
     ]
 
 
+def test_an_estimate_without_a_classs_only_picture_is_said_to_be_too_low():
+    found = AccuracyEstimate().with_task(np.array([[3.0, 0], [1, 0]]), "left out one by one")
+    (line, *_) = accuracy_lines(found, ["oak", "elm"], [3, 1])
+    assert line.endswith("; too low: 1 class with a single picture, scored without it")
+    assert "too low" not in accuracy_lines(found, ["oak", "elm"], [3, 2])[0]
+
+
 def test_what_to_do_about_a_pair():
     text = np.eye(4, dtype="float32")
     text[1] = text[0] + 0.1 * text[1]

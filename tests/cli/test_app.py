@@ -93,6 +93,21 @@ def test_seeds_of_data_that_has_changed_have_no_mean(cairn, features_file, embed
     assert cairn(*call, "--seeds", "1,3", "--overwrite")[0] == 0
 
 
+def test_a_table_goes_into_a_document_whole_or_not_at_all(cairn, features, tmp_path):
+    assert cairn("run", "simplecil", "--data", features, "--step", 3, "--out", "s")[0] == 0
+    page = tmp_path / "page.md"
+    for content, says in ((None, "No such file"), (b"\xff", "not UTF-8"), (b"no block", "no block")):
+        if content is not None:
+            page.write_bytes(content)
+        status, out, err = cairn("table", "s", "--into", page)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+        assert not page.exists() if content is None else page.read_bytes() == content
+    page.write_text("a\n<!-- cairn table results -->\n<!-- end -->\n")
+    assert cairn("table", "s", "--into", page)[0] == 0
+    assert "| simplecil |" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_the_command_draws_and_writes(kept, tmp_path, monkeypatch, capsys):
     assert told["grid"] == 7
     assert [len(reason["patches"]) for reason in told["classes"]] == [8, 8, 8]
     assert told["classes"][0]["name"] in capsys.readouterr().out
+    names = ("one/scene.png", "one/scene-2.png", "two/scene.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "scene.png", tmp_path / name)
+    monkeypatch.setattr("sys.argv", ["cairn", "predict", str(folder / LEARNER), *names, "--explain", "each"])
+    main()
+    told = {json.loads(file.read_text())["image"] for file in (tmp_path / "each").glob("*.json")}
+    assert told == {*names}
 
 
 def test_the_command_of_before_says_what_to_use(cairn):

@@ -73,3 +73,7 @@ def test_it_finds_no_shift_where_there_is_none_and_one_where_there_is(n):
     assert stats.kstest(p, "uniform").pvalue > 0.01
     assert np.mean(np.array(few) < 0.05) < np.mean(np.array(p) < 0.05) + 0.01
     assert np.mean(np.array(moved) < 0.01) > 0.9
+
+
+def test_classes_of_one_row_each_do_not_scatter():
+    assert directions(torch.zeros(4, 4).double(), 1, torch.eye(4).double()) == 1

@@ -25,6 +25,10 @@ REFERENCES = 256
 MOST_IN_FOLDS = 4096
 """Images of a task; of more, a fifth is enough to count."""
 
+SMALL = 100
+"""A task of fewer images leaves out fewer than 20, a fifth: of the images of known classes more than one in 20 would lie below all of
+them. Where learning costs little, all are left out in turn."""
+
 
 @dataclass(frozen=True)
 class Assessment:
@@ -38,8 +42,9 @@ class Assessment:
 
 def needs_every_image(method: Method, task: Task) -> bool:
     """Whether `assessed` leaves out every image of the task in turn: where learning once more costs little, and the method
-    does not do it by itself."""
-    return method.card.closed_form and not isinstance(method, LeavesOut) and len(task.train) <= MOST_IN_FOLDS
+    does not do it by itself, or the known score wants more of them."""
+    most = SMALL - 1 if isinstance(method, LeavesOut) else MOST_IN_FOLDS
+    return method.card.closed_form and len(task.train) <= most
 
 
 def assessed(
@@ -54,16 +59,19 @@ def assessed(
     """Of `method`, which just learned `task`; `previous` is what it was before, if anything, and `before()` makes a copy of
     that. `calibration` and `estimate` are those before the task.
 
-    Where fewer embeddings than REFERENCES were left out, all of the task are in turn: a few say little of a threshold.
+    Where fewer embeddings than REFERENCES were left out, or a task of pictures is SMALL, all of the task are in turn: a few say
+    little of a threshold.
     """
     left_out = rehearsal = unlearned(method, before, task, ctx)
-    if isinstance(method, LeavesOut) and gaussians_of(method) is not None:  # the known score wants the statistics too
+    has_gaussians, at_hand = gaussians_of(method) is not None, _can_be_learned_again(method, task, ctx)
+    small = has_gaussians and at_hand and method.card.closed_form and len(task.train) < SMALL
+    if isinstance(method, LeavesOut) and has_gaussians and not small:  # the known score wants the statistics too
         rehearsal = rehearsed(before, task, ctx)
     fits = [] if rehearsal is None else _fits(rehearsal, ctx)
-    few = bool(fits) and len(fits[0]) < REFERENCES and not method.towers.has_images
+    few = small or (bool(fits) and len(fits[0]) < REFERENCES and not method.towers.has_images)
     counted = [] if left_out is None else [_counted(left_out.scores, left_out.labels)]
     source: Source = "a fifth left out"
-    if few or (needs_every_image(method, task) and _can_be_learned_again(method, task, ctx)):
+    if few or (needs_every_image(method, task) and at_hand):
         fits, counted, source = [] if few else fits, [], "left out in five parts"
         for part in rehearsed_in_folds(before, task, ctx):
             counted.append(_counted(part.scores, part.labels))

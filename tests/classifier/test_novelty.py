@@ -184,6 +184,25 @@ def test_a_threshold_loses_what_it_says_when_many_classes_were_added():
     assert 0.03 <= (learner.known_score(list(test)) < 0.05).mean() <= 0.07
 
 
+def test_few_pictures_are_left_out_in_turn(towers):
+    """Four of each of three classes: a fifth of them would be three references, below which every fourth new picture lies."""
+    world = shapes_dataset()
+    rows = [np.flatnonzero(world.train.labels == c) for c in range(3)]
+
+    def some(part):
+        return [world.train[i] for own in rows for i in own[part]], [
+            world.classes[c] for c in range(3) for _ in rows[c][part]
+        ]
+
+    new, _ = some(slice(100, 120))
+    for method in ("blend", "lda"):
+        learner = IncrementalClassifier(method, towers).partial_fit(*some(slice(4)))
+        assert len(learner.references_) == 12
+        assert (learner.known_score(new) < 0.05).mean() <= 0.1
+    learner = IncrementalClassifier("blend", towers).partial_fit(*some(slice(1)))
+    assert learner.references_ == []
+
+
 def test_references_weigh_by_the_classes_that_were_known():
     z, y = clusters()
     method = Means(z, y)

@@ -39,17 +39,18 @@ class ObjectEvaluation:
         cls, learner: IncrementalClassifier, found: Evaluation, files: Sequence[Path], masks: Sequence[Path]
     ) -> ObjectEvaluation:
         """Of an evaluation of these files by the learner; what is not black in a picture's mask is its object. Raises ConfigError
-        where the learner does not find objects, DataError for a mask that cannot be read."""
+        where the learner does not find objects, DataError for a mask that cannot be read or has another shape than its picture."""
         rows, towers = found.known.tolist(), learner.method_.towers
         taken = found.predictions.positions[rows].tolist()
         files = [files[row] for row in taken]
-        seen = np.zeros((0, 1, 1, 3), np.uint8)
-        if files:
-            seen = np.stack(
-                [towers.prepare(decoded(file, decoded_side(towers))).permute(1, 2, 0).numpy() for file in files]
-            )
+        seen, inside = [np.zeros((0, 1, 1, 3), np.uint8)], []
+        for file, row in zip(files, taken, strict=True):
+            picture = decoded(file, decoded_side(towers))
+            seen.append(towers.prepare(picture).permute(1, 2, 0).numpy()[None])
+            inside.append(_mask(masks[row], picture.size, towers))
+        seen = np.concatenate(seen[1:] or seen)
         predicted = learner.segment(list(map(str, files)), side=seen.shape[1])
-        inside = np.array([_mask(masks[row], towers) for row in taken], dtype=bool).reshape(predicted.shape)
+        inside = np.array(inside, dtype=bool).reshape(predicted.shape)
         truth = np.where(inside, found.labels[rows][:, None, None] + 1, 0)
         return cls(list(map(str, found.predictions.classes)), files, seen, predicted, truth)
 
@@ -76,10 +77,17 @@ class ObjectEvaluation:
         }
 
 
-def _mask(path: Path, towers: Towers) -> np.ndarray:
-    """Where the object is in what the tower sees, bool (s, s)."""
+def _mask(path: Path, size: tuple[int, int], towers: Towers) -> np.ndarray:
+    """Where the object is in what the tower sees of a picture of this size, bool (s, s). The mask may be larger or smaller, as long
+    as its sides are as those of the picture."""
     try:
         picture = np.asarray(decoded(path))
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         raise DataError(f"mask '{one_line(path)}': cannot be read ({reason(error)}); each picture needs one") from None
+    (width, height), scale = size, picture.shape[1] / size[0]
+    if abs(picture.shape[0] - scale * height) > 1 + scale:  # sides are whole numbers, of a reduced JPEG too
+        raise DataError(
+            f"mask '{one_line(path)}': {picture.shape[1]} x {picture.shape[0]} for a picture of {width} x {height}; make it of the "
+            "picture as it is seen, turned upright"
+        )
     return towers.prepare((picture.any(2, keepdims=True) * np.uint8(255)).repeat(3, 2))[0].numpy() > 127

@@ -109,6 +109,10 @@ def evaluate(
         with importing():
             from cairn.classifier.object_evaluation import ObjectEvaluation
         root = pictures if pictures.is_dir() else pictures.parent
+        if outside := [file for file in given.files if not file.is_relative_to(root)]:
+            raise ConfigError(
+                f"--masks: picture '{one_line(outside[0])}' is not below '{one_line(root)}', so no mask is called as it; move it there"
+            )
         places = [masks / file.relative_to(root).with_suffix(".png") for file in given.files]
         objects = ObjectEvaluation.of(held, found, given.files, places)
         report["objects"] = objects.report()

@@ -107,9 +107,23 @@ def test_evaluate_takes_masks(run, learner, tmp_path):
     assert told["objects"]["background"] == pytest.approx(right / shown)
     assert {*told["objects"]["classes"]} <= {*names}
     assert (tmp_path / "page.html").read_text().count("data:image/png;base64,") == 9
-    (tmp_path / "masks" / shapes_dataset().classes[scenes.labels[0]] / "0.png").unlink()
+    one = tmp_path / "masks" / shapes_dataset().classes[scenes.labels[0]] / "0.png"
+    with Image.open(one) as mask:
+        mask.resize((112, 112)).save(one)
+    assert json.loads(called(*words, "--json"))["objects"]["background"] == pytest.approx(right / shown, abs=0.02)
+    with Image.open(one) as mask:
+        mask.resize((112, 56)).save(one)  # of a picture that was turned, say
+    ended = CliRunner().invoke(app, [*map(str, words)])
+    assert "112 x 56 for a picture of 56 x 56" in str(ended.exception)
+    one.unlink()
     ended = CliRunner().invoke(app, [*map(str, words)])
     assert "each picture needs one" in str(ended.exception)
+    picture = next((tmp_path / "pictures").rglob("0.png"))
+    (tmp_path / "list.csv").write_text(f"file_name,label\n{picture},{picture.parent.name}\n")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "list.csv").rename(tmp_path / "lists" / "list.csv")
+    ended = CliRunner().invoke(app, [*map(str, (*words[:2], tmp_path / "lists" / "list.csv", *words[3:]))])
+    assert "so no mask is called as it" in str(ended.exception)
 
 
 def test_what_cannot_tell_says_so_in_one_line(towers):

@@ -52,7 +52,7 @@ def record_of(
     record = {
         "method": name,
         "config": method.config.model_dump(mode="json"),
-        "seed": seed,
+        "seed": int(seed),
         "templates": list(templates),
         "descriptions": None
         if descriptions is None

@@ -128,7 +128,12 @@ class InMemoryImages:
                     f"image '{one_line(str(item))}': cannot be read ({reason(error)}); replace or leave it out"
                 ) from None
         if isinstance(item, Image.Image):
-            return rgb(item)
+            try:
+                return rgb(item)
+            except Exception as error:  # of a file that is decoded only now
+                raise InvalidInput(
+                    f"image {index}: cannot be read ({reason(error)}); open it again or leave it out"
+                ) from None
         if isinstance(item, Reduced):
             return Image.fromarray(item.values)
         if not isinstance(item, (np.ndarray, torch.Tensor)):

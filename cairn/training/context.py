@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ class Seeds:
     path: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
 
     def at(self, **place: int | str) -> Seeds:

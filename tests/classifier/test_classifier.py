@@ -433,10 +433,19 @@ def test_a_learner_of_no_class_tells_nothing(pictures, tmp_path):
     assert list(learner.predict(images[:1])) == names[:1]
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", None])
 def test_a_seed_that_is_none_is_refused_before_anything_is_learned(pictures, seed):
     with pytest.raises(ConfigError, match=f"seed {seed}: must be a whole number from 0"):
         quick("lda", seed=seed).partial_fit(*pictures[0])
+
+
+def test_a_picture_that_cannot_be_decoded_any_more_is_one_line(learned, pictures, tmp_path):
+    Image.fromarray(pictures[0][0][0]).save(tmp_path / "a.png")
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    for image in (closed, Image.fromarray(np.array([[0.0, np.nan]], dtype=np.float32))):
+        with pytest.raises(DataError, match="cannot be read"):
+            learned.predict(image)
 
 
 @pytest.mark.parametrize(("changes", "says"), [({"seconds": float("nan")}, "seconds nan"), ({"steps": 0}, "steps 0")])

@@ -26,6 +26,7 @@ import loading
 import pool
 import predicting
 import prefix
+import prompts
 import retrieval
 import ridge
 import shares
@@ -35,6 +36,7 @@ from measure import machine_line, row_table, stored, surroundings, written
 
 ITEMS = {
     "prefix": prefix,
+    "prompts": prompts,
     "transport": transport,
     "bures": bures,
     "draws": draws,

@@ -258,7 +258,8 @@ class ClipTowers:
         weights = [(p.data_ptr(), p._version, p.dtype, p.device) for layer in layers for p in layer.parameters()]
         if self._frozen is None or self._frozen[0] != weights:
             dtype = weights[0][2] if self.precision == "float32" else getattr(torch, self.precision)
-            self._frozen = weights, [FrozenBlock.of(layer, dtype) for layer in layers]
+            blocks = [FrozenBlock.of(layer, dtype, last=layer is layers[-1]) for layer in layers]
+            self._frozen = weights, blocks
         return self._frozen[1]
 
     def _autocast(self):

@@ -13,16 +13,17 @@ Tokens run: N = 1 + shared + t task + sum over the k classes of (per_class + nam
 The weights stand still, so that a step is bound by the number of its operations where products are fast. All segments attend
 in one operation: each is cut into pieces as long as the longest leaf, and every piece looks at the root, a task's block and
 itself, of which a mask leaves what is above it. Queries, keys and values are one product; quick GELU, x sigmoid(c x), is
-silu(c x) / c, with both c inside the products around it.
+silu(c x) / c, with both c in the weights around it. On a processor, where products are nearly all of the time, large weights
+are kept in the order in which the product reads them.
 
 Source: ours; exact because the tower is causal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +36,12 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 SLOPE = 1.702
 """c of quick GELU."""
+
+LARGE = 2**18
+"""Numbers from which on a weight is worth an order of its own: a product of fewer costs less than the call."""
+
+ROWS = 64
+"""For which a weight is put in order; the product of 20 rows or of many is as fast."""
 
 
 @dataclass(frozen=True)
@@ -125,30 +132,59 @@ def _pieces(
     return parts
 
 
-Linear: TypeAlias = tuple[Tensor, Tensor]
-"""Weight and bias."""
+class FrozenLinear:
+    """x W^T + b, W and b standing still: neither has a gradient.
+
+    On a processor oneDNN keeps W, and W^T for the gradient, in the order in which its product reads them. A product of
+    other libraries copies them into such an order in every call.
+    """
+
+    def __init__(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"], dtype: torch.dtype):
+        weight, self.bias = weight.detach().to(dtype), bias.detach().to(dtype)
+        on_processor = dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.ordered = on_processor and weight.numel() >= LARGE
+        self.weights = tuple(map(_ordered, (weight, weight.T.contiguous()))) if self.ordered else (weight,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bias.dtype
+
+    def __call__(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        return cast(Tensor, _Ordered.apply(x, self)) if self.ordered else linear(x, self.weights[0], self.bias)
 
 
 class FrozenBlock(NamedTuple):
-    """A block whose weights stand still, in the precision it computes in; queries, keys and values are one product."""
+    """A block whose weights stand still, in the precision it computes in."""
 
     block: CLIPEncoderLayer
-    qkv: Linear
-    out: Linear
-    up: Linear
-    down: Linear
+    inputs: tuple[FrozenLinear, ...]
+    """Queries, keys and values in one product; in two where only some tokens have queries."""
+    out: FrozenLinear
+    up: FrozenLinear
+    down: FrozenLinear
 
     @classmethod
-    def of(cls, block: CLIPEncoderLayer, dtype: torch.dtype) -> FrozenBlock:
-        """What needs no change is shared with the block."""
+    def of(cls, block: CLIPEncoderLayer, dtype: torch.dtype, *, last: bool = False) -> FrozenBlock:
         attention, mlp = block.self_attn, block.mlp
         three = attention.q_proj, attention.k_proj, attention.v_proj
         qkv = torch.cat([part.weight for part in three]), torch.cat([part.bias for part in three])
-        others = [(part.weight, part.bias) for part in (attention.out_proj, mlp.fc1, mlp.fc2)]
-        return cls(block, *((w.detach().to(dtype), b.detach().to(dtype)) for w, b in (qkv, *others)))
+        sizes = [len(attention.q_proj.weight), 2 * len(attention.q_proj.weight)] if last else [len(qkv[0])]
+        c = SLOPE if isinstance(mlp.activation_fn, QuickGELUActivation) else 1.0
+        return cls(
+            block,
+            tuple(FrozenLinear(w, b, dtype) for w, b in zip(*(whole.split(sizes) for whole in qkv), strict=True)),
+            out=FrozenLinear(attention.out_proj.weight, attention.out_proj.bias, dtype),
+            up=FrozenLinear(c * mlp.fc1.weight, c * mlp.fc1.bias, dtype),
+            down=FrozenLinear(mlp.fc2.weight / c, mlp.fc2.bias, dtype),
+        )
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        own = self.block.mlp.activation_fn
+        return silu if isinstance(own, QuickGELUActivation) else own
 
     def normed(self, x: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
-        return self.block.layer_norm1(x).to(self.qkv[0].dtype)
+        return self.block.layer_norm1(x).to(self.out.dtype)
 
     def attended(
         self, q: Float[Tensor, "n L w"], kv: Float[Tensor, "n s w2"], mask: Float[Tensor, "n 1 L s"]
@@ -161,11 +197,9 @@ class FrozenBlock(NamedTuple):
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def passed_on(self, x: Float[Tensor, "m w"], mixed: Float[Tensor, "m w"]) -> Float[Tensor, "m w"]:
-        x = x + linear(mixed, *self.out)
-        normed = self.block.layer_norm2(x).to(self.up[0].dtype)
-        if isinstance(self.block.mlp.activation_fn, QuickGELUActivation):
-            return x + cast(Tensor, _QuickGeluMlp.apply(normed, self.up, self.down))
-        return x + linear(self.block.mlp.activation_fn(linear(normed, *self.up)), *self.down)
+        x = x + self.out(mixed)
+        normed = self.block.layer_norm2(x).to(self.out.dtype)
+        return x + self.down(self.activation(self.up(normed)))
 
 
 def last_hidden(
@@ -174,16 +208,16 @@ def last_hidden(
     """The last block's output at the prompts' ends, from token embeddings without positions, in the tree's order."""
     x = tokens + tower.embeddings.position_embedding.weight[tree.positions]
     *earlier, last = blocks
-    w, mask = x.shape[1], tree.mask.to(last.qkv[0].dtype)
+    w, mask = x.shape[1], tree.mask.to(last.out.dtype)
     for own in earlier:
-        q, kv = linear(own.normed(x), *own.qkv).split([w, 2 * w], 1)
+        (qkv,) = own.inputs
+        q, kv = qkv(own.normed(x)).split([w, 2 * w], 1)
         q = cast(Tensor, _Queries.apply(q, tree)).unflatten(0, tree.pieces.shape)
         mixed = own.attended(q, cast(Tensor, _Seen.apply(kv, tree, len(tree.seen))), mask)
         x = own.passed_on(x, cast(Tensor, _Back.apply(mixed, tree)))
     # Of the last block nothing but the ends is read
-    (weight, bias), k, ends = last.qkv, len(tree.ends), x.index_select(0, tree.ends)
-    q = linear(last.normed(ends), weight[:w], bias[:w])[:, None]
-    kv = linear(last.normed(x), weight[w:], bias[w:])
+    (queries, keys_and_values), k, ends = last.inputs, len(tree.ends), x.index_select(0, tree.ends)
+    q, kv = queries(last.normed(ends))[:, None], keys_and_values(last.normed(x))
     return last.passed_on(ends, last.attended(q, cast(Tensor, _Seen.apply(kv, tree, k)), tree.last.to(mask)))
 
 
@@ -236,18 +270,22 @@ class _Seen(Function):
         return torch.cat(parts), None, None
 
 
-class _QuickGeluMlp(Function):
-    """down(h sigmoid(c h)), h = up(x), as silu(c h) / c with both c inside the products."""
+class _Ordered(Function):
+    """The product with weights in oneDNN's order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Linear, down: Linear) -> Tensor:
-        h = torch.addmm(up[1], x, up[0].T, beta=SLOPE, alpha=SLOPE)
-        ctx.weights = up[0], down[0]
-        ctx.save_for_backward(h)
-        return torch.addmm(down[1], silu(h), down[0].T, alpha=1 / SLOPE)
+    def forward(ctx: Any, x: Tensor, own: FrozenLinear) -> Tensor:
+        ctx.own = own
+        return _product(x, own.weights[0], own.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        up, down = ctx.weights
-        (h,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient @ down, h) @ up, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _product(gradient, ctx.own.weights[1], None), None
+
+
+def _ordered(weight: Float[Tensor, "o i"]) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def _product(x: Float[Tensor, "... i"], weight: Tensor, bias: Float[Tensor, " o"] | None) -> Float[Tensor, "... o"]:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

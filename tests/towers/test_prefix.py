@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from cairn.errors import ConfigError
+from cairn.towers import prefix
 from cairn.towers.clip import ClipTowers
 from cairn.towers.preprocessing import Preprocessing
 from cairn.towers.prompts import Prompts, SoftPrompts, prompt_embeddings
@@ -97,6 +98,44 @@ def test_so_it_is_in_single_precision(towers, blocks):
         expected, theirs = with_gradients(run_whole(single, texts), texts)
         assert (got - expected).abs().max() < 1e-5
         assert apart(gradients, theirs) < 1e-4
+
+
+@pytest.fixture
+def every_weight_in_order(monkeypatch):
+    """As large ones are on a processor."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(prefix, "LARGE", 0)
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("blocks", [(0, 0, 4), (4, 3, 2)], ids=str)
+def test_so_it_is_with_weights_in_order(towers, blocks, act, every_weight_in_order):
+    own = small(towers, act)
+    assert all(
+        linear.ordered for block in own._text_blocks() for linear in (*block.inputs, block.out, block.up, block.down)
+    )
+    texts = grown(own, blocks)
+    got, gradients = with_gradients(texts(), texts)
+    expected, theirs = with_gradients(run_whole(own, texts), texts)
+    assert (got - expected).abs().max() < 1e-5
+    assert apart(gradients, theirs) < 1e-4
+    again = with_gradients(texts(), texts)[1]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+def test_an_order_is_for_large_weights_in_single_precision(towers):
+    weight = torch.zeros(512, 512)
+    assert prefix.FrozenLinear(weight, weight[0], torch.float32).ordered == torch.backends.mkldnn.is_available()
+    assert not prefix.FrozenLinear(weight, weight[0], torch.float64).ordered
+    assert not prefix.FrozenLinear(weight, weight[0], torch.bfloat16).ordered
+    assert not prefix.FrozenLinear(weight.to("meta"), weight[0].to("meta"), torch.float32).ordered
+    assert not prefix.FrozenLinear(weight[:8], weight[0, :8], torch.float32).ordered
+    assert not any(block.up.ordered for block in small(towers)._text_blocks())
+
+
+def test_weights_in_order_that_change_are_seen(towers, every_weight_in_order):
+    test_weights_that_change_are_seen(towers)
 
 
 def test_a_prefix_longer_than_any_name_is_cut(towers):

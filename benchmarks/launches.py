@@ -21,6 +21,7 @@ from cairn.maths.similarity import unit
 from cairn.methods.dmc_ot import PROMPTS
 from cairn.towers.clip import ClipTowers
 from cairn.towers.prompts import FixedTexts, Prompts, Residual, SoftPrompts, prompt_embeddings
+from cairn.training.fit import Schedule
 
 SIZES = {
     "full": {"classes": 100, "tasks": 10, "batch": 128},
@@ -43,7 +44,7 @@ def text_step(towers: ClipTowers, texts: FixedTexts | SoftPrompts, classes: int,
     rng = torch.Generator().manual_seed(0)
     z, y = unit(torch.randn(batch, towers.dim, generator=rng)).to(towers.device), torch.arange(batch) % classes
     y, parameters = y.to(towers.device), texts.trainable()
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3)
+    optimiser = Schedule(lr=1e-3).optimiser(parameters)
 
     def step() -> None:
         optimiser.zero_grad()

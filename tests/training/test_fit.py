@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cairn.errors import NotFinite
 from cairn.training.checkpoint import Checkpoint
@@ -140,6 +141,28 @@ def test_every_step_draws_its_own_numbers_and_every_epoch_its_own_order(regressi
     steps = 3 * len(batches)
     assert len(model.drawn) == len(set(model.drawn)) == steps
     assert len(set(firsts[:: len(batches)])) == 3
+
+
+PLAIN = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=1e-4),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=1e-4),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4),
+}
+
+
+@pytest.mark.parametrize("optimizer", PLAIN)
+def test_an_optimiser_is_fused_on_an_accelerator_and_elsewhere_as_torch_has_it(optimizer):
+    schedule = Schedule(optimizer=optimizer, lr=0.1)
+    with FakeTensorMode():
+        assert schedule.optimiser([nn.Parameter(torch.empty(3, device="cuda"))]).defaults["fused"]
+    own, plain = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    steps = schedule.optimiser([own]), PLAIN[optimizer]([plain])
+    assert steps[0].defaults == steps[1].defaults
+    for i in range(3):
+        for parameter, step in zip((own, plain), steps, strict=True):
+            parameter.grad = parameter.detach() ** 2 + i
+            step.step()
+    assert torch.equal(own, plain)
 
 
 @pytest.mark.parametrize("clip", [0.5, 2.0])

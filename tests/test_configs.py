@@ -143,6 +143,7 @@ def test_a_choice_is_named_before_what_is_set_of_it(tmp_path):
     ("text", "says"),
     [
         ("stepp = 3", "unknown key of run file"),
+        ("seed = 3\nseeds = [1, 2]", "seed 3, and seeds that begin with 1; leave seed or seeds out"),
         ("notices = ['a']", "unknown key of run file"),
         ("step = 'x'", "step = 'x': must be a whole number"),
         ("seeds = []", "seeds = []"),

@@ -110,9 +110,13 @@ def read_run_file(path: Path) -> RunFile:
     for key in stored:
         if key not in KEYS:
             raise UnknownName(f"key of run file '{path}':", key, KEYS)
-    if {"seed", "seeds"} <= stored.keys():
-        raise ConfigError(f"run file '{path}': seeds are given twice; leave seed or seeds out")
-    return checked(RunFile, stored, f"run file '{path}'")
+    file = checked(RunFile, stored, f"run file '{path}'")
+    # `cairn import` writes both, the first of several seeds once more
+    if file.seeds is not None and "seed" in stored and file.seed != file.seeds[0]:
+        raise ConfigError(
+            f"run file '{path}': seed {file.seed}, and seeds that begin with {file.seeds[0]}; leave seed or seeds out"
+        )
+    return file
 
 
 def run_file_text(file: RunFile, title: str) -> str:

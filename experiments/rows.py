@@ -267,7 +267,10 @@ METHOD_ROWS = {
     "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
-    "mosaics": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "capnet", *CAPNET_PARTS],
+    "mosaics": [
+        *("zero-shot", "simplecil", "lda", "acil", "ranpac", "blend"),
+        *("capnet", "capnet-no-graph", "capnet-cross-entropy", "capnet-plain"),
+    ],
     **{
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")

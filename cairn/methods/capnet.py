@@ -60,9 +60,7 @@ class Graph(Settings):
     neighbours: int = Field(default=8, ge=0, description="classes of the nearest texts [K: 20 to 62 of 20 to 80]")
     layers: int = Field(default=3, ge=0, description="of the convolution; 0: none [P: 3]")
     widening: int = Field(default=2, ge=1, description="width between layers, in widths of a text [K]")
-    lr: float = Field(
-        default=1e-3, gt=0, description="peak learning rate of the layers, temperature and bias [I; K: 2e-4]"
-    )
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate of the layers, temperature and bias [K]")
 
 
 class BalancedFocal(BaseModel, frozen=True, extra="forbid"):
@@ -104,7 +102,7 @@ class CapnetConfig(Settings):
         description="scores of the image and of its four corners, averaged [P: perturbed copies; I: which]",
     )
     schedule: Schedule = Field(
-        default=Schedule(epochs=3, batch=64, lr=0.2), description="optimisation; prompts have a rate of their own"
+        default=Schedule(epochs=10, batch=64, lr=0.2), description="optimisation; prompts have a rate of their own"
     )
 
     _kinds = field_validator("text", "loss", mode="before")(kind_by_name)
@@ -112,7 +110,7 @@ class CapnetConfig(Settings):
     @classmethod
     def embedding(cls) -> CapnetConfig:
         """The form for precomputed embeddings: residual class texts, one view."""
-        return cls(text=Residual(freeze_old=True), schedule=Schedule(epochs=10, batch=64, lr=0.2))
+        return cls(text=Residual(freeze_old=True), graph=Graph(lr=1e-3), schedule=Schedule(epochs=10, batch=64, lr=0.2))
 
     @property
     def alters_images(self) -> bool:

@@ -21,6 +21,8 @@ class ReplayBatches:
     that has both kinds has at least one row of each, so one of `batch` = 1 has two. The drawn part has its labels balanced
     over the classes of `memory` and is drawn anew each epoch. With no memory or a share of 1, all is real; with a share of 0,
     all is drawn and an epoch is as long as the real rows would make it.
+
+    With a `device` batches lie there: real rows are copied once and an epoch's draws once per epoch, not batch by batch.
     """
 
     def __init__(
@@ -32,8 +34,11 @@ class ReplayBatches:
         batch: int,
         real_share: float | None,
         sphere: bool = True,
+        device: torch.device | None = None,
     ):
-        self.features, self.labels, self.memory, self.sphere = features, labels, memory, sphere
+        self.device = device or features.device
+        self.features, self.labels = features.to(self.device), labels.to(device or labels.device)
+        self.memory, self.sphere = memory, sphere
         old = memory.classes
         if real_share is None:
             present = len(torch.unique(labels))
@@ -59,7 +64,7 @@ class ReplayBatches:
         ahead = max(1, AHEAD_VALUES // max(1, rows * self.features.shape[1]))
         for start in range(0, len(rngs), ahead):
             some = rngs[start : start + ahead]
-            orders = [torch.randperm(len(self.features), generator=rng) for rng in some]
+            orders = [torch.randperm(len(self.features), generator=rng).to(self.device) for rng in some]
             if not rows:
                 yield from (self._batches(order, 0 if start + i else skip) for i, order in enumerate(orders))
                 continue
@@ -68,7 +73,8 @@ class ReplayBatches:
                 mixed = torch.randperm(rows, generator=rng)
                 pseudo = drawn.pop(0)
                 pseudo = unit(pseudo) if self.sphere else pseudo
-                yield self._batches(order, 0 if start + i else skip, (pseudo[mixed], names[mixed]))
+                there = pseudo[mixed].to(self.device), names[mixed].to(self.labels.device)
+                yield self._batches(order, 0 if start + i else skip, there)
 
     def _batches(
         self, order: Tensor, skip: int, replayed: tuple[Tensor, Tensor] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
@@ -132,3 +133,26 @@ def test_a_factor_is_made_once_for_several_epochs(world, monkeypatch):
     for epoch in batches.epochs([rng(seed) for seed in range(6)]):
         list(epoch)
     assert len(made) == 1
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to the device `meta`."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.number += func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_batches_lie_on_the_device_of_training_without_a_copy_of_their_own(world, batch):
+    batches = ReplayBatches(*world, batch=batch, real_share=0.5, device=torch.device("meta"))
+    with Copies() as copies:
+        placed = [(x.device.type, y.device.type, x.shape) for x, y in batches.epoch(rng())]
+    assert placed == [
+        ("meta", "meta", x.shape) for x, _ in ReplayBatches(*world, batch=batch, real_share=0.5).epoch(rng())
+    ]
+    assert len(placed) == 80 / batch
+    assert copies.number == 3, "the order, the draws and their labels, whatever the number of batches"

@@ -217,8 +217,12 @@ def align_text(
             value = loss(z.to(T.device), T, y.to(T.device), s)
             return value + weight * mean_squared_distance(T, prior.anchors.to(T.device)) if prior and weight else value
 
-        batches = ReplayBatches(features[rows], labels[rows], old, batch=schedule.batch, real_share=stage.real_share)
-        fit(text_loss, texts.trainable(), batches, schedule, ctx)
+        if not (trained := texts.trainable()):
+            return
+        share, device = stage.real_share, trained[0].device
+        real = features[rows], labels[rows]
+        batches = ReplayBatches(*real, old, batch=schedule.batch, real_share=share, device=device)
+        fit(text_loss, trained, batches, schedule, ctx)
 
     def left_out_loss(rows: Tensor) -> Tensor:
         T = texts()

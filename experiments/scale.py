@@ -112,7 +112,7 @@ def kept() -> Table:
 
 def spent(bench: dict[str, Any], here: dict[str, Any], accelerator: dict[str, Any]) -> Table:
     """Seconds of each part, for all images or for one task of NEW classes when the others are there."""
-    growth = bench["items"]["growth"]["rows"][-1]
+    growth = next(row for row in reversed(bench["items"]["growth"]["rows"]) if row["kind"] == "full")
     each = {part: seconds / growth["classes"] for part, seconds in growth["seconds"].items()}
     many = bench["items"]["draws"]["many"]
     rank16 = many["ours"]["seconds"] / many["classes"]

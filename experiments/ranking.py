@@ -16,13 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAMS = ("shapes", "cifar100", "ucf101", "imagenet150", "caltech51", *(f"caltech51-{n}" for n in (8, 4, 2, 1)))
 """As the documents list them; UCF-101 has no class texts, so zero-shot is not among those that are ranked over all of them."""
 
+HALF_FIRST = "cifar100-b50"
+"""Shown among the best, but not ranked over: fewer methods were run on it."""
+
 BLOCKS = {"README.md": "best", "docs/choose-a-method.md": "ranking"}
 
 
 def blocks() -> dict[str, str]:
     """What stands in each page's block."""
     found = standings([ROOT / "results" / stream for stream in STREAMS])
-    return {"README.md": best_table(found).markdown(), "docs/choose-a-method.md": ranking_table(found).markdown()}
+    shown = standings([ROOT / "results" / stream for stream in (*STREAMS[:2], HALF_FIRST, *STREAMS[2:])])
+    return {"README.md": best_table(shown).markdown(), "docs/choose-a-method.md": ranking_table(found).markdown()}
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ PLANTS = (
     Plant("pooled covariance of classes, not of images", "memory/gaussians.py", "self._stored.counts[chunk].double() / total", "torch.ones(len(chunk), dtype=torch.float64) / len(rows)", MEMORY),
     Plant("stand-in for classes without scatter not scaled", "memory/gaussians.py", "LONE_VARIANCE * self._energies[rows] / self._dim", "LONE_VARIANCE * self._energies[rows]", MEMORY),
     Plant("draws not on the sphere", "memory/replay.py", "unit(pseudo) if self.sphere else pseudo", "pseudo", REPLAY),
-    Plant("drawn rows with other rows' labels", "memory/replay.py", "[mixed], names[mixed])", "[mixed], names)", REPLAY),
+    Plant("drawn rows with other rows' labels", "memory/replay.py", "names[mixed].to(", "names.to(", REPLAY),
     Plant("a small share of replay rounded to none", "memory/replay.py", "self.drawn = max(1, batch - self.real)", "self.drawn = batch - self.real", REPLAY),
     Plant("means of means", "memory/means.py", "p[c] += (own.mean(0) - p[c]) * (len(own) / n[c])", "p[c] += (own.mean(0) - p[c]) * 0.5", (*HEADS, *VALUES)),
     Plant("herding away from the mean", "memory/exemplars.py", ".norm(dim=1) + free).argmin())", ".norm(dim=1) - free).argmax())", ("methods/test_proof.py",)),

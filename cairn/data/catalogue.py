@@ -11,9 +11,8 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 
-from cairn.data.names import spaced
+from cairn.data.names import packaged, spaced
 
 SETTING_A_TEMPLATE = "a good photo of a {}."
 """The one template of RAPF's protocol; the rows hold those of PROOF's and ENGINE's."""
@@ -44,17 +43,13 @@ def wordnet_name(raw: str) -> str:
 
 @functools.cache
 def _imagenet_r_names() -> dict[str, str]:
-    return dict(line.split("\t") for line in _lines("imagenet-r.txt"))
-
-
-def _lines(file: str) -> tuple[str, ...]:
-    return tuple(resources.files("cairn.data").joinpath("names", file).read_text(encoding="utf-8").splitlines())
+    return dict(line.split("\t") for line in packaged("imagenet-r.txt"))
 
 
 def sun_names() -> tuple[str, ...]:
     """The 300 classes of SUN397 that benchmarks keep: its scenes' first names in alphabetical order, up to 'ski slope'. `church
     indoor` and `church outdoor` are one class, and so on: together 91,049 images, as many as PROOF's 72,870 and 18,179."""
-    return _lines("sun300.txt")
+    return packaged("sun300.txt")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from cairn.data.images import Checked, Dataset, reduced, source_of
-from cairn.data.names import spaced
+from cairn.data.names import packaged, spaced
 from cairn.data.stream import long_tail
 from cairn.data.task import Images, LabelSets
 from cairn.errors import DataError
@@ -117,8 +116,8 @@ def superclasses(classes: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _cifar100() -> dict[str, int]:
     """The number of the superclass by the class's name. A line of the file has a superclass, then its classes."""
-    text = resources.files("cairn.data").joinpath("names", "cifar100.txt").read_text(encoding="utf-8")
-    return {name: number for number, line in enumerate(text.splitlines()) for name in line.split("\t")[1:]}
+    lines = packaged("cifar100.txt")
+    return {name: number for number, line in enumerate(lines) for name in line.split("\t")[1:]}
 
 
 def _composed(pictures: Images, groups: np.ndarray, imbalance: float = 1.0) -> LabelSets:

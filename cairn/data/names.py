@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from importlib import resources
 
 from cairn.errors import DataError, one_line
 
 SHOWN = 10
 """Names in a message at most."""
+
+
+def packaged(file: str) -> tuple[str, ...]:
+    """The lines of a list of names that the package brings, below `names/`."""
+    return tuple(resources.files("cairn.data").joinpath("names", file).read_text(encoding="utf-8").splitlines())
 
 
 def normal_form(name: str) -> str:

@@ -32,11 +32,13 @@ import ridge
 import shares
 import startup
 import transport
+import trunk
 from measure import machine_line, row_table, stored, surroundings, written
 
 ITEMS = {
     "prefix": prefix,
     "prompts": prompts,
+    "trunk": trunk,
     "transport": transport,
     "bures": bures,
     "draws": draws,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Pixels: TypeAlias = Real[Tensor, "n ..."]
 """What an image tower takes: (n, 3, h, w), or (n, d) where the embeddings were computed beforehand, or whole numbers (n, 2),
-the places of embeddings in a store (`cairn.towers.cached`)."""
+the places of embeddings in a store (`cairn.towers.cached`), or what the first blocks made of images (`cairn.towers.trunk`)."""
 
 Features: TypeAlias = Float[Tensor, "n d"]
 Labels: TypeAlias = Int[Tensor, " n"]

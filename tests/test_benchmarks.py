@@ -30,7 +30,7 @@ def bench(tmp_path_factory) -> dict:
 
 
 def test_the_smallest_form_runs_and_says_where(bench):
-    assert bench["items"].keys() == {"transport", "bures", "draws", "input", "compiled"}
+    assert bench["items"].keys() == {"trunk", "transport", "bures", "draws", "input", "compiled"}
     assert bench["machine"].keys() == {"cores", "threads", "processor", "memory_bytes"}
     assert {"torch", "POT"} <= bench["versions"].keys()
     assert all(row["plain_amount"] > 0 and row["amount"] > 0 and row["ratio"] > 0 for row in bench["rows"])
@@ -43,6 +43,7 @@ def test_both_forms_give_the_same(bench):
     assert draws["full"]["difference"] < 1e-6
     assert draws["low_rank"]["covariance_error"] < 2 * draws["low_rank"]["torch_covariance_error"]
     assert bench["items"]["input"]["equal"]
+    assert all(row["equal"] for row in bench["items"]["trunk"]["rows"])
     compiled = bench["items"]["compiled"]
     assert compiled["reason"] is None
     assert compiled["loss_difference"] < 1e-5

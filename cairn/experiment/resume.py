@@ -245,7 +245,9 @@ class Course:
         if changed := changes(record.versions):
             self.log("warning", text=f"versions changed since the run began ({changed}): it would not reproduce")
         self.evaluations, self.durations, self.calibration = record.evaluations, record.durations, record.calibration
-        self.passes |= record.passes  # those of before there were temperatures have none made for them
+        # Those of before there were temperatures have none made for them, and earlier ones none that were continued
+        later = {key: 0 for key in ("continued",) if key in self.towers.passes}
+        self.passes |= {part: later | counts for part, counts in record.passes.items()}
         self._spent, self.resumed = record.seconds, record.resumed + 1
         if record.label_sets is not None:
             self.sets = LearnedSets.from_state(record.label_sets, decisions)

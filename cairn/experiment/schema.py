@@ -130,6 +130,10 @@ class Passes(BaseModel):
     images: Count = Field(description="images through the vision tower, forward")
     text_tokens: Count = Field(description="tokens through the text tower, forward")
     stored: Count = Field(default=0, description="images whose embeddings a feature store held, in place of a pass")
+    continued: Count = Field(
+        default=0,
+        description="images whose pass began behind the blocks that are never trained, what those gave being kept",
+    )
 
 
 class RunResult(BaseModel):

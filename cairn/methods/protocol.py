@@ -19,6 +19,7 @@ from cairn.maths.similarity import CosineScores, unit
 from cairn.memory.protocol import ClassMemory
 from cairn.settings import NoSettings, Settings
 from cairn.towers.protocol import Towers
+from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context, Log
 from cairn.types import Features, Labels, Pixels, Scores, State
 
@@ -311,6 +312,17 @@ class LeavesOut(ABC):
     method scores so."""
 
 
+class TunesImageTower(ABC):
+    """Trains an image side, from some part of its tower on, and `embed` is that image side alone."""
+
+    image: ImageEncoder
+
+    def trunk(self, pixels: Pixels, /) -> Pixels | None:
+        """What the parts of the tower that are never trained make of images, the same after every task: `embed` takes it in place
+        of the pixels and gives the same, to the bit. None where that is not worth keeping."""
+        return self.image.trunk(pixels)
+
+
 class ChoosesRanks(ABC):
     """Gives each task a rank of its own: how many directions of it are trained, or remain."""
 
@@ -330,6 +342,7 @@ CAPABILITIES: tuple[type, ...] = (
     HoldsOut,
     LeavesOut,
     ChoosesRanks,
+    TunesImageTower,
     LearnsOnline,
     LearnsUnlabelled,
     Segments,

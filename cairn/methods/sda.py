@@ -49,7 +49,7 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.buffer import Buffer, Insertion
 from cairn.methods.parts.two_stage import TrainedVision
-from cairn.methods.protocol import Card, LearnsOnline
+from cairn.methods.protocol import Card, LearnsOnline, TunesImageTower
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Frozen, ImageEncoder, Lora, Projection
@@ -271,7 +271,7 @@ class OnlineBatches:
         return noisy(pixels, self.config.noise, rng)
 
 
-class SDA(TrainedVision[ImageEncoder], LearnsOnline):
+class SDA(TrainedVision[ImageEncoder], TunesImageTower, LearnsOnline):
     """argmax_c s cos(f_b(x), C_c), f_b and C trained on the stream and on what a buffer holds of it."""
 
     card = Card(

@@ -38,7 +38,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.parts.stages import competing
-from cairn.methods.protocol import Card, GaussianScoring
+from cairn.methods.protocol import Card, GaussianScoring, TunesImageTower
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Tuning
@@ -97,7 +97,7 @@ class SlcaConfig(GaussianSettings):
         return cls(stage1=SlowLearner(tuning=Adapter(), slow=1.0))
 
 
-class SLCA(GaussianScoring[GaussianMemory]):
+class SLCA(GaussianScoring[GaussianMemory], TunesImageTower):
     """argmax_c H_c, H = sqrt(d) W z + b."""
 
     card = Card(

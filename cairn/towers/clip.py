@@ -23,7 +23,9 @@ from cairn.towers.patches import embedded_tokens
 from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import FrozenBlock, PromptTree, last_hidden, prompt_tree
 from cairn.towers.preprocessing import Preprocessing
+from cairn.towers.protocol import TrunkOutput
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
+from cairn.towers.trunk import LEAST, frozen_parts, passed
 from cairn.types import Attention, Features, Pixels, Precision
 
 
@@ -63,7 +65,25 @@ class VisionTower(nn.Module):
         return torch.autocast(pixels.device.type, self.precision) if reduced else nullcontext()
 
     def forward(self, pixels: Pixels) -> Features:
-        return self.with_hidden(pixels)[0]
+        """Of pixels, or of what the first parts made of them: then the pass goes on from there, to the same bits."""
+        if not isinstance(pixels, TrunkOutput):
+            return self.with_hidden(pixels)[0]
+        if pixels.parts > frozen_parts(self.vision_model, self.visual_projection):
+            raise ValueError(f"rows behind part {pixels.parts - 1} of a tower, of which an earlier one is trained")
+        self.passes["continued"] += len(pixels)
+        with self._autocast(pixels):
+            return passed(self.vision_model, self.visual_projection, pixels.rows, pixels.parts).float()
+
+    @torch.no_grad()
+    def trunk(self, pixels: Pixels) -> TrunkOutput | None:
+        """What the parts below the first trained one make of images; None where they are fewer than LEAST."""
+        parts = frozen_parts(self.vision_model, self.visual_projection)
+        if parts < LEAST:
+            return None
+        self.passes["images"] += len(pixels)
+        with self._autocast(pixels):
+            rows = passed(self.vision_model, self.visual_projection, pixels, end=parts)
+        return TrunkOutput.of(rows, parts)
 
     def with_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
         """The embedding of each image and what the projection makes it of, from one pass."""
@@ -129,7 +149,7 @@ class ClipTowers:
         self.notices = (*notices, *slow)
         require_unadapted(model, f"towers '{name}'")
         self.preprocessing, self.tokenizer = preprocessing, tokenizer
-        self.passes = {"images": 0, "text_tokens": 0}
+        self.passes = {"images": 0, "text_tokens": 0, "continued": 0}
         self.dim = model.text_projection.out_features
         self.hidden_dim = model.vision_model.config.hidden_size
         self.context_length = text.max_position_embeddings

@@ -133,3 +133,37 @@ class Towers(Protocol):
     def vision_and_patches(self) -> nn.Module:
         """The same with two results: embeddings of images and of their patches (n, p, d)."""
         ...
+
+
+WHOLE = -1
+"""In place of a number of parts: all of them, so that rows are embeddings."""
+
+
+class TrunkOutput(Tensor):
+    """What the first `parts` parts of an image tower made of images, in place of their pixels (see `cairn.towers.trunk`): rows of all
+    tokens, behind the last block that of the class token alone."""
+
+    parts: int
+
+    # What is made of it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def of(cls, rows: Tensor, parts: int) -> TrunkOutput:
+        found = rows.detach().as_subclass(cls)
+        found.parts = parts
+        return found
+
+    @property
+    def rows(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+@runtime_checkable
+class HasTrunk(Protocol):
+    """An image tower that can be passed in two."""
+
+    def trunk(self, pixels: Pixels) -> TrunkOutput | None:
+        """What the parts below the first trained one make of images, which the tower takes in place of their pixels; None where that
+        is not worth keeping."""
+        ...

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from cairn.errors import ConfigError, counted
-from cairn.towers.protocol import Towers
+from cairn.towers.protocol import WHOLE, HasTrunk, Towers, TrunkOutput
 from cairn.types import Features, Pixels
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 LORA = "cairn"
 """Name of the LoRA in stored tensors, `LAYER.lora_A.cairn.weight`: those of peft for an adapter of this name."""
+
+
+BLOCK = re.compile(r"\.layers\.(\d+)\.")
+"""In the name of a layer, the number of its block."""
 
 
 class _Choice(BaseModel):
@@ -41,7 +45,11 @@ class Frozen(_Choice):
 
 
 class Lora(_Choice):
-    """Low-rank deltas on linear layers chosen by regex, continued over the tasks [K: MG-CLIP]."""
+    """Low-rank deltas on linear layers chosen by regex, continued over the tasks [K: MG-CLIP].
+
+    What lies below the first chosen layer is the same after every task, and is not computed again for test images
+    (`cairn.towers.trunk`): with the default, which is every block, that is nothing.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, description="rank of each delta")
@@ -52,12 +60,21 @@ class Lora(_Choice):
         description="regex of layer names; e.g. '.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)' for attention and MLP",
     )
 
+    layers: int | None = Field(
+        default=None, ge=1, description="how many blocks from the last on may have deltas; null: all"
+    )
+
     def attach(self, vision: nn.Module, dim: int, rng: torch.Generator) -> nn.Module:
         linear = {name: module for name, module in vision.named_modules() if isinstance(module, nn.Linear)}
         matching = {name: layer for name, layer in linear.items() if re.fullmatch(self.targets, name)}
+        if self.layers is not None:
+            block = {name: int(found[1]) for name in linear if (found := BLOCK.search(name))}
+            first = 1 + max(block.values(), default=-1) - self.layers
+            matching = {name: layer for name, layer in matching.items() if block.get(name, first) >= first}
         if not matching:
             raise ConfigError(
-                f"lora targets '{self.targets}': no layer matches; linear layers are named like {next(iter(linear))}"
+                f"lora targets '{self.targets}': no layer {'' if self.layers is None else f'of the last {self.layers} blocks '}"
+                f"matches; linear layers are named like {next(iter(linear))}"
             )
         for name, layer in matching.items():
             parent, _, child = name.rpartition(".")
@@ -199,7 +216,7 @@ class _Residual(nn.Module):
 
     def forward(self, pixels: Pixels) -> Features:
         with torch.no_grad():
-            x = self.vision(pixels)
+            x = pixels.rows if isinstance(pixels, TrunkOutput) else self.vision(pixels)
         return x + self.map(x)
 
 
@@ -264,6 +281,15 @@ class ImageEncoder:
 
     def __call__(self, pixels: Pixels) -> Features:
         return self.module(pixels)
+
+    def trunk(self, pixels: Pixels) -> Pixels | None:
+        """What the parts of the tower below the first trained one make of images: taken in place of their pixels, it gives the same
+        embeddings, to the bit. None where nothing worth keeping stands still, or nothing is trained."""
+        if not self.parameters() or (self._frozen is not None and not self._frozen.has_images):
+            return None
+        if self._frozen is not None:
+            return TrunkOutput.of(self._frozen.image(pixels), WHOLE)
+        return self.module.trunk(pixels) if isinstance(self.module, HasTrunk) else None
 
     def copied(self) -> nn.Module:
         """A copy that shares nothing with it."""

@@ -209,8 +209,8 @@ def test_a_cache_spares_the_second_run_its_passes(cairn, tmp_path, monkeypatch):
     assert cairn("cache", "info")[1].startswith(f"{tmp_path / 'kept'}: 0.1 of 20000.0 MB")
     stored = {out: json.loads((tmp_path / out / "result.json").read_text()) for out in ("plain", "first", "second")}
     assert stored["plain"]["accuracy"] == stored["first"]["accuracy"] == stored["second"]["accuracy"]
-    assert stored["plain"]["tower_passes"] == {"images": 80, "text_tokens": 0, "stored": 0}
-    assert stored["second"]["tower_passes"] == {"images": 0, "text_tokens": 0, "stored": 80}
+    assert stored["plain"]["tower_passes"] == {"images": 80, "text_tokens": 0, "stored": 0, "continued": 0}
+    assert stored["second"]["tower_passes"] == {"images": 0, "text_tokens": 0, "stored": 80, "continued": 0}
     assert stored["second"]["evaluation_passes"]["images"] == 0
 
     assert "120" in cairn("cache", "info")[1].splitlines()[-2]

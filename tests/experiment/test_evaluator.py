@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from cairn.config import NoSettings
+from cairn.config import NoSettings, with_values
 from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
 from cairn.errors import NotFinite
@@ -131,3 +131,67 @@ def test_what_was_kept_of_an_evaluation_is_in_range(field, value):
     assert schema.validate_python(sound).accuracy == [0.5]
     with pytest.raises(ValidationError):
         schema.validate_python(sound | {field: value})
+
+
+LAST_BLOCK = [
+    ("dmc", {"stage1.tuning.layers": 1}),
+    ("finetune", {"stage1.tuning": "projection"}),
+    ("finetune", {"stage1.tuning": "adapter"}),
+]
+
+
+class Whole(Evaluator):
+    """Images pass the whole tower after every task."""
+
+    def _begun(self, j, trunk):
+        return super()._begun(j, None)
+
+
+@pytest.mark.parametrize(("name", "changed"), LAST_BLOCK, ids=["block", "projection", "adapter"])
+def test_test_images_pass_frozen_blocks_once_a_run(towers, small_stream, name, changed):
+    """The evaluation is that of whole passes to the bit, whether all or nothing of what the frozen blocks gave is kept."""
+    entry = METHODS[name]
+    config = with_values(entry.default_config(towers), [*entry.card.quick.items(), *changed.items()])
+    method = entry.build(towers, config, seed=1)
+    kept, none, whole = (
+        Evaluator(small_stream, towers),
+        Evaluator(small_stream, towers, trunk_bytes=0),
+        Whole(small_stream, towers),
+    )
+    images = sum(map(len, small_stream.tests))
+    passed = []
+    for task in small_stream.tasks:
+        method.learn(task, Context(Seeds(1)))
+        before = dict(towers.passes)
+        found = kept.after(task.index, method)
+        passed.append({what: towers.passes[what] - before[what] for what in before})
+        assert found == whole.after(task.index, method) == none.after(task.index, method)
+    first, *others = passed
+    untouched = sum(map(len, small_stream.tests[:1]))  # seen once by the towers as they came, too
+    assert first["images"] == images + untouched
+    assert [later["images"] for later in others] == [len(test) for test in small_stream.tests[1:]]
+    assert all(later["continued"] == (0 if "adapter" in changed.values() else images) for later in passed)
+    assert any(kept._trunks.values())
+    assert not any(none._trunks.values())
+
+
+def test_what_frozen_blocks_gave_is_kept_while_there_is_room(towers, small_stream):
+    entry = METHODS["finetune"]
+    config = with_values(entry.default_config(towers), [*entry.card.quick.items(), ("stage1.tuning", "projection")])
+    method = entry.build(towers, config, seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
+    row = 4 * 160
+    tight = Evaluator(small_stream, towers, trunk_bytes=row * (sum(map(len, small_stream.tests[:2])) + 1))
+    tight.after(0, method)
+    sizes = [sum(map(len, own)) for _, own in sorted(tight._trunks.items())]
+    assert sizes == [*map(len, small_stream.tests[:2]), 0]
+    assert tight._trunk_room == row
+
+
+def test_nothing_is_kept_of_a_tower_that_moves_from_its_first_block_on(towers, small_stream):
+    entry = METHODS["finetune"]
+    method = entry.build(towers, with_values(entry.default_config(towers), [*entry.card.quick.items()]), seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
+    evaluator = Evaluator(small_stream, towers)
+    evaluator.after(0, method)
+    assert not any(evaluator._trunks.values())

@@ -33,7 +33,7 @@ OTHERS: dict[str, Any] = {
     r"(.*\.)?schedule\.epochs": 3,
     r"(.*\.)?schedule\.clip": 1e-3, r"(.*\.)?schedule\.warmup": 0.5, r"(.*\.)?schedule\.weight_decay": 0.9,
     r"real_share": 0.3, r"(.*\.)?real_share": 0.75, r"(.*\.)?average": 0.9, r"(.*\.)?targets": r".*vision_model.*fc1",
-    r"(.*\.)?init": "a drawing of", r"condition_limit": 1.0001, r"descriptions": "template",
+    r"(.*\.)?tuning\.layers": 1, r"(.*\.)?init": "a drawing of", r"condition_limit": 1.0001, r"descriptions": "template",
     r"replay": 3, r"prior": 3.0, r"noise": 2.0, r"lowest": 3, r"highest": -3, r"held_out": 0.9, r"drift\.lam": 10.0,
     r"stage1\.slow": 50.0, r"threshold": 0.0, r"margin": 0.9, r"probes": 2, r"(.*\.)?covariance\.rank": 2,
     r"drift\.rank": 2, r"stage2\.text\.(shared|task)": 2,

@@ -15,7 +15,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory
 from cairn.methods.parts.prior import PriorWeight
 from cairn.methods.parts.stages import TextPrior, VisionPrior, class_anchors, rename_text, renamed_anchors
-from cairn.methods.protocol import CosineScoring, GaussianScoring, NamesClasses
+from cairn.methods.protocol import CosineScoring, GaussianScoring, NamesClasses, TunesImageTower
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import ImageEncoder
 from cairn.training.context import Context, Log, Seeds
@@ -79,7 +79,7 @@ class TrainedVision(CosineScoring, NamesClasses, Generic[Image]):
         self.image.load_state_dict(part(state, "image"))
 
 
-class VisionAndAnchors(TrainedVision[ImageEncoder]):
+class VisionAndAnchors(TrainedVision[ImageEncoder], TunesImageTower):
     """The same with an `ImageEncoder`, tuned as stage 1 of the settings says."""
 
     def __init__(self, towers: Towers, config: Any, *, seed: int):

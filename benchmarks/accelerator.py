@@ -8,6 +8,9 @@ tasks), its launches the device's kernels. Stage 1 trains LoRA with its usual se
 share of the peak is the arithmetic of its products (counted, attention included, forward and backward) per second, over that
 of one large product in the same precision, measured by turns with it.
 
+Draws are those of an epoch of stage 2, unit rows of full covariances on the device: made on the processor and copied, or made there
+of copied random numbers.
+
 DMC-OT is a whole run with its evaluations, in bfloat16, over images of noise, 32 x 32, that lie in memory and are enlarged
 for the tower. A part lasts until the device is done with it. Waiting is inside the parts that ask for images.
 """
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from launches import grown, text_step
 from measure import bytes_cell, handed_out, in_turns, launches, machine_line, seconds_cell, surroundings
-from standins import vit_b
+from standins import old_classes, vit_b
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -243,6 +246,27 @@ def parts(device: torch.device) -> Iterator[Counter]:
             setattr(owner, name, original)
 
 
+def drawing(device: torch.device, *, classes: int, per_class: int, repeats: int) -> dict[str, Any]:
+    """An epoch's draws on the device, from the same random numbers."""
+    memory = old_classes(classes, 512, 8)
+
+    def drawn(there: torch.device | None) -> Tensor:
+        (rows,), _ = memory.draws(per_class, [torch.Generator().manual_seed(0)], device=there)
+        rows = unit(rows).to(device)
+        settled(device)
+        return rows
+
+    found = in_turns({"processor": lambda: drawn(None), "device": lambda: drawn(device)}, repeats)
+    one, other = (found[way].value for way in ("processor", "device"))
+    return {
+        "classes": classes,
+        "per_class": per_class,
+        "seconds": {way: taken.seconds for way, taken in found.items()},
+        "all_seconds": {way: taken.all_seconds for way, taken in found.items()},
+        "difference": float((one - other).abs().max()),
+    }
+
+
 def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes: int, tasks: int) -> dict[str, Any]:
     train, test = RandomImages(images, classes, seed=0), RandomImages(images // 5, classes, seed=1)
     names = tuple(f"class {c}" for c in range(classes))
@@ -295,6 +319,7 @@ def measured(
         "towers": tower_speed(
             towers, used, batch=batch, steps=steps, repeats=repeats, product=product, classes=prompted
         ),
+        "draws": drawing(used, classes=prompted, per_class=batch, repeats=repeats),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
     }
 
@@ -321,6 +346,14 @@ def table(report: dict[str, Any]) -> str:
             cells = [one["precision"], f"{one['stage1_launches']:,}", f"{one['prompt_launches']:,}"]
             cells.append(f"{seconds_cell(one['prompt_step_seconds'])}, {one['prompt_classes']} classes")
             lines.append(f"| {' | '.join(cells)} |")
+    if "draws" in report:
+        draws = report["draws"]
+        spent = {way: seconds_cell(seconds) for way, seconds in draws["seconds"].items()}
+        lines += [
+            "",
+            f"{draws['per_class']} draws of each of {draws['classes']} full covariances, d = 512: made on the processor and copied "
+            f"{spent['processor']}, made on the device {spent['device']}; at most {draws['difference']:.0e} apart.",
+        ]
     lines += [
         "",
         f"DMC-OT on {run['images']:,} images of {run['classes']} classes in {run['tasks']} tasks, {run['precision']}: "

@@ -73,8 +73,21 @@ def draw(
     same trace, same eigenvalues, wrong directions.
     `factor` is one per mean, or a single one for all. What is held at once is the noise and the result, k n d each.
     """
-    noise = torch.randn(*mean.shape[:-1], n, mean.shape[-1], generator=generator, device=mean.device, dtype=mean.dtype)
+    return placed(mean, factor, standard_normals(mean, n, mean.shape[-1], generator))
+
+
+def placed(
+    mean: Float[Tensor, "*k d"], factor: Float[Tensor, "*f d d"], noise: Float[Tensor, "*k n d"]
+) -> Float[Tensor, "*k n d"]:
+    """`draw` from numbers that are drawn already."""
     return (noise @ factor.mT).add_(mean[..., None, :])
+
+
+def standard_normals(
+    mean: Float[Tensor, "*k d"], n: int, width: int, generator: torch.Generator
+) -> Float[Tensor, "*k n {width}"]:
+    """n rows of them for every mean."""
+    return torch.randn(*mean.shape[:-1], n, width, generator=generator, device=generator.device, dtype=mean.dtype)
 
 
 def low_rank_draw(
@@ -89,10 +102,21 @@ def low_rank_draw(
 
     N1 (n x r) and N2 (n x d) are standard normal and independent; lam >= 0, diag >= 0.
     """
-    draws = torch.randn(*mean.shape[:-1], n, mean.shape[-1], generator=generator, device=mean.device, dtype=mean.dtype)
-    draws.mul_(diag.sqrt()[..., None, :]).add_(mean[..., None, :])
-    noise = torch.randn(*mean.shape[:-1], n, lam.shape[-1], generator=generator, device=mean.device, dtype=mean.dtype)
-    return draws.add_((noise * lam.sqrt()[..., None, :]) @ U.mT)
+    wide = standard_normals(mean, n, mean.shape[-1], generator)
+    return low_rank_placed(mean, U, lam, diag, standard_normals(mean, n, lam.shape[-1], generator), wide)
+
+
+def low_rank_placed(
+    mean: Float[Tensor, "*k d"],
+    U: Float[Tensor, "*k d r"],
+    lam: Float[Tensor, "*k r"],
+    diag: Float[Tensor, "*k d"],
+    N1: Float[Tensor, "*k n r"],
+    N2: Float[Tensor, "*k n d"],
+) -> Float[Tensor, "*k n d"]:
+    """`low_rank_draw` from numbers that are drawn already; N2 is overwritten."""
+    draws = N2.mul_(diag.sqrt()[..., None, :]).add_(mean[..., None, :])
+    return draws.add_((N1 * lam.sqrt()[..., None, :]) @ U.mT)
 
 
 def low_rank(

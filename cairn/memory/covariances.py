@@ -2,14 +2,15 @@
 
 One contract. `shapes`: what is stored per class. `isotropic`: v I. `trace`: tr(S). `absorbed`: w S + B B^T, which is
 what learning a batch amounts to. `plus`: S + sum_i shares_i S_i. `moved`: A S A^T. `covariance`: S after shrinkage,
-written out. `factors` and `drawn`: what draws need, and the draws; `factor_values`: numbers in one factor; `jitters`: what
-had to be added to a singular S before it had a factor, as a share of its average variance. Arithmetic is float64;
-`isotropic`, `trace`, `factors`, `drawn` and the second argument of `plus` have several classes at once.
+written out. `factors`, `noise` and `drawn`: what draws need, the standard normals that they are made of, and the draws;
+`factor_values`: numbers in one factor; `jitters`: what had to be added to a singular S before it had a factor, as a share of
+its average variance. Arithmetic is float64; `isotropic`, `trace`, `factors`, `noise`, `drawn` and the second argument of
+`plus` have several classes at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -18,11 +19,14 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from cairn.maths.gaussian import Halved, cholesky_repaired, draw, low_rank, low_rank_draw
+from cairn.maths.gaussian import Halved, cholesky_repaired, low_rank, low_rank_placed, placed
 from cairn.maths.shrinkage import Shrinkage
 
 Held: TypeAlias = dict[str, Tensor]
 """What a kind of covariance stores, by name: of one class, or with a leading dimension, of several."""
+
+Noise: TypeAlias = tuple[Float[Tensor, "k n _"], ...]
+"""Standard normals, n rows for each of k classes; drawing overwrites them."""
 
 
 class _Dense(BaseModel, frozen=True, extra="forbid"):
@@ -66,11 +70,12 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
     def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return factors[1]
 
-    def drawn(
-        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
-    ) -> Float[Tensor, "k n d"]:
+    def noise(self, k: int, n: int, d: int, generator: torch.Generator) -> Noise:
+        return (_normals(k, n, d, generator),)
+
+    def drawn(self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], noise: Noise) -> Float[Tensor, "k n d"]:
         # One matrix for all classes goes in as such: with a leading 1 it would be copied for every class
-        return draw(means, factors[0][0] if self.pooled else factors[0], n, generator)
+        return placed(means, factors[0][0] if self.pooled else factors[0], noise[0])
 
 
 class Full(_Dense, frozen=True, extra="forbid"):
@@ -131,11 +136,11 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
     def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return torch.zeros(len(factors[0]))
 
-    def drawn(
-        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
-    ) -> Float[Tensor, "k n d"]:
-        noise = torch.randn(len(means), n, means.shape[1], generator=generator, device=means.device)
-        return noise.mul_(factors[0][:, None, :]).add_(means[:, None, :])
+    def noise(self, k: int, n: int, d: int, generator: torch.Generator) -> Noise:
+        return (_normals(k, n, d, generator),)
+
+    def drawn(self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], noise: Noise) -> Float[Tensor, "k n d"]:
+        return noise[0].mul_(factors[0][:, None, :]).add_(means[:, None, :])
 
 
 class LowRank(BaseModel, frozen=True, extra="forbid"):
@@ -190,11 +195,13 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
     def jitters(self, factors: tuple[Tensor, ...]) -> Float[Tensor, " k"]:
         return torch.zeros(len(factors[0]))
 
-    def drawn(
-        self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], n: int, generator: torch.Generator
-    ) -> Float[Tensor, "k n d"]:
+    def noise(self, k: int, n: int, d: int, generator: torch.Generator) -> Noise:
+        return _normals(k, n, d, generator), _normals(k, n, min(self.rank, d), generator)
+
+    def drawn(self, means: Float[Tensor, "k d"], factors: tuple[Tensor, ...], noise: Noise) -> Float[Tensor, "k n d"]:
         U, lam, rest = factors
-        return low_rank_draw(means, U, lam, rest, n, generator)
+        wide, narrow = noise
+        return low_rank_placed(means, U, lam, rest, narrow, wide)
 
     def _root(self, held: Held) -> Float[Tensor, "d r"]:
         return held["U"] * held["lam"].sqrt()
@@ -213,6 +220,20 @@ class LowRank(BaseModel, frozen=True, extra="forbid"):
 
 
 Covariance: TypeAlias = Annotated[Full | LowRank | Diagonal | Shared, Field(discriminator="kind")]
+
+
+def parts(k: int, size: int) -> list[int]:
+    """k as parts of this size, the last of them smaller."""
+    return [min(size, k - start) for start in range(0, k, size)]
+
+
+def in_turn(of_parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Factors or noise of some classes after those of others."""
+    return of_parts[0] if len(of_parts) == 1 else tuple(map(torch.cat, zip(*of_parts, strict=True)))
+
+
+def _normals(k: int, n: int, width: int, generator: torch.Generator) -> Float[Tensor, "k n {width}"]:
+    return torch.randn(k, n, width, generator=generator, device=generator.device)
 
 
 @lru_cache(maxsize=4)

@@ -22,13 +22,16 @@ from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
-from cairn.memory.covariances import Covariance, Full, Held, KeptFactors, LowRank
+from cairn.memory.covariances import Covariance, Full, Held, KeptFactors, LowRank, in_turn, parts
 from cairn.memory.protocol import rows_by_class
 from cairn.settings import Settings, kind_by_name
 from cairn.types import Features, Labels
 
 CHUNK_VALUES = 2**24
 """Numbers that drawing holds at once beside its result: 64 MiB in float32."""
+
+DEVICE_VALUES = 2**28
+"""Numbers in the factors, or in the draws, of one product on another device than the generator's: 1 GiB in float32."""
 
 CACHE_BYTES = 2**30
 """Factors kept between draws, per memory. Where those of full covariances are more, they are kept in half precision, which takes
@@ -341,19 +344,31 @@ class GaussianMemory:
         return features, labels
 
     def draws(
-        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+        self,
+        per_class: int,
+        generators: Sequence[torch.Generator],
+        classes: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> tuple[list[Features], Labels]:
-        """What `draw` gives of each generator in turn, to the bit; every factor is made or fetched once for all of them."""
+        """What `draw` gives of each generator in turn, to the bit; every factor is made or fetched once for all of them.
+
+        With a `device` features lie there. Their random numbers are still the generator's, so that they are those of any device;
+        they are copied, and multiplied by the factors, as far as DEVICE_VALUES go in one.
+        """
         wanted = [self._known(c) for c in (range(self.classes) if classes is None else classes)]
-        device = generators[0].device
+        source, values = generators[0].device, max(1, per_class * self._dim, self._kind.factor_values(self._dim))
+        device = device or source
+        # Numbers drawn in one call are others than in two: on any device they are drawn by as many classes
+        chunk = max(1, CHUNK_VALUES // values)
+        step = chunk if device == source else chunk * max(1, DEVICE_VALUES // values // chunk)
         features = [torch.empty(len(wanted), per_class, self._dim, device=device) for _ in generators]
-        step = max(1, CHUNK_VALUES // max(1, per_class * self._dim, self._kind.factor_values(self._dim)))
         for start in range(0, len(wanted), step):
-            chunk = wanted[start : start + step]
-            means = self._stored.means[chunk].to(device)
-            factors = self._factored([0] if self._kind.pooled else chunk, device)
+            some = wanted[start : start + step]
+            means = self._stored.means[some].to(device)
+            factors = self._factored([0] if self._kind.pooled else some, device)
             for own, generator in zip(features, generators, strict=True):
-                own[start : start + step] = self._kind.drawn(means, factors, per_class, generator)
+                noise = in_turn([self._kind.noise(k, per_class, self._dim, generator) for k in parts(len(some), chunk)])
+                own[start : start + step] = self._kind.drawn(means, factors, tuple(part.to(device) for part in noise))
         labels = torch.tensor(wanted, dtype=torch.int64, device=device).repeat_interleave(per_class)
         return [own.flatten(0, 1) for own in features], labels
 
@@ -436,12 +451,16 @@ class GaussianMemory:
         """Factors of these covariances, stacked. Where those of all classes are beyond CACHE_BYTES and are triangles, they are
         kept, and drawn with, in half precision: half of what is stored."""
 
-        def made() -> tuple[Tensor, ...]:
-            factors = self._kind.factors(*self._readable(rows), self._dim, self._shrinkage)
+        def of(some: list[int]) -> tuple[Tensor, ...]:
+            factors = self._kind.factors(*self._readable(some), self._dim, self._shrinkage)
             self.repaired |= {
-                c: jitter for c, jitter in zip(rows, self._kind.jitters(factors).tolist(), strict=True) if jitter
+                c: jitter for c, jitter in zip(some, self._kind.jitters(factors).tolist(), strict=True) if jitter
             }
             return tuple(tensor.to(device) for tensor in factors)
+
+        def made() -> tuple[Tensor, ...]:
+            step = max(1, CHUNK_VALUES // self._kind.factor_values(self._dim))
+            return in_turn([of(rows[start : start + step]) for start in range(0, len(rows), step)])
 
         halved = self.halves_factors
         limit = max(CACHE_BYTES, self.bytes // 2 + 8 * self.classes) if halved else CACHE_BYTES

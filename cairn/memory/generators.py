@@ -142,19 +142,23 @@ class GeneratorMemory:
         return features, labels
 
     def draws(
-        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+        self,
+        per_class: int,
+        generators: Sequence[torch.Generator],
+        classes: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> tuple[list[Features], Labels]:
         """What `draw` gives of each generator in turn, to the bit."""
         wanted = [self._known(c) for c in (range(self.classes) if classes is None else classes)]
-        device = generators[0].device
-        features = [torch.empty(len(wanted), per_class, self.dim, device=device) for _ in generators]
+        source = generators[0].device
+        features = [torch.empty(len(wanted), per_class, self.dim, device=source) for _ in generators]
         step = max(1, CHUNK_VALUES // max(1, per_class * self.dim, self._decoders.B[:1].numel()))
         for start in range(0, len(wanted), step):
-            chunk = self._decoders.rows(wanted[start : start + step]).to(device)
+            chunk = self._decoders.rows(wanted[start : start + step]).to(source)
             for own, generator in zip(features, generators, strict=True):
                 own[start : start + step] = generated(chunk, per_class, generator)
-        labels = torch.tensor(wanted, dtype=torch.int64, device=device).repeat_interleave(per_class)
-        return [own.flatten(0, 1) for own in features], labels
+        labels = torch.tensor(wanted, dtype=torch.int64).repeat_interleave(per_class)
+        return [own.flatten(0, 1).to(device or source) for own in features], labels.to(device or source)
 
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """Nothing has to be repaired before it is drawn from."""

@@ -50,9 +50,13 @@ class ClassMemory(Protocol):
         ...
 
     def draws(
-        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+        self,
+        per_class: int,
+        generators: Sequence[torch.Generator],
+        classes: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> tuple[list[Features], Labels]:
-        """The same for several generators at once."""
+        """The same for several generators at once; on `device`, if one is given, from the same random numbers."""
         ...
 
     def moved(self, maps: AffineMap | Sequence[AffineMap]) -> ClassMemory:

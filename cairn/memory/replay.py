@@ -22,7 +22,7 @@ class ReplayBatches:
     over the classes of `memory` and is drawn anew each epoch. With no memory or a share of 1, all is real; with a share of 0,
     all is drawn and an epoch is as long as the real rows would make it.
 
-    With a `device` batches lie there: real rows are copied once and an epoch's draws once per epoch, not batch by batch.
+    With a `device` batches lie there: real rows are copied once, and once per epoch the random numbers that draws are made of there.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class ReplayBatches:
             if not rows:
                 yield from (self._batches(order, 0 if start + i else skip) for i, order in enumerate(orders))
                 continue
-            drawn, names = self.memory.draws(per_class, some)
+            drawn, names = self.memory.draws(per_class, some, device=self.device)
             for i, (rng, order) in enumerate(zip(some, orders, strict=True)):
-                mixed = torch.randperm(rows, generator=rng)
+                mixed = torch.randperm(rows, generator=rng).to(self.device)
                 pseudo = drawn.pop(0)
                 pseudo = unit(pseudo) if self.sphere else pseudo
-                there = pseudo[mixed].to(self.device), names[mixed].to(self.labels.device)
+                there = pseudo[mixed], names[mixed].to(self.labels.device)
                 yield self._batches(order, 0 if start + i else skip, there)
 
     def _batches(

@@ -230,20 +230,24 @@ class ScatterMemory:
         return drawn, labels
 
     def draws(
-        self, per_class: int, generators: Sequence[torch.Generator], classes: Sequence[int] | None = None
+        self,
+        per_class: int,
+        generators: Sequence[torch.Generator],
+        classes: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> tuple[list[Features], Labels]:
         wanted = list(range(self.classes) if classes is None else classes)
-        device, d = generators[0].device, self._dim
+        source, d = generators[0].device, self._dim
         found: list[list[Tensor]] = [[] for _ in generators]
         for c in wanted:
-            F, n = self._factors[c].float().to(device), int(self._counts[c])
-            mean, common = self._means[c].float().to(device), self._common.to(device)
+            F, n = self._factors[c].float().to(source), int(self._counts[c])
+            mean, common = self._means[c].float().to(source), self._common.to(source)
             for rows, rng in zip(found, generators, strict=True):
-                wide = torch.randn(per_class, d, generator=rng, device=device) @ common.T * math.sqrt(d / (d + n))
-                own = torch.randn(per_class, len(F), generator=rng, device=device) @ F / math.sqrt(d + n)
+                wide = torch.randn(per_class, d, generator=rng, device=source) @ common.T * math.sqrt(d / (d + n))
+                own = torch.randn(per_class, len(F), generator=rng, device=source) @ F / math.sqrt(d + n)
                 rows.append(mean + wide + own)
-        labels = torch.tensor(wanted, dtype=torch.int64, device=device).repeat_interleave(per_class)
-        return [torch.cat(rows) if rows else torch.zeros(0, d, device=device) for rows in found], labels
+        labels = torch.tensor(wanted, dtype=torch.int64).repeat_interleave(per_class).to(device or source)
+        return [(torch.cat(rows) if rows else torch.zeros(0, d)).to(device or source) for rows in found], labels
 
     @cached_property
     def _common(self) -> Float[Tensor, "d d"]:

@@ -316,6 +316,24 @@ def test_chunks_change_what_is_held_at_once_but_not_the_gaussians(kind, monkeypa
 
 
 @each_kind
+@pytest.mark.parametrize("values", [1, 10 * 36, 2**28])
+def test_draws_on_another_device_are_those_of_the_generators(kind, values, monkeypatch):
+    """Its numbers, drawn by as many classes, however many of these one product takes. `cpu:0` is another device by name alone."""
+    x, y = world((9, 7, 8, 1, 6))
+    memory = GaussianMemory(6, kind).add(x, y)
+    monkeypatch.setattr(gaussians, "CHUNK_VALUES", 2 * 36)
+    monkeypatch.setattr(gaussians, "DEVICE_VALUES", values)
+    wanted, there = [4, 0, 2, 3, 1], torch.device("cpu:0")
+    expected, labels = memory.draws(5, [rng(3), rng(4)], wanted)
+    found, same = memory.draws(5, [rng(3), rng(4)], wanted, device=there)
+    assert torch.equal(labels, same)
+    for some, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(some, others, rtol=1e-6, atol=1e-6)
+    assert memory.draws(0, [rng()], device=there)[0][0].shape == (0, 6)
+    assert memory.draws(5, [rng()], [], device=there)[0][0].shape == (0, 6)
+
+
+@each_kind
 def test_factors_that_do_not_fit_the_cache_give_the_same_draws(kind, monkeypatch):
     x, y = world((9, 7, 8))
     kept, fresh = (GaussianMemory(6, kind).add(x, y) for _ in range(2))

@@ -74,6 +74,8 @@ def test_draws_are_those_of_each_generator_in_turn_whatever_is_held_at_once(monk
     together, labels = held.draws(7, [rng(1), rng(2)], [2, 0])
     assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
     assert labels.tolist() == [2] * 7 + [0] * 7
+    (there, _), _ = held.draws(7, [rng(1), rng(2)], [2, 0], device=torch.device("meta"))
+    assert (there.device.type, there.shape) == ("meta", together[0].shape)
     monkeypatch.setattr(generators, "CHUNK_VALUES", 1)
     (one,), _ = held.draws(7, [rng(1)], [2])
     torch.testing.assert_close(one, generated(held._decoders.rows([2]), 7, rng(1))[0])

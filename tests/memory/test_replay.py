@@ -135,24 +135,38 @@ def test_a_factor_is_made_once_for_several_epochs(world, monkeypatch):
     assert len(made) == 1
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies to the device `meta`."""
+class OnDevice(TorchDispatchMode):
+    """Sizes of what is copied to the device `meta`, and the products there."""
 
-    number = 0
+    def __init__(self):
+        super().__init__()
+        self.copied: list[int] = []
+        self.products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.number += func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta")
-        return func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            self.copied.append(args[0].numel())
+        result = func(*args, **kwargs)
+        self.products += func is torch.ops.aten.bmm.default and result.device.type == "meta"
+        return result
 
 
 @pytest.mark.parametrize("batch", [8, 16])
-def test_batches_lie_on_the_device_of_training_without_a_copy_of_their_own(world, batch):
+def test_batches_lie_on_the_device_of_training_without_a_copy_of_their_own(world, batch, monkeypatch):
+    """Of each epoch its order, its random numbers and their order are copied, whatever the number of batches and of the chunks of
+    classes in which they are drawn; of all epochs together the means, and the factors with what was added to each."""
+    monkeypatch.setattr("cairn.memory.gaussians.CHUNK_VALUES", 1)
     batches = ReplayBatches(*world, batch=batch, real_share=0.5, device=torch.device("meta"))
-    with Copies() as copies:
-        placed = [(x.device.type, y.device.type, x.shape) for x, y in batches.epoch(rng())]
-    assert placed == [
-        ("meta", "meta", x.shape) for x, _ in ReplayBatches(*world, batch=batch, real_share=0.5).epoch(rng())
-    ]
-    assert len(placed) == 80 / batch
-    assert copies.number == 3, "the order, the draws and their labels, whatever the number of batches"
+    with OnDevice() as seen:
+        epochs = [
+            [(x.device.type, y.device.type, x.shape) for x, y in epoch] for epoch in batches.epochs([rng(), rng(1)])
+        ]
+    plain = ReplayBatches(*world, batch=batch, real_share=0.5)
+    assert epochs == [[("meta", "meta", x.shape) for x, _ in plain.epoch(rng())]] * 2
+    assert len(epochs[0]) == 80 / batch
+    assert sorted(seen.copied) == sorted([*[40, 40 * 6, 40] * 2, 4 * 6, *[36, 1] * 4])
+    assert seen.products == 2
+    with OnDevice() as later:
+        list(batches.epoch(rng(2)))
+    assert sorted(later.copied) == sorted([40, 40 * 6, 40, 4 * 6])  # factors are kept there

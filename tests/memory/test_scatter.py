@@ -124,6 +124,8 @@ def test_draws_have_the_moments_of_the_class():
     x, y = world()
     memory = ScatterMemory(D).add(x, y).stored()
     drawn, labels = memory.draw(40_000, torch.Generator().manual_seed(0), [0])
+    (there,), _ = memory.draws(3, [torch.Generator()], [0], device=torch.device("meta"))
+    assert there.device.type == "meta"
     assert labels.unique().tolist() == [0]
     n, A = COUNTS[0], memory.scatter
     N = sum(m - 1 for m in COUNTS)

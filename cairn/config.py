@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -93,6 +94,7 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             value = value.item() if isinstance(value, np.generic) else value
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from cairn import IncrementalClassifier
 from cairn.config import merged, parsed, settings, texts, with_settings, with_values
 from cairn.contrib.pycil import read_config
+from cairn.embed.plan import EmbedConfig
 from cairn.errors import ConfigError, ResultError, UnknownName
-from cairn.experiment.config_file import read_run_file, run_file_text
+from cairn.experiment.config_file import RunFile, read_run_file, run_file_text
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS
 from cairn.methods.dmc import DmcConfig
@@ -162,3 +164,33 @@ def test_what_is_said_later_counts_and_a_choice_drops_what_was_said_of_the_one_b
     first = merged({}, [("stage1.tuning", "full"), ("stage1.tuning.lr", 1e-5), ("probes", 1)])
     assert merged(first, [("stage1.tuning", "full"), ("probes", 2)]) == first | {"probes": 2}
     assert merged(first, [("stage1.tuning", "lora")]) == {"probes": 1, "stage1.tuning": "lora"}
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.config is not None])
+def test_a_truth_value_is_no_number_whatever_the_setting(method):
+    """Python and pydantic take true for 1."""
+    config = METHODS[method].config()
+    for path, value, _ in settings(config):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            for given in ({path: True}, [f"{path}=true"]):
+                with pytest.raises(ConfigError, match=f"setting {path}=True: must be (a (whole )?number|2 or 4)"):
+                    with_settings(config, given)
+
+
+def test_truth_values_are_no_numbers_in_any_form(tmp_path):
+    for given in (["stage1.schedule.milestones=[1, true]"], ["shrinkage={kind: ridge, eps: true}"]):
+        with pytest.raises(ConfigError, match=r"must be a (whole )?number"):
+            with_settings(DmcConfig(), given)
+    file = tmp_path / "run.toml"
+    for line in ("limit_train = true", "validation = false", "seeds = [1, true]", "seed = false"):
+        file.write_text(f'method = "lda"\n{line}\n')
+        with pytest.raises(ConfigError, match=r"must be a (whole )?number"):
+            read_run_file(file)
+        key, value = line.split(" = ")
+        with pytest.raises(ValidationError, match=key):
+            RunFile.model_validate({"method": "lda", key: json.loads(value)})
+    with pytest.raises(ResultError, match="limit_train"):
+        validated(RunConfig, {"method": "lda", "limit_train": True}, "stored")
+    with pytest.raises(ValidationError, match="batch"):
+        EmbedConfig(batch=True)
+    assert with_settings(DmcConfig(), {"stage1.schedule.cosine": False}).stage1.schedule.cosine is False

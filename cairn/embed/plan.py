@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cairn.errors import ResultError
 from cairn.experiment.schema import OnBadImage, RunConfig, TowersUsed, comparable_call
+from cairn.settings import Given
 from cairn.storage.archive import digest
 from cairn.storage.files import parsed_json, read_json
 from cairn.storage.schema import Amount, Count, Record, validated
@@ -21,10 +22,8 @@ MADE_AS = "embedded"
 SPLITS = ("train", "test")
 
 
-class EmbedConfig(BaseModel):
+class EmbedConfig(Given):
     """Everything that decides what is in the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str = "shapes"
     towers: str = "auto"

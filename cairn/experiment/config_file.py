@@ -73,7 +73,8 @@ def checked(schema: type[Schema], values: dict[str, Any], where: str, table: str
         *above, key = (part for part in (table, *map(str, problem["loc"])) if part)
         if problem["type"] == "extra_forbidden":
             raise UnknownName(f"key of [{'.'.join(above)}] in {where}:", key, _keys_of(schema)) from None
-        shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+        given = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
+        shown = "" if isinstance(given, dict) else f" = {given!r}"
         reason = KINDS.get(problem["type"]) or reason_of(problem)
         raise ConfigError(f"{where}: {'.'.join([*above, key])}{shown}: {reason}") from None
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cairn.data.descriptions import ClassDescription
 from cairn.data.folders import named_unreadable, unreadable
@@ -29,6 +29,7 @@ from cairn.data.loading import Loader
 from cairn.data.templates import spoken
 from cairn.errors import CairnError, ConfigError, UnreadableImages, counted, one_line
 from cairn.maths.similarity import representative_and_diverse
+from cairn.settings import Given
 from cairn.storage.distribution import extra_remedy
 from cairn.towers.protocol import Towers
 from cairn.training.context import Log
@@ -38,10 +39,8 @@ KEPT_SIZE = 512
 """Longer side of a guide image as it is sent, in pixels."""
 
 
-class DescribeConfig(BaseModel):
+class DescribeConfig(Given):
     """What is asked, and of whom."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(default="gpt-5", description="a vision language model")
     sentences: int = Field(default=6, ge=1, le=64, description="sentences per class")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, record_of, save_learner
@@ -22,6 +22,7 @@ from cairn.errors import ResultError
 from cairn.experiment.metrics import mean_and_deviation
 from cairn.experiment.run import Outcome
 from cairn.experiment.schema import SCHEMA_VERSION, SEGMENTED, RunConfig, RunResult, comparable_call
+from cairn.settings import Given
 from cairn.storage.archive import Archive
 from cairn.storage.files import make_folder, open_append, read_bytes, read_json, unwritable, write_json
 from cairn.storage.schema import validated
@@ -46,10 +47,8 @@ def read_result(path: Path) -> RunResult:
     return validated(RunResult, stored, f"'{file}'")
 
 
-class Call(BaseModel):
+class Call(Given):
     """What a folder was asked for, as `call.json`: enough to go on with it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     run: RunConfig

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from cairn.config import values_by_path
 from cairn.maths.frequency import Frequency
+from cairn.settings import Given
 from cairn.storage.schema import Amount, Count, Difference, Positive, Share
 
 SCHEMA_VERSION = 1
@@ -32,10 +33,8 @@ SettingValues = Annotated[dict[str, JsonValue], BeforeValidator(values_by_path)]
 """Values by path, such as `{"stage1.schedule.epochs": 4}`. Older results hold texts, `["stage1.schedule.epochs=4"]`."""
 
 
-class RunConfig(BaseModel):
+class RunConfig(Given):
     """Everything that decides a run's numbers. Two runs with equal configs and versions give equal results on a CPU."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="a name of `cairn list`")
     data: str = Field(default="shapes", description="data set, as written after --data")

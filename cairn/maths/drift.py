@@ -26,7 +26,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias, runtime_
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
 from cairn.errors import NotFinite, counted
@@ -34,6 +34,7 @@ from cairn.maths.bures import bures_squared, gaussian_map
 from cairn.maths.gaussian import AffineMap, moments
 from cairn.maths.shrinkage import oas
 from cairn.maths.transport import sinkhorn_log
+from cairn.settings import Given
 from cairn.types import Features, Labels
 
 LAMS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -85,7 +86,7 @@ class Drift(Protocol):
         ...
 
 
-class NoDrift(BaseModel, frozen=True, extra="forbid"):
+class NoDrift(Given):
     """Old statistics stay where they are: A = I, b = 0. What every estimator is measured against."""
 
     kind: Literal["none"] = Field(default="none", description="old statistics stay where they are")
@@ -95,7 +96,7 @@ class NoDrift(BaseModel, frozen=True, extra="forbid"):
         return repeat(_identity(_images(before, after, labels)[0]), memory.classes)
 
 
-class MeanShift(BaseModel, frozen=True, extra="forbid"):
+class MeanShift(Given):
     """Every old class moves as the mean of the current images did: A = I, b = m1 - m0. Covariances are not repaired."""
 
     kind: Literal["mean"] = Field(default="mean", description="old classes move as the mean of the current images did")
@@ -106,7 +107,7 @@ class MeanShift(BaseModel, frozen=True, extra="forbid"):
         return repeat(_identity(Z0)._replace(b=(Z1 - Z0).mean(0)), memory.classes)
 
 
-class KernelShift(BaseModel, frozen=True, extra="forbid"):
+class KernelShift(Given):
     """Every old class moves as the current images near its mean did; semantic drift compensation.
 
     b_c = sum_i w_ci (z1_i - z0_i),  w_ci proportional to exp(-|z0_i - mu_c|^2 / (2 sigma^2)), summing to 1 over i;  A = I
@@ -127,7 +128,7 @@ class KernelShift(BaseModel, frozen=True, extra="forbid"):
         return (identity._replace(b=b) for b in w @ (Z1 - Z0))
 
 
-class BuresMap(BaseModel, frozen=True, extra="forbid"):
+class BuresMap(Given):
     """Every old class is carried by the optimal transport map of N(m0, C0) onto N(m1, C1): `gaussian_map`.
 
     Only the moments of the current images count, not which image went where. The map is symmetric, so that a drift that
@@ -151,7 +152,7 @@ class BuresMap(BaseModel, frozen=True, extra="forbid"):
         return repeat(map, memory.classes)
 
 
-class SinkhornMap(BaseModel, frozen=True, extra="forbid"):
+class SinkhornMap(Given):
     """Every old class is carried by the maps of the current classes that an entropic plan matches it to.
 
     P = entropic plan of C_cj = bures_squared(old class c, current class j under the old encoder), uniform marginals
@@ -200,7 +201,7 @@ class SinkhornMap(BaseModel, frozen=True, extra="forbid"):
         return torch.stack(costs)
 
 
-class PairedMap(BaseModel, frozen=True, extra="forbid"):
+class PairedMap(Given):
     """Every old class is carried by the ridge regression of where each image went on where it was.
 
     D = argmin_D mean_i |(z1_i - z0_i) - (z0_i - m0) D|^2 + lam tr(G)/d |D|^2 = (G + lam tr(G)/d I)^-1 (Z0 - m0)^T (Z1 - Z0) / n
@@ -227,7 +228,7 @@ class PairedMap(BaseModel, frozen=True, extra="forbid"):
         return repeat(_regression(Z0, Z1, self.lam or _held_out(Z0, Z1, labels)), memory.classes)
 
 
-class LocalPairedMap(BaseModel, frozen=True, extra="forbid"):
+class LocalPairedMap(Given):
     """The paired map of all images, corrected for every old class by the residuals of the images near it.
 
     E_i = z1_i - (A z0_i + b), (A, b) the `paired` map;  w_ci proportional to exp(-|z0_i - mu_c|^2 / (2 sigma^2))

@@ -14,8 +14,10 @@ from typing import Annotated, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
+
+from cairn.settings import Given
 
 Samples: TypeAlias = int | Int[Tensor, "*k"]
 
@@ -71,7 +73,7 @@ def ridge(S: Float[Tensor, "*k d d"], eps: float) -> Float[Tensor, "*k d d"]:
     return _plus_identity(S, eps * _trace(S) / S.shape[-1])
 
 
-class Oas(BaseModel, frozen=True, extra="forbid"):
+class Oas(Given):
     """Oracle-approximating shrinkage: the weight follows from the data, nothing is to be set."""
 
     kind: Literal["oas"] = Field(default="oas", description="weight of the isotropic part chosen from the data")
@@ -91,7 +93,7 @@ class Oas(BaseModel, frozen=True, extra="forbid"):
         return 1 - rho, rho * trace / d
 
 
-class Ridge(BaseModel, frozen=True, extra="forbid"):
+class Ridge(Given):
     """A fixed share of the average variance added to the diagonal; eps = 0 leaves S as it is."""
 
     kind: Literal["ridge"] = Field(default="ridge", description="fixed isotropic part")

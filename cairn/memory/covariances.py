@@ -16,11 +16,12 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
 from cairn.maths.gaussian import Halved, cholesky_repaired, low_rank, low_rank_placed, placed
 from cairn.maths.shrinkage import Shrinkage
+from cairn.settings import Given
 
 Held: TypeAlias = dict[str, Tensor]
 """What a kind of covariance stores, by name: of one class, or with a leading dimension, of several."""
@@ -29,7 +30,7 @@ Noise: TypeAlias = tuple[Float[Tensor, "k n _"], ...]
 """Standard normals, n rows for each of k classes; drawing overwrites them."""
 
 
-class _Dense(BaseModel, frozen=True, extra="forbid"):
+class _Dense(Given):
     """S itself, as its lower triangle row by row: `lower`, d (d + 1) / 2 values."""
 
     pooled: ClassVar[bool]
@@ -78,14 +79,14 @@ class _Dense(BaseModel, frozen=True, extra="forbid"):
         return placed(means, factors[0][0] if self.pooled else factors[0], noise[0])
 
 
-class Full(_Dense, frozen=True, extra="forbid"):
+class Full(_Dense):
     """A full covariance per class. Exact under merging and moving; 2 d (d + 1) bytes per class."""
 
     kind: Literal["full"] = Field(default="full", description="a full covariance for every class")
     pooled: ClassVar[bool] = False
 
 
-class Shared(_Dense, frozen=True, extra="forbid"):
+class Shared(_Dense):
     """One covariance for all classes: the within-class scatter, S = sum_c n_c S_c / sum_c n_c. Exact under merging.
 
     It is shrunk as an estimate from sum_c n_c samples. Under one map per class it becomes
@@ -97,7 +98,7 @@ class Shared(_Dense, frozen=True, extra="forbid"):
     pooled: ClassVar[bool] = True
 
 
-class Diagonal(BaseModel, frozen=True, extra="forbid"):
+class Diagonal(Given):
     """Variances only; `variances`, 4 d bytes per class. Exact under merging.
 
     A map acts on the diagonal covariance, and of A S A^T the diagonal is kept: exact for diagonal maps.
@@ -143,7 +144,7 @@ class Diagonal(BaseModel, frozen=True, extra="forbid"):
         return noise[0].mul_(factors[0][:, None, :]).add_(means[:, None, :])
 
 
-class LowRank(BaseModel, frozen=True, extra="forbid"):
+class LowRank(Given):
     """S = U diag(lam) U^T + diag(rest), U of `rank` orthonormal columns; 4 (d rank + rank + d) bytes per class.
 
     Approximate. Learning a batch keeps the leading eigenpairs of the updated low-rank part and puts the diagonal of the

@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
 from cairn.errors import ConfigError
+from cairn.settings import Given
 from cairn.storage.distribution import extra_remedy
 
 CHUNK_VALUES = 2**24
@@ -40,7 +41,7 @@ class Index(Protocol):
         ...
 
 
-class Exact(BaseModel, frozen=True, extra="forbid"):
+class Exact(Given):
     """Every row is compared."""
 
     kind: Literal["exact"] = Field(default="exact", description="every row is compared")
@@ -49,7 +50,7 @@ class Exact(BaseModel, frozen=True, extra="forbid"):
         return _Rows(rows)
 
 
-class Approximate(BaseModel, frozen=True, extra="forbid"):
+class Approximate(Given):
     """Rows lie in lists around k-means centres, and those of the nearest lists are compared. Needs faiss."""
 
     kind: Literal["approximate"] = Field(

@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -41,7 +41,7 @@ from cairn.memory.gaussians import GaussianMemory
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.stages import class_anchors, competing, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
-from cairn.settings import Settings, kind_by_name
+from cairn.settings import Given, Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
@@ -49,7 +49,7 @@ from cairn.training.fit import Schedule, fit
 from cairn.types import Features, Pixels, Scores, State
 
 
-class Fixed(BaseModel, frozen=True, extra="forbid"):
+class Fixed(Given):
     """The same share for all tasks."""
 
     kind: Literal["fixed"] = Field(default="fixed", description="the same share of the original feature in all tasks")
@@ -58,14 +58,14 @@ class Fixed(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class Learned(BaseModel, frozen=True, extra="forbid"):
+class Learned(Given):
     """A share that is trained with each task, for its classes."""
 
     kind: Literal["learned"] = Field(default="learned", description="a share per task, trained with it")
     start: float = Field(default=0.5, gt=0, lt=1, description="a before it is trained [I]")
 
 
-class _Fusion(BaseModel, frozen=True, extra="forbid"):
+class _Fusion(Given):
     mask: Mask = Field(
         default="clipped",
         description="share of the new weights: min(1, D / max D + constant), or D / (D + constant mean D) [K: clipped]",
@@ -75,25 +75,25 @@ class _Fusion(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class Qr(_Fusion, frozen=True):
+class Qr(_Fusion):
     """In the basis Q of W' = Q R."""
 
     kind: Literal["qr"] = Field(default="qr", description="in the basis Q of W' = Q R")
 
 
-class Svd(_Fusion, frozen=True):
+class Svd(_Fusion):
     """In the basis of the left singular vectors of W'."""
 
     kind: Literal["svd"] = Field(default="svd", description="in the basis of the left singular vectors of W'")
 
 
-class Plain(_Fusion, frozen=True):
+class Plain(_Fusion):
     """Entry by entry of W itself."""
 
     kind: Literal["plain"] = Field(default="plain", description="entry by entry of W itself")
 
 
-class Unfused(BaseModel, frozen=True, extra="forbid"):
+class Unfused(Given):
     """The adapter stays as it was trained."""
 
     kind: Literal["none"] = Field(default="none", description="the adapter stays as it was trained")

@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
@@ -44,7 +44,7 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.methods.parts.stages import class_anchors, rename_text, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, NamesClasses
-from cairn.settings import Settings, kind_by_name
+from cairn.settings import Given, Settings, kind_by_name
 from cairn.towers.prompts import ClassText, Prompts, Residual
 from cairn.towers.protocol import Towers
 from cairn.training.context import Context, Log, Seeds
@@ -63,7 +63,7 @@ class Graph(Settings):
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate of the layers, temperature and bias [K]")
 
 
-class BalancedFocal(BaseModel, frozen=True, extra="forbid"):
+class BalancedFocal(Given):
     """The distribution-balanced focal loss."""
 
     kind: Literal["balanced-focal"] = Field(default="balanced-focal", description="distribution-balanced focal loss")
@@ -74,7 +74,7 @@ class BalancedFocal(BaseModel, frozen=True, extra="forbid"):
     scale: float = Field(default=2.0, gt=0, description="lambda, of negatives [K: VOC 5, COCO 2]")
 
 
-class CrossEntropy(BaseModel, frozen=True, extra="forbid"):
+class CrossEntropy(Given):
     """Binary cross entropy, every decision weighing alike."""
 
     kind: Literal["cross-entropy"] = Field(default="cross-entropy", description="binary cross entropy")

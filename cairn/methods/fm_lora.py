@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cairn.data.loading import Loader
@@ -48,7 +48,7 @@ from cairn.maths.similarity import unit
 from cairn.methods.parts.stages import competing
 from cairn.methods.parts.two_stage import TrainedVision
 from cairn.methods.protocol import Card, ChoosesRanks
-from cairn.settings import Settings, kind_by_name
+from cairn.settings import Given, Settings, kind_by_name
 from cairn.towers.factored import Factored, inject, plain
 from cairn.towers.protocol import Towers
 from cairn.towers.tokens import WithTokens
@@ -67,7 +67,7 @@ STARTING_NOISE = 0.02
 """By which prompt tokens differ from one another at first, as a share of the mean patch token's length per number [I]."""
 
 
-class Layers(BaseModel, frozen=True, extra="forbid"):
+class Layers(Given):
     """Layers of the image tower, and prompt tokens at its input."""
 
     kind: Literal["layers"] = Field(default="layers", description="layers of the image tower")
@@ -80,13 +80,13 @@ class Layers(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class Behind(BaseModel, frozen=True, extra="forbid"):
+class Behind(Given):
     """One layer behind the frozen tower, the identity at first; no prompt tokens. The form of embeddings."""
 
     kind: Literal["adapter"] = Field(default="adapter", description="one layer behind the frozen tower")
 
 
-class Gumbel(BaseModel, frozen=True, extra="forbid"):
+class Gumbel(Given):
     """The rank is chosen while the task trains, around what its hardness says [P: Gumbel-Softmax, complexity]."""
 
     kind: Literal["gumbel"] = Field(default="gumbel", description="chosen while the task trains")
@@ -100,7 +100,7 @@ class Gumbel(BaseModel, frozen=True, extra="forbid"):
         return GumbelGate(self, size, h, device)
 
 
-class Energy(BaseModel, frozen=True, extra="forbid"):
+class Energy(Given):
     """All directions train, and those are kept that hold most of the task's squared singular values."""
 
     kind: Literal["energy"] = Field(default="energy", description="chosen afterwards, by singular values")
@@ -110,7 +110,7 @@ class Energy(BaseModel, frozen=True, extra="forbid"):
         return EnergyGate(size, self.share)
 
 
-class Fixed(BaseModel, frozen=True, extra="forbid"):
+class Fixed(Given):
     """The same rank for all tasks."""
 
     kind: Literal["fixed"] = Field(default="fixed", description="the same for all tasks")

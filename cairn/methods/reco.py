@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
 
@@ -46,7 +46,7 @@ from cairn.memory.retrieval import Exact, Index, Neighbours, Search, nearest_oth
 from cairn.methods.catalogue import method_named
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, Method, NamesClasses
-from cairn.settings import Settings, kind_by_name
+from cairn.settings import Given, Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.training.context import Context, Log, Seeds
 from cairn.training.encode import encode
@@ -57,14 +57,14 @@ DUPLICATE = 0.999
 """Cosine from which a row of an outside memory is taken for the same picture."""
 
 
-class Transformer(BaseModel, frozen=True, extra="forbid"):
+class Transformer(Given):
     """One transformer layer for each side, trained."""
 
     kind: Literal["transformer"] = Field(default="transformer", description="one transformer layer per side, trained")
     heads: int = Field(default=8, ge=1, description="heads of the attention; they divide d [I]")
 
 
-class Average(BaseModel, frozen=True, extra="forbid"):
+class Average(Given):
     """The mean of what is found, with a fixed weight: plain k-nearest-neighbour fusion, nothing is trained."""
 
     kind: Literal["average"] = Field(default="average", description="the mean of what is found; nothing is trained")

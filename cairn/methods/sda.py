@@ -37,7 +37,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cairn.data.augment import CHANCES, noisy, view
@@ -50,7 +50,7 @@ from cairn.maths.similarity import unit
 from cairn.memory.buffer import Buffer, Insertion
 from cairn.methods.parts.two_stage import TrainedVision
 from cairn.methods.protocol import Card, LearnsOnline, TunesImageTower
-from cairn.settings import Settings, kind_by_name
+from cairn.settings import Given, Settings, kind_by_name
 from cairn.towers.protocol import Towers
 from cairn.towers.tuning import Adapter, Frozen, ImageEncoder, Lora, Projection
 from cairn.training.context import Context, Seeds
@@ -64,7 +64,7 @@ Shift: TypeAlias = Callable[[Tensor], Tensor]
 """Of pixels, or of rows."""
 
 
-class Rotations(BaseModel, frozen=True, extra="forbid"):
+class Rotations(Given):
     """Turns by 90 degrees, or by 180."""
 
     kind: Literal["rotations"] = Field(default="rotations", description="turned images [K: CSI]")
@@ -77,7 +77,7 @@ class Rotations(BaseModel, frozen=True, extra="forbid"):
         return [lambda pixels, k=k: torch.rot90(pixels, k, (2, 3)) for k in turns]
 
 
-class Permutations(BaseModel, frozen=True, extra="forbid"):
+class Permutations(Given):
     """Tiles of an image change places, each time all of them; on a features file the numbers of a row do."""
 
     kind: Literal["permutations"] = Field(
@@ -96,7 +96,7 @@ class Permutations(BaseModel, frozen=True, extra="forbid"):
         return [lambda pixels, order=order: moved_tiles(pixels, self.grid, order) for order in orders]
 
 
-class Unshifted(BaseModel, frozen=True, extra="forbid"):
+class Unshifted(Given):
     """No copies: the contrast is that of SCR."""
 
     kind: Literal["none"] = Field(default="none", description="no copies")

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from cairn.config import settings as every_setting
 from cairn.errors import ConfigError, UnknownName
 from cairn.experiment.config_file import KEYS, RunFile, checked, read_toml, toml_value
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import method_named
+from cairn.settings import Given
 
 OPTIONS = tuple(key for key in RunConfig.model_fields if key not in ("seed", "settings"))
 """Options that may vary besides settings and seeds."""
@@ -45,10 +46,8 @@ def _flat_space(table: Any) -> Any:
     return dict(_leaves(table, stop=tuple(Range.model_fields))) if isinstance(table, dict) else table
 
 
-class Range(BaseModel):
+class Range(Given):
     """What a search may choose of one key: a range, or single values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     low: int | float | None = None
     high: int | float | None = None
@@ -67,9 +66,7 @@ class Range(BaseModel):
         return self
 
 
-class Search(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Search(Given):
     trials: int = Field(ge=1, description="in all, those of earlier calls too")
     sampler: Literal["tpe", "random"] = "tpe"
     metric: Literal["average", "last"] = "average"
@@ -79,7 +76,7 @@ class Search(BaseModel):
     )
 
 
-class Resources(BaseModel):
+class Resources(Given):
     """What a run is given, and how often it is retried."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)

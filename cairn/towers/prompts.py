@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cairn.data.templates import spoken
 from cairn.errors import ConfigError
 from cairn.maths.rows import replaced, without
+from cairn.settings import Given
 from cairn.towers.protocol import TextTower, Towers
 from cairn.types import State, spelled, words
 
@@ -60,11 +61,7 @@ def prompt_embeddings(
     return towers.encode(tokens, torch.tensor([M + len(row) for row in rows]))
 
 
-class _Choice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Prompts(_Choice):
+class Prompts(Given):
     """Soft prompts "[shared][task][class] name." through the frozen text tower [P]; the blocks are ours [I].
 
     Lengths follow CoOp [K]; blocks side by side follow MPA [K]. A length of 0 leaves a block out. With a residual, t_c =
@@ -103,7 +100,7 @@ class Prompts(_Choice):
         return SoftPrompts(towers.text_tower, self)
 
 
-class Residual(_Choice):
+class Residual(Given):
     """A residual vector on each class text, zero at first [I]. Without class texts, class means stand in for them."""
 
     kind: Literal["residual"] = "residual"
@@ -113,7 +110,7 @@ class Residual(_Choice):
         return ResidualTexts(self, towers.logit_scale)
 
 
-class Templates(_Choice):
+class Templates(Given):
     """Hand-written templates, nothing learned."""
 
     kind: Literal["templates"] = "templates"

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from cairn.errors import ConfigError, counted
+from cairn.settings import Given
 from cairn.towers.protocol import WHOLE, HasTrunk, Towers, TrunkOutput
 from cairn.types import Features, Pixels
 
@@ -31,11 +32,7 @@ BLOCK = re.compile(r"\.layers\.(\d+)\.")
 """In the name of a layer, the number of its block."""
 
 
-class _Choice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Frozen(_Choice):
+class Frozen(Given):
     """Nothing moves."""
 
     kind: Literal["none"] = "none"
@@ -44,7 +41,7 @@ class Frozen(_Choice):
         return vision
 
 
-class Lora(_Choice):
+class Lora(Given):
     """Low-rank deltas on linear layers chosen by regex, continued over the tasks [K: MG-CLIP].
 
     What lies below the first chosen layer is the same after every task, and is not computed again for test images
@@ -166,7 +163,7 @@ def merged(tower: nn.Module) -> Iterator[None]:
             layer.merged = False
 
 
-class Full(_Choice):
+class Full(Given):
     """Every weight of the vision tower; with a Beta moving average of the trajectory [K: CLIPood, section 3.3]."""
 
     kind: Literal["full"] = "full"
@@ -179,7 +176,7 @@ class Full(_Choice):
         return vision.requires_grad_(True)
 
 
-class Projection(_Choice):
+class Projection(Given):
     """The visual projection alone [K: BOFA]."""
 
     kind: Literal["projection"] = "projection"
@@ -189,7 +186,7 @@ class Projection(_Choice):
         return vision
 
 
-class Adapter(_Choice):
+class Adapter(Given):
     """A residual linear map behind the frozen tower: x + D x + c, with D and c zero at first [I].
 
     The embedding form of stage 1: it needs no image tower, and its motion is known exactly.
@@ -220,7 +217,7 @@ class _Residual(nn.Module):
         return x + self.map(x)
 
 
-class Bottleneck(_Choice):
+class Bottleneck(Given):
     """A small network beside the MLP of every block: MLP(x) + scale up(relu(down(x))), up zero at first.
 
     Source: AdaptFormer (Chen et al. 2022), section 3.2; x is the MLP's own input, behind its layer norm.

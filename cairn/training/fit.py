@@ -14,20 +14,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cairn.data.loading import Loader
 from cairn.errors import NotFinite
+from cairn.settings import Given
 from cairn.training.context import Context, Processes
 from cairn.types import State
 
 
-class Schedule(BaseModel):
+class Schedule(Given):
     """A stage's optimisation. The learning rate rises linearly, then falls by a half cosine, or in steps, or stays."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(default=1, ge=0, description="passes over the task's images")
     batch: int = Field(default=128, ge=1, description="rows per step")

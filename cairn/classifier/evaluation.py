@@ -50,6 +50,8 @@ class Evaluation:
     """What each of these is called."""
     unknown_below: float = 0.05
     """The known score below which an image counts as unknown."""
+    learned: int = 0
+    """How many of these the learner learned: the figures of them tell nothing of new images."""
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -170,6 +172,7 @@ class Evaluation:
         pairs = self.confused
         return {
             "images": len(self.names),
+            "learned": self.learned,
             "accuracy": self.accuracy,
             f"top{topk}": self.topk(topk),
             "class_mean_accuracy": self.class_mean_accuracy,

@@ -55,6 +55,8 @@ class LabelSetEvaluation:
     """Images that each class was learned from."""
     threshold: float | None = None
     """In place of the classes' own."""
+    learned: int = 0
+    """How many of these the learner learned: the figures of them tell nothing of new images."""
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class LabelSetEvaluation:
         given: Images,
         counts: Sequence[int],
         threshold: float | None = None,
+        learned: int = 0,
     ) -> LabelSetEvaluation:
         """Of predictions for the images `given` that show these classes. Raises ConfigError for a threshold that is none, InvalidInput
         where no image shows a class of the learner."""
@@ -80,7 +83,7 @@ class LabelSetEvaluation:
         predictions.shown(threshold)
         if not targets.any():
             raise InvalidInput("no image shows a class that the learner knows; nothing can be evaluated")
-        return cls(predictions, targets, foreign, [given.describe(row) for row in rows], counts, threshold)
+        return cls(predictions, targets, foreign, [given.describe(row) for row in rows], counts, threshold, learned)
 
     @cached_property
     def said(self) -> np.ndarray:
@@ -162,6 +165,7 @@ class LabelSetEvaluation:
         grouped = self.by_frequency
         return {
             "images": len(self.targets),
+            "learned": self.learned,
             "mAP": self.mean_average_precision,
             "mAP_by_frequency": None if grouped is None else dict(grouped.means),
             "frequency_terciles": grouped is not None and grouped.terciles,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, overload
@@ -21,13 +22,13 @@ from cairn.classifier.novelty import Novelty, require_threshold
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.scoring import BATCH, Scorer
 from cairn.data.folders import named_unreadable, unreadable
-from cairn.data.in_memory import Item, items_of
+from cairn.data.in_memory import InMemoryImages, Item, items_of
 from cairn.data.names import normal_form
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, UnreadableImages
 from cairn.storage.locks import ReadWriteLock
 from cairn.towers.catalogue import load_towers
-from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers
+from cairn.towers.feature_file import ROWS, is_features_file, open_features_towers, require_no_images_asked
 from cairn.towers.preprocessing import asked_mode, decoded_side
 from cairn.towers.protocol import Towers
 from cairn.training.context import Log
@@ -42,7 +43,7 @@ class Predicting(Fitted):
     The attributes are arguments of the constructor, the towers once they are loaded, and what keeps learning and predicting apart.
     """
 
-    towers: str | Towers
+    towers: str | os.PathLike[str] | Towers
     templates: Sequence[str] | str
     seed: int
     device: str
@@ -229,13 +230,23 @@ class Predicting(Fitted):
         if self._known().sets is not None:
             items, sets = labelled_sets(images, labels, self._width)
             found, given = self.predictions(items, on_bad_image=on_bad_image), unlabelled(items, self._width)
-            return LabelSetEvaluation.of(found, sets, given, self.counts_.tolist(), threshold)
+            learned = self._learned_among(given, found)
+            return LabelSetEvaluation.of(found, sets, given, self.counts_.tolist(), threshold, learned)
         require_threshold(unknown_below, "unknown_below")
         items, names = labelled(images, labels, self._width)
         found = self.predictions(items, known=True, on_bad_image=on_bad_image)
         given = unlabelled(items, self._width)
-        rows = found.positions.tolist()
-        return Evaluation(found, [names[row] for row in rows], [given.describe(row) for row in rows], unknown_below)
+        rows, learned = found.positions.tolist(), self._learned_among(given, found)
+        called = [given.describe(row) for row in rows]
+        return Evaluation(found, [names[row] for row in rows], called, unknown_below, learned)
+
+    def _learned_among(self, given: InMemoryImages, found: Predictions) -> int:
+        """How many of the images that can be read were learned, as whatever class; 0 for a learner that knows none one by one."""
+        pictures = self._learned.pictures
+        if not len(pictures):
+            return 0
+        hashes = given.taken(found.positions).content_hashes()
+        return sum(bool(pictures.learned_as(value)) for value in hashes)
 
     def drift(
         self,
@@ -270,17 +281,21 @@ class Predicting(Fitted):
     def open_towers(self) -> Towers:
         """The towers, loaded if they were not yet. Raises TowersError, DataError or UnknownName."""
         if self._towers is None:
-            self._towers = self._opened(self.towers)
+            self._towers = self._opened(self._asked_towers)
             self._notices += self._towers.notices
         return self._towers
+
+    @property
+    def _asked_towers(self) -> str | Towers:
+        """As they were given, a path as its text."""
+        return os.fspath(self.towers) if isinstance(self.towers, os.PathLike) else self.towers
 
     def _opened(self, towers: str | Towers) -> Towers:
         if not isinstance(towers, str):
             self._require_as_asked(towers)
             return towers
         if is_features_file(towers):
-            if self.decode != "whole":
-                raise ConfigError(f"decode '{self.decode}': '{towers}' holds embeddings, not images; leave it out")
+            require_no_images_asked(towers, self.precision, self.decode, self.preprocess, self.revision)
             return open_features_towers(towers)
         return load_towers(
             towers,
@@ -297,6 +312,7 @@ class Predicting(Fitted):
         for name, asked, has in (
             ("preprocess", self.preprocess, asked_mode(towers)),
             ("decode", None if self.decode == "whole" else self.decode, decode),
+            ("precision", None if self.precision in ("float32", "auto") else self.precision, towers.precision),
         ):
             if asked not in (None, has):
                 raise ConfigError(
@@ -307,7 +323,8 @@ class Predicting(Fitted):
     @property
     def _width(self) -> int | None:
         """How many numbers an item has, where embeddings are learned in place of images."""
-        if isinstance(self.towers, str) and self.towers != ROWS and not is_features_file(self.towers):
+        asked = self._asked_towers
+        if isinstance(asked, str) and asked != ROWS and not is_features_file(asked):
             return None
         towers = self.open_towers()
         return None if towers.has_images else towers.dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class ReadableImages(InMemoryImages):
 
     def _picture(self, index: int, side: int | None) -> Image.Image:
         item = self.items[index]
-        if not isinstance(item, (str, Path)):
+        if not isinstance(item, (str, os.PathLike)):
             return super()._picture(index, side)
         try:
             return decoded(Path(item), side)

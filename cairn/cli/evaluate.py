@@ -97,6 +97,11 @@ def evaluate(
         found = held.evaluate(given.files, given.sets, threshold=threshold, on_bad_image=bad_images)
     for row, reason in found.predictions.unreadable.items():
         errors.note(f"cannot be read: {one_line(given.files[row])} ({reason})")
+    if found.learned:
+        errors.note(
+            f"WARNING: learned by this learner: {found.learned} of {counted(len(found.predictions), 'picture')}; figures of these say "
+            "nothing of new ones; evaluate pictures that were kept aside"
+        )
     if isinstance(found, LabelSetEvaluation):
         if html is not None:
             write_page_of_sets(found, html, str(learner))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
+from cairn.data.identity import content_hash
 from cairn.data.images import Concatenation, Images, Unlabelled, taken
+from cairn.errors import DataError
 
 
 def few_labels(trains: Sequence[Images], share: float) -> tuple[list[Images], list[Unlabelled | None]]:
@@ -25,6 +29,26 @@ def few_labels(trains: Sequence[Images], share: float) -> tuple[list[Images], li
         told.append(taken(images, rows))
         rest.append(Unlabelled(images, others) if len(others) else None)
     return told, rest
+
+
+def shared_rows(images: Images, others: Sequence[Images]) -> np.ndarray:
+    """Which of the images are, pixel for pixel, among the others too. What cannot be read is among none."""
+
+    def hashes(collection: Images) -> list[bytes | None]:
+        return list(pool.map(lambda index: _content(collection, index), range(len(collection))))
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        own = hashes(images)
+        there = {value for other in others for value in hashes(other)} - {None}
+    return np.flatnonzero([value in there for value in own])
+
+
+def _content(images: Images, index: int) -> bytes | None:
+    try:
+        item = images[index]
+    except DataError:
+        return None  # which is said when all images are looked through
+    return content_hash(item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item)))
 
 
 def together(*parts: Images | None) -> Images | None:

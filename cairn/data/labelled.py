@@ -56,7 +56,9 @@ def require_cells(row: Mapping[str | None, Any], where: str) -> None:
 
 
 def require_one(columns: Sequence[str], where: str) -> None:
-    """Raises DataError for two columns of one name, of which one would be passed over."""
+    """Raises DataError for two columns that say the same, of which one would be passed over."""
+    if {LABEL, LABELS} <= {*columns}:
+        raise DataError(f"{where}: columns {LABEL} and {LABELS}; leave the one that says what the pictures show")
     for name in (FILE, LABEL, LABELS):
         if (number := list(columns).count(name)) > 1:
             raise DataError(f"{where}: {number} columns called {name}; leave one")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ NO_ENDING = "file without an ending"
 
 _JUNK = frozenset(("__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"))
 """What operating systems leave in folders, lower case. Hidden files and folders (`._*`, `.ipynb_checkpoints`) are as well."""
+
+_OWN = re.compile(r"(learner|work|run)-[0-9]{6,}\.json|events\.jsonl")
+"""What every folder has that `cairn learn` or `cairn run` writes."""
 
 PassedOver = Mapping[str, Counter[str]]
 """How many files of each kind were passed over, by the folder that they are in."""
@@ -76,7 +80,7 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """Without what is hidden or an operating system's own. Raises DataError for a folder that cannot be listed."""
+    """Without what is hidden, an operating system's own or cairn's. Raises DataError for a folder that cannot be listed."""
     found, taken = Listing(), endings()
     try:
         with os.scandir(folder) as entries:
@@ -88,7 +92,8 @@ def list_folder(folder: Path) -> Listing:
                     found.dangling.append(entry.name)
                 ending = os.path.splitext(entry.name)[1].lower()
                 if not dangling and entry.is_dir():
-                    found.folders.append(entry.name)
+                    if not _is_cairns_own(entry.path):
+                        found.folders.append(entry.name)
                 elif ending in taken:
                     found.pictures.append(entry.name)
                 else:
@@ -100,6 +105,20 @@ def list_folder(folder: Path) -> Listing:
     for names in (found.pictures, found.folders, found.dangling):
         names.sort()
     return found
+
+
+def _is_cairns_own(folder: str) -> bool:
+    """Whether a folder without pictures holds a learner or a run, finished or not."""
+    try:
+        with os.scandir(folder) as entries:
+            names = []
+            for entry in entries:
+                if os.path.splitext(entry.name)[1].lower() in endings():  # of a class mostly the first
+                    return False
+                names.append(entry.name)
+    except OSError:
+        return False  # which is said when its pictures are listed
+    return any(_OWN.fullmatch(name) for name in names)
 
 
 def pictures_below(folder: Path) -> tuple[list[Path], PassedOver]:

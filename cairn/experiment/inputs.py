@@ -11,13 +11,14 @@ from pydantic import BaseModel
 
 from cairn.config import settings as every_setting
 from cairn.config import with_settings
+from cairn.data.few_labels import shared_rows
 from cairn.data.folders import loose_pictures, named_unreadable, unreadable
-from cairn.data.images import Concatenation, Dataset, Images
+from cairn.data.images import Concatenation, Dataset, Images, Unlabelled
 from cairn.data.online import CHUNK
 from cairn.data.opening import open_dataset
 from cairn.data.stream import TaskStream, reduced_stream, task_stream, without
 from cairn.data.templates import prompt_templates
-from cairn.errors import ConfigError, DataError
+from cairn.errors import ConfigError, DataError, counted, one_line
 from cairn.experiment.schema import RunConfig
 from cairn.methods.catalogue import METHODS, Entry, method_named
 from cairn.methods.protocol import LearnsOnline, Method
@@ -25,7 +26,7 @@ from cairn.settings import Settings
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
-from cairn.towers.feature_file import features_towers
+from cairn.towers.feature_file import features_towers, require_no_images_asked
 from cairn.towers.features import FeatureTowers
 from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
@@ -49,16 +50,27 @@ def towers_for(config: RunConfig, dataset: Dataset) -> ClipTowers | FeatureTower
         raise ConfigError(
             f"towers '{config.towers}': data '{config.data}' holds embeddings, not images; leave --towers out"
         )
-    if config.decode != "whole":
-        raise ConfigError(
-            f"decode '{config.decode}': data '{config.data}' holds embeddings, not images; leave --decode out"
-        )
+    require_no_images_asked(config.data, config.precision, config.decode, config.preprocess, config.revision)
     return features_towers(dataset, config.data)
 
 
 def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
     loose, notices = _loose(config, dataset)
-    stream = task_stream(
+    stream = _cut(config, dataset, loose)
+    if loose is None or config.unlabelled is None:
+        return stream
+    tests = (dataset.test, *stream.tests) if config.validation else (dataset.test,)
+    shown, tested = f"unlabelled '{one_line(config.unlabelled)}'", shared_rows(loose, tests)
+    if len(tested) == len(loose):
+        raise DataError(f"{shown}: all of its pictures are test images of data '{dataset.name}'; give others")
+    if len(tested):
+        stream = _cut(config, dataset, Unlabelled(loose, np.delete(np.arange(len(loose)), tested)))
+        notices = (*notices, f"{shown}: left out, as test images: {len(tested)} of {counted(len(loose), 'picture')}")
+    return replace(stream, notices=(*stream.notices, *notices))
+
+
+def _cut(config: RunConfig, dataset: Dataset, loose: Images | None) -> TaskStream:
+    return task_stream(
         dataset,
         base=config.base,
         step=config.step,
@@ -72,7 +84,6 @@ def stream_for(config: RunConfig, dataset: Dataset) -> TaskStream:
         labelled=config.labelled,
         unlabelled=loose,
     )
-    return replace(stream, notices=(*stream.notices, *notices))
 
 
 def _loose(config: RunConfig, dataset: Dataset) -> tuple[Images | None, tuple[str, ...]]:

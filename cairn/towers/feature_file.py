@@ -6,7 +6,7 @@ import os
 
 from cairn.data.embeddings import features_dataset
 from cairn.data.images import Dataset
-from cairn.errors import TowersError
+from cairn.errors import ConfigError, TowersError
 from cairn.towers.features import FeatureTowers
 
 SUFFIX = ".safetensors"
@@ -32,6 +32,21 @@ def features_towers(dataset: Dataset, source: str) -> FeatureTowers:
         text=held.text,
         source=os.path.abspath(os.path.expanduser(source)),
     )
+
+
+def require_no_images_asked(
+    data: str, precision: str, decode: str, preprocess: str | None, revision: str | None
+) -> None:
+    """Raises ConfigError for an option that says what is done with images, where `data` holds embeddings: it would do nothing."""
+    asked = {
+        "precision": None if precision == "float32" else precision,
+        "decode": None if decode == "whole" else decode,
+        "preprocess": preprocess,
+        "revision": revision,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(f"{name} '{value}': '{data}' holds embeddings, not images; leave it out")
 
 
 def open_features_towers(path: str) -> FeatureTowers:

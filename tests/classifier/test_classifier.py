@@ -408,7 +408,11 @@ def test_towers_that_are_handed_over_prepare_images_as_the_arguments_say(picture
     from cairn.towers.catalogue import load_towers
 
     towers = load_towers("tiny", device="cpu", preprocess="squash")
-    for changes, says in (({"preprocess": "crop"}, "preprocess 'crop'"), ({"decode": "reduced"}, "decode 'reduced'")):
+    for changes, says in (
+        ({"preprocess": "crop"}, "preprocess 'crop'"),
+        ({"decode": "reduced"}, "decode 'reduced'"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16'"),
+    ):
         with pytest.raises(ConfigError, match=f"{says}: the towers 'tiny' that are given were loaded with"):
             quick("lda", towers, **changes).partial_fit(*pictures[0])
     learner = quick("lda", towers).partial_fit(*pictures[0])

@@ -12,7 +12,6 @@ from PIL import Image
 from cairn import IncrementalClassifier
 from cairn.data.feature_store import FeatureStore
 from cairn.data.folders import decoded
-from cairn.errors import ConfigError
 from cairn.serve.service import Service
 
 SIDE = 112
@@ -102,11 +101,6 @@ def test_the_service_sees_what_the_learner_sees(files, both, tmp_path):
         seen = service.towers.prepare(decoded(io.BytesIO(data), SIDE)).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(service._seen(io.BytesIO(data)), seen)
         np.testing.assert_array_equal(service._whole(io.BytesIO(data), "it").values, seen)
-
-
-def test_embeddings_are_not_decoded(features):
-    with pytest.raises(ConfigError, match=r"decode 'reduced'.*holds embeddings, not images; leave it out"):
-        IncrementalClassifier("lda", features, decode="reduced").open_towers()
 
 
 def test_the_command_makes_it_and_holds_to_it(files, cairn, tmp_path):

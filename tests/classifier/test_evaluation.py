@@ -143,6 +143,24 @@ def test_the_command_tells_what_the_learner_does(shop, pictures, tmp_path, monke
     assert "of classes that were not learned: 3 pictures of 1 label" in out
 
 
+def test_pictures_that_were_learned_are_told(shop, pictures, tmp_path, monkeypatch, capsys):
+    """Figures of them are no figures of new pictures. A copy under another name and label is known, too."""
+    called(monkeypatch, "evaluate", shop, pictures / "test", "--device", "cpu")
+    assert "WARNING" not in capsys.readouterr().err
+    called(monkeypatch, "evaluate", shop, pictures / "train", "--json", "--device", "cpu")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["learned"] == 15
+    assert "WARNING: learned by this learner: 15 of 15 pictures; figures of these say nothing of new ones" in err
+    shutil.copytree(pictures / "test", tmp_path / "mixed")
+    first, second, *_ = sorted((tmp_path / "mixed").iterdir())
+    Image.open(pictures / "train" / first.name / "0.png").save(second / "copy.bmp")
+    called(monkeypatch, "evaluate", shop, tmp_path / "mixed", "--device", "cpu")
+    assert "WARNING: learned by this learner: 1 of 19 pictures" in capsys.readouterr().err
+    given = labelled_pictures(tmp_path / "mixed")
+    learner = IncrementalClassifier.load(shop, device="cpu").forget(first.name)
+    assert learner.evaluate(given.files, given.names, on_bad_image="skip").learned == 0
+
+
 def test_a_csv_is_learned_and_evaluated(pictures, tmp_path, monkeypatch, capsys):
     files = sorted((pictures / "train").glob("*/*.png"))
     for name in ("list.csv", "metadata.csv"):

@@ -19,6 +19,7 @@ from PIL import Image
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.onnx import export_onnx
 from cairn.cli.app import main
+from cairn.data.picture_files import list_folder
 from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, ResultError
 from cairn.experiment.folder import LOCK, Lock
@@ -153,6 +154,27 @@ def test_reasons_of_spa_are_pictures_with_patches(pictures, tmp_path, monkeypatc
     assert len(told["classes"][0]["patches"]) == 8
     assert "a photo of a" in told["classes"][0]["patches"][0]["sentence"]
     assert (tmp_path / "why" / "0.png").stat().st_size > 5000
+
+
+def test_a_learner_or_a_run_among_the_pictures_is_no_class(pictures, tmp_path, cairn):
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures / "first", root)
+    call = ["learn", root / "shop.cairn", root, "--method", "simplecil", "--towers", "tiny", "--device", "cpu"]
+    assert cairn(*call)[0] == 0
+    (root / "shop.cairn" / LOCK).write_text("")
+    shutil.copytree(pictures / "second", root, dirs_exist_ok=True)
+    status, out, err = cairn(*call)
+    assert status == 0, err
+    assert "16 pictures learned, 2 new classes, 4 in all" in out
+    run = ["run", "simplecil", "--data", root, "--towers", "tiny", "--device", "cpu", "--step", 2]
+    assert cairn(*run, "--out", root / "run")[0] == 0
+    status, _, err = cairn(*run, "--out", tmp_path / "again")
+    assert status == 0, err
+    assert list_folder(root).folders == sorted(
+        path.name for path in [*(pictures / "first").iterdir(), *(pictures / "second").iterdir()]
+    )
+    Image.new("RGB", (8, 8)).save(root / "run" / "0.png")  # what has pictures is a class, whatever it is called
+    assert "run" in list_folder(root).folders
 
 
 def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkeypatch, capsys):

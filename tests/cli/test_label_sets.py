@@ -174,7 +174,8 @@ def test_pictures_are_relabelled_and_a_folder_of_both_parts_is_read(shop, pictur
     with pytest.raises(DataError, match="inside it"):
         given_pictures(tmp_path / "labels.csv")
     (tmp_path / "two.csv").write_text("file_name,label,labels\nx.png,a,b;c\n")
-    assert given_pictures(tmp_path / "two.csv").names == ["a"]
+    with pytest.raises(DataError, match="columns label and labels; leave the one"):
+        given_pictures(tmp_path / "two.csv")
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(CairnError, match="COCO"):
         given_pictures(tmp_path / "bad.json")

@@ -459,6 +459,18 @@ def test_folder_link_upwards(root):
     assert prepared(config(root)).stream.fingerprint == before
 
 
+def test_folders_of_cairns_own(root):
+    made = {"shop.cairn": "learner-000001.json", "begun": "work-000002.json", "run": "events.jsonl"}
+    for name, file in made.items():
+        (root / "train" / name).mkdir()
+        (root / "train" / name / file).write_text("{}")
+    found = folder_dataset(root)
+    assert found.classes == ("cat", "dog")
+    assert found.notices == ()
+    paint(root / "train" / "run" / "0.png")  # what has pictures is a class, whatever it is called
+    assert class_folders(root).classes == ("cat", "dog", "run")
+
+
 def test_files_of_operating_systems(root):
     before = task_stream(folder_dataset(root), step=1)
     for junk in (

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cairn.data.attributes import KINDS, RATIO, attributes_dataset
 from cairn.data.embeddings import save_features
+from cairn.data.given_pictures import given_pictures
 from cairn.data.images import Dataset, LabelSets
 from cairn.data.label_set_tasks import held_out_sets
 from cairn.data.opening import open_dataset
@@ -45,6 +46,16 @@ def dataset(train=SHOWN, test=SHOWN, k=6):
 
 def names_of(images):
     return [images.describe(i) for i in range(len(images))]
+
+
+def test_two_columns_that_say_the_same_are_refused(tmp_path):
+    """`learn` would take one of them and `run` the other."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label,labels\n0.png,a,b;c\n")
+    with pytest.raises(DataError, match=r"metadata.csv': columns label and labels; leave the one"):
+        open_dataset(str(tmp_path))
+    with pytest.raises(DataError, match=r"metadata.csv': columns label and labels; leave the one"):
+        given_pictures(tmp_path)
 
 
 # --- tasks ---

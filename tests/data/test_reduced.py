@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cairn import IncrementalClassifier
 from cairn.data.folders import FolderImages, decoded, folder_dataset
 from cairn.data.images import Concatenation, LabelSets, Reducible, Subset, Unlabelled, reduced
 from cairn.data.in_memory import Deferred, InMemoryImages
@@ -145,10 +146,16 @@ def test_pictures_without_labels_and_with_several_are_read_so_too(root):
         assert images[0].size == (240, 180)
 
 
-def test_embeddings_hold_no_files(features):
-    config = RunConfig(method="lda", data=features, step=1, decode="reduced")
-    with pytest.raises(ConfigError, match=r"decode 'reduced'.*holds embeddings, not images; leave --decode out"):
-        prepared(config)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("decode", "reduced"), ("preprocess", "squash"), ("precision", "bfloat16"), ("revision", "main")],
+)
+def test_embeddings_hold_no_images(features, name, value):
+    """What would be done with images is refused, not passed over."""
+    with pytest.raises(ConfigError, match=rf"{name} '{value}'.*holds embeddings, not images; leave it out"):
+        prepared(RunConfig.model_validate({"method": "lda", "data": features, "step": 1, name: value}))
+    with pytest.raises(ConfigError, match=rf"{name} '{value}'.*holds embeddings, not images; leave it out"):
+        IncrementalClassifier("lda", features, **{name: value}).open_towers()
 
 
 def test_what_a_picture_is_known_by_is_that_of_the_whole(root):

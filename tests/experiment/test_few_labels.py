@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from cairn.data.feature_store import FeatureStore
-from cairn.errors import ConfigError
+from cairn.errors import ConfigError, DataError
 from cairn.experiment.folder import read_result
+from cairn.experiment.inputs import prepared
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig, comparable_call
 from cairn.training.log import Log
@@ -59,3 +60,51 @@ def test_with_a_cache_it_is_the_same(tmp_path):
     plain, cached = run_stream(config), run_stream(config, store=FeatureStore(tmp_path))
     assert cached.accuracy == plain.accuracy
     assert cached.unlabelled_sizes == [20, 20]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of six training and four test pictures, all different."""
+    for part, number in (("train", 6), ("test", 4)):
+        for c, name in enumerate(("cat", "dog")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(number):
+                colour = (100 * c, 20 * i, 200 if part == "test" else 0)
+                Image.new("RGB", (40, 30), colour).save(tmp_path / "data" / part / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def unlabelled_in(config):
+    stream = prepared(config).stream
+    (images,) = {id(images): images for images in stream.unlabelled}.values()
+    return [images.describe(i) for i in range(len(images))], stream.notices
+
+
+def test_test_images_are_not_learned_from_whatever_their_files_are_called(folder, tmp_path):
+    """The folder of the data itself holds its test images; a copy of one in another format and place is one too."""
+    config = RunConfig(method="simplecil", data=str(folder), step=2, unlabelled=str(folder))
+    names, notices = unlabelled_in(config)
+    assert len(names) == 12
+    assert all("/train/" in name for name in names)
+    assert any(f"unlabelled '{folder}': left out, as test images: 8 of 20 pictures" in text for text in notices)
+
+    more = tmp_path / "more"
+    more.mkdir()
+    Image.open(folder / "test" / "cat" / "3.png").save(more / "copy.bmp")
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(more / "other.png")
+    names, _ = unlabelled_in(config.model_copy(update={"unlabelled": str(more)}))
+    assert names == ["more/other.png"]
+    (more / "other.png").unlink()
+    with pytest.raises(DataError, match="all of its pictures are test images of data 'data'; give others"):
+        prepared(config.model_copy(update={"unlabelled": str(more)}))
+
+
+def test_with_a_validation_split_neither_its_images_nor_those_of_the_test_split_are_learned_from(folder):
+    config = RunConfig(method="simplecil", data=str(folder), step=2, unlabelled=str(folder), validation=0.5)
+    names, _ = unlabelled_in(config)
+    stream = prepared(config).stream
+    tested = {images.describe(i) for images in stream.tests for i in range(len(images))}
+    assert len(tested) == 6
+    assert len(names) == 6
+    assert not {name.removeprefix("data/") for name in names} & tested
+    assert all("/train/" in name for name in names)

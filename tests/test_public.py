@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -155,3 +156,50 @@ def test_shapes_that_annotations_name_are_checked_when_tests_run(flat):
     method = METHODS["simplecil"].build(flat, NoSettings(), seed=1)
     with pytest.raises(TypeCheckError, match="features"):
         method.scores(torch.zeros(16))
+
+
+class Place:
+    """A path of another kind than pathlib's."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [Path, Place])
+def test_a_path_of_any_kind_is_taken_where_its_text_is(tmp_path, kind, monkeypatch, features_file):
+    file = kind(features_file())
+    picture = Image.fromarray(np.full((56, 56, 3), 200, np.uint8))
+    for name in ("cat", "dog"):
+        for i in range(3):
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            picture.rotate(30 * i).save(tmp_path / "pictures" / name / f"{i}.png")
+    assert cairn.open_dataset(kind(tmp_path / "pictures")).classes == ("cat", "dog")
+    data = cairn.open_dataset(file)
+    (tmp_path / "order.txt").write_text("\n".join(reversed(data.classes)))
+    order = kind(tmp_path / "order.txt")
+    assert cairn.task_stream(data, step=2, order=order).class_names == data.classes[::-1]
+    result = cairn.run_stream(cairn.RunConfig(method="lda", data=file, order=order, step=2))
+    assert result.run.data == os.fspath(file)
+    assert result.class_order == list(data.classes[::-1])
+    (tmp_path / "said.json").write_text('{"classes": {"cat": {"sentences": ["whiskers"]}}}')
+    said = kind(tmp_path / "said.json")
+    spa = cairn.with_settings(METHODS["spa"].config(), {"descriptions": said})
+    assert spa.descriptions == os.fspath(said)
+    assert cairn.RunConfig(method="spa", settings={"descriptions": said}).settings == {"descriptions": os.fspath(said)}
+
+    tiny = kind(ROOT / "cairn" / "towers" / "tiny")
+    assert cairn.load_towers(tiny).fingerprint == cairn.load_towers("tiny").fingerprint
+    files = [kind(path) for path in sorted((tmp_path / "pictures").glob("*/*.png"))]
+    learner = cairn.IncrementalClassifier("simplecil", towers=tiny, descriptions=said)
+    learner.partial_fit(files, ["cat"] * 3 + ["dog"] * 3)
+    assert learner.predict(files[0]) == learner.predict(os.fspath(files[0]))
+    assert os.fspath(tiny) in repr(learner)
+    learner.save(kind(tmp_path / "kept"))
+    again = cairn.IncrementalClassifier.load(kind(tmp_path / "kept"), tiny)
+    assert (again.predict_proba(files) == learner.predict_proba(files)).all()
+    rows = cairn.IncrementalClassifier("lda", towers=file)
+    rows.partial_fit(np.asarray(data.train.values), [data.classes[c] for c in data.train.labels])
+    assert len(rows.classes_) == len(data.classes)

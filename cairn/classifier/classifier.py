@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,7 +75,7 @@ class IncrementalClassifier(Predicting):
     def __init__(
         self,
         method: str = AUTO,
-        towers: str | Towers = "openai/clip-vit-base-patch16",
+        towers: str | os.PathLike[str] | Towers = "openai/clip-vit-base-patch16",
         *,
         settings: Mapping[str, Any] | None = None,
         templates: Sequence[str] | str = DEFAULT,
@@ -110,7 +111,8 @@ class IncrementalClassifier(Predicting):
         self._keep = KEEP
 
     def __repr__(self) -> str:
-        towers = self.towers if isinstance(self.towers, str) else self.towers.name
+        asked = self._asked_towers
+        towers = asked if isinstance(asked, str) else asked.name
         return f"IncrementalClassifier(method={self.method!r}, towers={towers!r}, classes={len(self._learned.classes)})"
 
     # learning
@@ -296,6 +298,7 @@ class IncrementalClassifier(Predicting):
     # on disk
 
     def _record(self) -> LearnerRecord:
+        asked = self._asked_towers
         return record_of(
             self._name,
             self._fitted(),
@@ -304,11 +307,11 @@ class IncrementalClassifier(Predicting):
             seed=self.seed,
             templates=prompt_templates(self.templates),
             descriptions=descriptions_of(self.descriptions),
-            preprocess=self.preprocess if isinstance(self.towers, str) else asked_mode(self.towers),
+            preprocess=self.preprocess if isinstance(asked, str) else asked_mode(asked),
             keep=self._keep,
         )
 
-    def save(self, folder: str | Path, keep: int | None = None) -> None:
+    def save(self, folder: str | os.PathLike[str], keep: int | None = None) -> None:
         """Everything learned, in a folder that says what is in it: a manifest with SHA-256, tensors, and CARD.md for people.
         Whole or not at all: a learner that was there stays until this one is written and checked.
 
@@ -326,7 +329,7 @@ class IncrementalClassifier(Predicting):
 
     @classmethod
     def undo(
-        cls, folder: str | Path, towers: str | Towers | None = None, device: str = "auto"
+        cls, folder: str | os.PathLike[str], towers: str | os.PathLike[str] | Towers | None = None, device: str = "auto"
     ) -> IncrementalClassifier:
         """The classifier of a folder as it was before it was saved there the last time; it is that in the folder, too, from now
         on. `towers` and `device` are as in `load`. Raises ResultError where no earlier state is kept."""
@@ -336,8 +339,8 @@ class IncrementalClassifier(Predicting):
     @classmethod
     def load(
         cls,
-        folder: str | Path,
-        towers: str | Towers | None = None,
+        folder: str | os.PathLike[str],
+        towers: str | os.PathLike[str] | Towers | None = None,
         device: str = "auto",
         store: FeatureStore | None = None,
     ) -> IncrementalClassifier:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ from cairn.training.context import Log
 
 SKIP = "replace them, or leave them out: on_bad_image='skip', on the command line --on-bad-image skip"
 
-Sentences: TypeAlias = Mapping[str, Sequence[str] | str] | str | Path | None
+Sentences: TypeAlias = Mapping[str, Sequence[str] | str] | str | os.PathLike[str] | None
 """Descriptions of classes: by name, or where a file of them is."""
 
 
@@ -170,4 +170,4 @@ def columns(images: Item | Iterable[Item]) -> int:
 def descriptions_of(given: Sentences) -> Descriptions | None:
     if given is None:
         return None
-    return read_descriptions(given) if isinstance(given, (str, Path)) else written_by("given", given)
+    return read_descriptions(given) if isinstance(given, (str, os.PathLike)) else written_by("given", given)

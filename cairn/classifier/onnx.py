@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +82,7 @@ def scores_module(learner: IncrementalClassifier) -> nn.Sequential:
 
 def export_onnx(
     learner: IncrementalClassifier,
-    path: Path,
+    path: str | os.PathLike[str],
     *,
     form: Form = "float32",
     images: Item | Iterable[Item] | None = None,
@@ -95,6 +96,7 @@ def export_onnx(
     the image tower. Raises ConfigError if packages are missing or there is no such form; ResultError if a float32 file
     is further than TOLERANCE from the learner, or any gives numbers that are not finite. The file is then not kept.
     """
+    path = Path(path)
     if form not in FORMS:
         raise ConfigError(f"form '{form}': must be {', '.join(FORMS)}")
     try:

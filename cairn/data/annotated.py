@@ -132,7 +132,7 @@ def _labels_pictures(file: Path) -> bool:
     return FILE in columns and not columns.isdisjoint((LABEL, LABELS))
 
 
-def annotated_dataset(path: str | Path, files: Sequence[Path]) -> Dataset:
+def annotated_dataset(path: str | os.PathLike[str], files: Sequence[Path]) -> Dataset:
     """The data set that `annotation_files` found. No picture is opened.
 
     Raises DataError for a file that is none, naming its line; for a picture outside its folder; for a class

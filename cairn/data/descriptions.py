@@ -74,7 +74,7 @@ class Descriptions(BaseModel):
         return Descriptions(classes={name: self.classes[name] for name in names if name in self.classes})
 
 
-def read_descriptions(path: str | Path) -> Descriptions:
+def read_descriptions(path: str | os.PathLike[str]) -> Descriptions:
     """Raises DataError for a file that is missing, no JSON, of another schema or with an empty sentence."""
     path = Path(path)
     if not os.path.exists(path):

@@ -62,7 +62,7 @@ class Rows:
         return self.values[index].tobytes()
 
 
-def features_dataset(path: str | Path) -> Dataset:
+def features_dataset(path: str | os.PathLike[str]) -> Dataset:
     """The data set in a features file; `Dataset.embeddings` is an `Embeddings`. Rows stay as stored, not normalised.
 
     Raises DataError for a file that is missing, damaged or incomplete, for metadata that is not as its schema says, for
@@ -103,7 +103,7 @@ def _labelled(arrays: dict[str, np.ndarray], part: str) -> Images:
 
 
 def save_features(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     train_features: np.ndarray | torch.Tensor,
     train_labels: np.ndarray | torch.Tensor,

@@ -140,10 +140,10 @@ class FeatureStore:
     `patches` is the precision in which patches are kept, float32 or float16; the image's own embedding is float32.
     """
 
-    def __init__(self, folder: Path, limit: int = LIMIT_BYTES, patches: str = "float32"):
+    def __init__(self, folder: str | os.PathLike[str], limit: int = LIMIT_BYTES, patches: str = "float32"):
         if patches not in ("float32", "float16"):
             raise ConfigError(f"CAIRN_CACHE_PATCHES '{patches}': must be float32 or float16")
-        self.folder, self.limit, self.patches = folder, limit, patches
+        self.folder, self.limit, self.patches = Path(folder), limit, patches
         self._open: dict[Path, FeatureSet] = {}
 
     @classmethod

@@ -198,7 +198,7 @@ def reason(error: Exception) -> str:
     return one_line((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
-def folder_dataset(path: str | Path, split_seed: int = 0, test_share: float = 0.2) -> Dataset:
+def folder_dataset(path: str | os.PathLike[str], split_seed: int = 0, test_share: float = 0.2) -> Dataset:
     """The images below `path`, one class per folder, classes and files sorted by name.
 
     Where there are folders in `train/`, these are the classes and test images come from `test/` or `val/`. Else the folders of `path`
@@ -271,7 +271,9 @@ class ClassFolders:
     notices: tuple[str, ...]
 
 
-def class_folders(path: str | Path, recursive: bool = False, part: Literal["train", "test"] = "train") -> ClassFolders:
+def class_folders(
+    path: str | os.PathLike[str], recursive: bool = False, part: Literal["train", "test"] = "train"
+) -> ClassFolders:
     """All images in `path/<class>/`, or where there are folders in `train/` those in `path/train/<class>/`, for `test` those beside it
     in `test/` or `val/`, if they are there; with `recursive` those in folders inside a class too, but for linked ones. Raises
     DataError as `folder_dataset`."""
@@ -298,7 +300,7 @@ def _unused(folders: Sequence[str], parts: Sequence[str]) -> list[str]:
     return [f"not used, beside {' and '.join(f'{name}/' for name in parts)}: {listed(more)}"] if more else []
 
 
-def loose_pictures(path: str | Path) -> tuple[Unlabelled, tuple[str, ...]]:
+def loose_pictures(path: str | os.PathLike[str]) -> tuple[Unlabelled, tuple[str, ...]]:
     """Every picture in a folder and the folders in it, whatever they are called, with what a user should hear of it. Raises
     DataError for a folder without any."""
     root = Path(os.path.expanduser(path))

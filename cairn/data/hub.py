@@ -83,7 +83,7 @@ PUBLISHED = "published"
 
 
 def hub_dataset(
-    key: str, local: str | Path | None = None, revision: str | None = None, part: str | None = None
+    key: str, local: str | os.PathLike[str] | None = None, revision: str | None = None, part: str | None = None
 ) -> Dataset:
     """The catalogue's data set `key`, from the hub (at `revision`) or from the copy at `local`; with `part` "published" the classes
     of it that published benchmarks keep, in their order.
@@ -105,7 +105,7 @@ def hub_dataset(
     return _published(row, dataset) if part else dataset
 
 
-def _local(row: HubRow, local: str | Path) -> Dataset:
+def _local(row: HubRow, local: str | os.PathLike[str]) -> Dataset:
     path = Path(os.path.expanduser(local))
     if not os.path.exists(path):
         raise DataError(f"data '{row.key}={local}': no such folder; give the folder of a local copy")

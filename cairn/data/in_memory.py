@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Deferred:
     name: str
 
 
-Item = str | Path | Image.Image | np.ndarray | torch.Tensor | Reduced | Deferred
+Item = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | Reduced | Deferred
 """A file, a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or where embeddings are learned a row (d,)."""
 
 
@@ -57,7 +58,7 @@ def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Ite
     With `width` rows of embeddings are expected: (width,) is one, (n, width) are n. Otherwise an array (h, w) or (h, w, 3)
     is one picture and (n, h, w, 3) are n. Raises InvalidInput for anything else.
     """
-    if isinstance(given, (str, bytes, Path, Image.Image, Reduced, Deferred)):
+    if isinstance(given, (str, bytes, os.PathLike, Image.Image, Reduced, Deferred)):
         return [given]
     if not isinstance(given, (np.ndarray, torch.Tensor)):
         if not isinstance(given, (Iterable, ArrayLike)):
@@ -120,7 +121,7 @@ class InMemoryImages:
                 raise InvalidInput(
                     f"image '{item.name}': cannot be read ({reason(error)}); replace or leave it out"
                 ) from None
-        if isinstance(item, (str, Path)):
+        if isinstance(item, (str, os.PathLike)):
             try:
                 return decoded(Path(item), side)
             except Exception as error:  # a decoder fed with damaged bytes may raise anything
@@ -148,7 +149,7 @@ class InMemoryImages:
     def _row(self, index: int) -> np.ndarray:
         item = self.items[index]
         try:
-            if isinstance(item, (str, bytes, Path, Image.Image)):
+            if isinstance(item, (str, bytes, os.PathLike, Image.Image)):
                 raise ValueError
             row = np.asarray(item, dtype=np.float32)
         except (TypeError, ValueError):
@@ -168,7 +169,7 @@ class InMemoryImages:
     def check(self, index: int) -> None:
         """Raises what opening would raise; pixels in memory are taken as they are."""
         item = self.items[index]
-        if self.width is None and isinstance(item, (str, Path)):
+        if self.width is None and isinstance(item, (str, os.PathLike)):
             check(Path(item))
         else:
             self[index]
@@ -177,13 +178,17 @@ class InMemoryImages:
         item = self.items[index]
         if isinstance(item, Deferred):
             return item.name
-        return str(item) if isinstance(item, (str, Path)) else f"{'image' if self.width is None else 'row'} {index}"
+        return (
+            os.fspath(item)
+            if isinstance(item, (str, os.PathLike))
+            else f"{'image' if self.width is None else 'row'} {index}"
+        )
 
     def identity(self, index: int) -> bytes:
         """What an embedding in a store is found by: a hash of the file's bytes, or of what is in memory. Raises InvalidInput
         for a file that cannot be read."""
         item = self.items[index]
-        if not isinstance(item, (str, Path)):
+        if not isinstance(item, (str, os.PathLike)):
             return self._content(index)
         try:
             return b"file\0" + hashlib.sha256(Path(item).read_bytes()).digest()

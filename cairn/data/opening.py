@@ -16,7 +16,7 @@ MOSAIC = "mosaic"
 """Before `=` and the name of a data set: grids of its pictures."""
 
 
-def open_dataset(spec: str) -> Dataset:
+def open_dataset(spec: str | os.PathLike[str]) -> Dataset:
     """The data set that `spec` names.
 
     `shapes` or `shapes:dev` (the drawn world), `attributes` or `attributes:dev` (the same, several classes in an image); a
@@ -27,6 +27,7 @@ def open_dataset(spec: str) -> Dataset:
     Raises UnknownName for a name that is none of these, DataError for a path that does not exist.
     """
     # Imported where needed: what is not opened is not loaded.
+    spec = os.fspath(spec)
     drawn, _, part = spec.partition(":")
     if drawn in DRAWN:
         part = part or "stream"

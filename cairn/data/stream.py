@@ -91,7 +91,7 @@ class TaskStream:
         return found
 
 
-def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
+def class_order(order: str | os.PathLike[str], classes: Sequence[str]) -> np.ndarray:
     """Natural indices in order of arrival.
 
     `natural`; `seed:N` for `numpy.random.RandomState(N).permutation(k)`, the field's convention;
@@ -102,8 +102,9 @@ def class_order(order: str, classes: Sequence[str]) -> np.ndarray:
     return _arrival(order, classes)[0]
 
 
-def _arrival(order: str, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _arrival(order: str | os.PathLike[str], classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """As `class_order`, with a notice of how a file is read where its entries could be names as well as positions."""
+    order = os.fspath(order)
     if order == "natural":
         return np.arange(len(classes)), []
     if order.startswith("seed:"):
@@ -216,7 +217,7 @@ def task_stream(
     *,
     base: int = 0,
     step: int = 10,
-    order: str = "natural",
+    order: str | os.PathLike[str] = "natural",
     limit_train: int | None = None,
     limit_test: int | None = None,
     validation: float = 0.0,

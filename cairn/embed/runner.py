@@ -50,7 +50,7 @@ class Embedded:
 
 def embed_dataset(
     config: EmbedConfig,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     workers: int = 1,
     address: str | None = None,
@@ -68,6 +68,7 @@ def embed_dataset(
     something else, unless `overwrite`.
     """
     log, checkpoint = (log or Log()) if world.is_main else Log(), checkpoint or Checkpoint()
+    out = Path(out)
     _require_possible(out, workers, world)
     if not overwrite and (done := _finished(config, out)) is not None:
         return done

@@ -36,7 +36,7 @@ the open_clip layout."""
 
 
 def load_towers(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     device: str = "auto",
     precision: str = "float32",
@@ -50,6 +50,7 @@ def load_towers(
     (see `Preprocessing`). Weights are read from safetensors alone and
     code from a hub is never run. Raises TowersError naming what is missing.
     """
+    spec = os.fspath(spec)
     if spec.startswith("open_clip:"):
         found, preprocessing = open_clip_checkpoint(spec.removeprefix("open_clip:"), revision)
         model, folder = found.model, found.folders[0]

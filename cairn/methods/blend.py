@@ -11,6 +11,14 @@ Each scores the task's images as if it had not learned them, exactly and without
 these scores (maths/opinion_pool.py), as do the pseudo-images of the prior mean, the ridge and what a class's scores gain where it
 has fewer images than others. What a weight was fitted to in earlier tasks counts on.
 
+Images of the task without labels: of each the blend that has learned those with labels tells the likeliest class c(x) among the
+classes C that these show, and the task is learned anew with all x of
+
+    max_{c in C} softmax_C(scores(x))_c >= threshold
+
+as images of c(x); weights, pseudo-images and ridge are chosen by labelled images alone. One round of self-training with pseudo-labels
+(Scudder 1965; Lee 2013), here over sums, so that learning anew costs as much as learning.
+
 Kin: discriminant analysis on CLIP with text (Wang et al. 2024, A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation,
 weights by hand), RanPAC (McDonnell et al. 2023), FeCAM (Goswami et al. 2023), regularised discriminant analysis (Friedman
 1989), empirical-Bayes shrinkage of means (Efron and Morris 1973).
@@ -22,14 +30,16 @@ random features; t_c unit text of class c; kappa pseudo-images of the prior mean
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from cairn.data.loading import Loader
 from cairn.data.task import Task
+from cairn.maths.consistency import pseudo_labels
 from cairn.maths.opinion_pool import OpinionPool
 from cairn.maths.quadratic_discriminant import QuadraticDiscriminant, predicted_means
 from cairn.maths.ridge import one_hot
@@ -45,13 +55,14 @@ from cairn.methods.protocol import (
     GaussianScoring,
     KeepsSums,
     LearnsOnline,
+    LearnsUnlabelled,
     LeavesOut,
     NamesClasses,
     ScoresAsModule,
 )
 from cairn.settings import Settings
 from cairn.towers.protocol import Towers
-from cairn.training.context import Context, Log
+from cairn.training.context import BESIDE, Context, Log
 from cairn.training.encode import encode
 from cairn.types import Features, Labels, Pixels, Scores, State, flattened, part
 
@@ -114,12 +125,29 @@ class BlendConfig(Settings):
         description="how likely a class is before an image is seen: as any other, or in proportion to its images",
     )
 
+    unlabelled: bool = Field(default=True, description="whether images without labels are learned from")
+    threshold: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="probability, among the classes of the task, from which one is taken for its likeliest class",
+    )
+
     @classmethod
     def embedding(cls) -> BlendConfig:
         return cls(patches="none")
 
 
-class Blend(GaussianScoring[ScatterMemory], KeepsSums, LearnsOnline, LeavesOut, NamesClasses, ScoresAsModule):
+class Taken(NamedTuple):
+    """Rows of images without labels, and the classes they are taken for."""
+
+    x: Float[Tensor, "u d"]
+    y: Int[Tensor, " u"]
+
+
+class Blend(
+    GaussianScoring[ScatterMemory], KeepsSums, LearnsOnline, LearnsUnlabelled, LeavesOut, NamesClasses, ScoresAsModule
+):
     """argmax_c sum_e exp(phi_e) E_e(x, c) - theta log n_c of the experts' scores, where all classes are equally likely."""
 
     card = Card(
@@ -129,6 +157,7 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LearnsOnline, LeavesOut, 
         stages=(
             "one pass: sums of each class, sums of random features",
             "prior means, ridge and weights by the task's images, each scored as if it had not been learned",
+            "with images without labels: each taken for the task's class that it likeliest shows, and all learned anew",
         ),
         trains="head",
         keeps="gaussians",
@@ -166,19 +195,40 @@ class Blend(GaussianScoring[ScatterMemory], KeepsSums, LearnsOnline, LeavesOut, 
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
         x, y = encode(loader, lambda features, _: self.memory_rows(features), ctx, "X", embed=self.embed)
         texts = self.towers.class_texts(task.names, task.templates).cpu() if self.uses_text and task.names else None
+        start = self.texts, self.memory, self.gram, self.ridge_errors, self.pools
         self.learn_rows(x, y, texts, ctx)
 
-    def learn_rows(self, x: Features, y: Labels, texts: Tensor | None, ctx: Context) -> None:
-        """A task by the rows of its images and the texts of the classes that it brings."""
+        # Images without labels, as what they look like.
+        if task.unlabelled is not None and len(task.unlabelled) and self.config.unlabelled:
+            loader = Loader(task.unlabelled, self.towers.prepare, self.towers.pixels)
+            u, _ = encode(loader, lambda pixels, _: self.memory_rows(self.embed(pixels)), ctx, f"{BESIDE}unlabelled")
+            among = y.unique()
+            found, sure = pseudo_labels(self.row_scores(u)[:, among], self.config.threshold)
+            ctx.log("unlabelled", images=len(u), trusted=int(sure.sum()))
+            self.texts, memory, self.gram, self.ridge_errors, self.pools = start
+            self._set(memory)
+            self.learn_rows(x, y, texts, ctx, Taken(u[sure], among[found[sure]]))
+
+    def learn_rows(
+        self,
+        x: Features,
+        y: Labels,
+        texts: Tensor | None,
+        ctx: Context,
+        taken: Taken | None = None,
+    ) -> None:
+        """A task by the rows of its images and the texts of the classes that it brings. Rows that are `taken` for some of its
+        classes are learned with them; nothing is chosen by these."""
         config, before = self.config, self.memory.classes
         if texts is not None:
             self.texts = torch.cat([self.texts, texts])
 
         # Statistics: sums over images, of which none is kept.
-        self._set(self.memory.add(x, y))
+        for rows, labels in [(x, y)] if taken is None else [(x, y), taken]:
+            self._set(self.memory.add(rows, labels))
+            if self.random:
+                self.gram = self.gram.joined(self._widened(rows), one_hot(labels, self.memory.classes))
         Y = one_hot(y, self.memory.classes)
-        if self.random:
-            self.gram = self.gram.joined(self._widened(x), Y)
 
         # What the experts say of the task's images as if each had not been learned.
         rows = torch.randperm(len(x), generator=ctx.seeds.generator("weights"))[:MOST].sort().values

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cairn.data.loading import Loader
-from cairn.training.context import Checkpoint, Context
+from cairn.training.context import BESIDE, Checkpoint, Context
 from cairn.types import State
 
 
@@ -47,8 +47,8 @@ def encode(
         raise ValueError(f"{name}: {done} batches")
     sample = checkpoint.sample(len(batches.labels)) if isinstance(batches, Loader) else None
     kept: list[Tensor] = [] if held is None or "features" not in held else [held["features"]]
-    if embed is None or (held is not None and not kept):
-        sample = None  # nothing to keep, or not all of it
+    if embed is None or name.startswith(BESIDE) or (held is not None and not kept):
+        sample = None  # nothing to keep, or not all of it, or other images
 
     def state() -> State:
         for i, column in enumerate(columns):

@@ -13,7 +13,7 @@ from cairn.data.images import Dataset, Subset
 from cairn.data.stream import task_stream
 from cairn.methods.blend import TEXT, Blend, BlendConfig
 from cairn.towers.features import FeatureTowers
-from cairn.training.context import Context
+from cairn.training.context import Context, Log
 from cairn.training.seeds import Seeds
 
 
@@ -184,3 +184,66 @@ def test_classes_of_few_images_are_not_lost_to_those_of_many():
         many.append(hits[counts[y] == 80].mean())
     assert np.mean(few) > 0.83, (few, many)
     assert np.mean(few + many) > 0.87, (few, many)
+
+
+# --- images without labels ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(embedded_dataset):
+    return task_stream(embedded_dataset, step=3, labelled=0.1)
+
+
+def rows_of(images):
+    return torch.stack([torch.as_tensor(images[i]) for i in range(len(images))])
+
+
+def test_images_without_labels_are_learned_as_what_they_look_like_among_the_classes_of_the_task(embedded_dataset, few):
+    """In double precision: sums as those of a blend for which they had these labels, chosen by the labelled ones."""
+    text, settings = embedded_dataset.embeddings.text, {"precision": "float64", "threshold": 0.5, "rank": None}
+    method, events = learned(embedded_dataset, few.tasks[:1], text, **settings), []
+    task = few.tasks[1]
+    before = learned(embedded_dataset, few.tasks[:1], text, **settings)
+    before.learn(replace(task, unlabelled=None), Context(Seeds(1)))
+    scores = before.scores(before.embed(rows_of(task.unlabelled))).double().numpy()[:, 3:]  # none is of an old class
+    likely = np.exp(scores - scores.max(1, keepdims=True))
+    likely /= likely.sum(1, keepdims=True)
+    sure = likely.max(1) >= 0.5
+
+    method.learn(task, Context(Seeds(1), Log(keep=events.append)))
+    (told,) = [event for event in events if event["event"] == "unlabelled"]
+    assert (told["images"], told["trusted"]) == (len(task.unlabelled), int(sure.sum()))
+    assert sure.sum() > 0
+
+    labels = np.concatenate([task.train.labels, 3 + likely.argmax(1)[sure]])
+    values = np.concatenate([rows_of(task.train).numpy(), rows_of(task.unlabelled).numpy()[sure]])
+    taken = learned(embedded_dataset, few.tasks[:1], text, **settings)
+    taken.learn(replace(task, train=Rows(values, labels, "made"), unlabelled=None), Context(Seeds(1)))
+    assert torch.equal(method.memory.counts, taken.memory.counts)
+    torch.testing.assert_close(method.memory.means, taken.memory.means)
+    torch.testing.assert_close(method.memory.scatter, taken.memory.scatter)
+    torch.testing.assert_close(method.gram.G, taken.gram.G)
+    torch.testing.assert_close(method.gram.C, taken.gram.C)
+    assert method.left_out is not None
+    assert method.left_out[1].tolist() == task.train.labels.tolist()
+    assert torch.equal(method.texts, taken.texts)
+
+
+def test_without_them_it_is_as_if_there_were_none(embedded_dataset, few):
+    off = learned(embedded_dataset, few.tasks, unlabelled=False).state_dict()
+    none = learned(embedded_dataset, [replace(task, unlabelled=None) for task in few.tasks]).state_dict()
+    assert off.keys() == none.keys()
+    assert all(torch.equal(off[key], none[key]) for key in off)
+    sure = learned(embedded_dataset, few.tasks, threshold=1.0).state_dict()  # none is
+    assert all(torch.equal(sure[key], none[key]) for key in none)
+
+
+def test_images_without_labels_teach():
+    """With one to eight labels of a class: what others look like tells where it lies."""
+    gained = []
+    for seed in range(3):
+        dataset, _ = drawn_world(seed)
+        stream = task_stream(dataset, step=4, labelled=0.1)
+        with_them = accuracy(learned(dataset, stream.tasks), stream)
+        gained.append(with_them - accuracy(learned(dataset, stream.tasks, unlabelled=False), stream))
+    assert np.mean(gained) > 0.02, gained

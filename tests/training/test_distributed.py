@@ -19,7 +19,7 @@ from cairn.experiment import evaluator
 from cairn.experiment.evaluator import Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.checkpoint import Checkpoint
-from cairn.training.context import Context, SyncSchedule
+from cairn.training.context import BESIDE, Context, SyncSchedule
 from cairn.training.distributed import ALONE, ProcessLost, World
 from cairn.training.encode import encode
 from cairn.training.fit import Schedule, fit
@@ -275,6 +275,17 @@ def passed(number, work=None):
         return x, y, sorted(items.opened), kept
 
     return side_by_side(number, act) if number > 1 else [act(ALONE)]
+
+
+def test_features_that_were_asked_for_are_not_those_of_as_many_other_images():
+    """Images without labels may be as many as those with: what is kept is of the task's images."""
+    checkpoint = Checkpoint()
+    checkpoint.keep_features(torch.tensor([0, 7, 8]), 43)
+    ctx = Context(Seeds(1), checkpoint=checkpoint)
+    for name, sign in (("X", 1), (f"{BESIDE}others", -1)):
+        encode(loader(Items(43)), lambda x, _: x, ctx, name, embed=lambda x, sign=sign: sign * x)
+    wanted = torch.cat([pixels for pixels, _ in loader(Items(43)).ordered()])[[0, 7, 8]]
+    assert torch.equal(checkpoint.features_of(torch.tensor([0, 7, 8])), wanted)
 
 
 @pytest.mark.parametrize("number", [2, 4, 7])

@@ -213,6 +213,7 @@ VARIANTS = {
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
     "segment-labelled": ("segment", ["unlabelled=false"]),
+    "blend-labelled": ("blend", ["unlabelled=false"]),
     **{folder: ("mccl", switches) for folder, switches in MCCL_PARTS.items()},
     **{folder: ("capnet", switches) for folder, switches in CAPNET_PARTS.items()},
     **{folder: ("sda", switches) for folder, switches in SDA_PARTS.items()},
@@ -275,8 +276,10 @@ METHOD_ROWS = {
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")
     },
-    "shapes-eighth": ["zero-shot", "simplecil", "blend", "mccl", *MCCL_PARTS, "segment", "segment-labelled"],
-    "cifar100-eighth": ["mccl", "mccl-labelled"],
+    "shapes-eighth": [
+        *("zero-shot", "simplecil", "blend", "blend-labelled", "mccl", *MCCL_PARTS, "segment", "segment-labelled"),
+    ],
+    "cifar100-eighth": ["zero-shot", "simplecil", "blend", "blend-labelled", "mccl", "mccl-labelled"],
     "caltech51-online": ["zero-shot", *ONLINE],
     "ucf101-online": ONLINE,
     "shapes-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],

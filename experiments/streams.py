@@ -55,7 +55,7 @@ STREAMS = {
     "shapes-eighth": ["--data", "shapes", "--limit-train", "40", *EIGHTH],
     "cifar100-eighth": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "40", *EIGHTH],
     "fm-lora-shapes": ["--data", "shapes"],
-    "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
+    "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "20"],
     "spa-shapes": ["--data", "shapes"],
     "spa-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
 }

@@ -23,7 +23,7 @@ from cairn.classifier.inputs import (
     list_of,
     pictures,
 )
-from cairn.classifier.intake import Intake, intake, take_up, task_fingerprint
+from cairn.classifier.intake import Intake, Loose, intake, loose, take_up, task_fingerprint
 from cairn.classifier.label_set_learning import TAKEN_AS_SETS, IntakeOfSets, intake_of_sets
 from cairn.classifier.learned import Learned
 from cairn.classifier.learning import Learning
@@ -35,11 +35,11 @@ from cairn.classifier.retention import drawn_shares
 from cairn.classifier.stored import copied
 from cairn.config import with_values
 from cairn.data.feature_store import FeatureStore
-from cairn.data.in_memory import Item
+from cairn.data.in_memory import Item, items_of
 from cairn.data.names import class_name
 from cairn.data.task import Task
 from cairn.data.templates import DEFAULT, prompt_templates
-from cairn.errors import ConfigError, DataError, TowersError, UnknownName
+from cairn.errors import ConfigError, DataError, InvalidInput, TowersError, UnknownName, counted
 from cairn.methods.catalogue import method_named
 from cairn.methods.protocol import FROZEN, DescribedClasses, KeepsImages, Method
 from cairn.storage.archive import Archive
@@ -129,6 +129,7 @@ class IncrementalClassifier(Predicting):
         images: Labelled,
         labels: Labels = None,
         *,
+        unlabelled: Item | Iterable[Item] = (),
         log: Log | None = None,
         checkpoint: Checkpoint | None = None,
         archive: Archive | None = None,
@@ -142,6 +143,8 @@ class IncrementalClassifier(Predicting):
         PyTorch, needs none beside it (see `cairn.data.labelled_datasets`). Images that were learned as the same class already are left
         out, and a notice counts them, unless `again` is true: they are known by a hash of their pixels (see
         `cairn.data.identity`). If all were, nothing changes.
+        `unlabelled` are images of the same classes of which nobody has said which: methods that can (`LearnsUnlabelled`) learn
+        from them too. Those that are known with a label are left out.
         Names are kept in Unicode form NFC, without spaces at their ends. All files are read once before anything is learned;
         with `on_bad_image="skip"` those that cannot be read are left out, with a notice. If anything fails, the classifier is
         as it was. With `archive`, unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on
@@ -155,12 +158,34 @@ class IncrementalClassifier(Predicting):
             labels = list_of(labels)
             take = intake_of_sets if self._has_sets(labels, log) else intake
             given = take(images, labels, self._learned, self._width, again, on_bad_image, log)
+            hidden = self._without_labels(unlabelled, given, on_bad_image, log)
             if given.hashes:
-                given = given.reduced(decoded_side(self.open_towers()))
-                self._learn(given, log, checkpoint or Checkpoint(), archive)
+                side = decoded_side(self.open_towers())
+                self._learn(given.reduced(side), hidden.reduced(side), log, checkpoint or Checkpoint(), archive)
         return self
 
-    def _learn(self, given: Intake | IntakeOfSets, log: Log, checkpoint: Checkpoint, archive: Archive | None) -> None:
+    def _without_labels(
+        self,
+        images: Item | Iterable[Item],
+        given: Intake | IntakeOfSets,
+        on_bad_image: Literal["stop", "skip"],
+        log: Log,
+    ) -> Loose:
+        items = items_of(images, self._width)
+        if items and isinstance(given, IntakeOfSets):
+            raise InvalidInput(
+                f"unlabelled: {counted(len(items), 'image')}; where images may show several classes all have labels, leave them out"
+            )
+        return loose(items, given.train_hashes, self._learned, self._width, on_bad_image, log)
+
+    def _learn(
+        self,
+        given: Intake | IntakeOfSets,
+        hidden: Loose,
+        log: Log,
+        checkpoint: Checkpoint,
+        archive: Archive | None,
+    ) -> None:
         learned, k = self._learned, len(self._learned.classes)
         task = Task(
             learned.tasks,
@@ -170,10 +195,13 @@ class IncrementalClassifier(Predicting):
             given.train,
             descriptions_of(self.descriptions),
             given.label_sets,
+            hidden.hidden,
         )
         if archive is not None:
             settings = self._settings().model_dump(mode="json")
-            take_up(checkpoint, archive, task_fingerprint(learned, settings, task, given.train_hashes))
+            take_up(
+                checkpoint, archive, task_fingerprint(learned, settings, task, [*given.train_hashes, *hidden.hashes])
+            )
         compares = self._method is None and self.method == AUTO and not self.settings
         learning = Learning(learned, self._method, self._copy, self._known_scores, compares)
         found = learning.learned_with(task, given, self._name, Context(Seeds(self.seed), log, checkpoint))

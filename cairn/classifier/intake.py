@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cairn.classifier.inputs import Labelled, Labels, labelled, readable
+from cairn.classifier.inputs import Labelled, Labels, labelled, readable, unlabelled
 from cairn.classifier.learned import Learned
-from cairn.data.in_memory import InMemoryImages
+from cairn.data.images import Unlabelled
+from cairn.data.in_memory import InMemoryImages, Item
 from cairn.data.names import alike, class_name
 from cairn.data.task import Task
+from cairn.errors import counted
 from cairn.storage.archive import Archive
 from cairn.training.context import Checkpoint, Log
 
@@ -75,12 +77,55 @@ def intake(
     return Intake(given, hashes, new)
 
 
+class Loose(NamedTuple):
+    """Images of one call without labels."""
+
+    images: InMemoryImages
+    hashes: list[bytes]
+
+    @property
+    def hidden(self) -> Unlabelled | None:
+        """As a task has them."""
+        return Unlabelled(self.images) if self.hashes else None
+
+    def reduced(self, side: int | None) -> Loose:
+        """To be decoded with that side."""
+        return self if side is None else self._replace(images=self.images.reduced(side))
+
+
+def loose(
+    images: Item | Iterable[Item],
+    beside: Sequence[bytes],
+    learned: Learned,
+    width: int | None,
+    on_bad_image: Literal["stop", "skip"],
+    log: Log,
+) -> Loose:
+    """Each once, and without those that come with a label `beside` them (their hashes) or were `learned`: what these show is
+    known. A notice counts what was left out. Raises UnreadableImages."""
+    found = readable(unlabelled(images, width), {}, on_bad_image, log)
+    hashes, known = found.content_hashes(), set(beside)
+    rows = []
+    for row, value in enumerate(hashes):
+        if value not in known and not learned.pictures.learned_as(value):
+            rows.append(row)
+            known.add(value)
+    if out := len(found) - len(rows):
+        log(
+            "notice",
+            text=f"left out: {out} of {counted(len(found), 'image')} without labels, known with one or given twice",
+        )
+    return Loose(found.taken(rows), [hashes[row] for row in rows])
+
+
 def task_fingerprint(learned: Learned, settings: Mapping[str, Any], task: Task, hashes: Sequence[bytes]) -> str:
-    """Names the task, its images by their hashes, and what it is learned on."""
+    """Names the task, its images by the hashes of those with labels and of the others, and what it is learned on."""
     said = (len(learned.history), task.names, list(learned.classes), settings)
     digest = hashlib.sha256(repr(said).encode())
-    for label, value in zip(task.train.labels, hashes, strict=True):
+    for label, value in zip(task.train.labels, hashes, strict=False):
         digest.update(label.tobytes() + value)
+    for value in hashes[len(task.train) :]:
+        digest.update(value)
     return digest.hexdigest()
 
 

@@ -77,6 +77,8 @@ class Learned:
             "images": len(labels),
             "hashed": True,
         }
+        if task.unlabelled is not None:
+            entry["unlabelled"] = len(task.unlabelled)
         if drift is not None:
             entry["drift"] = drift.model_dump(mode="json")
         if task.label_sets is not None:

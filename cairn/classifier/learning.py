@@ -20,7 +20,7 @@ from cairn.classifier.label_sets import before_any
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty
 from cairn.data.task import Task
-from cairn.methods.protocol import Method
+from cairn.methods.protocol import Method, without_labels_unused
 from cairn.training.context import Context
 
 
@@ -62,6 +62,8 @@ class Learning:
                 method = self.copy(called)
                 keep_left_out(task, ctx, every=needs_every_image(method, task))
                 method.learn(task, ctx)
+        if unused := without_labels_unused(called, method, len(task.unlabelled or ())):
+            ctx.log("notice", text=unused)
         before = partial(self.copy, called)
         found = assessed(learned.calibration, learned.estimate, method, self.previous, before, task, ctx)
         drift = drift_in_task(self.previous, self.known, task, ctx, list(map(str, learned.classes)))

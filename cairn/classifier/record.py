@@ -75,6 +75,7 @@ class HistoryEntry(Record):
     again: list[ClassName] = Field(default=[], description="classes of which more was learned")
     images: Count
     hashed: bool = Field(default=False, description="whether its images are known one by one, by their hashes")
+    unlabelled: Count = Field(default=0, description="images without labels that came beside them")
     labels: Count = Field(default=0, description="where images may show several classes: labels of all of them")
     given: str | None = Field(
         default=None, description="in place of that in earlier versions: a hash of files and their classes"
@@ -108,8 +109,9 @@ class HistoryEntry(Record):
         """In words, without the names of classes."""
         again = f", more of {counted(len(self.again), 'known one')}" if self.again else ""
         labels = f" with {counted(self.labels, 'label')}" if self.labels else ""
+        beside = f", {counted(self.unlabelled, 'image')} without label beside" if self.unlabelled else ""
         known = labels if self.hashed else f"{labels}, not known one by one"
-        learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}{self._drifted}"
+        learned = f"{counted(len(self.new), 'new class')}{again}, {counted(self.images, 'image')}{known}{beside}{self._drifted}"
         match self.kind:
             case "learned":
                 return learned

@@ -76,6 +76,12 @@ def learn(
         ),
     ] = None,
     recursive: Recursive = False,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="a folder of pictures of the same classes without labels, learned from as well where the method can"
+        ),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",
     checkpoint_seconds: Annotated[float, typer.Option(help="work that is lost at most if it is killed")] = 60.0,
@@ -92,6 +98,7 @@ def learn(
         from cairn.classifier.classifier import WORK, IncrementalClassifier
         from cairn.classifier.folder import NAME, require_savable
         from cairn.config import parsed
+        from cairn.data.folders import loose_files
         from cairn.data.given_pictures import given_pictures
         from cairn.data.templates import DEFAULT, prompt_templates
         from cairn.experiment.folder import Lock
@@ -105,7 +112,8 @@ def learn(
         raise ConfigError(f"--keep {keep}: must be at least 1, the state that is made")
     found = given_pictures(pictures, recursive=recursive)
     items, labels = found.files, found.names if found.sets is None else found.sets
-    for notice in found.notices:
+    loose, passed = ([], ()) if unlabelled is None else loose_files(unlabelled)
+    for notice in (*found.notices, *passed):
         console.note(f"note: {notice}")
     settings = parsed(set_ or ())
     templates = prompt_templates(template, "--template") if template else None
@@ -142,7 +150,14 @@ def learn(
         with stopped_by_signals(checkpoint), console.live():
             log = Log(keep=console.event, show=console.progress)
             held.partial_fit(
-                items, labels, log=log, checkpoint=checkpoint, archive=work, again=again, on_bad_image=bad_images
+                items,
+                labels,
+                unlabelled=loose,
+                log=log,
+                checkpoint=checkpoint,
+                archive=work,
+                again=again,
+                on_bad_image=bad_images,
             )
         if len(held.history_) == calls:
             console.note(

@@ -301,15 +301,22 @@ def _unused(folders: Sequence[str], parts: Sequence[str]) -> list[str]:
 
 
 def loose_pictures(path: str | os.PathLike[str]) -> tuple[Unlabelled, tuple[str, ...]]:
+    """Those of `loose_files`, as images without labels."""
+    root = Path(os.path.expanduser(path))
+    found, notices = loose_files(root)
+    names = [file.relative_to(root).as_posix() for file in found]
+    images = FolderImages(root.parent, [root.name], names, np.zeros(len(names), dtype=np.int64))
+    return Unlabelled(images), notices
+
+
+def loose_files(path: str | os.PathLike[str]) -> tuple[list[Path], tuple[str, ...]]:
     """Every picture in a folder and the folders in it, whatever they are called, with what a user should hear of it. Raises
     DataError for a folder without any."""
     root = Path(os.path.expanduser(path))
     if not os.path.isdir(root):
         raise DataError(f"pictures without labels '{one_line(path)}': no such folder; give one that has pictures")
     found, passed = pictures_below(root)
-    names = [file.relative_to(root).as_posix() for file in found]
-    images = FolderImages(root.parent, [root.name], names, np.zeros(len(names), dtype=np.int64))
-    return Unlabelled(images), tuple(passed_over(passed))
+    return found, tuple(passed_over(passed))
 
 
 def _holds_classes(folder: Path) -> bool:

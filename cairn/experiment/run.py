@@ -29,7 +29,7 @@ from cairn.experiment.metrics import (
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
 from cairn.maths.frequency import by_frequency
-from cairn.methods.protocol import ChoosesRanks, LearnsUnlabelled, Method
+from cairn.methods.protocol import ChoosesRanks, Method, without_labels_unused
 from cairn.storage.archive import Archive
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
@@ -100,11 +100,8 @@ def run_stream(
     if stream.chunk is not None:
         require_online(entry, course.method)
     hidden = [len(task.unlabelled or ()) for task in stream.tasks]
-    if any(hidden) and not isinstance(course.method, LearnsUnlabelled):
-        log(
-            "notice",
-            text=f"{entry.name} learns from labelled images alone: {sum(hidden):,} without labels are not used",
-        )
+    if unused := without_labels_unused(entry.name, course.method, sum(hidden)):
+        log("notice", text=unused)
     if archive is not None:
         course.keep(checkpoint, archive)
     method, ctx = course.method, Context(Seeds(config.seed), log, checkpoint)

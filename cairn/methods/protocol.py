@@ -304,6 +304,13 @@ class LearnsUnlabelled(ABC):  # noqa: B024 - nothing is left to write
     """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them."""
 
 
+def without_labels_unused(name: str, method: Method, number: int) -> str | None:
+    """What is to be said where so many images without labels come to a method that passes them over."""
+    if not number or isinstance(method, LearnsUnlabelled):
+        return None
+    return f"{name} learns from labelled images alone: {number:,} without labels are not used"
+
+
 class LeavesOut(ABC):
     """Scores the images of each task as if each had not been learned, exactly and without learning again."""
 

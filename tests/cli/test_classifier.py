@@ -397,3 +397,23 @@ def test_weights_that_moved_can_be_given_to_every_command(pictures, tmp_path, mo
     capsys.readouterr()
     called(monkeypatch, "predict", learner, pictures / "test", "--device", "cpu")  # from now on it is known
     assert name not in capsys.readouterr().out
+
+
+def test_pictures_without_labels_are_learned_from(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = shapes_dataset()
+    (tmp_path / "unsorted" / "june").mkdir(parents=True)
+    for c in range(2):
+        for row in np.flatnonzero(data.train.labels == c)[7:10]:  # the first of them is in a folder of its class as well
+            Image.fromarray(data.train[row]).save(tmp_path / "unsorted" / "june" / f"{row}.png")
+    (tmp_path / "unsorted" / "notes.txt").write_text("no picture")
+    call = ["learn", "held.cairn", pictures / "first", "--method", "blend", "--towers", "tiny", "--device", "cpu"]
+    called(monkeypatch, *call, "--unlabelled", "unsorted")
+    told = "".join(capsys.readouterr())
+    assert "passed over: 1 .txt" in told
+    assert "left out: 2 of 6 images without labels, known with one or given twice" in told
+    called(monkeypatch, "history", "held.cairn")
+    assert "4 images without label beside" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        called(monkeypatch, *call, "--unlabelled", "nowhere")
+    assert "pictures without labels 'nowhere': no such folder" in "".join(capsys.readouterr())

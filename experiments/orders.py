@@ -36,7 +36,10 @@ RIVALS = {
     "caltech51-2": {FIVE: NEAREST, TWO: FEW},
     "caltech51-4": {FIVE: NEAREST, TWO: FEW},
     "caltech51-8": {FIVE: (*NEAREST, "dmc"), TWO: ("simplecil", "joint")},
-    "imagenet150": {FIVE: NEAREST, TWO: tuple(row for row in METHOD_ROWS["imagenet150"] if row not in (*NEAREST, *LONG))},
+    "imagenet150": {
+        FIVE: NEAREST,
+        TWO: tuple(row for row in METHOD_ROWS["imagenet150"] if row not in (*NEAREST, *LONG)),
+    },
 }
 """In five orders what comes nearest to blend in some, and zero-shot, where the stream has texts; in three every row of the
 streams of few pictures and of the one that begins with half of the classes, but for those that take LONG."""

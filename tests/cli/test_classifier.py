@@ -404,7 +404,7 @@ def test_pictures_without_labels_are_learned_from(pictures, tmp_path, monkeypatc
     data = shapes_dataset()
     (tmp_path / "unsorted" / "june").mkdir(parents=True)
     for c in range(2):
-        for row in np.flatnonzero(data.train.labels == c)[7:10]:  # the first of them is in a folder of its class as well
+        for row in np.flatnonzero(data.train.labels == c)[7:10]:  # the first is in a folder of its class as well
             Image.fromarray(data.train[row]).save(tmp_path / "unsorted" / "june" / f"{row}.png")
     (tmp_path / "unsorted" / "notes.txt").write_text("no picture")
     call = ["learn", "held.cairn", pictures / "first", "--method", "blend", "--towers", "tiny", "--device", "cpu"]

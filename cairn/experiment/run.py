@@ -29,7 +29,8 @@ from cairn.experiment.metrics import (
 from cairn.experiment.resume import Course
 from cairn.experiment.schema import Passes, RunConfig, RunResult, TowersUsed
 from cairn.maths.frequency import by_frequency
-from cairn.methods.protocol import ChoosesRanks, Method, without_labels_unused
+from cairn.memory.gaussians import GaussianMemory
+from cairn.methods.protocol import ChoosesRanks, GaussianScoring, Method, without_labels_unused
 from cairn.storage.archive import Archive
 from cairn.storage.versions import versions
 from cairn.towers.cached import kept
@@ -99,6 +100,9 @@ def run_stream(
     course = Course(config, entry, stream, towers, settings, log, world)
     if stream.chunk is not None:
         require_online(entry, course.method)
+    memory = course.method.memory if isinstance(course.method, GaussianScoring) else None
+    if isinstance(memory, GaussianMemory) and (text := memory.foreseen(len(stream.class_names))) is not None:
+        log("notice", text=text)
     hidden = [len(task.unlabelled or ()) for task in stream.tasks]
     if unused := without_labels_unused(entry.name, course.method, sum(hidden)):
         log("notice", text=unused)

@@ -8,6 +8,7 @@ factorised and is never stored, so merging and moving stay exact, and shrinking 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import repeat
@@ -73,6 +74,11 @@ def full_bytes(d: int) -> int:
     return 2 * d * (d + 1) + 4 * d + 8
 
 
+def too_many(k: int, d: int) -> bool:
+    """Whether factors of k full covariances are more than CACHE_BYTES."""
+    return 4 * k * d**2 > CACHE_BYTES
+
+
 class _Stored(NamedTuple):
     counts: Int[Tensor, " k"]
     means: Float[Tensor, "k d"]
@@ -111,6 +117,17 @@ class GaussianMemory:
         other = object.__new__(type(self))
         other._set(self._dim, self._kind, self._shrinkage, stored)
         return other
+
+    def foreseen(self, classes: int) -> str | None:
+        """What so many classes will take, where they are too many for full covariances; else None."""
+        if not isinstance(self._kind, Full) or not too_many(classes, self._dim):
+            return None
+        small, d = LowRank(), self._dim
+        low_rank = 4 * (d + sum(math.prod(shape) for shape in small.shapes(d).values())) + 8
+        return (
+            f"full covariances of {classes:,} classes, {d} numbers wide, will take {classes * full_bytes(d) / 1e9:.2f} GB, and as "
+            f"much again while a task is learned; covariances of kind low_rank (rank {small.rank}) {classes * low_rank / 1e9:.2f} GB"
+        )
 
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """A warning, if covariances that were drawn from had to be repaired; a notice, if draws were made in half precision."""
@@ -469,7 +486,7 @@ class GaussianMemory:
     @property
     def halves_factors(self) -> bool:
         """Whether draws are made with factors in half precision: full covariances whose factors are more than CACHE_BYTES."""
-        return isinstance(self._kind, Full) and 4 * self.classes * self._dim**2 > CACHE_BYTES
+        return isinstance(self._kind, Full) and too_many(self.classes, self._dim)
 
     def _readable(self, rows: list[int]) -> tuple[Held, Int[Tensor, " rows"]]:
         """Stored covariances in float64 and the features behind each, with a stand-in where there is no scatter."""

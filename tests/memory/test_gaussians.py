@@ -315,6 +315,16 @@ def test_chunks_change_what_is_held_at_once_but_not_the_gaussians(kind, monkeypa
         assert distance(moments(drawn[labels == c])[1], memory.covariance(c)) < 0.15
 
 
+def test_what_is_foreseen_are_the_bytes_that_are_then_stored():
+    full, small = GaussianMemory(600).foreseen(3000), GaussianMemory(600, LowRank())
+    assert full is not None
+    assert small.foreseen(3000) is None
+    assert GaussianMemory(600).foreseen(100) is None
+    x, y = torch.randn(6, 600, generator=rng()), torch.arange(3).repeat_interleave(2)
+    sizes = [1000 * memory.add(x, y).bytes / 1e9 for memory in (GaussianMemory(600), small)]
+    assert [f"{size:.2f} GB" in full for size in sizes] == [True, True]
+
+
 @each_kind
 @pytest.mark.parametrize("values", [1, 10 * 36, 2**28])
 def test_draws_on_another_device_are_those_of_the_generators(kind, values, monkeypatch):

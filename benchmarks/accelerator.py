@@ -8,6 +8,9 @@ tasks), its launches the device's kernels. Stage 1 trains LoRA with its usual se
 share of the peak is the arithmetic of its products (counted, attention included, forward and backward) per second, over that
 of one large product in the same precision, measured by turns with it.
 
+Test images behind frozen blocks are one batch, LoRA being on a quarter of the blocks, the last: the whole tower, and what follows the
+trunk.
+
 Draws are those of an epoch of stage 2, unit rows of full covariances on the device: made on the processor and copied, or made there
 of copied random numbers.
 
@@ -37,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cairn.data.images import Dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
+from cairn.errors import counted
 from cairn.experiment.evaluator import Evaluator
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.similarity import unit
@@ -48,7 +52,7 @@ from cairn.methods.parts.two_stage import TwoStageState
 from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.prompts import Prompts
-from cairn.towers.tuning import ImageEncoder
+from cairn.towers.tuning import ImageEncoder, Lora
 from cairn.training.context import Context
 from cairn.training.seeds import Seeds
 
@@ -246,6 +250,32 @@ def parts(device: torch.device) -> Iterator[Counter]:
             setattr(owner, name, original)
 
 
+def continued(towers: ClipTowers, device: torch.device, *, batch: int, repeats: int) -> dict[str, Any]:
+    """A batch of test images through a tower of which the last blocks move."""
+    rng = torch.Generator().manual_seed(0)
+    layers = max(1, len(towers._model.vision_model.encoder.layers) // 4)
+    encoder = ImageEncoder(towers, Lora(layers=layers), rng)
+    pixels = torch.randn(batch, 3, *[towers.preprocessing.size] * 2, generator=rng).to(device)
+    begun = encoder.trunk(pixels)
+
+    def passed(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = encoder(images)
+        settled(device)
+        return rows
+
+    ways = {"whole": lambda: passed(pixels), "continued": lambda: passed(begun)}
+    found = in_turns(ways, repeats)
+    return {
+        "precision": towers.precision,
+        "layers": layers,
+        "seconds": {way: taken.seconds for way, taken in found.items()},
+        "all_seconds": {way: taken.all_seconds for way, taken in found.items()},
+        "launches": {way: launches(call, device) for way, call in ways.items()},
+        "equal": torch.equal(found["whole"].value, found["continued"].value),
+    }
+
+
 def drawing(device: torch.device, *, classes: int, per_class: int, repeats: int) -> dict[str, Any]:
     """An epoch's draws on the device, from the same random numbers."""
     memory = old_classes(classes, 512, 8)
@@ -319,6 +349,7 @@ def measured(
         "towers": tower_speed(
             towers, used, batch=batch, steps=steps, repeats=repeats, product=product, classes=prompted
         ),
+        "continued": [continued(own, used, batch=batch, repeats=repeats) for own in towers.values()],
         "draws": drawing(used, classes=prompted, per_class=batch, repeats=repeats),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
     }
@@ -346,6 +377,14 @@ def table(report: dict[str, Any]) -> str:
             cells = [one["precision"], f"{one['stage1_launches']:,}", f"{one['prompt_launches']:,}"]
             cells.append(f"{seconds_cell(one['prompt_step_seconds'])}, {one['prompt_classes']} classes")
             lines.append(f"| {' | '.join(cells)} |")
+    for one in report.get("continued", []):
+        spent = {way: seconds_cell(seconds) for way, seconds in one["seconds"].items()}
+        lines += [
+            "",
+            f"A batch of test images, {one['precision']}, LoRA on the last {counted(one['layers'], 'block')}: the whole tower "
+            f"{spent['whole']} ({one['launches']['whole']:,} launches), behind the frozen blocks {spent['continued']} "
+            f"({one['launches']['continued']:,}); {'equal to the bit' if one['equal'] else 'not equal to the bit'}.",
+        ]
     if "draws" in report:
         draws = report["draws"]
         spent = {way: seconds_cell(seconds) for way, seconds in draws["seconds"].items()}

@@ -14,6 +14,7 @@ from measure import Row, in_turns
 from standins import vit_b
 from torch import Tensor
 
+from cairn.errors import counted
 from cairn.towers.catalogue import load_towers
 from cairn.towers.tuning import ImageEncoder, Lora, Projection, Tuning
 
@@ -30,14 +31,13 @@ def measured(tower: str, images: int, last: tuple[int, ...], repeats: int) -> di
     pixels = torch.randn(images, 3, *[towers.preprocessing.size] * 2, generator=rng)
     depth = len(towers._model.vision_model.encoder.layers)
     tunings: list[tuple[str, int, Tuning]] = [
-        *((f"LoRA on the last {n} of {depth} blocks", n, Lora(layers=n)) for n in last),
+        *((f"LoRA on {n} of {depth} blocks, the last", n, Lora(layers=n)) for n in last),
         ("the projection alone", 0, Projection()),
     ]
     report: dict[str, Any] = {"tower": tower, "images": images, "blocks": depth, "rows": []}
     for what, moving, tuning in tunings:
         encoder = ImageEncoder(towers, tuning, rng)
         begun = encoder.trunk(pixels)
-        assert begun is not None
         with torch.no_grad():
             for parameter in encoder.parameters():
                 parameter += 0.01 * torch.randn(parameter.shape, generator=rng)
@@ -65,7 +65,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
             f"{report['images']} test images after a task, {report['tower']}, {row['what']}",
             f"the whole tower, {depth} blocks",
             row["whole"]["seconds"],
-            f"from what is kept, {row['moving']} blocks" if row["moving"] else "from what is kept, no block",
+            f"from what is kept, {counted(row['moving'], 'block')}",
             row["continued"]["seconds"],
             equal=f"{'bit for bit' if row['equal'] else 'not equal'}; {row['kept_bytes'] / 1000:,.0f} kB kept of an image",
         )

@@ -369,7 +369,7 @@ class Evaluator:
         return self._frozen[j]
 
     def _all(
-        self, j: int, embed: Callable[[Pixels], Features], trunk: Callable[[Pixels], Pixels | None] | None = None
+        self, j: int, embed: Callable[[Pixels], Features], trunk: Callable[[Pixels], Pixels] | None = None
     ) -> Features | None:
         """Rows of the images that are for this process, None if none are."""
         start, kept, loader, number = 0, None, self.loaders[j], self.world.world_size
@@ -384,7 +384,7 @@ class Evaluator:
             self.between()
         return kept
 
-    def _begun(self, j: int, trunk: Callable[[Pixels], Pixels | None] | None) -> Iterator[Pixels]:
+    def _begun(self, j: int, trunk: Callable[[Pixels], Pixels] | None) -> Iterator[Pixels]:
         """This process's batches of test set j, as `embed` takes them; with a `trunk`, what that makes of them, once a run while
         there is room."""
         known = self._trunks.setdefault(j, []) if trunk else []

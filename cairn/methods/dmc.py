@@ -16,7 +16,7 @@ from cairn.data.loading import Loader
 from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
 from cairn.memory.gaussians import GaussianSettings, full_bytes
-from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
+from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision, behind_trunk
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
 from cairn.training.context import Context
@@ -81,7 +81,7 @@ class DMC(TwoStageState):
 
         # Stage 1: vision moves, the template texts are its anchor [P]. L = CE(s z T^T, y), in both stages; with few images
         # plus a prior [K], w mean_i |z_i - z0_i|^2 here and w mean_c |t_c - a_c|^2 in stage 2.
-        prior = self.vision_prior(loader.labels)
+        loader, prior = behind_trunk(loader, self.image, ctx), self.vision_prior(loader.labels)
         align_vision(config.stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1), prior)
 
         # Statistics: one pass with the new encoder; mu_c, S_c on the unit sphere.

@@ -25,7 +25,7 @@ from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.losses import class_cross_entropy, mean_squared_cosine
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
-from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision
+from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision, behind_trunk
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
 from cairn.settings import kind_by_name
@@ -144,6 +144,7 @@ class DMCOT(TwoStageState):
         moves = self.memory.classes > 0 and config.stage1.tuning.kind != "none"
         copies = config.probes if moves else 0
         probes = Probes(loader, copies, lambda copy: ctx.seeds.at(copy=copy).generator("probes"))
+        loader = behind_trunk(loader, self.image, ctx)
         Z0 = self._encoded(loader, probes, ctx, "Z0")[0] if moves else None
 
         # Stage 1: vision moves, the class texts are its anchor [P].

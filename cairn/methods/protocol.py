@@ -324,10 +324,11 @@ class TunesImageTower(ABC):
 
     image: ImageEncoder
 
-    def trunk(self, pixels: Pixels, /) -> Pixels | None:
+    @property
+    def trunk(self) -> Callable[[Pixels], Pixels] | None:
         """What the parts of the tower that are never trained make of images, the same after every task: `embed` takes it in place
         of the pixels and gives the same, to the bit. None where that is not worth keeping."""
-        return self.image.trunk(pixels)
+        return self.image.trunk if self.image.has_trunk else None
 
 
 class ChoosesRanks(ABC):

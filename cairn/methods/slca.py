@@ -37,7 +37,7 @@ from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
 from cairn.memory.protocol import ClassMemory
-from cairn.methods.parts.stages import competing
+from cairn.methods.parts.stages import behind_trunk, competing
 from cairn.methods.protocol import Card, GaussianScoring, TunesImageTower
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
@@ -143,6 +143,7 @@ class SLCA(GaussianScoring[GaussianMemory], TunesImageTower):
         ctx = ctx.at(task=task.index)
         stage1, stage2 = self.config.stage1, self.config.stage2
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
+        loader = behind_trunk(loader, self.image, ctx)
         head = torch.cat([self.head, torch.zeros(len(task.names), self.towers.dim + 1)])
         number = int(self.tasks.max()) + 1 if len(self.tasks) else 0
         self.tasks = torch.cat([self.tasks, torch.full((len(task.names),), number)])

@@ -23,7 +23,7 @@ from cairn.towers.patches import embedded_tokens
 from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import FrozenBlock, PromptTree, last_hidden, prompt_tree
 from cairn.towers.preprocessing import Preprocessing
-from cairn.towers.protocol import TrunkOutput
+from cairn.towers.protocol import WHOLE, TrunkOutput
 from cairn.towers.tokenizer import start_and_end, tokenizer_fingerprint
 from cairn.towers.trunk import LEAST, frozen_parts, passed
 from cairn.types import Attention, Features, Pixels, Precision
@@ -68,18 +68,23 @@ class VisionTower(nn.Module):
         """Of pixels, or of what the first parts made of them: then the pass goes on from there, to the same bits."""
         if not isinstance(pixels, TrunkOutput):
             return self.with_hidden(pixels)[0]
+        if pixels.parts == WHOLE:
+            return pixels.rows
         if pixels.parts > frozen_parts(self.vision_model, self.visual_projection):
             raise ValueError(f"rows behind part {pixels.parts - 1} of a tower, of which an earlier one is trained")
         self.passes["continued"] += len(pixels)
         with self._autocast(pixels):
             return passed(self.vision_model, self.visual_projection, pixels.rows, pixels.parts).float()
 
+    @property
+    def has_trunk(self) -> bool:
+        """Whether LEAST parts stand below the first trained one."""
+        return frozen_parts(self.vision_model, self.visual_projection) >= LEAST
+
     @torch.no_grad()
-    def trunk(self, pixels: Pixels) -> TrunkOutput | None:
-        """What the parts below the first trained one make of images; None where they are fewer than LEAST."""
+    def trunk(self, pixels: Pixels) -> TrunkOutput:
+        """What the parts below the first trained one make of images."""
         parts = frozen_parts(self.vision_model, self.visual_projection)
-        if parts < LEAST:
-            return None
         self.passes["images"] += len(pixels)
         with self._autocast(pixels):
             rows = passed(self.vision_model, self.visual_projection, pixels, end=parts)

@@ -163,7 +163,11 @@ class TrunkOutput(Tensor):
 class HasTrunk(Protocol):
     """An image tower that can be passed in two."""
 
-    def trunk(self, pixels: Pixels) -> TrunkOutput | None:
-        """What the parts below the first trained one make of images, which the tower takes in place of their pixels; None where that
-        is not worth keeping."""
+    @property
+    def has_trunk(self) -> bool:
+        """Whether enough of it stands below the first trained part."""
+        ...
+
+    def trunk(self, pixels: Pixels) -> TrunkOutput:
+        """What the parts below the first trained one make of images, which the tower takes in place of their pixels."""
         ...

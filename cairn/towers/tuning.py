@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -279,14 +279,19 @@ class ImageEncoder:
     def __call__(self, pixels: Pixels) -> Features:
         return self.module(pixels)
 
-    def trunk(self, pixels: Pixels) -> Pixels | None:
+    @property
+    def has_trunk(self) -> bool:
+        """Whether a part of the tower worth keeping the output of stands below the first trained one."""
+        if self._frozen is not None:
+            return bool(self.parameters()) and self._frozen.has_images
+        return isinstance(self.module, HasTrunk) and self.module.has_trunk
+
+    def trunk(self, pixels: Pixels) -> TrunkOutput:
         """What the parts of the tower below the first trained one make of images: taken in place of their pixels, it gives the same
-        embeddings, to the bit. None where nothing worth keeping stands still, or nothing is trained."""
-        if not self.parameters() or (self._frozen is not None and not self._frozen.has_images):
-            return None
+        embeddings, to the bit."""
         if self._frozen is not None:
             return TrunkOutput.of(self._frozen.image(pixels), WHOLE)
-        return self.module.trunk(pixels) if isinstance(self.module, HasTrunk) else None
+        return cast(HasTrunk, self.module).trunk(pixels)
 
     def copied(self) -> nn.Module:
         """A copy that shares nothing with it."""

@@ -64,11 +64,11 @@ def test_the_trunk_ends_below_the_first_part_that_is_trained(towers, tuning, par
 def test_a_pass_that_goes_on_from_the_trunk_is_the_whole_pass_to_the_bit(towers, pixels, tuning, parts, precision):
     own = in_precision(towers, precision)
     encoder = ImageEncoder(own, tuning, rng())
+    assert encoder.has_trunk == (parts >= 2)
+    if not encoder.has_trunk:
+        return
     with torch.no_grad():
         begun = encoder.trunk(pixels)
-        if parts < 2:
-            assert begun is None
-            return
         assert (begun.parts, len(begun)) == (parts, 5)
         for task in range(2):  # what it gave before the tower moved serves after it, too
             whole = trained(encoder, task)(pixels)
@@ -102,10 +102,10 @@ def test_frozen_blocks_see_an_image_once(towers, pixels, tuning):
     assert counted["continued"] == (0 if tuning.kind == "adapter" else 15)  # behind the tower no pass goes on
 
 
-def test_where_nothing_is_trained_or_there_is_no_tower_there_is_no_trunk(towers, pixels):
-    assert ImageEncoder(towers, Frozen(), rng()).trunk(pixels) is None
+def test_where_nothing_is_trained_or_there_is_no_tower_there_is_no_trunk(towers):
+    assert not ImageEncoder(towers, Frozen(), rng()).has_trunk
     flat = FeatureTowers(name="made", dim=16, logit_scale=20.0, fingerprint="made", names=(), text=None)
-    assert ImageEncoder(flat, Adapter(), rng()).trunk(torch.zeros(2, 16)) is None
+    assert not ImageEncoder(flat, Adapter(), rng()).has_trunk
 
 
 def test_rows_from_above_a_trained_part_are_refused(towers, pixels):

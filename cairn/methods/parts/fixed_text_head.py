@@ -8,7 +8,7 @@ from torch import Tensor
 from cairn.data.loading import Loader
 from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
-from cairn.methods.parts.stages import align_vision
+from cairn.methods.parts.stages import align_vision, behind_trunk
 from cairn.methods.parts.two_stage import VisionAndAnchors
 from cairn.training.context import Context
 from cairn.types import Features, Labels
@@ -25,7 +25,7 @@ class FixedTextHead(VisionAndAnchors):
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=stage.schedule.batch)
         self.add_anchors(task, loader, ctx)
         s = self.towers.logit_scale
-        align_vision(stage, self.image, self.anchors, loader, s, self.loss, ctx)
+        align_vision(stage, self.image, self.anchors, behind_trunk(loader, self.image, ctx), s, self.loss, ctx)
 
     def loss(self, z: Features, T: Float[Tensor, "k d"], y: Labels, s: float) -> Tensor:
         """CE(s z T^T, y), unless a method has its own."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, field_validator
@@ -20,12 +22,15 @@ from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.prior import PriorWeight
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.prompts import ClassText, FixedTexts, Prompts, Residual, SoftPrompts
-from cairn.towers.protocol import Towers
+from cairn.towers.protocol import Towers, TrunkOutput
 from cairn.towers.tuning import Adapter, Full, ImageEncoder, Lora, Tuning
 from cairn.training.context import Context, Log
 from cairn.training.encode import encode
 from cairn.training.fit import BetaAverage, Schedule, fit
 from cairn.types import Features, Pixels
+
+TRUNK_BYTES = 2 << 30
+"""What the frozen blocks of a tower made of a task's images, held while the task is learned."""
 
 Loss = Callable[[Float[Tensor, "n d"], Float[Tensor, "k d"], Int[Tensor, " n"], float], Float[Tensor, ""]]
 """Of unit images z, unit class texts T, labels y and the scale s."""
@@ -135,6 +140,50 @@ def as_tuned(
         schedule = schedule.model_copy(update={"lr": encoder.tuning.lr})
         beta = encoder.tuning.average if beta is None else beta
     return schedule, None if beta is None else BetaAverage(encoder.parameters(), beta)
+
+
+class BehindTrunk(Loader):
+    """The batches of a loader, of what the trunk of an encoder made of its images in one pass, when the first batch is asked for.
+
+    Every later pass and every epoch then begins behind the trunk. Rows are those of batches in order: in epochs they differ from those
+    of whole passes by rounding. Where all of them would take more than `limit` bytes, batches are the loader's own.
+    """
+
+    def __init__(self, source: Loader, encoder: ImageEncoder, poll: Callable[[], object], limit: int):
+        super().__init__(source.images, source._prepare, source._pixels, batch=source.batch, workers=source.workers)
+        self.encoder, self.poll, self.limit, self.asked = encoder, poll, limit, False
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in batches:
+            if not self.asked:
+                self.asked = True
+                self._fill()
+            yield from super()._batches(chain([first], batches))
+
+    def _fill(self) -> None:
+        kept, done, found = np.empty(0), 0, None
+        for pixels, _ in self.ordered():
+            found = self.encoder.trunk(pixels)
+            if found.dtype != torch.float32 or len(self.labels) * found[0].nbytes > self.limit:
+                return
+            if not done:
+                kept = np.empty((len(self.labels), *found.shape[1:]), dtype=np.float32)
+            kept[done : done + len(found)] = found.rows.cpu().numpy()
+            done += len(found)
+            self.poll()
+        if found is not None:
+            self._kept, self._filled[:], self._pixels = kept, True, _placed(found.parts, found.device)
+
+
+def _placed(parts: int, device: torch.device) -> Callable[[Tensor], TrunkOutput]:
+    return lambda stack: TrunkOutput.of(stack.to(device, non_blocking=True), parts)
+
+
+def behind_trunk(loader: Loader, encoder: ImageEncoder, ctx: Context) -> Loader:
+    """The loader itself where nothing of the encoder stands still, or processes share batches out."""
+    if not encoder.has_trunk or ctx.world.world_size > 1:
+        return loader
+    return BehindTrunk(loader, encoder, ctx.checkpoint.poll, TRUNK_BYTES)
 
 
 class VisionPrior(NamedTuple):

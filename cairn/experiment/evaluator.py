@@ -355,9 +355,11 @@ class Evaluator:
     @torch.no_grad()
     def _embedded(self, j: int, method: Method) -> Features | None:
         if j not in self._kept:
-            trunk = method.trunk if isinstance(method, TunesImageTower) and method.encoder != FROZEN else None
-            self._kept[j] = self._all(j, method.embed, trunk)
+            self._kept[j] = self._all(j, method.embed, self._trunk(method))
         return self._kept[j]
+
+    def _trunk(self, method: Method) -> Callable[[Pixels], Pixels] | None:
+        return method.trunk if isinstance(method, TunesImageTower) and method.encoder != FROZEN else None
 
     @torch.no_grad()
     def _untouched(self, j: int, method: Method) -> Features | None:
@@ -365,7 +367,7 @@ class Evaluator:
         if method.encoder == FROZEN:
             return self._embedded(j, method)
         if j not in self._frozen:
-            self._frozen[j] = self._all(j, self.towers.image)
+            self._frozen[j] = self._all(j, self.towers.image, self._trunk(method))
         return self._frozen[j]
 
     def _all(

@@ -97,7 +97,9 @@ class Towers(Protocol):
         """A stack of prepared images as the image tower takes it, on the towers' device."""
         ...
 
-    def image(self, pixels: Pixels) -> Features: ...
+    def image(self, pixels: Pixels) -> Features:
+        """Of pixels, or of a `TrunkOutput`."""
+        ...
 
     def image_and_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
         """The embedding and what the projection makes it of, (n, hidden_dim), from one pass; without an image tower the

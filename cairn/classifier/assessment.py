@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cairn.classifier.calibration import Calibration, LeftOut, rehearsed, rehearsed_in_folds, unlearned
+from cairn.classifier.choice import untold
 from cairn.classifier.estimate import AccuracyEstimate, Source, confusion_counts
 from cairn.classifier.novelty import Novelty, gaussians_of
 from cairn.classifier.retention import drawn_shares
@@ -83,10 +84,17 @@ def assessed(
     if not estimate.drawn:
         estimate = estimate.with_draws(drawn_shares(previous, seed))
     return Assessment(
-        calibration.with_images(left_out),
+        calibration.with_images(left_out if left_out is None else _told(left_out, task)),
         _thinned(fits),
         estimate.with_task(sum(counted, np.zeros((K, K))), source, drawn_shares(method, seed)),
     )
+
+
+def _told(left_out: LeftOut, task: Task) -> LeftOut:
+    """Without images that are the only ones of their class and known no better than chance: left out, their class has none, and how
+    sure one may be of classes that have some does not follow from them."""
+    rows = torch.nonzero(~untold(left_out, task)).flatten()
+    return LeftOut(left_out.scores[rows.to(left_out.scores.device)], left_out.labels[rows.to(left_out.labels.device)])
 
 
 def _can_be_learned_again(method: Method, task: Task, ctx: Context) -> bool:

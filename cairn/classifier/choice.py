@@ -8,6 +8,9 @@ the temperature that suits their scores best (`cairn.classifier.calibration`). B
 
 the likeliest of several. Blend has what the others score by among its own parts, so another is seldom better by more than chance;
 and a choice among the first classes is kept for all that come later, where blend weighs its parts anew with each call.
+
+Of classes of one image each, nothing is known of an image left out but its class's name. Where that tells no more than chance, as
+of article numbers, blend is taken without texts: with them it would look for the classes where their names are.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from cairn.classifier.calibration import UNCALIBRATED, LeftOut, rehearsed_in_folds
 from cairn.data.embeddings import Rows
@@ -38,6 +43,15 @@ MOST = 4096
 
 CERTAIN = 2.0
 """Standard errors."""
+
+
+WORDLESS = {"text": False}
+"""Settings of FIRST, where names of classes tell nothing."""
+
+NAMES_TELL_NOTHING = (
+    f"method {FIRST} without class texts (text=false): there is one image of each class, and the classes' names tell no more than "
+    "chance which is which"
+)
 
 
 class Compared(NamedTuple):
@@ -86,6 +100,18 @@ class Choice:
 def comparable(task: Task) -> bool:
     """Whether images of a first task tell which method suits them."""
     return len(task.classes) > 1 and len(task.train) <= MOST and bool((np.bincount(task.train.labels) > 1).sum() > 1)
+
+
+def untold(left_out: LeftOut, task: Task) -> Bool[Tensor, " n"]:
+    """Which images left out are the only ones of classes that are new, if what is said of these is no better than chance."""
+    y = left_out.labels.cpu()
+    counts = np.bincount(task.train.labels, minlength=task.classes.stop)
+    alone = torch.from_numpy(counts)[y].eq(1) & (y >= task.classes.start)
+    k = left_out.scores.shape[1]
+    if k < 2 or not alone.any():
+        return torch.zeros_like(alone)
+    loss = torch.nn.functional.cross_entropy(left_out.scores.cpu().double()[alone], y[alone])
+    return alone & (loss >= math.log(k))
 
 
 def choice(first: Method, task: Task, ctx: Context) -> Choice:

@@ -205,7 +205,7 @@ class IncrementalClassifier(Predicting):
         compares = self._method is None and self.method == AUTO and not self.settings
         learning = Learning(learned, self._method, self._copy, self._known_scores, compares)
         found = learning.learned_with(task, given, self._name, Context(Seeds(self.seed), log, checkpoint))
-        self._config, self._novelty = self._settings(found.chosen), None
+        self._config, self._novelty = found.method.config, None
         self._method, self._chosen, self._learned = found
 
     def _has_sets(self, labels: Any, log: Log) -> bool:
@@ -438,13 +438,14 @@ class IncrementalClassifier(Predicting):
 
         return Log(keep=keep, show=log.show)
 
-    def _fresh(self, method: str | None = None) -> Method:
+    def _fresh(self, method: str | None = None, changed: Mapping[str, Any] | None = None) -> Method:
         name = self._chosen or method or self._name
-        return method_named(name).build(self.open_towers(), self._settings(name), seed=self.seed)
+        settings = with_values(self._settings(name), (changed or {}).items())
+        return method_named(name).build(self.open_towers(), settings, seed=self.seed)
 
-    def _copy(self, method: str | None = None) -> Method:
-        """The method as it stands, apart from the one that predicts; where nothing was learned, this one."""
-        return self._fresh(method) if self._method is None else copied(self._fresh, *self._state())
+    def _copy(self, method: str | None = None, changed: Mapping[str, Any] | None = None) -> Method:
+        """The method as it stands, apart from the one that predicts; where nothing was learned, this one with changed settings."""
+        return self._fresh(method, changed) if self._method is None else copied(self._fresh, *self._state())
 
     def _state(self) -> tuple[State, Sequence[Task]]:
         """What the method has learned: its state, and the tasks of one that keeps images."""

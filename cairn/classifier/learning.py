@@ -11,8 +11,8 @@ from functools import partial
 from typing import NamedTuple
 
 from cairn.classifier.assessment import assessed, needs_every_image
-from cairn.classifier.calibration import keep_left_out
-from cairn.classifier.choice import choice, comparable
+from cairn.classifier.calibration import keep_left_out, own_left_out
+from cairn.classifier.choice import NAMES_TELL_NOTHING, WORDLESS, choice, comparable, untold
 from cairn.classifier.comparison import compared_rows, drift_in_task
 from cairn.classifier.intake import Intake
 from cairn.classifier.label_set_learning import IntakeOfSets, LeavingOut
@@ -20,7 +20,7 @@ from cairn.classifier.label_sets import before_any
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty
 from cairn.data.task import Task
-from cairn.methods.protocol import Method, without_labels_unused
+from cairn.methods.protocol import LeavesOut, Method, without_labels_unused
 from cairn.training.context import Context
 
 
@@ -39,8 +39,8 @@ class Learning:
     learned: Learned
     previous: Method | None
     """What it was before the task, if anything."""
-    copy: Callable[[str], Method]
-    """Makes a copy of that, or a new method of the name."""
+    copy: Callable[..., Method]
+    """Makes a copy of that, or a new method of the name, with changed settings if they are given."""
     known: Callable[[], Novelty]
     """Its known scores."""
     compares: bool
@@ -50,7 +50,7 @@ class Learning:
         """By the method of that name."""
         if isinstance(given, IntakeOfSets):
             return self._sets_of_classes(task, given, called, ctx)
-        learned, method = self.learned, self.copy(called)
+        learned, method, settings = self.learned, self.copy(called), {}
         compares = self.compares and comparable(task)
         keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
         method.learn(task, ctx)
@@ -62,13 +62,24 @@ class Learning:
                 method = self.copy(called)
                 keep_left_out(task, ctx, every=needs_every_image(method, task))
                 method.learn(task, ctx)
+        elif self.compares and self._names_tell_nothing(method, task):
+            ctx.log("notice", text=NAMES_TELL_NOTHING)
+            settings, ctx = WORDLESS, Context(ctx.seeds, ctx.log)
+            method = self.copy(called, settings)
+            keep_left_out(task, ctx, every=needs_every_image(method, task))
+            method.learn(task, ctx)
         if unused := without_labels_unused(called, method, len(task.unlabelled or ())):
             ctx.log("notice", text=unused)
-        before = partial(self.copy, called)
+        before = partial(self.copy, called, settings)
         found = assessed(learned.calibration, learned.estimate, method, self.previous, before, task, ctx)
         drift = drift_in_task(self.previous, self.known, task, ctx, list(map(str, learned.classes)))
         after = learned.with_task(task, given.hashes, found.calibration, found.references, found.estimate, drift)
         return Lesson(method, called, after)
+
+    def _names_tell_nothing(self, method: Method, task: Task) -> bool:
+        """Whether all that is known of images left out are the names of their classes, which tell no more than chance."""
+        left_out = own_left_out(method) if isinstance(method, LeavesOut) and method.towers.has_text else None
+        return left_out is not None and len(left_out.labels) > 0 and bool(untold(left_out, task).all())
 
     def _sets_of_classes(self, task: Task, given: IntakeOfSets, called: str, ctx: Context) -> Lesson:
         """Of images that may show several."""

@@ -81,6 +81,7 @@ def write_tables() -> None:
 
 
 OTHERS = (
+    "foreign",
     "heads",
     "aper",
     "auto",

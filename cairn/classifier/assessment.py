@@ -44,7 +44,8 @@ class Assessment:
 def needs_every_image(method: Method, task: Task) -> bool:
     """Whether `assessed` leaves out every image of the task in turn: where learning once more costs little, and the method
     does not do it by itself, or the known score wants more of them."""
-    most = SMALL - 1 if isinstance(method, LeavesOut) else MOST_IN_FOLDS
+    by_itself = isinstance(method, LeavesOut) and task.unlabelled is None
+    most = SMALL - 1 if by_itself else MOST_IN_FOLDS
     return method.card.closed_form and len(task.train) <= most
 
 
@@ -66,7 +67,8 @@ def assessed(
     left_out = rehearsal = unlearned(method, before, task, ctx)
     has_gaussians, at_hand = gaussians_of(method) is not None, _can_be_learned_again(method, task, ctx)
     small = has_gaussians and at_hand and method.card.closed_form and len(task.train) < SMALL
-    if isinstance(method, LeavesOut) and has_gaussians and not small:  # the known score wants the statistics too
+    by_itself = isinstance(method, LeavesOut) and method.left_out is not None
+    if by_itself and has_gaussians and not small:  # the known score wants the statistics too
         rehearsal = rehearsed(before, task, ctx)
     fits = [] if rehearsal is None else _fits(rehearsal, ctx)
     few = small or (bool(fits) and len(fits[0]) < REFERENCES and not method.towers.has_images)
@@ -78,7 +80,7 @@ def assessed(
             counted.append(_counted(part.scores, part.labels))
             if few:
                 fits += _fits(part, ctx)
-    if isinstance(method, LeavesOut) and left_out is not None:
+    if by_itself and left_out is not None:
         counted, source = [_counted(left_out.scores, left_out.labels)], "left out one by one"
     K, seed = len(estimate.doubt) + len(task.classes), ctx.seeds.seed
     if not estimate.drawn:

@@ -113,12 +113,13 @@ class LeftOut:
 
 
 def unlearned(method: Method, before: Callable[[], Method], task: Task, ctx: Context) -> LeftOut | None:
-    """Images of `task`, which `method` just learned, scored without having been learned: by the method itself where it does
+    """Images of `task`, which `method` just learned, scored without having been learned: by the method itself where it did
     so, else by a rehearsal. `before()` makes a method as it was before the task.
 
     None where there are too few images.
     """
-    return own_left_out(method) if isinstance(method, (HoldsOut, LeavesOut)) else rehearsed(before, task, ctx)
+    own = own_left_out(method)
+    return rehearsed(before, task, ctx) if own is None and not isinstance(method, HoldsOut) else own
 
 
 def foreseen(method: Method, task: Task) -> LeftOut | None:

@@ -98,8 +98,14 @@ class Choice:
 
 
 def comparable(task: Task) -> bool:
-    """Whether images of a first task tell which method suits them."""
-    return len(task.classes) > 1 and len(task.train) <= MOST and bool((np.bincount(task.train.labels) > 1).sum() > 1)
+    """Whether images of a first task tell which method suits them. Beside images without labels they do not: of the methods that
+    are compared one learns from these."""
+    return (
+        task.unlabelled is None
+        and len(task.classes) > 1
+        and len(task.train) <= MOST
+        and bool((np.bincount(task.train.labels) > 1).sum() > 1)
+    )
 
 
 def untold(left_out: LeftOut, task: Task) -> Bool[Tensor, " n"]:

@@ -6,7 +6,7 @@ Nothing of the classifier is changed: it takes the result over whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ class Learning:
             method.learn(task, ctx)
         if unused := without_labels_unused(called, method, len(task.unlabelled or ())):
             ctx.log("notice", text=unused)
+            task = replace(task, unlabelled=None)
         before = partial(self.copy, called, settings)
         found = assessed(learned.calibration, learned.estimate, method, self.previous, before, task, ctx)
         drift = drift_in_task(self.previous, self.known, task, ctx, list(map(str, learned.classes)))

@@ -171,9 +171,10 @@ def learn(
         if made:
             with suppress(OSError):  # nothing was learned, so nothing is left
                 learner.rmdir()
-    new = len(held.classes_) - before
+    new, done = len(held.classes_) - before, held.history_[-1]
+    beside = f" and {done['unlabelled']:,} without label beside" if done.get("unlabelled") else ""
     console.note(
-        f"{learner}: {counted(held.history_[-1]['images'], 'picture')} learned, {counted(new, 'new class')}, "
+        f"{learner}: {counted(done['images'], 'picture')} learned{beside}, {counted(new, 'new class')}, "
         f"{len(held.classes_)} in all; {_bytes(held.method_.memory_bytes)} of statistics, no picture is stored"
     )
     for line in _accuracy(held):

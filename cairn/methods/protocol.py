@@ -316,7 +316,8 @@ class LeavesOut(ABC):
 
     left_out: tuple[Scores, Labels] | None
     """Scores among all classes seen, and labels, of the task that was learned last: of all its images, or of as many as the
-    method scores so."""
+    method scores so. None before any, and where images without labels were learned beside them: these were taken for what all images
+    of the task told."""
 
 
 class TunesImageTower(ABC):

@@ -51,6 +51,8 @@ def test_a_learner_learns_from_them(two_weeks, towers, tmp_path):
     assert held.method_.memory.counts.sum() == 4 * (LABELLED + LOOSE)
     assert [entry["unlabelled"] for entry in held.history_] == [2 * LOOSE] * 2
     assert all("unlabelled" not in entry for entry in alone.history_)
+    assert set(held.estimate_.sources) == {"left out in five parts"}  # with what the others are then taken for
+    assert set(alone.estimate_.sources) == {"left out one by one"}
     test = two_weeks[0][2] + two_weeks[1][2]
     assert not np.array_equal(held.predict_proba(test), alone.predict_proba(test))
 
@@ -130,3 +132,17 @@ def test_a_picture_of_a_folder_is_known_by_its_pixels(two_weeks, towers, tmp_pat
         Image.fromarray(np.asarray(image)).save(tmp_path / f"{i}.png")
     held = learner(towers).partial_fit(images, names, unlabelled=sorted(tmp_path.glob("*.png")))
     assert held.history_[-1]["unlabelled"] == len(loose)
+
+
+def test_accuracy_is_estimated_without_what_its_labels_taught():
+    """Clusters that run into each other: a label tells what its neighbours are taken for, and these would vouch for it again."""
+    wrong = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        centres = 0.5 * rng.normal(size=(8, 12))
+        x, y = np.repeat(centres, 60, 0) + rng.normal(size=(480, 12)), np.repeat([f"c{c}" for c in range(8)], 60)
+        part = np.arange(480) % 60
+        few, loose, test = part < 4, (part >= 4) & (part < 34), part >= 34
+        held = IncrementalClassifier("blend", "rows").partial_fit(x[few], y[few].tolist(), unlabelled=x[loose])
+        wrong.append(abs(held.estimate_.accuracy - held.score(x[test], y[test].tolist())))
+    assert np.mean(wrong) < 0.25, wrong

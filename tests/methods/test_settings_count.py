@@ -48,7 +48,7 @@ OTHERS: dict[str, Any] = {
 
 UNDER: dict[str, tuple[str, ...]] = {
     r"calfuse:temperature": ("distillation=1",),
-    r"mccl:threshold": ("threshold=1",),
+    r"(blend|mccl):threshold": ("threshold=1",),
     r"ranpac:schedule\..*": ("tuning=adapter",),
     r"reco:base_settings": ("base=acil",),
     r"sda:insertion": ("buffer=8",),

@@ -122,9 +122,10 @@ def task_fingerprint(learned: Learned, settings: Mapping[str, Any], task: Task, 
     """Names the task, its images by the hashes of those with labels and of the others, and what it is learned on."""
     said = (len(learned.history), task.names, list(learned.classes), settings)
     digest = hashlib.sha256(repr(said).encode())
-    for label, value in zip(task.train.labels, hashes, strict=False):
+    n = len(task.train)
+    for label, value in zip(task.train.labels, hashes[:n], strict=True):
         digest.update(label.tobytes() + value)
-    for value in hashes[len(task.train) :]:
+    for value in hashes[n:]:
         digest.update(value)
     return digest.hexdigest()
 

@@ -5,10 +5,10 @@ Nothing of the classifier is changed: it takes the result over whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cairn.classifier.assessment import assessed, needs_every_image
 from cairn.classifier.calibration import keep_left_out, own_left_out
@@ -57,17 +57,13 @@ class Learning:
         if compares:
             found = choice(method, task, ctx)
             ctx.log("notice", text=found.reason)
-            if found.method != called:  # it takes passes of its own
-                called, ctx = found.method, Context(ctx.seeds, ctx.log)
-                method = self.copy(called)
-                keep_left_out(task, ctx, every=needs_every_image(method, task))
-                method.learn(task, ctx)
+            if found.method != called:
+                called = found.method
+                method, ctx = self._learned_anew(called, settings, task, ctx)
         elif self.compares and self._names_tell_nothing(method, task):
             ctx.log("notice", text=NAMES_TELL_NOTHING)
-            settings, ctx = WORDLESS, Context(ctx.seeds, ctx.log)
-            method = self.copy(called, settings)
-            keep_left_out(task, ctx, every=needs_every_image(method, task))
-            method.learn(task, ctx)
+            settings = WORDLESS
+            method, ctx = self._learned_anew(called, settings, task, ctx)
         if unused := without_labels_unused(called, method, len(task.unlabelled or ())):
             ctx.log("notice", text=unused)
             task = replace(task, unlabelled=None)
@@ -76,6 +72,15 @@ class Learning:
         drift = drift_in_task(self.previous, self.known, task, ctx, list(map(str, learned.classes)))
         after = learned.with_task(task, given.hashes, found.calibration, found.references, found.estimate, drift)
         return Lesson(method, called, after)
+
+    def _learned_anew(
+        self, called: str, settings: Mapping[str, Any], task: Task, ctx: Context
+    ) -> tuple[Method, Context]:
+        """Another method than was learned first, and the context of its own passes."""
+        method, ctx = self.copy(called, settings), Context(ctx.seeds, ctx.log)
+        keep_left_out(task, ctx, every=needs_every_image(method, task))
+        method.learn(task, ctx)
+        return method, ctx
 
     def _names_tell_nothing(self, method: Method, task: Task) -> bool:
         """Whether all that is known of images left out are the names of their classes, which tell no more than chance."""

@@ -200,7 +200,10 @@ class IncrementalClassifier(Predicting):
         if archive is not None:
             settings = self._settings().model_dump(mode="json")
             take_up(
-                checkpoint, archive, task_fingerprint(learned, settings, task, [*given.train_hashes, *hidden.hashes])
+                checkpoint,
+                archive,
+                task_fingerprint(learned, settings, task, [*given.train_hashes, *hidden.hashes]),
+                len(learned.history),
             )
         compares = self._method is None and self.method == AUTO and not self.settings
         learning = Learning(learned, self._method, self._copy, self._known_scores, compares)

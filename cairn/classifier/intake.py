@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from cairn.data.images import Unlabelled
 from cairn.data.in_memory import InMemoryImages, Item
 from cairn.data.names import alike, class_name
 from cairn.data.task import Task
-from cairn.errors import counted
+from cairn.errors import ResultError, counted
 from cairn.storage.archive import Archive
 from cairn.training.context import Checkpoint, Log
 
@@ -130,9 +131,17 @@ def task_fingerprint(learned: Learned, settings: Mapping[str, Any], task: Task, 
     return digest.hexdigest()
 
 
-def take_up(checkpoint: Checkpoint, archive: Archive, fingerprint: str) -> None:
-    """Take up the work on this very task that `archive` holds, if any, and keep what is due there."""
+def take_up(checkpoint: Checkpoint, archive: Archive, fingerprint: str, calls: int) -> None:
+    """Take up the work on this very task, after so many calls, that `archive` holds, if any, and keep what is due there."""
     held = archive.read() if archive else None
     work = held.parts if held is not None and held.record.get("task") == fingerprint else {}
-    checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint}, parts))
+    checkpoint.kept_by(lambda parts: archive.write({"task": fingerprint, "after": calls}, parts))
     checkpoint.begin(work)
+
+
+def clear_what_is_done(archive: Archive, calls: int) -> None:
+    """Remove work that came before the last of so many calls: it ended, and a kill came before its work was removed."""
+    with suppress(ResultError):
+        held = archive.read() if archive else None
+        if held is not None and held.record.get("after", calls) < calls:
+            archive.clear()

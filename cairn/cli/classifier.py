@@ -97,6 +97,7 @@ def learn(
     with importing():
         from cairn.classifier.classifier import WORK, IncrementalClassifier
         from cairn.classifier.folder import NAME, require_savable
+        from cairn.classifier.intake import clear_what_is_done
         from cairn.config import parsed
         from cairn.data.folders import loose_files
         from cairn.data.given_pictures import given_pictures
@@ -163,6 +164,7 @@ def learn(
             console.note(
                 f"{learner}: nothing new: {counted(len(items), 'picture')}, learned already (--again for once more)"
             )
+            clear_what_is_done(work, calls)
             return
         held.save(learner, keep)
         work.clear()

@@ -80,6 +80,7 @@ def embed(
     """Embed every image of a data set into one file. `cairn run --data FILE` takes it. The same call again goes on where it
     was cut off."""
     from cairn.embed import EmbedConfig, embed_dataset
+    from cairn.embed.runner import parts_folder
     from cairn.training.checkpoint import stopped_by_signals
     from cairn.training.context import Checkpoint, Log
 
@@ -102,6 +103,8 @@ def embed(
         return
     if made.finished:
         console.note(f"already there: {counted(made.images, 'image')} in {out} (--overwrite to embed again)")
+        if (parts := parts_folder(out)).is_dir() and not keep_parts:
+            console.note(f"'{parts}' is no longer needed: it was kept, or a kill came before it was removed")
         return
     console.note(
         f"{counted(made.images, 'image')}, {made.made:,} of them now ({made.made / made.seconds:.0f} rows/s), "

@@ -77,7 +77,7 @@ def embed_dataset(
     began = time.perf_counter()
     with ExitStack() as held:
         with world.connected(config.device):
-            work, notices = planned(config, out.with_name(f"{out.name}.parts"), world.device)
+            work, notices = planned(config, parts_folder(out), world.device)
             plan = work.plan
             if len(set(world.all_gather(plan.key))) > 1:
                 raise DataError(
@@ -116,6 +116,11 @@ def embed_dataset(
                 work.clear()
     number, seconds = sum(shard.rows for shard in missing), time.perf_counter() - began
     return Embedded(out, plan.train + plan.test, plan.dim, number, seconds, size)
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the shards of a features file lie until it is whole."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def _require_possible(out: Path, workers: int, world: World) -> None:

@@ -105,8 +105,10 @@ class Lock:
         return self
 
     def release(self) -> None:
-        with suppress(OSError):
-            (self.folder / LOCK).unlink()
+        """Let go once; who took it more than once holds it until the last."""
+        if self._lock.lock_counter == 1:
+            with suppress(OSError):
+                (self.folder / LOCK).unlink()
         self._lock.release()
 
     def _holder(self) -> str | None:
@@ -149,7 +151,10 @@ class RunFolder:
         self._lock = lock or Lock(path)
 
     def finished(self, remedy: str = "give another --out or --overwrite") -> RunResult | None:
-        """The result that is already there. Raises ResultError if another call made it, or is under way here."""
+        """The result that is already there; what a kill after it was written left behind is removed.
+
+        Raises ResultError if another call made it, or is under way here.
+        """
         done = (self.path / RESULT).exists()
         if not done and not self.archive:
             return None
@@ -159,7 +164,19 @@ class RunFolder:
         if ours != theirs:
             key = next(key for key in ours if ours[key] != theirs[key])
             raise ResultError(f"'{self.path}' holds another run ({key} {theirs[key]}, not {ours[key]}); {remedy}")
+        if result is not None and (self.archive or (self.path / CALL).exists()):
+            self._tidy()
         return result
+
+    def _tidy(self) -> None:
+        """Remove what led to a result, unless somebody writes here, or nobody may."""
+        with suppress(ResultError):
+            self._lock.take()
+            try:
+                if (self.path / RESULT).exists() and not (self.path / CHECKPOINT).is_symlink():
+                    self._clear()
+            finally:
+                self._lock.release()
 
     @property
     def closed(self) -> bool:
@@ -200,8 +217,12 @@ class RunFolder:
     def write(self, result: RunResult) -> None:
         """The result, in place of what was kept to come to it."""
         write_json(self.path / RESULT, result.model_dump(mode="json"))
+        self._clear()
+
+    def _clear(self) -> None:
         self.archive.clear()
-        (self.path / CALL).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.path / CALL).unlink()
 
     def close(self) -> None:
         if self._events is not None:

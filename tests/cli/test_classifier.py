@@ -24,6 +24,7 @@ from cairn.data.shapes import shapes_dataset
 from cairn.errors import ConfigError, ResultError
 from cairn.experiment.folder import LOCK, Lock
 from cairn.reports import patches
+from cairn.storage.archive import Archive
 from cairn.training.checkpoint import Checkpoint
 
 QUICK = [
@@ -190,6 +191,31 @@ def test_learn_says_how_it_goes_on_and_what_is_stored(pictures, tmp_path, monkey
         r": 16 pictures learned, 2 new classes, 2 in all; [\d.]+ kB of statistics, no picture is stored",
         capsys.readouterr().out.replace("\n", " ").strip(),
     )
+
+
+def test_work_that_a_kill_left_goes_with_the_next_call_and_unfinished_work_stays(pictures, tmp_path, monkeypatch):
+    class Cut(BaseException): ...
+
+    def cut(self, *words):
+        raise Cut
+
+    learner = tmp_path / "learner"
+    words = ["learn", learner, pictures / "first", *QUICK, "--checkpoint-seconds", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "clear", cut)
+        with pytest.raises(Cut):
+            called(patch, *words)
+    assert list(learner.glob("work-*"))
+    called(monkeypatch, *words)
+    assert not list(learner.glob("work-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalClassifier, "save", cut)
+        with pytest.raises(Cut):
+            called(patch, "learn", learner, pictures / "second", "--checkpoint-seconds", 0)
+    unfinished = sorted(learner.glob("work-*"))
+    assert unfinished
+    called(monkeypatch, *words)
+    assert sorted(learner.glob("work-*")) == unfinished
 
 
 @pytest.mark.parametrize(("form", "printed"), [((), 2), (("--csv",), 2), (("--json",), 2), (("--jsonl",), 2)])

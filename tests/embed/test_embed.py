@@ -262,6 +262,7 @@ def test_a_process_that_is_killed_loses_one_shard(cairn, tmp_path, undisturbed):
     assert out.read_bytes() == undisturbed
     status, said, _ = cairn(*CALL, "--out", out.name)
     assert "already there: 120 images in x.safetensors" in said
+    assert "'x.safetensors.parts' is no longer needed" in said
 
 
 def test_a_signal_keeps_whole_shards_and_says_how_to_go_on(tmp_path, undisturbed):

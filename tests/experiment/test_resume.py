@@ -294,6 +294,38 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on(tmp_path, monkeypatch, c
     assert "finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [(), ("--resume",)])
+def test_a_kill_between_the_result_and_the_last_removal_leaves_nothing_for_good(words, tmp_path, monkeypatch, capsys):
+    def cut(self):
+        raise Cut
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "clear", cut)
+        with pytest.raises(Cut):
+            called(patch, *command(out=folder))
+    assert {RESULT, CHECKPOINT, CALL} <= {path.name for path in folder.iterdir()}
+    again = ["run", "--resume", str(folder)] if words else command(out=folder)
+    other = Lock(folder).take()  # somebody writes there
+    called(monkeypatch, *again)
+    assert (folder / CHECKPOINT).exists()
+    assert (folder / LOCK).exists()
+    other.release()
+    called(monkeypatch, *again)
+    assert "already finished" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {RESULT, EVENTS}
+
+
+def test_who_takes_a_lock_twice_holds_it_until_the_last(tmp_path):
+    lock = Lock(tmp_path).take().take()
+    lock.release()
+    with pytest.raises(ResultError, match="is being written by"):
+        Lock(tmp_path).take()
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+    Lock(tmp_path).take().release()
+
+
 def test_seeds_are_gone_on_with_by_the_folder_above(tmp_path, monkeypatch):
     count = []
     plain = Checkpoint.step

@@ -31,9 +31,14 @@ def where(job: Job) -> list[str]:
 
 def command(job: Job) -> list[str]:
     stream, folder, method, settings, seeds = job
-    flags = [part for setting in settings for part in ("--set", setting)]
+    flags = [part for setting in settings for part in words_of(setting)]
     out = ["--out", f"results/{stream}/{folder}", "--seeds", seeds]
     return ["cairn", *(["drift"] if method == "drift" else ["run", method]), *where(job), *flags, *out]
+
+
+def words_of(setting: str) -> list[str]:
+    """Of a call: a setting of the method, or an option that is written out."""
+    return setting.split() if setting.startswith("--") else ["--set", setting]
 
 
 def missing(job: Job) -> bool:
@@ -49,7 +54,8 @@ def done(job: Job) -> bool:
     if not (place / "summary.json").exists():
         return False
     stored = read_json(place / "summary.json")
-    same = values_by_path(stored["run"]["settings"]) == values_by_path(settings)
+    own = [setting for setting in settings if not setting.startswith("--")]
+    same = values_by_path(stored["run"]["settings"]) == values_by_path(own)
     return same and stored["method"] == method and stored["seeds"] == [int(seed) for seed in seeds.split(",")]
 
 

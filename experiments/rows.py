@@ -200,6 +200,9 @@ BASELINES = (
 )
 EXTRA = ("slca-2", "rapf-identity")
 BOUNDS = ("zero-shot", "finetune", "joint")
+TOLD = ("simplecil", "lda", "ranpac", "dmc")
+"""Learn from labelled images alone, and with what a teacher tells of the others."""
+
 VARIANTS = {
     "aper-lora": ("aper", ["tuning=lora"]),
     "aper-5": ("aper", ["schedule.epochs=5"]),
@@ -212,6 +215,7 @@ VARIANTS = {
     **{folder: ("fm-lora", switches) for folder, switches in FM_LORA_PARTS.items()},
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
+    **{f"{name}-told": (name, ["--pseudo-labels 1"]) for name in TOLD},
     "segment-labelled": ("segment", ["unlabelled=false"]),
     "blend-labelled": ("blend", ["unlabelled=false"]),
     **{folder: ("mccl", switches) for folder, switches in MCCL_PARTS.items()},
@@ -277,9 +281,13 @@ METHOD_ROWS = {
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")
     },
     "shapes-eighth": [
-        *("zero-shot", "simplecil", "blend", "blend-labelled", "mccl", *MCCL_PARTS, "segment", "segment-labelled"),
+        *("zero-shot", "blend", "blend-labelled", "mccl", *MCCL_PARTS, "segment", "segment-labelled"),
+        *(folder for name in TOLD for folder in (name, f"{name}-told")),
     ],
-    "cifar100-eighth": ["zero-shot", "simplecil", "blend", "blend-labelled", "mccl", "mccl-labelled"],
+    "cifar100-eighth": [
+        *("zero-shot", "blend", "blend-labelled", "mccl", "mccl-labelled"),
+        *(folder for name in TOLD for folder in (name, f"{name}-told")),
+    ],
     "caltech51-online": ["zero-shot", *ONLINE],
     "ucf101-online": ONLINE,
     "shapes-online": ["zero-shot", "simplecil", "lda", "blend", *SDA_PARTS],

@@ -119,7 +119,9 @@ def unlearned(method: Method, before: Callable[[], Method], task: Task, ctx: Con
     None where there are too few images.
     """
     own = own_left_out(method)
-    return rehearsed(before, task, ctx) if own is None and not isinstance(method, HoldsOut) else own
+    if own is not None or (isinstance(method, HoldsOut) and not task.unlabelled):
+        return own
+    return rehearsed(before, task, ctx)
 
 
 def foreseen(method: Method, task: Task) -> LeftOut | None:

@@ -19,8 +19,9 @@ from cairn.classifier.label_set_learning import IntakeOfSets, LeavingOut
 from cairn.classifier.label_sets import before_any
 from cairn.classifier.learned import Learned
 from cairn.classifier.novelty import Novelty
+from cairn.classifier.self_training import SHARE, learn_with_unlabelled, learned_twice, why_not
 from cairn.data.task import Task
-from cairn.methods.protocol import LeavesOut, Method, without_labels_unused
+from cairn.methods.protocol import KeepsImages, LeavesOut, Method, without_labels_unused
 from cairn.training.context import Context
 
 
@@ -53,7 +54,7 @@ class Learning:
         learned, method, settings = self.learned, self.copy(called), {}
         compares = self.compares and comparable(task)
         keep_left_out(task, ctx, compares or needs_every_image(method, task), compared_rows(task))
-        method.learn(task, ctx)
+        self._learn(method, called, settings, task, ctx)
         if compares:
             found = choice(method, task, ctx)
             ctx.log("notice", text=found.reason)
@@ -64,8 +65,10 @@ class Learning:
             ctx.log("notice", text=NAMES_TELL_NOTHING)
             settings = WORDLESS
             method, ctx = self._learned_anew(called, settings, task, ctx)
-        if unused := without_labels_unused(called, method, len(task.unlabelled or ())):
-            ctx.log("notice", text=unused)
+        if isinstance(method, KeepsImages) and (
+            text := without_labels_unused(called, method, len(task.unlabelled or ()))
+        ):
+            ctx.log("notice", text=text)
             task = replace(task, unlabelled=None)
         before = partial(self.copy, called, settings)
         found = assessed(learned.calibration, learned.estimate, method, self.previous, before, task, ctx)
@@ -79,8 +82,16 @@ class Learning:
         """Another method than was learned first, and the context of its own passes."""
         method, ctx = self.copy(called, settings), Context(ctx.seeds, ctx.log)
         keep_left_out(task, ctx, every=needs_every_image(method, task))
-        method.learn(task, ctx)
+        self._learn(method, called, settings, task, ctx)
         return method, ctx
+
+    def _learn(self, method: Method, called: str, settings: Mapping[str, Any], task: Task, ctx: Context) -> None:
+        """The task, and what it has of images without labels."""
+        if task.unlabelled and why_not(method) is None:
+            ctx.log("notice", text=learned_twice(called, len(task.unlabelled)))
+            learn_with_unlabelled(method, partial(self.copy, called, settings), task, SHARE, ctx)
+        else:
+            method.learn(task, ctx)
 
     def _names_tell_nothing(self, method: Method, task: Task) -> bool:
         """Whether all that is known of images left out are the names of their classes, which tell no more than chance."""

@@ -40,6 +40,9 @@ Labelled = Annotated[
 LooseFolder = Annotated[
     str | None, typer.Option("--unlabelled", help="a folder of pictures without labels, for every task")
 ]
+PseudoLabels = Annotated[
+    float | None, typer.Option(help="share of the images without labels that are learned as what they are taken for")
+]
 LimitTest = Annotated[int | None, typer.Option(help="test images per class at most")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16, inside the towers")]
 Revision = Annotated[str | None, typer.Option(help="revision of the towers on the hub")]
@@ -112,6 +115,7 @@ def run(
     blurry: Blurry = 0.0,
     labelled: Labelled = 1.0,
     unlabelled: LooseFolder = None,
+    pseudo_labels: PseudoLabels = None,
     device: AnyDevice = "auto",
     precision: Precision = "float32",
     preprocess: Preprocess = None,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
+from cairn.classifier.self_training import why_not
 from cairn.config import settings as every_setting
 from cairn.config import with_settings
 from cairn.data.few_labels import shared_rows
@@ -126,6 +127,8 @@ def prepared(config: RunConfig) -> Prepared:
     stream = replace(stream, notices=(*stream.notices, *towers.notices))
     settings = with_settings(entry.default_config(towers), config.settings)
     stream = readable(stream, skip=config.on_bad_image == "skip")
+    if config.pseudo_labels is not None:
+        _require_self_training(entry, stream, config.pseudo_labels)
     return Prepared(entry, reduced_stream(stream, decoded_side(towers)), towers, settings)
 
 
@@ -183,6 +186,14 @@ def require_online(entry: Entry, method: Method) -> None:
     if reason is not None:
         able = ", ".join(name for name, other in METHODS.items() if LearnsOnline in other.capabilities)
         raise ConfigError(f"--stream online: not with method '{entry.name}': {reason}; take one of {able}")
+
+
+def _require_self_training(entry: Entry, stream: TaskStream, share: float) -> None:
+    """Raises ConfigError for a method that is not taught so, and where no image is without a label."""
+    if reason := why_not(entry.build):
+        raise ConfigError(f"--pseudo-labels {share}: not with method '{entry.name}': {reason}; leave it out")
+    if not any(map(len, stream.unlabelled)):
+        raise ConfigError(f"--pseudo-labels {share}: all images have labels; give --labelled or --unlabelled")
 
 
 def require_alike(stream: TaskStream, towers: Towers, world: Processes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from cairn.classifier.calibration import Calibration, foreseen, keep_left_out, own_left_out, unlearned
 from cairn.classifier.label_set_learning import LeavingOut
 from cairn.classifier.label_sets import LearnedSets
+from cairn.classifier.self_training import learn_with_unlabelled
 from cairn.data.feature_store import FeatureStore
 from cairn.data.stream import Part, TaskStream
 from cairn.data.task import Task
@@ -104,7 +105,8 @@ def run_stream(
     if isinstance(memory, GaussianMemory) and (text := memory.foreseen(len(stream.class_names))) is not None:
         log("notice", text=text)
     hidden = [len(task.unlabelled or ()) for task in stream.tasks]
-    if unused := without_labels_unused(entry.name, course.method, sum(hidden)):
+    share = config.pseudo_labels
+    if share is None and (unused := without_labels_unused(entry.name, course.method, sum(hidden))):
         log("notice", text=unused)
     if archive is not None:
         course.keep(checkpoint, archive)
@@ -124,7 +126,10 @@ def run_stream(
             keep_left_out(task, ctx)
         with course.learning():
             try:
-                method.learn(task, ctx)
+                if share is None:
+                    method.learn(task, ctx)
+                else:
+                    learn_with_unlabelled(method, before, task, share, ctx)
             except NotFinite as error:
                 place = "" if str(error).startswith("task") else f"task {task.index}: "
                 raise NotFinite(f"{place}{error}") from None

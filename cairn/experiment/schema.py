@@ -69,6 +69,13 @@ class RunConfig(Given):
     unlabelled: str | None = Field(
         default=None, description="folder of pictures without labels, which come with every task"
     )
+    pseudo_labels: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of each task's images without labels that are learned as what they are taken for, by methods that do not "
+        "learn from them by themselves; unset: none",
+    )
     device: str = Field(default="auto", description="torch device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="arithmetic inside the towers")
     preprocess: Literal["crop", "squash"] | None = Field(
@@ -95,7 +102,7 @@ def usual_step(data: str) -> int:
 def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A stored call, of a run or of an embedding, as it is compared with another.
 
-    Records of before there were `imbalance`, online streams, images without labels and `decode` lack them.
+    Records of before there were `imbalance`, online streams, images without labels, `pseudo_labels` and `decode` lack them.
     Records of before `preprocess` could be unset say crop, which is what CLIP's checkpoints say; of open_clip's some say
     otherwise, and there unset is not the same. Older ones hold settings as texts.
     """
@@ -106,6 +113,7 @@ def comparable_call(call: Mapping[str, Any]) -> dict[str, Any]:
         "blurry": 0.0,
         "labelled": 1.0,
         "unlabelled": None,
+        "pseudo_labels": None,
         "decode": "whole",
     } | dict(call)
     if "settings" in call:

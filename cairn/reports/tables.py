@@ -75,9 +75,10 @@ def comparable(results: Sequence[Result]) -> list[str]:
 
 
 def settings_of(result: Result) -> list[str]:
-    """What was changed, as texts: older results hold these themselves."""
-    held = result["run"]["settings"]
-    return texts(held) if isinstance(held, dict) else list(held)
+    """What was changed of the method and how it is taught, as texts: older results hold these themselves."""
+    held, share = result["run"]["settings"], result["run"].get("pseudo_labels")
+    changed = texts(held) if isinstance(held, dict) else list(held)
+    return changed if share is None else [*changed, f"pseudo-labels={share:g}"]
 
 
 def label(result: Result) -> str:

@@ -169,6 +169,7 @@ class Checkpoint:
         self._signal = 0
         self._sync = SyncSchedule(self.world)
         self._sample: Tensor | None = None
+        self._more = 0
         self.sampled: Tensor | None = None
         """(m, w): features of the images asked for with `keep_features`, once a pass has embedded them."""
 
@@ -178,7 +179,7 @@ class Checkpoint:
 
     def begin(self, work: dict[str, State] | None = None) -> None:
         """A task, with the work that was already done of it."""
-        self._work, self._finished = dict(work or {}), {}
+        self._work, self._finished, self._more = dict(work or {}), {}, 0
         self._sample = self.sampled = None
         self._sync.soon()
         due, signal = self._asked()
@@ -191,6 +192,12 @@ class Checkpoint:
         self._sample = torch.zeros(number, dtype=torch.bool)
         self._sample[rows] = True
         self.sampled = None
+
+    def expect_more(self, more: int) -> None:
+        """Behind the task's images, passes are over so many others from now on, which nobody asks for."""
+        self._more = more
+        if self._sample is not None:
+            self._sample = torch.cat([self._sample, self._sample.new_zeros(more)])
 
     def sample(self, number: int) -> Tensor | None:
         """Which of so many images, (number,) of bool, are asked for with `keep_features`; None if it was another number."""
@@ -236,7 +243,12 @@ class Checkpoint:
     def handed_on(self, rows: Tensor, number: int) -> Checkpoint:
         """For a learner of the same task with these of its `number` rows: what towers were trained to, and the passes over
         all rows, cut down to these. Nothing is kept; asked to stop it stops where this one does."""
-        return _HandedOn(self, rows, number)
+        return _HandedOn(self, rows, number + self._more)
+
+    def named(self, prefix: str) -> Checkpoint:
+        """For a second learner of the same task: its work is kept with this one's, under names of its own. No features of images are
+        asked of it."""
+        return _Named(self, prefix)
 
     def poll(self) -> None:
         """Between units of work that leave nothing to remember. Raises Interrupted if it was asked to stop."""
@@ -267,6 +279,27 @@ class Checkpoint:
 
 BESIDE = "beside-"
 """How the name of a pass begins that is over other images than the rows of the task, and is handed on whole."""
+
+
+class _Named(Checkpoint):
+    def __init__(self, source: Checkpoint, prefix: str):
+        super().__init__(world=source.world)
+        self._source, self._prefix = source, prefix
+
+    def work(self, name: str) -> State | None:
+        return self._source.work(self._prefix + name)
+
+    def step(self, name: str, state: Callable[[], State]) -> None:
+        self._source.step(self._prefix + name, state)
+
+    def finish(self, name: str, state: Callable[[], State]) -> None:
+        self._source.finish(self._prefix + name, state)
+
+    def found_finished(self, name: str, state: State) -> None:
+        self._source.found_finished(self._prefix + name, state)
+
+    def poll(self) -> None:
+        self._source.poll()
 
 
 class _HandedOn(Checkpoint):

@@ -76,12 +76,27 @@ def test_what_is_known_with_a_label_is_left_out(two_weeks, towers):
     assert held.method_.memory.counts[2:].tolist() == [LABELLED] * 2
 
 
-def test_a_method_that_cannot_passes_them_over_and_says_so(two_weeks, towers):
+@pytest.mark.parametrize("method", ["lda", "dmc"])
+def test_a_method_that_cannot_by_itself_learns_twice_and_says_so(method, two_weeks, towers):
+    few = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1} if method == "dmc" else {}
     images, names, loose = two_weeks[0]
-    held = learner(towers, "lda").partial_fit(images, names, unlabelled=loose)
-    assert "lda learns from labelled images alone: 10 without labels are not used" in held.notices_
-    alone = learner(towers, "lda").partial_fit(images, names)
-    assert np.array_equal(held.predict_proba(loose), alone.predict_proba(loose))
+    held, alone = learner(towers, method, **few), learner(towers, method, **few)
+    for images, names, loose in two_weeks:
+        held.partial_fit(images, names, unlabelled=loose)
+        alone.partial_fit(images, names)
+    assert any(f"{method} learns from labelled images alone, so it learns twice" in text for text in held.notices_)
+    assert held.counts_.tolist() == [LABELLED] * 4
+    assert [entry["unlabelled"] for entry in held.history_] == [2 * LOOSE] * 2
+    assert not np.array_equal(held.predict_proba(loose), alone.predict_proba(loose))
+    assert sum(held.estimate_.sources.values()) == sum(alone.estimate_.sources.values())  # of images with labels alone
+
+
+def test_one_that_keeps_all_images_passes_them_over_and_says_so(two_weeks, towers):
+    images, names, loose = two_weeks[0]
+    held = learner(towers, "joint", **{"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1})
+    held.partial_fit(images, names, unlabelled=loose)
+    assert "joint learns from labelled images alone: 10 without labels are not used" in held.notices_
+    assert "unlabelled" not in held.history_[-1]
 
 
 def test_where_images_show_several_classes_all_have_labels(two_weeks, towers):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cairn.classifier.stored import copied
 from cairn.data.feature_store import FeatureStore
+from cairn.data.images import Concatenation, Subset
+from cairn.data.loading import Loader
 from cairn.errors import ConfigError, DataError
 from cairn.experiment.folder import read_result
 from cairn.experiment.inputs import prepared
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig, comparable_call
+from cairn.methods.catalogue import METHODS
+from cairn.storage.archive import Archive
+from cairn.training.context import Checkpoint, Context, Seeds
 from cairn.training.log import Log
 
 
@@ -30,7 +40,7 @@ def test_a_method_that_cannot_use_them_says_so_once_and_learns_from_the_others(f
 
 def test_a_call_of_before_there_were_any_is_the_same_call():
     call = RunConfig(method="lda").model_dump(mode="json")
-    older = {key: value for key, value in call.items() if key not in ("labelled", "unlabelled")}
+    older = {key: value for key, value in call.items() if key not in ("labelled", "unlabelled", "pseudo_labels")}
     assert comparable_call(older) == comparable_call(call)
 
 
@@ -108,3 +118,96 @@ def test_with_a_validation_split_neither_its_images_nor_those_of_the_test_split_
     assert len(names) == 6
     assert not {name.removeprefix("data/") for name in names} & tested
     assert all("/train/" in name for name in names)
+
+
+def quick(method, **values):
+    settings = {"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 1} if method == "dmc" else {}
+    return RunConfig(method=method, step=20, limit_train=4, limit_test=1, labelled=0.5, settings=settings, **values)
+
+
+@pytest.mark.parametrize("method", ["simplecil", "ranpac"])
+def test_a_teacher_tells_what_they_show(method):
+    """As if those images had come with the labels that the method, which learned the others, gives them."""
+    config = RunConfig(method=method, step=20, limit_train=8, limit_test=2, labelled=0.25, pseudo_labels=0.5)
+    events, towers = [], []
+    found = run_stream(config, Log(keep=events.append), learned=lambda outcome: towers.append(outcome.towers))
+    assert not [event for event in events if event["event"] == "notice" and "without labels" in event["text"]]
+    told = [(event["images"], event["trusted"]) for event in events if event["event"] == "unlabelled"]
+    assert told == [(120, 60)] * 2
+    assert found.unlabelled_sizes == [120, 120]
+    assert sum(found.train_sizes) == 80  # what has labels
+
+    entry = METHODS[method]
+    learner, ctx = entry.build(towers[0], entry.config(), seed=1), Context(Seeds(1))
+    for task in prepared(config).stream.tasks:
+        teacher = copied(lambda: entry.build(towers[0], entry.config(), seed=1), learner.state_dict(), [])
+        teacher.learn(replace(task, unlabelled=None), ctx)
+        loader = Loader(task.unlabelled, towers[0].prepare, towers[0].pixels)
+        scores = torch.cat([teacher.scores(teacher.embed(pixels)).detach() for pixels, _ in loader.ordered()])
+        scores[:, : task.classes.start] = -torch.inf
+        two = scores.double().topk(2, 1).values
+        rows = sorted(sorted(range(120), key=lambda i: (-(two[i, 0] - two[i, 1]).item(), i))[:60])
+        more = Subset(task.unlabelled, np.array(rows), scores.argmax(1).numpy()[rows])
+        learner.learn(replace(task, train=Concatenation([task.train, more]), unlabelled=None), ctx)
+    assert found.last == accuracy_of(learner, prepared(config).stream.tests)
+
+
+def accuracy_of(method, tests):
+    right = []
+    for images in tests:
+        loader = Loader(images, method.towers.prepare, method.towers.pixels)
+        for pixels, labels in loader.ordered():
+            right += (method.scores(method.embed(pixels)).argmax(1).cpu() == labels).tolist()
+    return sum(right) / len(right)
+
+
+def test_a_run_that_was_cut_off_while_the_teacher_learned_ends_the_same(tmp_path):
+    class Cut(BaseException): ...
+
+    class Cutting(Checkpoint):
+        def __init__(self, after):
+            super().__init__(steps=1)
+            self.after = after
+
+        def step(self, name, state):
+            super().step(name, state)
+            names.append(name)
+            if len(names) == self.after:
+                raise Cut
+
+    config, names = quick("dmc", pseudo_labels=1.0), []
+    whole = run_stream(config, checkpoint=Cutting(0), archive=Archive(tmp_path / "whole", "run"))
+    places = [i + 1 for i, name in enumerate(names) if name.startswith("teacher-")]
+    assert 0 < len(places) < len(names)
+    for after in (places[0], places[-1], places[-1] + 2):
+        names, archive = [], Archive(tmp_path / str(after), "run")
+        with pytest.raises(Cut):
+            run_stream(config, checkpoint=Cutting(after), archive=archive)
+        again = run_stream(config, checkpoint=Checkpoint(steps=1), archive=archive)
+        assert again.accuracy == whole.accuracy
+        assert again.resumed == 1
+        assert again.nll == whole.nll
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("blend", {}, "not with method 'blend': it learns from images without labels by itself"),
+        ("joint", {}, "not with method 'joint': it keeps the images of every task"),
+        ("lda", {"labelled": 1.0}, "all images have labels; give --labelled or --unlabelled"),
+    ],
+)
+def test_where_it_cannot_be_it_is_refused(method, values, message, tmp_path):
+    with pytest.raises(ConfigError, match=f"--pseudo-labels 0.5: {message}"):
+        run_stream(RunConfig(method=method, pseudo_labels=0.5, **({"labelled": 0.5} | values)))
+
+
+def test_the_command_takes_the_share_and_tables_name_it(cairn):
+    call = ["run", "simplecil", "--limit-train", 2, "--limit-test", 1, "--step", 20, "--labelled", 0.5]
+    assert cairn(*call, "--pseudo-labels", 1, "--out", "told")[0] == 0
+    assert cairn(*call, "--out", "plain")[0] == 0
+    _, out, _ = cairn("table", "told", "plain")
+    assert "simplecil (pseudo-labels=1)" in out
+    status, _, err = cairn(*call, "--pseudo-labels", 1.5, "--out", "x")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--pseudo-labels 1.5" in err

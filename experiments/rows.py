@@ -80,6 +80,9 @@ MCCL_PARTS = {
 }
 """MCCL from labelled images alone, and with the others in its losses alone, or in its statistics alone."""
 
+LAYERS = {"dmc-layers-3": ["stage1.tuning.layers=3"], "dmc-layers-1": ["stage1.tuning.layers=1"]}
+"""Stage 1 with deltas in the last blocks alone."""
+
 LORA_8 = [
     "stage1.tuning.rank=8",
     "stage1.tuning.alpha=8",
@@ -162,6 +165,7 @@ TABLES = {
         "cifar100-eighth",
         "fm-lora-shapes",
         "fm-lora-cifar100",
+        "layers-shapes",
         "spa-shapes",
         "spa-cifar100",
         *(f"drift/{name}" for name in DRIFT),
@@ -213,6 +217,7 @@ VARIANTS = {
     **{folder: ("calfuse", switches) for folder, switches in CALFUSE_PARTS.items()},
     **{folder: ("reco", switches) for folder, switches in RECO_PARTS.items()},
     **{folder: ("fm-lora", switches) for folder, switches in FM_LORA_PARTS.items()},
+    **{folder: ("dmc", switches) for folder, switches in LAYERS.items()},
     "lora-8": ("finetune", LORA_8),
     "lora-8-gentle": ("finetune", [*LORA_8, "stage1.schedule.lr=3e-3"]),
     **{f"{name}-told": (name, ["--pseudo-labels 1"]) for name in TOLD},
@@ -280,6 +285,7 @@ METHOD_ROWS = {
         stream: ["fm-lora", *FM_LORA_PARTS, "lora-8", "lora-8-gentle"]
         for stream in ("fm-lora-shapes", "fm-lora-cifar100")
     },
+    "layers-shapes": [*LAYERS],
     "shapes-eighth": [
         *("zero-shot", "blend", "blend-labelled", "mccl", *MCCL_PARTS, "segment", "segment-labelled"),
         *(folder for name in TOLD for folder in (name, f"{name}-told")),

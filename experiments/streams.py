@@ -56,6 +56,7 @@ STREAMS = {
     "cifar100-eighth": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "40", *EIGHTH],
     "fm-lora-shapes": ["--data", "shapes"],
     "fm-lora-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993", "--limit-train", "20"],
+    "layers-shapes": ["--data", "shapes"],
     "spa-shapes": ["--data", "shapes"],
     "spa-cifar100": [*PHOTOGRAPHS, "--order", "seed:1993"],
 }

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.data import shapes
 from cairn.data.images import Dataset, Images, Subset
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import TaskStream, task_stream
@@ -45,6 +47,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawings():
+    """A drawing depends on its scene and style alone: what many tests ask for is drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "draw", lru_cache(maxsize=4096)(shapes.draw))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +93,7 @@ def few_classes(dataset: Dataset, number: int) -> Dataset:
     return replace(dataset, classes=dataset.classes[:number], train=train, test=test)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_stream() -> TaskStream:
     """Six classes of the drawn world in three tasks, with unequal numbers of images."""
     data = few_classes(shapes_dataset(), 6)
@@ -91,7 +101,7 @@ def small_stream() -> TaskStream:
     return task_stream(data, step=2, order="seed:1993")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def embedded_dataset() -> Dataset:
     """Six clusters of correlated embeddings of unequal sizes with class texts, as a features file gives them."""
     from cairn.data.embeddings import Embeddings, Rows

@@ -193,6 +193,9 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
     def _embedded(self, everything: Concatenation, ctx: Context) -> tuple[Features, list[Float[Tensor, "n _"]]]:
         """Blend's rows of all images, and z0, and z where the encoder moves."""
         for task in self.tasks[len(self._frozen) :]:
+            if not len(task.train):  # all of its classes were forgotten
+                self._frozen.append(torch.zeros(0, self.towers.dim * self.blend.blocks))
+                continue
             loader = Loader(task.train, self.towers.prepare, self.towers.pixels)
             self._frozen.append(encode(loader, lambda pixels, _: self.blend.embed(pixels))[0])
         frozen = torch.cat(self._frozen)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.classifier.stored import copied
 from cairn.config import settings, with_values
 from cairn.data.images import Concatenation, Subset, Unlabelled
 from cairn.data.loading import Loader
@@ -49,7 +50,7 @@ TOGETHER = {
 CASES = [(name, form) for name in METHODS for form in ("images", "embeddings")]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def world(request, towers, small_stream, embedded_dataset):
     """(method's row, towers, stream) for every row and form."""
     name, form = request.param
@@ -74,11 +75,34 @@ def build(entry, towers, seed=1):
     return entry.build(towers, config, seed=seed)
 
 
-def test_images(stream, towers):
-    return torch.cat([pixels for test in stream.tests for pixels, _ in Loader(test, towers.prepare, towers.pixels)])
+PIXELS = {}
 
 
-test_images.__test__ = False
+def seen_later(stream, towers):
+    """The test images of the one stream there is in each form, as the towers take them."""
+    if towers.has_images not in PIXELS:
+        loaders = [Loader(test, towers.prepare, towers.pixels) for test in stream.tests]
+        PIXELS[towers.has_images] = torch.cat([pixels for loader in loaders for pixels, _ in loader])
+    return PIXELS[towers.has_images].clone()
+
+
+TAUGHT = {}
+"""Of one row of methods, in one form, the states after each task: tests come row by row."""
+
+
+def taught(world, tasks):
+    """A method that has learned so many tasks under seed 1, as one that was restored."""
+    entry, towers, stream = world
+    key = entry.name, towers.has_images
+    if key not in TAUGHT:
+        TAUGHT.clear()
+        method, states = build(entry, towers), []
+        for task in stream.tasks:
+            method.learn(task, Context(Seeds(1)))
+            states.append({name: value.clone() for name, value in method.state_dict().items()})
+        TAUGHT[key] = states
+    state = {name: value.clone() for name, value in TAUGHT[key][tasks - 1].items()}
+    return copied(lambda: build(entry, towers), state, stream.tasks[:tasks])
 
 
 def scores(method, pixels):
@@ -88,7 +112,7 @@ def scores(method, pixels):
 
 def test_columns_are_the_classes_seen_and_numbers_are_finite(world):
     entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)
+    method, pixels = build(entry, towers), seen_later(stream, towers)
     for task in stream.tasks:
         method.learn(task, Context(Seeds(1)))
         got = scores(method, pixels)
@@ -101,13 +125,12 @@ def test_columns_are_the_classes_seen_and_numbers_are_finite(world):
 def test_a_method_has_what_the_contract_names(world):
     """And of the capabilities exactly those that its class inherits."""
     entry, towers, stream = world
-    method = build(entry, towers)
-    method.learn(stream.tasks[0], Context(Seeds(1)))
+    method = taught(world, 1)
     assert method.towers is towers
     assert type(method.config) is entry.config
     assert isinstance(method.encoder, str)
     assert {kind for kind in CAPABILITIES if isinstance(method, kind)} == {*entry.capabilities}
-    features = method.embed(test_images(stream, towers)[:3])
+    features = method.embed(seen_later(stream, towers)[:3])
     if isinstance(method, CosineScoring):
         W = method.class_matrix
         torch.testing.assert_close(W.norm(dim=1), torch.ones(len(stream.tasks[0].names)))
@@ -122,36 +145,32 @@ def test_a_method_has_what_the_contract_names(world):
 
 def test_the_same_seed_gives_the_same_scores_and_no_global_state_is_used(world):
     entry, towers, stream = world
-    pixels, results = test_images(stream, towers), []
-    for noise in (0, 1):  # what others drew before must not matter
-        torch.manual_seed(noise)
-        np.random.seed(noise)  # noqa: NPY002
-        before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-        method = build(entry, towers)
-        for task in stream.tasks[:2]:
-            method.learn(task, Context(Seeds(1)))
-        results.append(scores(method, pixels))
-        assert torch.equal(before, torch.get_rng_state())
-        assert np.array_equal(before_np, np.random.get_state()[1])  # noqa: NPY002
-    assert torch.equal(*results)
+    pixels, other = seen_later(stream, towers), taught(world, 2)
+    noise = 1000 + len(entry.name)  # what others drew before must not matter
+    torch.manual_seed(noise)
+    np.random.seed(noise)  # noqa: NPY002
+    before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    method = build(entry, towers)
+    for task in stream.tasks[:2]:
+        method.learn(task, Context(Seeds(1)))
+    assert torch.equal(scores(method, pixels), scores(other, pixels))
+    assert torch.equal(before, torch.get_rng_state())
+    assert np.array_equal(before_np, np.random.get_state()[1])  # noqa: NPY002
 
 
 def test_the_seed_moves_what_is_trained_with_batches(world):
     entry, towers, stream = world
-    trained = []
-    for seed in (1, 2):
-        method = build(entry, towers, seed)
-        for task in stream.tasks[:2]:
-            method.learn(task, Context(Seeds(seed)))
-        trained.append(scores(method, test_images(stream, towers)))
+    other = build(entry, towers, 2)
+    for task in stream.tasks[:2]:
+        other.learn(task, Context(Seeds(2)))
+    trained = [scores(method, seen_later(stream, towers)) for method in (taught(world, 2), other)]
     random = entry.card.trains != "nothing"
     assert torch.equal(*trained) != random
 
 
 def test_the_batch_an_image_comes_in_does_not_matter(world):
-    entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)
-    method.learn(stream.tasks[0], Context(Seeds(1)))
+    _, towers, stream = world
+    method, pixels = taught(world, 1), seen_later(stream, towers)
     one_by_one = torch.cat([scores(method, pixel[None]) for pixel in pixels[:5]])
     torch.testing.assert_close(scores(method, pixels)[:5], one_by_one, atol=2e-4, rtol=1e-4)
 
@@ -175,7 +194,7 @@ def test_learning_leaves_task_and_towers_as_they_were(world):
 
 def test_state_round_trips_into_a_fresh_method(world):
     entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)
+    method, pixels = build(entry, towers), seen_later(stream, towers)
     for task in stream.tasks[:2]:
         method.learn(task, Context(Seeds(1)))
     state = {key: value.clone() for key, value in method.state_dict().items()}
@@ -191,21 +210,17 @@ def test_a_restored_method_learns_on_as_if_it_had_never_stopped(world):
     entry, towers, stream = world
     if entry.card.keeps == "images":
         pytest.skip("keeps images, which a state does not hold")
-    method, restored = build(entry, towers), build(entry, towers)
-    method.learn(stream.tasks[0], Context(Seeds(1)))
-    restored.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
-    pixels = test_images(stream, towers)
-    for learner in (method, restored):
-        learner.learn(stream.tasks[1], Context(Seeds(1)))
-    assert torch.equal(scores(method, pixels), scores(restored, pixels))
+    restored, never = taught(world, 1), taught(world, 2)  # the state of one that learned both
+    restored.learn(stream.tasks[1], Context(Seeds(1)))
+    pixels = seen_later(stream, towers)
+    assert torch.equal(scores(never, pixels), scores(restored, pixels))
 
 
 def test_a_class_that_comes_back_is_learned_on(world):
     """Alone, or beside new ones: no column is added for it, and its images count."""
     entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)
+    method, pixels = taught(world, 1), seen_later(stream, towers)
     first, second = stream.tasks[:2]
-    method.learn(first, Context(Seeds(1)))
     before, k = scores(method, pixels), first.classes.stop
     some = np.flatnonzero(first.train.labels == 0)
     again = Subset(first.train, some, first.train.labels[some])
@@ -225,9 +240,8 @@ def test_a_class_that_comes_back_is_learned_on(world):
 
 
 def test_what_was_kept_of_a_state_does_not_change_with_learning(world):
-    entry, towers, stream = world
-    method = build(entry, towers)
-    method.learn(stream.tasks[0], Context(Seeds(1)))
+    _, _, stream = world
+    method = taught(world, 1)
     state = method.state_dict()
     copy = {key: value.clone() for key, value in state.items()}
     method.learn(stream.tasks[1], Context(Seeds(1)))
@@ -241,18 +255,16 @@ def test_a_class_that_is_renamed_is_as_if_it_had_come_with_that_name(world):
     assert (NamesClasses in entry.capabilities) == entry.card.text
     if not entry.card.text:
         return
-    first, second = stream.tasks[:2]
+    second = stream.tasks[1]
     new = stream.tasks[2].names[0]  # of which a features file has a text
     called = replace(second, names=(new, *second.names[1:]))
-    method, right = build(entry, towers), build(entry, towers)
-    for task, other in ((first, first), (second, called)):
-        method.learn(task, Context(Seeds(1)))
-        right.learn(other, Context(Seeds(1)))
+    method, right = taught(world, 2), taught(world, 1)
+    right.learn(called, Context(Seeds(1)))
     c = second.classes.start
     named = replace(
         second, index=0, classes=range(c, c + 1), names=(new,), train=Subset(second.train, [], np.zeros(0, int))
     )
-    pixels, before = test_images(stream, towers), scores(method, test_images(stream, towers))
+    pixels, before = seen_later(stream, towers), scores(method, seen_later(stream, towers))
     others = [i for i in range(second.classes.stop) if i != c]
     method.rename(c, named, Log())
     after = scores(method, pixels)
@@ -431,14 +443,13 @@ def test_images_of_other_tasks_are_never_opened(world):
         )
         kept.append(own)
         method.learn(own, Context(Seeds(1)))
-    assert method.scores(method.embed(test_images(stream, towers)[:2])).shape[1] == len(stream.class_names)
+    assert method.scores(method.embed(seen_later(stream, towers)[:2])).shape[1] == len(stream.class_names)
 
 
 def test_a_method_that_says_so_keeps_no_image_and_no_embedding_of_one(world):
     entry, towers, stream = world
-    method = build(entry, towers)
-    for task in stream.tasks:
-        method.learn(task, Context(Seeds(1)))
+    for number, task in enumerate(stream.tasks, 1):
+        method = taught(world, number)
         pixels = torch.cat([pixels for pixels, _ in Loader(task.train, towers.prepare, towers.pixels).ordered()])
         with torch.no_grad():
             rows = towers.image(pixels)
@@ -452,9 +463,7 @@ def test_a_method_that_says_so_keeps_no_image_and_no_embedding_of_one(world):
 
 def test_what_is_kept_has_the_size_that_its_row_declares(world):
     entry, towers, stream = world
-    method = build(entry, towers)
-    for task in stream.tasks:
-        method.learn(task, Context(Seeds(1)))
+    method = taught(world, 3)
     k, counts = (
         len(stream.class_names),
         [n for task in stream.tasks for n in np.bincount(task.train.labels).tolist() if n],
@@ -468,7 +477,7 @@ def test_what_is_kept_has_the_size_that_its_row_declares(world):
 
 def test_an_equal_encoder_name_means_equal_embeddings(world):
     entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)[:4]
+    method, pixels = build(entry, towers), seen_later(stream, towers)[:4]
     known = {}
     for task in stream.tasks:
         method.learn(task, Context(Seeds(1)))
@@ -486,7 +495,7 @@ def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(na
         learners.append(build(METHODS[name], own))
         for task in small_stream.tasks[:2]:
             learners[-1].learn(task, Context(Seeds(1)))
-    pixels = test_images(small_stream, towers)
+    pixels = seen_later(small_stream, towers)
     plain, there = scores(learners[0], pixels), scores(learners[1], pixels.cuda())
     assert there.device.type == "cuda"
     assert (plain.argmax(1) == there.cpu().argmax(1)).float().mean() >= 0.9
@@ -498,9 +507,8 @@ def test_an_accelerator_learns_the_same_and_what_it_learned_goes_on_elsewhere(na
 
 
 def test_the_evaluator_takes_the_method(world):
-    entry, towers, stream = world
-    method, evaluator = build(entry, towers), Evaluator(stream, towers)
-    method.learn(stream.tasks[0], Context(Seeds(1)))
+    _, towers, stream = world
+    method, evaluator = taught(world, 1), Evaluator(stream, towers)
     first = evaluator.after(0, method)
     assert len(first.accuracy) == 1
     assert sum(first.total) == len(stream.tests[0])
@@ -509,9 +517,7 @@ def test_the_evaluator_takes_the_method(world):
 
 def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
     entry, towers, stream = world
-    method, pixels = build(entry, towers), test_images(stream, towers)
-    for task in stream.tasks[:2]:
-        method.learn(task, Context(Seeds(1)))
+    method, pixels = taught(world, 2), seen_later(stream, towers)
     before, kept = scores(method, pixels), method.memory_bytes
     method.forget(1)
     after = scores(method, pixels)
@@ -535,8 +541,7 @@ def test_a_forgotten_class_is_gone_and_the_others_move_up(world):
 
 def test_every_class_may_be_forgotten_and_learned_again(world):
     entry, towers, stream = world
-    method, pixels, task = build(entry, towers), test_images(stream, towers), stream.tasks[0]
-    method.learn(task, Context(Seeds(1)))
+    method, pixels, task = taught(world, 1), seen_later(stream, towers), stream.tasks[0]
     for _ in task.names:
         method.forget(0)
     assert method.memory_bytes == 0 or entry.card.keeps in ("gaussians", "second-order")  # what is pooled stays

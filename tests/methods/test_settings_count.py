@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -168,6 +169,12 @@ def few(dataset: Dataset, counts) -> Dataset:
     )
 
 
+@cache
+def drawn() -> Dataset:
+    """Of the drawn world."""
+    return few(shapes_dataset(), (2, 5, 3, 4))
+
+
 @pytest.fixture
 def run(towers, embedded_dataset):
     """Scores and state after two tasks under these settings."""
@@ -177,7 +184,7 @@ def run(towers, embedded_dataset):
             return _known[name, image, assignments]
         entry = METHODS[name]
         if image:
-            held, data = towers, few(shapes_dataset(), (2, 5, 3, 4))
+            held, data = towers, drawn()
         else:
             told, data = embedded_dataset.embeddings, few(embedded_dataset, (5, 11, 9, 6))
             held = FeatureTowers(

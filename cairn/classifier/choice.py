@@ -99,7 +99,7 @@ class Choice:
 
 def comparable(task: Task) -> bool:
     """Whether images of a first task tell which method suits them. Beside images without labels they do not: of the methods that
-    are compared one learns from these."""
+    are compared one learns from these by itself."""
     return (
         task.unlabelled is None
         and len(task.classes) > 1

@@ -78,9 +78,7 @@ def learn(
     recursive: Recursive = False,
     unlabelled: Annotated[
         Path | None,
-        typer.Option(
-            help="a folder of pictures of the same classes without labels, learned from as well where the method can"
-        ),
+        typer.Option(help="a folder of pictures of the same classes without labels, learned from as well"),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="learn pictures that were learned already")] = False,
     on_bad_image: BadImages = "stop",

@@ -301,7 +301,8 @@ class Segments(ABC):
 
 
 class LearnsUnlabelled(ABC):  # noqa: B024 - nothing is left to write
-    """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them."""
+    """Learns from `Task.unlabelled`, the images of a task that have no labels, too. Others are not to open them: where they are to be
+    learned from, a teacher tells what they show (`cairn.classifier.self_training`)."""
 
 
 def without_labels_unused(name: str, method: Method, number: int) -> str | None:

@@ -117,6 +117,22 @@ class NotFinite(CairnError):
     """A loss, statistic or map that is no longer a number."""
 
 
+class OutOfMemory(CairnError):
+    """The memory of a device, or of the machine, does not hold what is asked for."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What is to be said where Python, numpy or torch got no memory; None of another error."""
+    said = str(error)
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, RuntimeError)
+        and ("DefaultCPUAllocator" in said or type(error).__name__ == "OutOfMemoryError")
+    ):
+        return None
+    asked = re.search(r"[Uu]nable to allocate [^,]*?B\b|allocate \d+ bytes|allocate [\d.]+ [KMGT]iB", said)
+    return f"out of memory{f' ({one_line(asked[0])})' if asked else ''}; free some, or give less at once"
+
+
 GOES_ON = "the same call goes on where it was"
 
 

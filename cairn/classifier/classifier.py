@@ -143,9 +143,9 @@ class IncrementalClassifier(Predicting):
         PyTorch, needs none beside it (see `cairn.data.labelled_datasets`). Images that were learned as the same class already are left
         out, and a notice counts them, unless `again` is true: they are known by a hash of their pixels (see
         `cairn.data.identity`). If all were, nothing changes.
-        `unlabelled` are images of the same classes of which nobody has said which: they are learned from too, by methods that cannot by
-        themselves (`LearnsUnlabelled`) as what a first learner takes them for (see `cairn.classifier.self_training`). Those that are
-        known with a label are left out.
+        `unlabelled` are images of the same classes of which nobody has said which: they are learned from too, by methods that cannot
+        by themselves (`LearnsUnlabelled`) as what a first learner takes them for (see `cairn.classifier.self_training`). Those that
+        are known with a label are left out.
         Names are kept in Unicode form NFC, without spaces at their ends. All files are read once before anything is learned;
         with `on_bad_image="skip"` those that cannot be read are left out, with a notice. If anything fails, the classifier is
         as it was. With `archive`, unfinished work is kept there whenever `checkpoint` finds it due, and the same call goes on

@@ -14,7 +14,7 @@ import typer
 from cairn.cli import classifier, embed, evaluate, mend, monitor, predict, rank, reproduce, run, sweep
 from cairn.cli.collector import end_without_collection, importing
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
-from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, printable
+from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, out_of_memory, printable
 from cairn.reports.console import Console
 from cairn.storage.distribution import extra_remedy
 from cairn.training.distributed import ALONE, World
@@ -59,6 +59,10 @@ def main() -> None:
         sys.exit(128 + SIGINT)
     except Exception as error:
         told = world.should_report(error)
+        if (text := out_of_memory(error)) is not None:
+            if told:
+                print(f"cairn: {text}", file=sys.stderr)
+            sys.exit(2)
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             if told:
                 print(f"cairn: {_usage(error)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from cairn.classifier.learned import DECISIONS
 from cairn.classifier.stored import copied, restore_checked
 from cairn.data.stream import TaskStream
 from cairn.data.task import Task
-from cairn.errors import CairnError, ResultError
+from cairn.errors import CairnError, ResultError, out_of_memory
 from cairn.experiment.evaluator import Evaluation
 from cairn.experiment.schema import RunConfig, comparable_call
 from cairn.methods.catalogue import Entry
@@ -104,7 +104,7 @@ class Course:
         except CairnError:
             raise
         except Exception as error:
-            if not self._taken_up:
+            if not self._taken_up or out_of_memory(error):
                 raise
             raise self._misfit(error) from error
         self._take("learning")

@@ -20,6 +20,7 @@ from cairn.errors import ConfigError, TowersError, counted
 from cairn.towers.adapter import require_unadapted
 from cairn.towers.fingerprint import full_fingerprint
 from cairn.towers.patches import embedded_tokens
+from cairn.towers.portions import Made, Portions
 from cairn.towers.precision import usable_precision
 from cairn.towers.prefix import FrozenBlock, PromptTree, last_hidden, prompt_tree
 from cairn.towers.preprocessing import Preprocessing
@@ -52,6 +53,13 @@ class VisionTower(nn.Module):
         self.visual_projection = model.visual_projection
         self.precision = precision
         self.passes = passes
+        self._portions = Portions()
+
+    def _made(self, make: Callable[[Tensor], Made], rows: Tensor) -> Made:
+        """In portions where there are no gradients, whose batches are nobody's choice."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make(rows)
+        return self._portions(make, rows)
 
     def __deepcopy__(self, memo: dict) -> VisionTower:
         memo[id(self.passes)] = self.passes  # a copy's passes count as the towers' own
@@ -73,8 +81,13 @@ class VisionTower(nn.Module):
         if pixels.parts > frozen_parts(self.vision_model, self.visual_projection):
             raise ValueError(f"rows behind part {pixels.parts - 1} of a tower, of which an earlier one is trained")
         self.passes["continued"] += len(pixels)
+        begun = pixels.parts
+
+        def continued(rows: Tensor) -> Features:
+            return passed(self.vision_model, self.visual_projection, rows, begun).float()
+
         with self._autocast(pixels):
-            return passed(self.vision_model, self.visual_projection, pixels.rows, pixels.parts).float()
+            return self._made(continued, pixels.rows)
 
     @property
     def has_trunk(self) -> bool:
@@ -87,25 +100,32 @@ class VisionTower(nn.Module):
         parts = frozen_parts(self.vision_model, self.visual_projection)
         self.passes["images"] += len(pixels)
         with self._autocast(pixels):
-            rows = passed(self.vision_model, self.visual_projection, pixels, end=parts)
+            rows = self._made(lambda some: passed(self.vision_model, self.visual_projection, some, end=parts), pixels)
         return TrunkOutput.of(rows, parts)
 
     def with_hidden(self, pixels: Pixels) -> tuple[Features, Float[Tensor, "n w"]]:
         """The embedding of each image and what the projection makes it of, from one pass."""
         if not torch.compiler.is_compiling():  # an export would take the number of images for a constant
             self.passes["images"] += len(pixels)
+
+        def embedded(some: Tensor) -> tuple[Features, Tensor]:
+            hidden = self.vision_model(pixel_values=some).pooler_output
+            return self.visual_projection(hidden).float(), hidden.float()
+
         with self._autocast(pixels):
-            hidden = self.vision_model(pixel_values=pixels).pooler_output
-            embedded = self.visual_projection(hidden)
-        return embedded.float(), hidden.float()
+            return self._made(embedded, pixels)
 
     def tokens(self, pixels: Pixels, attention: Attention = "native") -> tuple[Features, Float[Tensor, "n p d"]]:
         """The embedding of each image and those of its patches, from one pass."""
         if not torch.compiler.is_compiling():
             self.passes["images"] += len(pixels)
+
+        def embedded(some: Tensor) -> tuple[Features, Tensor]:
+            image, patches = embedded_tokens(self.vision_model, self.visual_projection, some, attention)
+            return image.float(), patches.float()
+
         with self._autocast(pixels):
-            image, patches = embedded_tokens(self.vision_model, self.visual_projection, pixels, attention)
-        return image.float(), patches.float()
+            return self._made(embedded, pixels)
 
 
 class VisionAndPatches(nn.Module):

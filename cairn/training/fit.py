@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cairn.data.loading import Loader
-from cairn.errors import NotFinite
+from cairn.errors import NotFinite, OutOfMemory, counted
 from cairn.settings import Given
 from cairn.training.context import Context, Processes
 from cairn.types import State
@@ -194,11 +194,11 @@ def fit(
             course.optimiser.zero_grad()
             value, number = 0.0, len(labels)
             if number:
-                with training(course.step):
+                with training(course.step), _told_of_memory(ctx.log.place, number):
                     whole = loss(inputs, labels)
-                value = whole.item()
-                if math.isfinite(value):
-                    whole.backward()
+                    value = whole.item()
+                    if math.isfinite(value):
+                        whole.backward()
             if shared:
                 value, number = _summed(parameters, value, number, world)
             if not math.isfinite(value):
@@ -238,6 +238,18 @@ def fit(
         average.apply()
     world.broadcast_(parameters)
     checkpoint.finish(name, course.finished)
+
+
+@contextmanager
+def _told_of_memory(place: str, rows: int) -> Iterator[None]:
+    """Raises OutOfMemory in place of torch's own."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(
+            f"{place}: the device's memory does not hold a step with {counted(rows, 'row')}; give a smaller schedule.batch, or "
+            "--precision bfloat16"
+        ) from None
 
 
 def _summed(parameters: Sequence[nn.Parameter], value: float, rows: int, world: Processes) -> tuple[float, int]:

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -240,3 +241,30 @@ def test_no_two_commands_have_one_name():
     """The later one would hide the other without a word."""
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     assert len(names) == len({*names})
+
+
+NO_MEMORY = [
+    (MemoryError(), ""),
+    (np._core._exceptions._ArrayMemoryError((1 << 40, 3), np.dtype("float32")), " (Unable to allocate 12.0 TiB)"),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 "
+            "bytes."
+        ),
+        " (allocate 80 bytes)",
+    ),
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139 GiB"),
+        " (allocate 2.50 GiB)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "asked"), NO_MEMORY)
+def test_where_there_is_no_memory_it_is_said_in_one_line(cairn, features, monkeypatch, error, asked):
+    def learn(self, task, ctx):
+        raise error
+
+    monkeypatch.setattr(METHODS["lda"].build, "learn", learn)
+    status, _, err = cairn("run", "lda", "--data", features, "--step", 2, "--out", "x")
+    assert (status, err) == (2, f"cairn: out of memory{asked}; free some, or give less at once\n")

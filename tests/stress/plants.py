@@ -104,6 +104,8 @@ PLANTS = (
     Plant("mean over classes of which nothing is known", "experiment/metrics.py", "sum(known) / max(1, len(known))", "sum(known) / max(1, len(values))", METRICS),
     Plant("class mean given images", "experiment/run.py", "mean_of_known(e.by_class) for e", "e.seen for e", ("experiment/test_run.py",)),
     Plant("classes to come asked among all", "experiment/evaluator.py", "self._by_texts(coming, range(seen, len(self._texts))", "self._by_texts(coming, range(len(self._texts))", EVALUATE),
-    Plant("a pass goes on one block too late", "towers/clip.py", "pixels.rows, pixels.parts)", "pixels.rows, pixels.parts + 1)", ("towers/test_trunk.py",)),
+    Plant("a pass goes on one block too late", "towers/clip.py", "rows, begun)", "rows, begun + 1)", ("towers/test_trunk.py",)),
+    Plant("the teacher's surest are the least sure", "classifier/self_training.py", "descending=True", "descending=False", ("classifier/test_self_training.py",)),
+    Plant("portions are not remembered", "towers/portions.py", "self.most = -(-len(rows) // 2)", "return torch.cat([self(make, part) for part in rows.chunk(2)])", ("towers/test_portions.py",)),
     Plant("deviation of a population", "experiment/metrics.py", "/ (len(values) - 1)) ** 0.5", "/ len(values)) ** 0.5", METRICS),
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cairn.errors import NotFinite
+from cairn.errors import NotFinite, OutOfMemory
 from cairn.training.checkpoint import Checkpoint
 from cairn.training.context import Context
 from cairn.training.fit import BetaAverage, Schedule, fit
@@ -68,6 +68,24 @@ def test_the_seed_alone_decides(regression):
         ends.append(theta.detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_step_that_the_device_has_no_memory_for_is_told_with_its_size(regression):
+    batches, _ = regression
+    theta, steps = nn.Parameter(torch.zeros(3)), []
+
+    def loss(x, y):
+        steps.append(len(x))
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return ((x @ theta - y) ** 2).mean()
+
+    with pytest.raises(OutOfMemory) as told:
+        fit(loss, [theta], batches, Schedule(epochs=2), Context(Seeds(0)).at(task=2).at(stage=1))
+    assert str(told.value) == (
+        "task 2, stage 1: the device's memory does not hold a step with 32 rows; give a smaller schedule.batch, or "
+        "--precision bfloat16"
+    )
 
 
 def three(batches, schedule, rates, checkpoint=None):

@@ -84,13 +84,23 @@ def _changed(estimate: AccuracyEstimate, names: Sequence[str]) -> list[str]:
 
 
 def advice(
-    pairs: Sequence[ConfusedPair], names: Sequence[str], counts: Sequence[int], alike: Sequence[bool]
+    pairs: Sequence[ConfusedPair],
+    names: Sequence[str],
+    counts: Sequence[int],
+    alike: Sequence[bool],
+    shared: Sequence[int] | None = None,
 ) -> list[str]:
-    """What to do about classes that are taken for one another: more pictures of one that is short of them; where the text tower
-    hardly tells the two apart, `alike`, another name; otherwise they are to be looked at."""
+    """What to do about classes that are taken for one another: where pictures that were learned as both, `shared`, make up half of
+    what is mixed up or of either class, these; more pictures of a class that is short of them; where the text tower hardly tells the
+    two apart, `alike`, another name; otherwise they are to be looked at."""
     short, found = short_of_pictures(counts), []
-    for pair, same in zip(pairs, alike, strict=True):
-        if few := [f"{_name(names[c])} (it has {counts[c]})" for c in short if c in pair[:2]]:
+    for pair, same, both in zip(pairs, alike, shared or [0] * len(pairs), strict=True):
+        if both and 2 * both >= min(pair.images, counts[pair.a], counts[pair.b]):
+            found.append(
+                f"{counted(both, 'picture')} {'was' if both == 1 else 'were'} learned as both: `cairn merge` if they are one class, "
+                "else `cairn relabel` says of which each picture is"
+            )
+        elif few := [f"{_name(names[c])} (it has {counts[c]})" for c in short if c in pair[:2]]:
             found.append(f"learn more pictures of {' and '.join(few)}")
         elif same:
             found.append(

@@ -191,7 +191,9 @@ class Predicting(Fitted):
         method, names = self._fitted(), list(map(str, self.classes_))
         templates = prompt_templates(self.templates)
         same = alike_names(method.towers, names, templates, pairs) if method.card.text else [False] * len(pairs)
-        return advice(pairs, names, self.counts_.tolist(), same)
+        pictures = self._known().pictures
+        shared = [len(pictures.of_both(pair.a, pair.b)) for pair in pairs]
+        return advice(pairs, names, self.counts_.tolist(), same, shared)
 
     @overload
     def evaluate(

@@ -18,6 +18,7 @@ from cairn.data.feature_store import image_ids
 from cairn.data.images import Dataset, Images, LabelSets, Subset, reduced, rows_of
 from cairn.data.loading import Loader
 from cairn.data.opening import open_dataset
+from cairn.data.same_files import repeats
 from cairn.data.stream import TaskStream, task_stream
 from cairn.embed.plan import MADE_AS, PLAN, SPLITS, EmbedConfig, MadeAs, Plan, Shard
 from cairn.errors import ConfigError, DataError, NotFinite, ResultError
@@ -182,7 +183,7 @@ def planned(config: EmbedConfig, folder: Path, device: torch.device | None = Non
     )
     embedding = Embedding(plan, images, towers, folder)
     embedding.plan = plan.model_copy(update={"images": tuple(map(embedding.identity, plan.shards))})
-    return embedding, (*stream.notices, *towers.notices)
+    return embedding, (*stream.notices, *repeats(stream), *towers.notices)
 
 
 def _opened(config: EmbedConfig) -> Dataset:

@@ -17,6 +17,7 @@ from cairn.data.folders import loose_pictures, named_unreadable, unreadable
 from cairn.data.images import Concatenation, Dataset, Images, Unlabelled
 from cairn.data.online import CHUNK
 from cairn.data.opening import open_dataset
+from cairn.data.same_files import repeats
 from cairn.data.stream import TaskStream, reduced_stream, task_stream, without
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, counted, one_line
@@ -129,6 +130,7 @@ def prepared(config: RunConfig) -> Prepared:
     stream = readable(stream, skip=config.on_bad_image == "skip")
     if config.pseudo_labels is not None:
         _require_self_training(entry, stream, config.pseudo_labels)
+    stream = replace(stream, notices=(*stream.notices, *repeats(stream)))
     return Prepared(entry, reduced_stream(stream, decoded_side(towers)), towers, settings)
 
 

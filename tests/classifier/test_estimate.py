@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import binomtest
 
 from cairn import IncrementalClassifier
@@ -259,6 +260,36 @@ def test_what_to_do_about_a_pair():
     assert said[0].startswith("the names mean nearly the same")
     assert said[1] == "learn more pictures of 'car' (it has 4)"
     assert said[2].startswith("look at the pictures")
+    told = advice(pairs, ["cup", "mug", "dog", "car"], [30, 30, 30, 4], alike, [2, 4, 1])
+    assert told[0] == said[0]  # of five that are mixed up two are known as both
+    assert told[1].startswith(
+        "4 pictures were learned as both: `cairn merge` if they are one class, else `cairn relabel`"
+    )
+    assert told[2].startswith("1 picture was learned as both: ")
+
+
+def test_of_classes_made_of_the_same_pictures_that_is_said_and_not_to_learn_more(tmp_path, cairn):
+    """As `learn` prints it and as the learner tells it; after a relabelling nothing is left of it."""
+    rng = np.random.default_rng(0)
+    for name in ("cup", "mug", "car"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        seen = np.random.default_rng(1) if name == "mug" else np.random.default_rng(1 if name == "cup" else 2)
+        for i in range(6):
+            pixels = seen.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            if name == "mug" and i == 5:
+                pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    status, out, err = cairn("learn", "l", "data", "--method", "simplecil", "--towers", "tiny")
+    assert status == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("mixed up most: "))
+    assert "'cup' and 'mug'" in line
+    assert "; 5 pictures were learned as both: `cairn merge` if they are one class" in line
+    assert "learn more" not in out
+    mugs = [f"data/mug/{i}.png" for i in range(5)]
+    assert cairn("relabel", "l", *mugs, "mug")[0] == 0
+    learner = IncrementalClassifier.load(tmp_path / "l")
+    (said,) = learner.advice([ConfusedPair(0, 1, 1, 1)])
+    assert said.startswith("learn more pictures of 'cup' (it has 1)")
 
 
 STREAMS = 8

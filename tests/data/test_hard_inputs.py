@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile, features
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from cairn.classifier.classifier import IncrementalClassifier
@@ -47,8 +49,11 @@ QUICK = ("stage1.schedule.epochs=1", "stage2.schedule.epochs=1")
 
 
 def paint(path, colour=(200, 30, 30), size=(6, 5)):
+    """A picture that is no other's file, though it may show the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, "PNG")
+    own = PngInfo()
+    own.add(b"tEXt", b"path\0" + hashlib.sha256(os.fsencode(path)).hexdigest().encode(), after_idat=True)
+    Image.new("RGB", size, colour).save(path, "PNG", pnginfo=own)
 
 
 @pytest.fixture
@@ -810,6 +815,16 @@ def test_one_image_in_two_classes(root):
     for file in root.rglob("*.png"):
         paint(file, (9, 9, 9))
     assert run_stream(config(root, method="simplecil")).last == 0.5  # one of the two is always wrong
+    assert prepared(config(root)).stream.notices == ()  # other files: only learners, who know pixels, see that
+    shutil.copy(root / "train" / "cat" / "1.png", root / "train" / "dog" / "2.png")
+    (notice,) = prepared(config(root)).stream.notices
+    assert "the same file in two classes, learned as both: 1 image (train/cat/1.png is train/dog/2.png)" in notice
+
+
+def test_test_image_that_is_learned(root):
+    shutil.copy(root / "train" / "cat" / "1.png", root / "test" / "cat" / "4.png")
+    (notice,) = prepared(config(root)).stream.notices
+    assert "1 of 3 test images are learned, byte for byte (test/cat/4.png is train/cat/1.png)" in notice
 
 
 @pytest.mark.parametrize("side", ["train", "test"])

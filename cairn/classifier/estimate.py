@@ -172,7 +172,7 @@ class AccuracyEstimate(Record):
         middle, half = (a + Z**2 / (2 * n)), Z * math.sqrt(a * (1 - a) / n + Z**2 / (4 * n**2))
         low, high = (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
         doubt = float(self.doubts[c])
-        return max(0.0, low - doubt), min(1.0, high + doubt)
+        return max(0.0, min(a, low) - doubt), min(1.0, max(a, high) + doubt)  # which rounding may put beside a
 
     @property
     def confused(self) -> list[ConfusedPair]:

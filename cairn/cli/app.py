@@ -13,6 +13,7 @@ import typer
 
 from cairn.cli import classifier, embed, evaluate, mend, monitor, predict, rank, reproduce, run, sweep
 from cairn.cli.collector import end_without_collection, importing
+from cairn.cli.output import standard_output
 from cairn.cli.run import BadImages, Data, checked, checked_bad_image
 from cairn.errors import CairnError, ConfigError, Interrupted, counted, one_line, out_of_memory, printable
 from cairn.reports.console import Console
@@ -39,7 +40,8 @@ def main() -> None:
     end_without_collection()
     try:
         world = World.launched()
-        status = app(standalone_mode=False, obj=world)
+        with standard_output():
+            status = app(standalone_mode=False, obj=world)
         if isinstance(status, int):  # what an interrupt is turned into
             if status == 128 + SIGINT:
                 raise Interrupted(SIGINT)
@@ -52,6 +54,8 @@ def main() -> None:
         if world.should_report(error):
             print(f"cairn: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # nobody reads on
+        sys.exit(1)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except typer.Abort:
@@ -162,7 +166,7 @@ def explain(method: Annotated[str, typer.Argument(help="a method of `cairn list`
 
     entry, console = method_named(method), Console()
     card = entry.card
-    console.note(f"{card.title}\n\n{card.citation}\n")
+    console.note("".join(f"{text}\n\n" for text in (card.title, card.citation) if text).removesuffix("\n"))
     for number, stage in enumerate(card.stages, 1):
         console.note(f"  {number}. {stage}")
     console.note(

@@ -68,7 +68,8 @@ def monitor(
         f"{100 * found.share:.1f} % of {counted(found.images, 'picture')} have a known score below {BELOW:g} ({low:.1f} to "
         f"{high:.1f} %); {100 * BELOW:g} % do if nothing has changed, so many or more with p = {found.p_below:.2g}"
     )
-    tests = f"tests at {100 * LEVEL:g} %, that of the classes for all {len(found.shifts)} together"
+    classes = f"that of the classes for all {len(found.shifts)} together"
+    tests = f"tests at {100 * LEVEL:g} %, {classes if found.shifts else 'no class has five pictures to be tested by'}"
     why = [f"more pictures than that fit badly ({100 * found.share:.1f} %)"] if found.p_below < LEVEL else []
     if found.shifted:
         named = ", ".join(f"'{one_line(one.name)}'" for one in found.shifted[:SHOWN])

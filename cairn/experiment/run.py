@@ -75,20 +75,23 @@ def run_stream(
     if world.world_size > 1:
         require_shareable(settings, world)
         require_alike(stream, towers, world)
-    for notice in stream.notices:
-        log("notice", text=notice)
+    notices = [*stream.notices]
     if store is not None:
         if towers.has_images and tower_stands(entry, settings):
             stream, towers = kept(stream, towers, store)
         else:
             reason = f"{entry.name} needs the images" if towers.has_images else "embeddings are given"
-            log("notice", text=f"the cache is not used: {reason}")
+            notices.append(f"the cache is not used: {reason}")
     if not towers.has_images and entry.has_embedding_form:
-        log(
-            "notice",
-            text=f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
-            "adapter in stage 1 and residual class texts in stage 2",
+        notices.append(
+            f"features file, no image tower: {entry.name} runs in its embedding form, a residual linear "
+            "adapter in stage 1 and residual class texts in stage 2"
         )
+    course = Course(config, entry, stream, towers, settings, log, world)
+    if stream.chunk is not None:
+        require_online(entry, course.method)
+    for text in notices:
+        log("notice", text=text)
     log(
         "start",
         method=entry.name,
@@ -98,9 +101,6 @@ def run_stream(
         seed=config.seed,
         config=settings.model_dump(mode="json"),
     )
-    course = Course(config, entry, stream, towers, settings, log, world)
-    if stream.chunk is not None:
-        require_online(entry, course.method)
     memory = course.method.memory if isinstance(course.method, GaussianScoring) else None
     if isinstance(memory, GaussianMemory) and (text := memory.foreseen(len(stream.class_names))) is not None:
         log("notice", text=text)

@@ -240,6 +240,21 @@ def test_what_is_said_of_it():
     ]
 
 
+@pytest.mark.parametrize("n", [1, 3, 7, 12, 24, 100, 1000])
+def test_classes_that_are_all_right_are_not_the_lowest(n):
+    """Nor is an interval beside its own share, whatever rounding does."""
+    for hits in (0, n // 3, n):
+        found = AccuracyEstimate().with_task(np.array([[hits, n - hits], [0, n]], float), "left out one by one")
+        low, high = found.interval_of(0)
+        assert low <= hits / n <= high
+    found = (
+        AccuracyEstimate()
+        .with_task(n * np.eye(2), "left out one by one")
+        .with_task(n * np.eye(3), "left out one by one")
+    )
+    assert not [line for line in accuracy_lines(found, ["oak", "elm", "ash"], [50] * 3) if line.startswith("lowest")]
+
+
 def test_an_estimate_without_a_classs_only_picture_is_said_to_be_too_low():
     found = AccuracyEstimate().with_task(np.array([[3.0, 0], [1, 0]]), "left out one by one")
     (line, *_) = accuracy_lines(found, ["oak", "elm"], [3, 1])

@@ -77,6 +77,14 @@ def test_what_goes_over_images_again_is_refused_in_one_line(name, features):
         run_stream(RunConfig(method=name, data=features, **ONLINE))
 
 
+def test_a_refused_call_leaves_nothing_behind(features, tmp_path, cairn):
+    call = ["run", "dmc", "--data", features, "--step", 2, "--stream", "online", "--out", "runs/new"]
+    status, out, err = cairn(*call)
+    assert (status, out) == (2, "")
+    assert err.startswith("cairn: --stream online: not with method 'dmc'")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_setting_that_goes_over_images_again_is_refused(features):
     config = RunConfig(method="ranpac", data=features, settings={"tuning": "adapter"}, **ONLINE)
     with pytest.raises(ConfigError, match="not with method 'ranpac': tuning trains the image encoder in epochs"):

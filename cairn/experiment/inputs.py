@@ -193,9 +193,9 @@ def require_online(entry: Entry, method: Method) -> None:
 def _require_self_training(entry: Entry, stream: TaskStream, share: float) -> None:
     """Raises ConfigError for a method that is not taught so, and where no image is without a label."""
     if reason := why_not(entry.build):
-        raise ConfigError(f"--pseudo-labels {share}: not with method '{entry.name}': {reason}; leave it out")
+        raise ConfigError(f"--pseudo-labels {share:g}: not with method '{entry.name}': {reason}; leave it out")
     if not any(map(len, stream.unlabelled)):
-        raise ConfigError(f"--pseudo-labels {share}: all images have labels; give --labelled or --unlabelled")
+        raise ConfigError(f"--pseudo-labels {share:g}: all images have labels; give --labelled or --unlabelled")
 
 
 def require_alike(stream: TaskStream, towers: Towers, world: Processes) -> None:

@@ -405,7 +405,7 @@ def test_eight_kills_change_no_bit():
         [sys.executable, ROOT / "tests" / "stress" / "torture.py", "--kills", "8"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]

@@ -17,6 +17,7 @@ from cairn.data.task import Task
 from cairn.maths.similarity import unit
 from cairn.memory.means import ClassMeans
 from cairn.methods.parts.first_session import adapted
+from cairn.methods.parts.stages import behind_trunk
 from cairn.methods.protocol import Card
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
@@ -81,6 +82,7 @@ class APER:
         ctx = ctx.at(task=task.index)
         schedule = self.config.schedule
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=schedule.batch)
+        loader = behind_trunk(loader, self.image, ctx)
         z, y = adapted(self.image, self.towers, loader, schedule, ctx.at(stage=1))
         with self.image.inference():
             z1, _ = encode(loader, lambda pixels, _: self.image(pixels), ctx, "Z1")

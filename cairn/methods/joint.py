@@ -43,6 +43,7 @@ from cairn.methods.parts.stages import (
     VisionStage,
     align_text,
     align_vision,
+    behind_trunk,
     class_anchors,
     rename_text,
     renamed_anchors,
@@ -166,6 +167,7 @@ class Joint(KeepsImages, HoldsOut, NamesClasses):
         # Stages 1 and 2, on all images but those held out.
         learned = Subset(everything, kept, everything.labels[kept])
         loader = Loader(learned, self.towers.prepare, self.towers.pixels, batch=stage1.schedule.batch)
+        loader = behind_trunk(loader, self.image, ctx)
         align_vision(stage1, self.image, self.anchors, loader, s, class_cross_entropy, ctx.at(stage=1))
         x, rows = self._embedded(everything, ctx)
         nothing = GaussianMemory(self.towers.dim)

@@ -27,6 +27,7 @@ from cairn.maths.score_modules import RandomFeatureScores
 from cairn.memory.second_order import SecondOrder
 from cairn.methods.parts.first_session import adapted
 from cairn.methods.parts.random_features import RandomFeatures
+from cairn.methods.parts.stages import behind_trunk
 from cairn.methods.protocol import FROZEN, Card, HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule
 from cairn.settings import Settings, kind_by_name
 from cairn.towers.protocol import Towers
@@ -112,6 +113,7 @@ class RanPAC(HoldsOut, KeepsSums, LearnsOnline, ScoresAsModule):
         loader = Loader(task.train, self.towers.prepare, self.towers.pixels, batch=config.schedule.batch)
 
         # Phase 1, before the first task alone: the encoder is adapted.
+        loader = behind_trunk(loader, self.image, ctx)
         if self.image.parameters() and not self.image.version:
             adapted(self.image, self.towers, loader, config.schedule, ctx.at(stage=1))
 

@@ -63,10 +63,11 @@ def test_what_does_not_fit_passes_whole_and_the_default_is_left_alone(towers, sm
     assert behind_trunk(loader, ImageEncoder(towers, Lora(), rng()), Context(Seeds(1))) is loader
 
 
-@pytest.mark.parametrize("name", ["dmc", "dmc-ot", "finetune", "slca"])
+@pytest.mark.parametrize("name", ["dmc", "dmc-ot", "finetune", "slca", "joint", "aper", "ranpac"])
 def test_learning_passes_the_trunk_once_and_learns_what_whole_passes_teach(towers, small_stream, name, monkeypatch):
     entry, task = METHODS[name], small_stream.tasks[0]
-    changed = [("stage1.tuning", "projection"), ("stage1.schedule.epochs", 2)]
+    stage = "" if name in ("aper", "ranpac") else "stage1."
+    changed = [(f"{stage}tuning", "projection"), (f"{stage}schedule.epochs", 2)]
     config = with_values(entry.default_config(towers), [*entry.card.quick.items(), *changed])
 
     def learned():
@@ -81,5 +82,11 @@ def test_learning_passes_the_trunk_once_and_learns_what_whole_passes_teach(tower
     assert ours.keys() == whole.keys()
     for key, value in ours.items():
         torch.testing.assert_close(value, whole[key], atol=1e-4, rtol=1e-3)
-    assert passes["images"] == n
-    assert all_passes["images"] >= 2 * n
+    if (
+        name == "joint"
+    ):  # holds some images out, has blend's embeddings beside them, and passes all once more in the end
+        assert 2 * n < passes["images"] < 3 * n
+        assert all_passes["images"] > 3 * n
+    else:
+        assert passes["images"] == n
+        assert all_passes["images"] >= 2 * n

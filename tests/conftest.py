@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -193,3 +196,21 @@ def cairn(monkeypatch, tmp_path, capsys):
         return status, out.out, out.err
 
     return call
+
+
+@pytest.fixture
+def small_files():
+    """Within it no file grows beyond so many bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+
+    return limited

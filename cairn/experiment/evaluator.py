@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from cairn.maths.f1 import f1_by_class, macro_f1, micro_f1
 from cairn.maths.overlap import confusion, overlaps, pixel_classes
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Method, Segments, TunesImageTower
+from cairn.storage.files import unwritable
 from cairn.storage.schema import Amount, Count, Positive, Share
 from cairn.storage.tensors import first_not_finite
 from cairn.towers.protocol import Towers
@@ -413,8 +416,21 @@ class Evaluator:
             return like.new_empty(n, *like.shape[1:])
         # The name goes at once, the file when the last tensor on it does
         with tempfile.TemporaryDirectory(prefix="cairn-", ignore_cleanup_errors=True) as folder:
-            kept = torch.from_file(str(Path(folder) / "rows"), shared=True, size=size, dtype=like.dtype)
+            path = Path(folder) / "rows"
+            _reserve(path, size * like.element_size())
+            kept = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype)
         return kept.view(n, *like.shape[1:])
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of so many bytes, with room for them where the system can tell: without it, a write to the mapped file would be the
+    process's end. Raises ResultError if there is none."""
+    try:
+        with path.open("wb") as file:
+            if sys.platform in ("linux", "freebsd"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise unwritable(path, error, "set TMPDIR to another folder") from None
 
 
 def _sets(stream: TaskStream, j: int) -> np.ndarray:

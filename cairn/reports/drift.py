@@ -8,6 +8,7 @@ from typing import Any
 
 from cairn.errors import ConfigError
 from cairn.reports.formats import Column, Table, estimate
+from cairn.reports.patches import write_figure
 from cairn.reports.tables import stored_below
 from cairn.storage.distribution import extra_remedy
 
@@ -89,4 +90,4 @@ def drift_figure(report: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{title}, {report['data']}", fontsize=10)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, dpi=150)

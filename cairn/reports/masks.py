@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cairn.reports.patches import COLOURS, blank_figure
+from cairn.reports.patches import COLOURS, blank_figure, write_figure
 
 SIDE = 224
 """Of a painted picture, in pixels."""
@@ -129,7 +129,7 @@ def mask_figure(picture: MaskedPicture, path: Path) -> None:
     legend = figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
 
 
 def _shares(one: Region) -> str:

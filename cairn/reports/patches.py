@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from cairn.errors import ConfigError
 from cairn.storage.distribution import extra_remedy
+from cairn.storage.files import write_chunks
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
 """Told apart by colour-blind readers; one per sentence, the rest share the last."""
@@ -58,7 +60,7 @@ def patch_figure(image: np.ndarray, grid: int, reasons: Sequence[dict[str, Any]]
         )
         for text in legend.get_texts():  # a sentence is text, whatever signs it has
             text.set_parse_math(False)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
 
 
 def bar_figure(image: np.ndarray, reasons: Sequence[dict[str, Any]], path: Path) -> None:
@@ -76,7 +78,7 @@ def bar_figure(image: np.ndarray, reasons: Sequence[dict[str, Any]], path: Path)
         right.text(1, row, f"{reason['name']}  {100 * reason['probability']:.1f} %", va="center", parse_math=False)
     right.set(xlim=(0, 100), xlabel="probability, %", yticks=[])
     right.invert_yaxis()
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
 
 
 def blank_figure(**how: Any) -> Any:
@@ -86,3 +88,10 @@ def blank_figure(**how: Any) -> Any:
     except ImportError:
         raise ConfigError(f"figure: matplotlib is missing; {extra_remedy('report')}") from None
     return Figure(layout="constrained", **how)
+
+
+def write_figure(figure: Any, path: Path, dpi: int) -> None:
+    """The figure in the format of the path's ending, whole or not at all. Raises ResultError if it cannot be written."""
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:], dpi=dpi)
+    write_chunks(path, [file.getvalue()])

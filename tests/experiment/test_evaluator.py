@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from cairn.config import NoSettings, with_values
 from cairn.data.embeddings import Rows
 from cairn.data.stream import task_stream
-from cairn.errors import NotFinite
+from cairn.errors import NotFinite, ResultError
 from cairn.experiment.evaluator import Evaluation, Evaluator
 from cairn.methods.catalogue import METHODS
 from cairn.training.context import Context
@@ -33,6 +33,20 @@ def test_what_does_not_fit_in_memory_lies_in_a_file_and_changes_nothing(towers, 
     before = dict(towers.passes)
     tight.after(2, method)
     assert towers.passes["images"] == before["images"]  # kept, not computed again
+
+
+def test_a_disk_without_room_for_that_file_is_an_error_and_not_the_end_of_the_process(
+    towers, small_stream, small_files
+):
+    entry = METHODS["simplecil"]
+    method = entry.build(towers, entry.default_config(towers), seed=1)
+    method.learn(small_stream.tasks[0], Context(Seeds(1)))
+    evaluator = Evaluator(small_stream, towers, keep_bytes=0)
+    with (
+        small_files(1000),
+        pytest.raises(ResultError, match=r"rows': cannot be written: .*set TMPDIR to another folder"),
+    ):
+        evaluator.after(0, method)
 
 
 def test_scores_that_are_not_finite_are_no_accuracy(towers, small_stream, monkeypatch):

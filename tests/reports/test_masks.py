@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cairn.errors import ResultError
 from cairn.reports.masks import LINE, OTHERS, SIDE, MaskedPicture, mask_figure, transparent_address
-from cairn.reports.patches import COLOURS
+from cairn.reports.patches import COLOURS, bar_figure, blank_figure, write_figure
 
 NAMES = [f"class {c}" for c in range(12)]
 
@@ -66,3 +67,21 @@ def test_a_figure_has_a_panel_each(tmp_path):
     mask_figure(picture(np.eye(4, dtype=np.int64)), tmp_path / "two.png")
     with Image.open(tmp_path / "three.png") as wide, Image.open(tmp_path / "two.png") as narrow:
         assert wide.width == pytest.approx(1.5 * narrow.width, abs=2)
+
+
+def test_a_figure_that_does_not_fit_on_the_disk_is_one_error_and_leaves_the_old_one(tmp_path, small_files):
+    """Of every kind that is drawn: a file that is cut off would be taken for a picture."""
+    grey, reasons = np.full((56, 56, 3), 128, dtype=np.uint8), [{"name": "a", "probability": 0.7}]
+    drawn = {
+        "masks": lambda path: mask_figure(halves(), path),
+        "bars": lambda path: bar_figure(grey, reasons, path),
+        "plain": lambda path: write_figure(blank_figure(figsize=(3, 2)), path, dpi=100),
+    }
+    for name, draw in drawn.items():
+        path = tmp_path / f"{name}.png"
+        draw(path)
+        before = path.read_bytes()
+        with small_files(500), pytest.raises(ResultError, match=f"{name}.png': cannot be written"):
+            draw(path)
+        assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == len(drawn)

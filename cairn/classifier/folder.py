@@ -93,11 +93,16 @@ def _write_card(folder: Path, record: LearnerRecord) -> None:
         temporary.write_text(card(record), encoding="utf-8")
 
 
+def no_learner(folder: Path) -> ResultError:
+    """The error to raise for a folder that holds none, or is not there."""
+    return ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+
+
 def read_record(folder: Path) -> tuple[LearnerRecord, list[str]]:
     """What a folder says of its learner, without weights, and which newer states are damaged. Raises ResultError."""
     found = Archive(folder, NAME).read()
     if found is None:
-        raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+        raise no_learner(folder)
     return validated(LearnerRecord, found.record, f"'{folder}': record of the learner"), found.damaged
 
 
@@ -158,7 +163,7 @@ class StoredLearner:
         """Raises ResultError for a folder that holds none or is damaged."""
         found = Archive(folder, NAME).read()
         if found is None:
-            raise ResultError(f"'{folder}': no learner there; `cairn learn {folder} PICTURES` makes one")
+            raise no_learner(folder)
         if not found.record:
             raise ResultError(f"'{folder}': kept by a run of an earlier version; run it again with --keep-learner")
         record = validated(LearnerRecord, found.record, f"'{folder}': record of the learner")

@@ -11,7 +11,7 @@ import typer
 
 from cairn.cli.collector import importing
 from cairn.cli.run import BadImages, checked_bad_image
-from cairn.errors import ConfigError, DataError, counted, one_line, printable
+from cairn.errors import ConfigError, counted, one_line, printable
 from cairn.reports.console import Console
 
 if TYPE_CHECKING:
@@ -257,10 +257,11 @@ def forget(
     """Remove a class: its name, texts and statistics. What shared weights learned of it stays."""
     with importing():
         from cairn.classifier.classifier import IncrementalClassifier
+        from cairn.classifier.folder import no_learner
         from cairn.experiment.folder import Lock
 
     if not learner.is_dir():
-        raise DataError(f"'{learner}': no such folder")
+        raise no_learner(learner)
     lock = Lock(learner).take()
     try:
         with importing():

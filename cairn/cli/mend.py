@@ -13,7 +13,7 @@ from cairn.cli.classifier import Device, Learner, Weights, record_in
 from cairn.cli.collector import importing
 from cairn.cli.predict import files_of
 from cairn.cli.run import BadImages, checked_bad_image
-from cairn.errors import ConfigError, DataError, counted, one_line
+from cairn.errors import ConfigError, counted, one_line
 from cairn.reports.console import Console
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def rename(
     """Give a class another name. Texts that were made of its name are made anew; what was trained with them stays."""
     with _changed(learner, towers, device) as held:
         held.rename(old, new)
-    Console().note(f"{learner}: '{one_line(old)}' is called '{one_line(new)}' now")
+    Console().note(f"{learner}: '{one_line(old)}' is called '{one_line(new.strip())}' now")
 
 
 def merge(
@@ -93,7 +93,7 @@ def merge(
     with _changed(learner, towers, device) as held:
         held.merge(first, second, into)
     Console().note(
-        f"{learner}: '{one_line(first)}' and '{one_line(second)}' are '{one_line(into or first)}' now; left: "
+        f"{learner}: '{one_line(first)}' and '{one_line(second)}' are '{one_line((into or first).strip())}' now; left: "
         f"{counted(len(held.classes_), 'class')}"
     )
 
@@ -141,10 +141,11 @@ def relabel(
 @contextmanager
 def _held(learner: Path) -> Iterator[Lock]:
     """The lock of the folder of a learner."""
+    from cairn.classifier.folder import no_learner
     from cairn.experiment.folder import Lock
 
     if not learner.is_dir():
-        raise DataError(f"'{learner}': no such folder")
+        raise no_learner(learner)
     lock = Lock(learner).take()
     try:
         yield lock

@@ -213,8 +213,9 @@ def folder_dataset(path: str | os.PathLike[str], split_seed: int = 0, test_share
         raise ConfigError(f"test_share {test_share}: must be above 0 and below 1")
     root, shown = Path(os.path.expanduser(path)), one_line(path)
     if not os.path.isdir(root):  # unlike Path.is_dir, no error where one may not look
-        problem = "is a file, not a folder" if os.path.isfile(root) else "no such folder"
-        raise DataError(f"data '{shown}': {problem}; give a folder with train/<class>/ and test/<class>/, or <class>/")
+        raise DataError(
+            f"data '{shown}': {_no_folder(root)}; give a folder with train/<class>/ and test/<class>/, or <class>/"
+        )
     there = list_folder(root)
     parts = [name for name in ("train", *TEST_FOLDERS) if name in there.folders and _holds_classes(root / name)]
     test_folder = next((name for name in parts if name != "train"), None)
@@ -255,6 +256,10 @@ def folder_dataset(path: str | os.PathLike[str], split_seed: int = 0, test_share
     return Dataset(name, classes, train, test, DEFAULT, descriptions=said, notices=tuple(notices))
 
 
+def _no_folder(path: Path) -> str:
+    return "is a file, not a folder" if os.path.isfile(path) else "no such folder"
+
+
 def named_unreadable(images: Images, reasons: Mapping[int, str]) -> str:
     """What `unreadable` found, as a message has it: how many, the first 20 and the reason of each."""
     named = [f"{one_line(images.describe(row))} ({why})" for row, why in reasons.items()]
@@ -279,7 +284,7 @@ def class_folders(
     DataError as `folder_dataset`."""
     root, shown = Path(os.path.expanduser(path)), one_line(path)
     if not os.path.isdir(root):
-        raise DataError(f"pictures '{shown}': no such folder; give one that has a folder of pictures per class")
+        raise DataError(f"pictures '{shown}': {_no_folder(root)}; give one that has a folder of pictures per class")
     there, prefix, notices = list_folder(root), "", []
     parts = [name for name in ("train", *TEST_FOLDERS) if name in there.folders and _holds_classes(root / name)]
     if "train" in parts:
@@ -314,7 +319,7 @@ def loose_files(path: str | os.PathLike[str]) -> tuple[list[Path], tuple[str, ..
     DataError for a folder without any."""
     root = Path(os.path.expanduser(path))
     if not os.path.isdir(root):
-        raise DataError(f"pictures without labels '{one_line(path)}': no such folder; give one that has pictures")
+        raise DataError(f"pictures without labels '{one_line(path)}': {_no_folder(root)}; give one that has pictures")
     found, passed = pictures_below(root)
     return found, tuple(passed_over(passed))
 

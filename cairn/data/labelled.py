@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from cairn.data.descriptions import Descriptions
 from cairn.data.folders import class_folders
+from cairn.data.picture_files import endings
 from cairn.errors import ConfigError, DataError, one_line
 
 FILE, LABEL, LABELS = "file_name", "label", "labels"
@@ -38,6 +39,11 @@ def labelled_pictures(
     Raises DataError for what is neither, naming the line of a CSV that is wrong; ConfigError for a CSV with `recursive`.
     """
     table = next((file for file in (path, path / METADATA) if file.is_file()), None)
+    if table is not None and table.suffix.lower() in endings():
+        raise DataError(
+            f"'{one_line(table)}': a picture, which says not of which class; give a folder of pictures per class, or a CSV of "
+            "file_name and label"
+        )
     if table is not None and recursive:
         raise ConfigError(f"--recursive: '{one_line(table)}' says which pictures there are; leave it out")
     if table is not None:

@@ -125,7 +125,9 @@ def pictures_below(folder: Path) -> tuple[list[Path], PassedOver]:
     """Those of `pictures_in_tree`. Raises DataError if there is none."""
     found, passed = pictures_in_tree(folder)
     if not found:
-        raise DataError(f"folder '{one_line(folder)}': no picture in it{no_picture(passed)}")
+        raise DataError(
+            f"folder '{one_line(folder)}': no picture in it (.jpg, .png, ...); give one that has some{no_picture(passed)}"
+        )
     return found, passed
 
 

@@ -190,6 +190,9 @@ def test_a_csv_that_is_none_is_one_line(text, error, tmp_path):
     with pytest.raises(DataError, match=error):
         labelled_pictures(tmp_path / "list.csv")
     (tmp_path / "list.csv").write_bytes(b"\xff\xfe\x00")
+    Image.new("RGB", (4, 4)).save(tmp_path / "one.png")
+    with pytest.raises(DataError, match=r"one.png': a picture, which says not of which class; give a folder"):
+        labelled_pictures(tmp_path / "one.png")
     with pytest.raises(DataError, match="not a CSV in UTF-8"):
         labelled_pictures(tmp_path / "list.csv")
 

@@ -65,7 +65,7 @@ def test_history_undo_and_rename(shop, cairn):
     assert shown[0].startswith("   1  20")
     assert "`cairn undo` can take back 1 step: 1 earlier state of" in shown[2]
     assert "3 are kept at most" in shown[2]
-    assert "'class 1' is called 'teapot' now" in cairn("rename", shop, "class 1", "teapot", "--device", "cpu")
+    assert "'class 1' is called 'teapot' now" in cairn("rename", shop, "class 1", " teapot ", "--device", "cpu")
     assert classes(shop) == ["class 0", "teapot", "class 2", "class 3"]
     assert "undone: renaming a class; 4 classes from 18 images" in cairn("undo", shop)
     assert classes(shop) == ["class 0", "class 1", "class 2", "class 3"]
@@ -118,7 +118,8 @@ def test_what_cannot_be_is_one_line_and_changes_nothing(shop, pictures, cairn, t
     shutil.copytree(shop, tmp_path / "before")
     for words, said in (
         (("history", pictures / "first"), "no learner there"),
-        (("undo", pictures / "nowhere"), "no such folder"),
+        (("undo", pictures / "nowhere"), "nowhere': no learner there; `cairn learn "),
+        (("forget", pictures / "nowhere", "class 1"), "nowhere': no learner there; `cairn learn "),
         (("undo", pictures / "first"), "no learner there"),
         (("rename", shop, "class 9", "x"), "class 'class 9' is not known"),
         (("rename", shop, "class 1", "class 2"), "is there already"),

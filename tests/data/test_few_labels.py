@@ -10,7 +10,7 @@ from numbered import COUNTS, Numbers, dataset, rows
 from PIL import Image
 
 from cairn.data.few_labels import few_labels
-from cairn.data.folders import loose_pictures, unreadable
+from cairn.data.folders import class_folders, folder_dataset, loose_pictures, unreadable
 from cairn.data.images import Concatenation, Subset, Unlabelled
 from cairn.data.shapes import shapes_dataset
 from cairn.data.stream import task_stream, without
@@ -104,8 +104,16 @@ def test_a_folder_of_pictures_whatever_they_are_called(tmp_path):
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no picture in it"):
+    with pytest.raises(DataError, match=r"no picture in it \(.jpg, .png, ...\); give one that has some"):
         loose_pictures(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"")
+    for name, call in (
+        ("pictures without labels", loose_pictures),
+        ("pictures", class_folders),
+        ("data", folder_dataset),
+    ):
+        with pytest.raises(DataError, match=f"{name} '.*1.png': is a file, not a folder; give "):
+            call(tmp_path / "1.png")
     with pytest.raises(DataError, match="nowhere': no such folder"):
         loose_pictures(tmp_path / "nowhere")
 

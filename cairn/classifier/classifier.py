@@ -292,15 +292,15 @@ class IncrementalClassifier(Predicting):
         as that, both or neither; where they may show several, of all in `name`. Pictures that were not learned before are learned,
         with a notice. Raises as these do."""
         with self._lock.writing(), self._all_or_nothing():
-            log, since, sets = self._noting(log or Log()), len(self._known().history), self._learned.sets is not None
+            noting, since, sets = self._noting(log or Log()), len(self._known().history), self._learned.sets is not None
             names = [class_name(own) for own in ([name] if isinstance(name, str) else name)]
             if not names or (len(names) > 1 and not sets):
                 raise DataError(
                     f"{len(names)} names: images of this learner show {'some' if sets else 'one'} class each"
                 )
-            given, _ = pictures(images, None, self._width, on_bad_image, log)
+            given, _ = pictures(images, None, self._width, on_bad_image, noting)
             kept = {c for own, c in self._learned.numbers().items() if own in names}
-            if found := self._mending(log).take_out(given, lambda _, c: c not in kept, " as another class"):
+            if found := self._mending(noting).take_out(given, lambda _, c: c not in kept, " as another class"):
                 self._take(found)
             self.partial_fit(given.items, [names] * len(given) if sets else names * len(given), log=log)
             if len(self._learned.history) > since:

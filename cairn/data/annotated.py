@@ -27,7 +27,7 @@ from cairn.data.descriptions import FILE_NAME, read_descriptions
 from cairn.data.folders import TEST_FOLDERS, FolderImages
 from cairn.data.images import Dataset, Images, LabelSets, Subset
 from cairn.data.label_set_tasks import held_out_sets
-from cairn.data.labelled import FILE, LABEL, LABELS, METADATA, require_cells, require_one
+from cairn.data.labelled import FILE, LABEL, LABELS, METADATA, first_line, require_cells, require_one
 from cairn.data.names import class_name
 from cairn.data.stream import held_out
 from cairn.data.templates import DEFAULT
@@ -184,7 +184,7 @@ def _of_csv(file: Path, root: Path) -> Listed:
             columns = {*(rows.fieldnames or ())}
             column = next((name for name in (LABELS, LABEL) if name in columns), None)
             if FILE not in columns or column is None:
-                raise DataError(f"'{shown}': no column {FILE} or {LABELS}; a first line 'file_name,labels' names them")
+                raise DataError(f"'{shown}': no column {FILE} or {LABELS}; {first_line(rows.fieldnames or (), LABELS)}")
             for row in rows:
                 where, given = f"'{shown}', line {rows.line_num}", row[column]
                 require_cells(row, where)

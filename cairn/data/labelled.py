@@ -70,6 +70,14 @@ def require_one(columns: Sequence[str], where: str) -> None:
             raise DataError(f"{where}: {number} columns called {name}; leave one")
 
 
+def first_line(columns: Sequence[str], label: str) -> str:
+    """What to do about a CSV that lacks columns."""
+    for sign, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and FILE in columns[0].split(sign):
+            return f"{called} stand between its cells: save it with commas"
+    return f"a first line '{FILE},{label}' names them"
+
+
 def _of_csv(path: Path) -> LabelledPictures:
     files, names, shown = [], [], one_line(path)
     try:
@@ -78,7 +86,7 @@ def _of_csv(path: Path) -> LabelledPictures:
             require_one(rows.fieldnames or (), f"'{shown}'")
             if missing := {FILE, LABEL} - {*(rows.fieldnames or ())}:
                 raise DataError(
-                    f"'{shown}': no column {' or '.join(sorted(missing))}; a first line 'file_name,label' names them"
+                    f"'{shown}': no column {' or '.join(sorted(missing))}; {first_line(rows.fieldnames or (), LABEL)}"
                 )
             for row in rows:
                 where = f"'{shown}', line {rows.line_num}"

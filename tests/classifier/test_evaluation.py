@@ -182,6 +182,12 @@ def test_a_csv_is_learned_and_evaluated(pictures, tmp_path, monkeypatch, capsys)
         ("file_name,label\na.png,\n", "line 2: a file_name and a label must be there"),
         ("", "no column file_name or label"),
         ("file_name,label\na.png,cat\nb.png,tea, green\n", "line 3: more cells than columns"),
+        (
+            "file_name;label\na.png;cat\n",
+            "no column file_name or label; semicolons stand between its cells: save it with commas",
+        ),
+        ("label\tfile_name\ncat\ta.png\n", "tabs stand between its cells"),
+        ("file,label,x;y\na,b\n", "a first line 'file_name,label' names them"),
         ("file_name,label,label\na.png,cat,dog\n", "2 columns called label; leave one"),
     ],
 )

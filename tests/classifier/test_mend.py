@@ -14,6 +14,7 @@ from cairn.data.stream import Task
 from cairn.errors import ConfigError, DataError, ResultError, TowersError
 from cairn.storage.archive import Archive
 from cairn.towers.features import FeatureTowers
+from cairn.training.log import Log
 
 D = 12
 NAMES = ("owl", "fox", "bear", "elk", "newt", "crow")
@@ -365,6 +366,15 @@ def test_relabelling_is_done_whole_or_not_at_all(towers, monkeypatch):
     before = learner.history_
     learner.relabel(x[:2], "fox")  # they are
     assert learner.history_ == before
+
+
+def test_a_notice_of_a_relabelling_is_said_once(towers):
+    x, y = rows_of("owl", "fox")
+    learner, events = learner_of("simplecil", towers, (x, y)), []
+    learner.relabel(x[:1], "Owl", log=Log(keep=events.append))
+    said = [event["text"] for event in events if event["event"] == "notice"]
+    assert len(said) == len(set(said)) == 1
+    assert learner.notices_ == said
 
 
 @pytest.mark.parametrize("method", SUMS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from cairn.data.folders import FolderImages
@@ -15,6 +16,9 @@ from cairn.errors import counted
 
 ENDING = 4096
 """Bytes at the end of files of one size that tell them apart, mostly, before all of them are read."""
+
+BLOCK = 32
+"""Files that a thread takes at once: one future per file would cost more than a small file."""
 
 
 def repeats(stream: TaskStream) -> list[str]:
@@ -60,13 +64,16 @@ def same_files(images: Images) -> list[list[int]]:
     groups = [list(rows)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         for key in (_size, _ending, _content):
-            groups = [part for group in groups for part in _alike(group, pool.map(_or_none(key), group))]
+            paths = [path for group in groups for path in group]
+            blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
+            keys = iter([one for part in pool.map(partial(_keys, key), blocks) for one in part])
+            groups = [part for group in groups for part in _alike(group, [next(keys) for _ in group])]
     several = {path for group in groups for path in group}
     groups += [[path] for path, own in rows.items() if len(own) > 1 and path not in several]
     return sorted(sorted(row for path in group for row in rows[path]) for group in groups)
 
 
-def _alike(paths: Sequence[Path], keys: Iterable[Hashable]) -> list[list[Path]]:
+def _alike(paths: Sequence[Path], keys: Sequence[Hashable]) -> list[list[Path]]:
     """Those of one key, where it has several."""
     found: dict[Hashable, list[Path]] = {}
     for path, key in zip(paths, keys, strict=True):
@@ -75,14 +82,15 @@ def _alike(paths: Sequence[Path], keys: Iterable[Hashable]) -> list[list[Path]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def _or_none(key: Callable[[Path], Hashable]) -> Callable[[Path], Hashable]:
-    def known(path: Path) -> Hashable:
+def _keys(key: Callable[[Path], Hashable], paths: Sequence[Path]) -> list[Hashable]:
+    """Of each file, None for one that cannot be read."""
+    found: list[Hashable] = []
+    for path in paths:
         try:
-            return key(path)
+            found.append(key(path))
         except OSError:
-            return None  # which is said when all images are looked through
-
-    return known
+            found.append(None)  # which is said when all images are looked through
+    return found
 
 
 def _size(path: Path) -> int:

@@ -65,20 +65,19 @@ def learn_with_unlabelled(method: Method, before: Callable[[], Method], task: Ta
     """
     hidden = task.unlabelled
     if hidden is None or not len(hidden):
-        return method.learn(task, ctx)
+        method.learn(task, ctx)
+        return
     found, taken = _told_by_teacher(before(), task, share, ctx)
     ctx.log("unlabelled", task=task.index, images=len(hidden), trusted=int(taken.sum()))
     rows = np.flatnonzero(taken.numpy())
-    own = Subset(task.train, np.arange(len(task.train)), np.asarray(task.train.labels))
     more = Subset(hidden, rows, found.numpy()[rows])
     ctx.checkpoint.expect_more(len(rows))
-    method.learn(replace(task, train=Concatenation([own, more]), unlabelled=None), ctx)
+    method.learn(replace(task, train=Concatenation([task.train, more]), unlabelled=None), ctx)
     # Images that it scored by itself may be such as nobody has labelled: they tell nothing of how often it is right
     if isinstance(method, HoldsOut):
         method.held_out = None
     if isinstance(method, LeavesOut):
         method.left_out = None
-    return None
 
 
 def _told_by_teacher(

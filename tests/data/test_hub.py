@@ -70,7 +70,7 @@ def cifar(root):
     return root / "copy"
 
 
-def refused(call, *parts, error=DataError):
+def assert_refused(call, *parts, error=DataError):
     with pytest.raises(error) as caught:
         call()
     text = str(caught.value)
@@ -332,7 +332,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("cannot reach it\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    refused(
+    assert_refused(
         lambda: open_dataset("cifar100"),
         "data 'cifar100'",
         "'uoft-cs/cifar100'",
@@ -350,22 +350,26 @@ def test_library_absent(tmp_path, monkeypatch):
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(lambda: hub_dataset("cifar100", local=copy), "data 'cifar100'", extra_remedy("hub"))
+    assert_refused(lambda: hub_dataset("cifar100", local=copy), "data 'cifar100'", extra_remedy("hub"))
 
 
 # --- complaints ---
 
 
 def test_unknown_key():
-    refused(lambda: hub_dataset("cifar10"), "unknown dataset 'cifar10'", "did you mean cifar100", error=UnknownName)
+    assert_refused(
+        lambda: hub_dataset("cifar10"), "unknown dataset 'cifar10'", "did you mean cifar100", error=UnknownName
+    )
 
 
 def test_copy_is_missing(tmp_path):
-    refused(lambda: hub_dataset("cifar100", local=tmp_path / "nowhere"), "nowhere", "no such folder", "local copy")
+    assert_refused(
+        lambda: hub_dataset("cifar100", local=tmp_path / "nowhere"), "nowhere", "no such folder", "local copy"
+    )
 
 
 def test_wrong_number_of_classes(tmp_path):
-    refused(
+    assert_refused(
         lambda: hub_dataset("cifar100", local=cifar(tmp_path)),
         "data 'cifar100'",
         "has 3 classes",
@@ -378,12 +382,12 @@ def test_wrong_number_of_class_folders(tmp_path):
     for side in ("train", "test"):
         (tmp_path / "copy" / side / "x").mkdir(parents=True)
         picture(0).save(tmp_path / "copy" / side / "x" / "0.png")
-    refused(lambda: hub_dataset("sun397", local=tmp_path / "copy"), "has 1 class,", "SUN397 has 397 or 300")
+    assert_refused(lambda: hub_dataset("sun397", local=tmp_path / "copy"), "has 1 class,", "SUN397 has 397 or 300")
 
 
 def test_missing_split(tmp_path):
     datasets.DatasetDict(train=table([0], NAMES), extra=table([0], NAMES)).save_to_disk(str(tmp_path / "copy"))
-    refused(
+    assert_refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"),
         "no split 'test' or 'validation' or 'val'",
         "the copy has train, extra",
@@ -393,7 +397,7 @@ def test_missing_split(tmp_path):
 
 def test_missing_training_split(tmp_path):
     datasets.DatasetDict(test=table([0], NAMES)).save_to_disk(str(tmp_path / "copy"))
-    refused(lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "no split 'train'", "the copy has test")
+    assert_refused(lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "no split 'train'", "the copy has test")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +408,7 @@ def test_missing_column(tmp_path, row, columns, wanted):
     row("cifar100", classes=(3,))
     split = table([0, 1, 2], NAMES, **columns)
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
-    refused(
+    assert_refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"),
         f"no column {wanted}",
         "the copy has",
@@ -417,7 +421,7 @@ def test_numbers_without_names(tmp_path):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
     split = datasets.Dataset.from_dict({"img": [picture(0)], "label": [0]}, features=features)
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
-    refused(
+    assert_refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "column 'label'", "int64", "ClassLabel or strings"
     )
 
@@ -425,7 +429,7 @@ def test_numbers_without_names(tmp_path):
 def test_hidden_labels(tmp_path):
     split = table([0, -1, 2], NAMES)
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
-    refused(
+    assert_refused(
         lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "'fine_label' hides its labels (-1)", "use a copy"
     )
 
@@ -434,13 +438,15 @@ def test_names_that_become_equal(tmp_path, row):
     row("cifar100", classes=(2,))
     split = table([0, 1], ["big_cat", "big cat"])
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
-    refused(lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "both called 'big cat'", "rename one")
+    assert_refused(lambda: hub_dataset("cifar100", local=tmp_path / "copy"), "both called 'big cat'", "rename one")
 
 
 def test_class_too_small_to_cut(tmp_path, row):
     row("objectnet", classes=(2,))
     table(["banana"] * 5 + ["belt"], image="image", label="label").save_to_disk(str(tmp_path / "copy"))
-    refused(lambda: hub_dataset("objectnet", local=tmp_path / "copy"), "class 'belt' has one image", "the whole copy")
+    assert_refused(
+        lambda: hub_dataset("objectnet", local=tmp_path / "copy"), "class 'belt' has one image", "the whole copy"
+    )
 
 
 def test_class_without_images_is_found_by_the_stream(tmp_path, row):
@@ -448,12 +454,14 @@ def test_class_without_images_is_found_by_the_stream(tmp_path, row):
     copy = datasets.DatasetDict(train=table([0, 1, 2], NAMES), test=table([0, 1], NAMES))
     copy.save_to_disk(str(tmp_path / "copy"))
     data = hub_dataset("cifar100", local=tmp_path / "copy")
-    refused(lambda: task_stream(data, step=1), "data 'cifar100'", "class 'owl' has no test image")
+    assert_refused(lambda: task_stream(data, step=1), "data 'cifar100'", "class 'owl' has no test image")
 
 
 def test_damaged_copy(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"no parquet")
-    refused(lambda: hub_dataset("cifar100", local=tmp_path), f"'cifar100={tmp_path}'", "damaged copy", "copy it again")
+    assert_refused(
+        lambda: hub_dataset("cifar100", local=tmp_path), f"'cifar100={tmp_path}'", "damaged copy", "copy it again"
+    )
 
 
 def test_damaged_image_is_named(tmp_path, row):
@@ -463,7 +471,7 @@ def test_damaged_image_is_named(tmp_path, row):
     split = datasets.Dataset.from_dict(values, features=raw).cast_column("img", datasets.Image())
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "copy"))
     data = hub_dataset("cifar100", local=tmp_path / "copy")
-    refused(lambda: data.train[1], "image cifar100/train[1]", "cannot be read", "repair the copy")
+    assert_refused(lambda: data.train[1], "image cifar100/train[1]", "cannot be read", "repair the copy")
 
 
 # --- one name for everything ---
@@ -493,7 +501,9 @@ def test_the_drawn_world(monkeypatch):
     monkeypatch.setattr("cairn.data.shapes.shapes_dataset", world, raising=False)
     assert open_dataset("shapes").name == open_dataset("shapes:stream").name == "stream"
     assert open_dataset("shapes:dev").name == "dev"
-    refused(lambda: open_dataset("shapes:pretraining"), "unknown part of shapes 'pretraining'", error=UnknownName)
+    assert_refused(
+        lambda: open_dataset("shapes:pretraining"), "unknown part of shapes 'pretraining'", error=UnknownName
+    )
 
 
 @pytest.mark.parametrize(
@@ -512,7 +522,7 @@ def test_the_drawn_world(monkeypatch):
 )
 def test_names_of_nothing(spec, error, parts):
     assert issubclass(error, CairnError)
-    refused(lambda: open_dataset(spec), *parts, error=error)
+    assert_refused(lambda: open_dataset(spec), *parts, error=error)
 
 
 # --- identity ---
@@ -576,7 +586,9 @@ def test_published_classes_by_name_take_all_that_begin_with_it(tmp_path, row):
     assert data.train.labels.tolist() == [0, 2, 1, 0, 2]
     assert data.test.labels.tolist() == [2, 0, 1, 2, 0]
     row("sun397", classes=(7,), published=3, published_names=lambda: ("forest", "canyon", "office"))
-    refused(lambda: open_dataset(f"sun397:published={tmp_path / 'copy'}"), "sun397:published", "no class 'canyon'")
+    assert_refused(
+        lambda: open_dataset(f"sun397:published={tmp_path / 'copy'}"), "sun397:published", "no class 'canyon'"
+    )
 
 
 def test_the_classes_of_sun_are_three_hundred_in_the_order_of_their_folders():
@@ -589,5 +601,5 @@ def test_the_classes_of_sun_are_three_hundred_in_the_order_of_their_folders():
 
 def test_parts_that_there_are_not(tmp_path, row):
     row("cifar100", classes=(3,))
-    refused(lambda: open_dataset(f"cifar100:published={cifar(tmp_path)}"), "cifar100:published", "not known")
-    refused(lambda: open_dataset("cars:publishd"), "publishd", "published", error=UnknownName)
+    assert_refused(lambda: open_dataset(f"cifar100:published={cifar(tmp_path)}"), "cifar100:published", "not known")
+    assert_refused(lambda: open_dataset("cars:publishd"), "publishd", "published", error=UnknownName)

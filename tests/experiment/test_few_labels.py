@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cutting import Cut, Cutting
 from PIL import Image
 
 from cairn.classifier.stored import copied
@@ -162,25 +163,12 @@ def accuracy_of(method, tests):
 
 
 def test_a_run_that_was_cut_off_while_the_teacher_learned_ends_the_same(tmp_path):
-    class Cut(BaseException): ...
-
-    class Cutting(Checkpoint):
-        def __init__(self, after):
-            super().__init__(steps=1)
-            self.after = after
-
-        def step(self, name, state):
-            super().step(name, state)
-            names.append(name)
-            if len(names) == self.after:
-                raise Cut
-
-    config, names = quick("dmc", pseudo_labels=1.0), []
-    whole = run_stream(config, checkpoint=Cutting(0), archive=Archive(tmp_path / "whole", "run"))
+    config, untouched = quick("dmc", pseudo_labels=1.0), Cutting()
+    whole, names = run_stream(config, checkpoint=untouched, archive=Archive(tmp_path / "whole", "run")), untouched.names
     places = [i + 1 for i, name in enumerate(names) if name.startswith("teacher-")]
     assert 0 < len(places) < len(names)
     for after in (places[0], places[-1], places[-1] + 2):
-        names, archive = [], Archive(tmp_path / str(after), "run")
+        archive = Archive(tmp_path / str(after), "run")
         with pytest.raises(Cut):
             run_stream(config, checkpoint=Cutting(after), archive=archive)
         again = run_stream(config, checkpoint=Checkpoint(steps=1), archive=archive)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cutting import Cut, Cutting
 from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig, RunResult
 from cairn.methods.catalogue import METHODS
 from cairn.storage.archive import Archive
-from cairn.training.checkpoint import Checkpoint
 
 K, D = 6, 8
 
@@ -147,30 +147,12 @@ def test_every_method_ranks_better_than_chance(path, name):
     assert found.last > 0.45
 
 
-class Cut(BaseException):
-    """As sudden as a kill."""
-
-
-class Cutting(Checkpoint):
-    """Keeps after every unit of work, and is cut off once."""
-
-    def __init__(self, after):
-        super().__init__(steps=1)
-        self.left = after
-
-    def step(self, name, state):
-        super().step(name, state)
-        self.left -= 1
-        if self.left == 0:
-            raise Cut
-
-
 def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(path, tmp_path):
     config = call(path, "dmc", settings={"stage1.schedule.epochs": 1, "stage2.schedule.epochs": 2})
     whole, archive = run_stream(config), Archive(tmp_path, "run")
     with pytest.raises(Cut):
         run_stream(config, checkpoint=Cutting(8), archive=archive)
-    resumed = run_stream(config, checkpoint=Cutting(-1), archive=archive)
+    resumed = run_stream(config, checkpoint=Cutting(), archive=archive)
     assert resumed.resumed == 1
     assert resumed.accuracy == whole.accuracy
     assert resumed.precision_by_class == whole.precision_by_class
@@ -188,7 +170,7 @@ def test_a_run_that_an_earlier_version_began_has_no_f1(path, tmp_path):
     assert held.record["evaluations"]
     kept = {key: value for key, value in held.parts.items() if key != "decisions"}
     archive.write({key: value for key, value in held.record.items() if key != "label_sets"}, kept)
-    resumed = run_stream(config, checkpoint=Cutting(-1), archive=archive)
+    resumed = run_stream(config, checkpoint=Cutting(), archive=archive)
     assert resumed.last == run_stream(config).last
     assert resumed.macro_f1 is None
     assert resumed.seen_macro_f1 == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cutting import Cut, Cutting
 
 from cairn.cli.app import main
 from cairn.data.loading import Loader
@@ -44,31 +45,13 @@ QUICK = {
 }
 
 
-class Cut(BaseException):
-    """As sudden as a kill, for what runs in one process."""
-
-
-class Cutting(Checkpoint):
-    """Keeps after every unit of work, and is cut off after so many of them."""
-
-    def __init__(self, after: int | None):
-        super().__init__(steps=1)
-        self.left, self.units = after, 0
-
-    def step(self, name, state):
-        super().step(name, state)
-        self.units += 1
-        if self.left is not None and self.units >= self.left:
-            raise Cut
-
-
 def atomic_write(config):
     """Result, learned state and units of work of an untouched run."""
-    states, checkpoint = [], Cutting(None)
+    states, checkpoint = [], Cutting()
     result = run_stream(
         config, learned=lambda learned: states.append(learned.method.state_dict()), checkpoint=checkpoint
     )
-    return result, states[0], checkpoint.units
+    return result, states[0], len(checkpoint.names)
 
 
 def cut_and_gone_on(config, archive, after):

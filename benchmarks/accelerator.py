@@ -4,7 +4,8 @@
 
 The towers are ViT-B/16 of random weights (times do not depend on weights), in float32 and in bfloat16. Passes are of one
 batch that lies on the device, and of as many class texts. A prompt step is one of stage 2 with prompts of all classes (100 in 10
-tasks), its launches the device's kernels. Stage 1 trains LoRA with its usual settings on the same batch. Its
+tasks), its launches the device's kernels; then the same with class texts captured as CUDA graphs (`stage2.cuda_graph`), and how far
+values and gradients are apart, as a share of the largest. Stage 1 trains LoRA with its usual settings on the same batch. Its
 share of the peak is the arithmetic of its products (counted, attention included, forward and backward) per second, over that
 of one large product in the same precision, measured by turns with it.
 
@@ -15,12 +16,15 @@ Draws are those of an epoch of stage 2, unit rows of full covariances on the dev
 of copied random numbers.
 
 DMC-OT is a whole run with its evaluations, in bfloat16, over images of noise, 32 x 32, that lie in memory and are enlarged
-for the tower. A part lasts until the device is done with it. Waiting is inside the parts that ask for images.
+for the tower; on an accelerator again with class texts captured. A part lasts until the device is done with it. Waiting is inside the
+parts that ask for images.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +41,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cairn.config import with_settings
 from cairn.data.images import Dataset
 from cairn.data.loading import Loader
 from cairn.data.stream import task_stream
@@ -53,7 +58,8 @@ from cairn.towers.catalogue import load_towers
 from cairn.towers.clip import ClipTowers
 from cairn.towers.prompts import Prompts
 from cairn.towers.tuning import ImageEncoder, Lora
-from cairn.training.context import Context
+from cairn.training.capture import captured, difference
+from cairn.training.context import Context, Log
 from cairn.training.seeds import Seeds
 
 SIZES = {
@@ -67,6 +73,9 @@ SIZES = {
 """`tiny` runs on the processor: it is there for the test."""
 
 PRECISIONS = ("float32", "bfloat16")
+told_at_once = Log(keep=lambda event: print(event.get("text", ""), file=sys.stderr))
+"""Why nothing is captured."""
+
 PRODUCTS = 10
 """Large products that are timed at once."""
 
@@ -165,11 +174,16 @@ def tower_speed(
             a @ a
         settled(device)
 
-    encoders, ways, prompted = {}, {}, {}
+    encoders, ways, prompted, apart = {}, {}, {}, {}
     for precision in PRECISIONS:
         texts = grown(towers[precision], Prompts(init=None), classes, min(classes, 10))
         prompted[precision] = step = text_step(towers[precision], texts, classes, batch)
         ways[precision, "prompts"] = lambda step=step: repeated(step)
+        graphs = captured(texts, texts.trainable(), told_at_once)
+        if graphs is not texts:
+            apart[precision] = difference(texts, graphs, texts.trainable())
+            graphed = text_step(towers[precision], texts, classes, batch, current=graphs)
+            ways[precision, "captured"] = lambda step=graphed: repeated(step)
         encoders[precision] = encoder = ImageEncoder(towers[precision], stage.tuning, rng)
         a = torch.randn(product, product, generator=rng).to(device, getattr(torch, precision))
         ways[precision, "stage 1"] = lambda encoder=encoder: trained(encoder)
@@ -195,12 +209,15 @@ def tower_speed(
                 "prompt_classes": classes,
                 "prompt_step_seconds": found[precision, "prompts"].seconds / steps,
                 "prompt_launches": launches(prompted[precision], device),
+                "captured_step_seconds": found[precision, "captured"].seconds / steps if precision in apart else None,
+                "captured_difference": apart.get(precision),
                 **{
                     f"{what}_per_second": batch * steps / found[precision, what].seconds for what in ("images", "texts")
                 },
                 "all_seconds": {
                     what: found[precision, what].all_seconds
-                    for what in ("stage 1", "images", "texts", "product", "prompts")
+                    for what in ("stage 1", "images", "texts", "product", "prompts", "captured")
+                    if (precision, what) in found
                 },
             }
         )
@@ -297,12 +314,15 @@ def drawing(device: torch.device, *, classes: int, per_class: int, repeats: int)
     }
 
 
-def whole_run(towers: ClipTowers, device: torch.device, *, images: int, classes: int, tasks: int) -> dict[str, Any]:
+def whole_run(
+    towers: ClipTowers, device: torch.device, *, images: int, classes: int, tasks: int, cuda_graph: bool = False
+) -> dict[str, Any]:
     train, test = RandomImages(images, classes, seed=0), RandomImages(images // 5, classes, seed=1)
     names = tuple(f"class {c}" for c in range(classes))
     stream = task_stream(Dataset("noise", names, train, test, ("a photo of a {}.",)), step=classes // tasks)
     entry = METHODS["dmc-ot"]
-    method = entry.build(towers, entry.default_config(towers), seed=1)
+    config = with_settings(entry.default_config(towers), [f"stage2.cuda_graph={json.dumps(cuda_graph)}"])
+    method = entry.build(towers, config, seed=1)
     evaluator = Evaluator(stream, towers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -352,7 +372,19 @@ def measured(
         "continued": [continued(own, used, batch=batch, repeats=repeats) for own in towers.values()],
         "draws": drawing(used, classes=prompted, per_class=batch, repeats=repeats),
         "run": whole_run(towers["bfloat16"], used, images=images, classes=classes, tasks=tasks),
+        "captured_run": whole_run(
+            towers["bfloat16"], used, images=images, classes=classes, tasks=tasks, cuda_graph=True
+        )
+        if used.type == "cuda"
+        else None,
     }
+
+
+def captured_cell(one: dict[str, Any]) -> str:
+    """Empty where no graph was captured."""
+    if one.get("captured_step_seconds") is None:
+        return ""
+    return f"{seconds_cell(one['captured_step_seconds'])}, {one['captured_difference']:.0e} apart"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -370,12 +402,13 @@ def table(report: dict[str, Any]) -> str:
     if "prompt_launches" in report["towers"][0]:  # reports before they were counted have none
         lines += [
             "",
-            "| precision | launches, a step of stage 1 | launches, a prompt step | a prompt step |",
-            "|---|---|---|---|",
+            "| precision | launches, a step of stage 1 | launches, a prompt step | a prompt step | its texts captured |",
+            "|---|---|---|---|---|",
         ]
         for one in report["towers"]:
             cells = [one["precision"], f"{one['stage1_launches']:,}", f"{one['prompt_launches']:,}"]
             cells.append(f"{seconds_cell(one['prompt_step_seconds'])}, {one['prompt_classes']} classes")
+            cells.append(captured_cell(one))
             lines.append(f"| {' | '.join(cells)} |")
     for one in report.get("continued", []):
         spent = {way: seconds_cell(seconds) for way, seconds in one["seconds"].items()}
@@ -404,6 +437,9 @@ def table(report: dict[str, Any]) -> str:
     ]
     for part, took in sorted(run["parts"].items(), key=lambda item: -item[1]):
         lines.append(f"| {part} | {seconds_cell(took)} | {100 * took / run['seconds']:.0f} % |")
+    if other := report.get("captured_run"):
+        stage2 = seconds_cell(other["parts"]["stage 2"])
+        lines += ["", f"With class texts captured {seconds_cell(other['seconds'])}, of which stage 2 {stage2}."]
     return "\n".join([*lines, "", machine_line(report)])
 
 

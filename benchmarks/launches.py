@@ -39,16 +39,22 @@ def grown(towers: ClipTowers, choice: Prompts | Residual, classes: int, tasks: i
     return texts
 
 
-def text_step(towers: ClipTowers, texts: FixedTexts | SoftPrompts, classes: int, batch: int) -> Callable[[], None]:
-    """One step of stage 2 on a batch that lies on the device."""
+def text_step(
+    towers: ClipTowers,
+    texts: FixedTexts | SoftPrompts,
+    classes: int,
+    batch: int,
+    current: Callable[[], Tensor] | None = None,
+) -> Callable[[], None]:
+    """One step of stage 2 on a batch that lies on the device; `current` gives the class texts in place of `texts` itself."""
     rng = torch.Generator().manual_seed(0)
     z, y = unit(torch.randn(batch, towers.dim, generator=rng)).to(towers.device), torch.arange(batch) % classes
     y, parameters = y.to(towers.device), texts.trainable()
-    optimiser = Schedule(lr=1e-3).optimiser(parameters)
+    optimiser, current = Schedule(lr=1e-3).optimiser(parameters), current or texts
 
     def step() -> None:
         optimiser.zero_grad()
-        class_cross_entropy(z, texts(), y, towers.logit_scale).backward()
+        class_cross_entropy(z, current(), y, towers.logit_scale).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
 

@@ -185,9 +185,8 @@ class CalFuse(NamesClasses):
 
         if seen > 1:
             trained = [W] if isinstance(config.calibration, Fixed) else [W, logit]
-            batches = ReplayBatches(
-                x, y, GaussianMemory(self.towers.dim), batch=config.schedule.batch, real_share=None
-            )  # of the task's images alone
+            nothing = GaussianMemory(self.towers.dim)  # of the task's images alone
+            batches = ReplayBatches(x, y, nothing, batch=config.schedule.batch, real_share=None, device=device)
             fit(loss, trained, batches, config.schedule, ctx)
         self.shares = shares().detach().cpu()
         self.W = self._fused(W.detach().cpu()) if k else W.detach().cpu()

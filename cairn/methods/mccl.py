@@ -54,7 +54,7 @@ from cairn.maths.consistency import (
 )
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, kept_bytes
 from cairn.methods.parts.projector import Projector, UnitLength
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, CosineScoring, GaussianScoring, LearnsUnlabelled, NamesClasses
@@ -141,7 +141,7 @@ class MCCL(CosineScoring, GaussianScoring[GaussianMemory], LearnsUnlabelled, Nam
         ),
         trains="encoder, class vectors",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, d),
         needs="images, of which some may have no label; texts that the towers can tell apart",
         passes="one per image, three per unlabelled one",
         text=True,
@@ -165,7 +165,7 @@ class MCCL(CosineScoring, GaussianScoring[GaussianMemory], LearnsUnlabelled, Nam
         x, y = encode(loader, lambda z, _: unit(z), ctx, "X", embed=self.embed)
         views, hidden = self._views(task, ctx), len(task.unlabelled or ())
         residuals = nn.Parameter(self.residuals.to(self.towers.device))
-        batches = _Batches(x, y, views, hidden, self.memory, config)
+        batches = _Batches(x, y, views, hidden, self.memory, config, residuals.device)
         among = y.unique() if config.among == "task" else torch.arange(len(self.anchors))
         fit(self._loss(residuals, among), [self.projector.current, residuals], batches, config.schedule, ctx)
         self.memory.tell_repairs(ctx.log)
@@ -278,7 +278,7 @@ class MCCL(CosineScoring, GaussianScoring[GaussianMemory], LearnsUnlabelled, Nam
 class _Batches:
     """Labelled rows, and unit draws of old classes so that each class has the same share; beside them unlabelled rows in three of
     their views, and the random numbers of the loss. An epoch shows all rows of whichever are more, the others again and again; it
-    has as many steps where the `hidden` ones, as many as there are, are not learned from."""
+    has as many steps where the `hidden` ones, as many as there are, are not learned from. Rows lie and draws are made on `device`."""
 
     def __init__(
         self,
@@ -288,8 +288,10 @@ class _Batches:
         hidden: int,
         old: GaussianMemory,
         config: MCCLConfig,
+        device: torch.device,
     ):
-        self.x, self.y, self.views, self.old = x, y, views, old
+        self.x, self.y, self.views = (rows.to(device) for rows in (x, y, views))
+        self.old, self.device = old, device
         self.epochs_in_all, batch = config.schedule.epochs, config.schedule.batch
         present = len(y.unique())
         share = present / (present + old.classes)
@@ -309,12 +311,13 @@ class _Batches:
 
     def _epoch(self, rng: torch.Generator, epoch: int) -> Iterator[tuple[Inputs, Tensor]]:
         steps, (u, v, d) = len(self), self.views.shape
-        rows, beside = _again(len(self.x), steps * self.real, rng), _again(u, steps * self.beside, rng)
+        numbers = _again(len(self.x), steps * self.real, rng), _again(u, steps * self.beside, rng)
+        rows, beside = (order.to(self.device) for order in numbers)
         old, names = self.x[:0], self.y[:0]
         if self.drawn:
-            old, names = self.old.draw(-(-steps * self.drawn // self.old.classes), rng)
-            mixed = torch.randperm(len(names), generator=rng)
-            old, names = unit(old[mixed]), names[mixed]
+            (old,), names = self.old.draws(-(-steps * self.drawn // self.old.classes), [rng], device=self.device)
+            mixed = torch.randperm(len(names), generator=rng).to(self.device)
+            old, names = unit(old[mixed]), names.to(self.device)[mixed]
         for step in range(steps):
             i, j = rows[step * self.real :][: self.real], beside[step * self.beside :][: self.beside]
             drawn = slice(step * self.drawn, (step + 1) * self.drawn)

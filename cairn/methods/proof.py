@@ -152,7 +152,9 @@ class PROOF(NamesClasses):
 
         # The task's images and the exemplars of all others, as one set [P].
         rows, labels = torch.cat([x, self.exemplars.rows]), torch.cat([y, self.exemplars.labels])
-        batches = ReplayBatches(rows, labels, GaussianMemory(d), batch=config.schedule.batch, real_share=None)
+        batches = ReplayBatches(
+            rows, labels, GaussianMemory(d), batch=config.schedule.batch, real_share=None, device=self.device
+        )
         fit(loss, trained, batches, config.schedule, ctx.logged_at(stage=1))
         self.prompts = torch.cat([self.prompts, prompts.detach().cpu()])
         self.exemplars = self.exemplars.add(x, y, self.means.means, config.exemplars)

@@ -34,7 +34,7 @@ from cairn.maths.fusion import fused
 from cairn.maths.losses import class_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, kept_bytes
 from cairn.memory.replay import ReplayBatches
 from cairn.methods.parts.stages import class_anchors, renamed_anchors
 from cairn.methods.protocol import FROZEN, Card, GaussianScoring, NamesClasses
@@ -105,7 +105,7 @@ class RAPF(GaussianScoring[GaussianMemory], NamesClasses):
         ),
         trains="adapter",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, d),
         needs="images; texts that the towers can tell apart",
         passes="one per image, can be cached",
         text=True,
@@ -147,7 +147,11 @@ class RAPF(GaussianScoring[GaussianMemory], NamesClasses):
             return value + config.separation * hinge(z[drawn], T, y[drawn], rival, config.margin, config.hinge)
 
         batches = ReplayBatches(
-            x, y, old, batch=config.schedule.batch, real_share=config.real_share, sphere=config.unit_features
+            *(x, y, old),
+            batch=config.schedule.batch,
+            real_share=config.real_share,
+            sphere=config.unit_features,
+            device=device,
         )
         pairs = near.nonzero() if config.pair_draws and config.separation else near.nonzero()[:0]
         batches = _WithPairs(batches, old, pairs.cpu(), config.pair_draws or 0, config.pairs, self.on_sphere)
@@ -237,19 +241,19 @@ class _WithPairs:
 
     def _epoch(self, source: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, (x, y) in enumerate(source, start=start):
-            labels = torch.stack([y, torch.full_like(y, -1)], 1)
+            device, labels = x.device, torch.stack([y, torch.full_like(y, -1)], 1)
             if len(self.pairs):
                 number = min(self.most, len(self.pairs))
                 turn = (torch.arange(number) + step * number) % len(self.pairs)
                 pairs = self.pairs[turn]
                 classes, which = pairs[:, 0].unique(return_inverse=True)
                 sizes = which.bincount()
-                drawn, _ = self.old.draw(
-                    self.draws * int(sizes.max()), torch.Generator().manual_seed(seed + step), classes.tolist()
-                )
+                rng = torch.Generator().manual_seed(seed + step)
+                (drawn,), _ = self.old.draws(self.draws * int(sizes.max()), [rng], classes.tolist(), device)
                 # Pair i takes the next rows of its class that no pair before it took
                 place = torch.stack([(which[:i] == c).sum() for i, c in enumerate(which)])
-                rows = drawn.view(len(classes), -1, self.draws, drawn.shape[1])[which, place].flatten(0, 1)
+                own = drawn.view(len(classes), -1, self.draws, drawn.shape[1])
+                rows = own[which.to(device), place.to(device)].flatten(0, 1)
                 x = torch.cat([x, self.memory_rows(rows)])
-                labels = torch.cat([labels, pairs.repeat_interleave(self.draws, 0)])
+                labels = torch.cat([labels, pairs.repeat_interleave(self.draws, 0).to(labels.device)])
             yield x, labels

@@ -252,6 +252,7 @@ class RECO(NamesClasses):
                 GaussianMemory(self.towers.dim),
                 batch=config.schedule.batch,
                 real_share=None,
+                device=self.device,
             )
             fit(loss, list(self.layers.parameters()), batches, config.schedule, ctx.logged_at(stage=1))
 

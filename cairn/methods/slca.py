@@ -35,7 +35,7 @@ from cairn.data.task import Task
 from cairn.maths.losses import normalised_cross_entropy
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, kept_bytes
 from cairn.memory.protocol import ClassMemory
 from cairn.methods.parts.stages import behind_trunk, competing
 from cairn.methods.protocol import Card, GaussianScoring, TunesImageTower
@@ -113,7 +113,7 @@ class SLCA(GaussianScoring[GaussianMemory], TunesImageTower):
         ),
         trains="vision, then head",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, d),
         passes="one per image and epoch, with gradients, and one more",
         moves=True,
         older={"stage2": {"normalise": "all", "shrink": 0.0}},
@@ -192,7 +192,7 @@ class SLCA(GaussianScoring[GaussianMemory], TunesImageTower):
             groups = self.tasks if stage2.normalise == "tasks" else None
             return normalised_cross_entropy(H, y.to(rows.device), stage2.temperature, groups)
 
-        draws = _Draws(self.memory, self._shrunk(stage2.shrink), stage2.per_class, stage2.schedule.batch)
+        draws = _Draws(self.memory, self._shrunk(stage2.shrink), stage2.per_class, stage2.schedule.batch, rows.device)
         fit(alignment_loss, [rows], draws, stage2.schedule, ctx.at(stage=2))
         self.memory.tell_repairs(ctx.log)
         self.head = rows.detach().cpu()
@@ -232,10 +232,13 @@ def _logits(z: Float[Tensor, "n d"], rows: Float[Tensor, "k e"]) -> Float[Tensor
 
 
 class _Draws:
-    """An epoch is `per_class` draws of every class, less what `shrunk` has for it, on the unit sphere and mixed."""
+    """An epoch is `per_class` draws of every class, made on `device`, less what `shrunk` has for it, on the unit sphere and mixed."""
 
-    def __init__(self, memory: ClassMemory, shrunk: Float[Tensor, "k d"], per_class: int, batch: int):
-        self.memory, self.shrunk, self.per_class, self.batch = memory, shrunk, per_class, batch
+    def __init__(
+        self, memory: ClassMemory, shrunk: Float[Tensor, "k d"], per_class: int, batch: int, device: torch.device
+    ):
+        self.memory, self.per_class, self.batch, self.device = memory, per_class, batch, device
+        self.shrunk = shrunk.to(device)
 
     def __len__(self) -> int:
         return -(-self.per_class * self.memory.classes // self.batch)
@@ -247,7 +250,8 @@ class _Draws:
         return (islice(self._epoch(rng), 0 if i else skip, None) for i, rng in enumerate(rngs))
 
     def _epoch(self, rng: torch.Generator) -> Iterator[tuple[Features, Int[Tensor, " n"]]]:
-        z, y = self.memory.draw(self.per_class, rng)
+        (z,), y = self.memory.draws(self.per_class, [rng], device=self.device)
+        y = y.to(self.device)
         z = z - self.shrunk[y]
-        for rows in torch.randperm(len(y), generator=rng).split(self.batch):
+        for rows in torch.randperm(len(y), generator=rng).to(self.device).split(self.batch):
             yield unit(z[rows]), y[rows]

@@ -36,7 +36,7 @@ from cairn.maths.alignment import aligned, local_features, local_scores, padded_
 from cairn.maths.losses import mean_squared_distance
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
-from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, kept_bytes
 from cairn.methods.parts.described import sentences_of
 from cairn.methods.parts.prior import PriorWeight
 from cairn.methods.parts.projector import Projectors, UnitLength
@@ -139,7 +139,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
         ),
         trains="projectors",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(2 * d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, 2 * d),
         needs="images; descriptions help if the towers can read them",
         passes="one per image, can be cached",
         text=True,
@@ -429,7 +429,7 @@ class SPA(CosineScoring, GaussianScoring[GaussianMemory], PatchReasons, Describe
 
 
 class _Batches:
-    """Real rows with the plan's scores, and pseudo-features of old classes, which have no patches: scores 0."""
+    """Real rows with the plan's scores, and pseudo-features of old classes, made where those lie, which have no patches: scores 0."""
 
     def __init__(
         self,
@@ -454,10 +454,10 @@ class _Batches:
         return (islice(self._epoch(rng), 0 if i else skip, None) for i, rng in enumerate(rngs))
 
     def _epoch(self, rng: torch.Generator) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        for rows in torch.randperm(len(self.x), generator=rng).split(self.batch):
+        for rows in torch.randperm(len(self.x), generator=rng).to(self.x.device).split(self.batch):
             x, S, y = self.x[rows], self.S[rows], self.y[rows]
             if self.per_class and self.old.classes:
-                drawn, names = self.old.draw(self.per_class, rng)
-                x, y = torch.cat([x, self.on_sphere(drawn).to(x.device)]), torch.cat([y, names.to(y.device)])
+                (drawn,), names = self.old.draws(self.per_class, [rng], device=x.device)
+                x, y = torch.cat([x, self.on_sphere(drawn)]), torch.cat([y, names.to(y.device)])
                 S = torch.cat([S, S.new_zeros(len(names), S.shape[1])])
             yield (x, S), y

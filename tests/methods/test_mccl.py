@@ -235,7 +235,8 @@ def test_without_unlabelled_images_it_learns_from_labelled_ones_in_as_many_steps
     off, without = learned(task, "unlabelled=false"), learned(replace(task, unlabelled=None))
     assert off["memory.counts"].tolist() == without["memory.counts"].tolist() == np.bincount(task.train.labels).tolist()
     x, y = torch.ones(9, 4), torch.zeros(9, dtype=torch.int64)
-    batches = mccl._Batches(x, y, torch.zeros(0, 3, 4), 100, build(flat).memory, build(flat).config)
+    method = build(flat)
+    batches = mccl._Batches(x, y, torch.zeros(0, 3, 4), 100, method.memory, method.config, x.device)
     (epoch,) = batches.epochs([torch.Generator()])
     assert [(len(inputs.x), len(inputs.w)) for inputs, _ in epoch] == [(16, 0)] * 4  # 100 in steps of 2 x 16
     assert steps == [3, 3]

@@ -167,7 +167,7 @@ def test_an_epoch_of_draws_is_balanced_mixed_and_can_be_taken_up(flat, stream):
     method = build(flat, "stage2.schedule.epochs=0")
     for task in stream.tasks:
         method.learn(task, Context(Seeds(1)))
-    draws = _Draws(method.memory, torch.zeros(6, 16), per_class=7, batch=10)
+    draws = _Draws(method.memory, torch.zeros(6, 16), per_class=7, batch=10, device=torch.device("cpu"))
 
     def epochs(skip):
         rngs = [torch.Generator().manual_seed(seed) for seed in (3, 4)]

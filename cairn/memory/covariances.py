@@ -220,7 +220,32 @@ class LowRank(Given):
         return shrinkage.scales(self.trace(held, d), square, n, d)
 
 
-Covariance: TypeAlias = Annotated[Full | LowRank | Diagonal | Shared, Field(discriminator="kind")]
+class Auto(Given):
+    """Full while its factors are few (`CACHE_BYTES` of gaussians.py: 1,024 classes of 512 numbers), low rank from there on.
+
+    Going over, S keeps its leading eigenpairs and its variances: S = V diag(l) V^T, U and lam are the `rank` largest of them.
+    """
+
+    kind: Literal["auto"] = Field(default="auto", description="full, and low_rank where classes are very many")
+    rank: int = Field(default=32, ge=1, description="directions kept per class once they are (at most the width)")
+    pooled: ClassVar[bool] = False
+
+    @property
+    def low_rank(self) -> LowRank:
+        return LowRank(rank=self.rank)
+
+    def lowered(self, held: Held, d: int) -> Held:
+        """A full covariance, written as one of low rank."""
+        values, vectors = torch.linalg.eigh(_unpacked(held["lower"], d))
+        B = vectors * values.clamp_min(0).sqrt()
+        return self.low_rank._decomposed(B, held["lower"].new_zeros(d))
+
+
+Kind: TypeAlias = Full | LowRank | Diagonal | Shared
+"""What is stored."""
+
+Covariance: TypeAlias = Annotated[Auto | Full | LowRank | Diagonal | Shared, Field(discriminator="kind")]
+"""What is asked for."""
 
 
 def parts(k: int, size: int) -> list[int]:

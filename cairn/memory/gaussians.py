@@ -23,7 +23,7 @@ from cairn.errors import DataError, NotFinite, ResultError, counted
 from cairn.maths.gaussian import AffineMap
 from cairn.maths.rows import without
 from cairn.maths.shrinkage import Oas, Ridge, Shrinkage
-from cairn.memory.covariances import Covariance, Full, Held, KeptFactors, LowRank, in_turn, parts
+from cairn.memory.covariances import Auto, Covariance, Full, Held, KeptFactors, Kind, LowRank, in_turn, parts
 from cairn.memory.protocol import rows_by_class
 from cairn.settings import Settings, kind_by_name
 from cairn.types import Features, Labels
@@ -55,8 +55,9 @@ class GaussianSettings(Settings):
     """How a method keeps Gaussians."""
 
     covariance: Covariance = Field(
-        default=Full(),
-        description="what is kept of a class: full, low_rank, diagonal or shared [I; SLCA and RAPF, P: full]",
+        default=Auto(),
+        description="what is kept of a class: full, low_rank, diagonal, shared, or auto: full, low_rank where they are very many "
+        "[I; SLCA and RAPF, P: full]",
     )
     shrinkage: Shrinkage = Field(
         default=Oas(), description="how a covariance of few images is made usable: oas or ridge [I]"
@@ -74,9 +75,24 @@ def full_bytes(d: int) -> int:
     return 2 * d * (d + 1) + 4 * d + 8
 
 
+def low_rank_bytes(d: int, kind: LowRank) -> int:
+    """The same with one of low rank."""
+    return 4 * (d + sum(math.prod(shape) for shape in kind.shapes(d).values())) + 8
+
+
+def kept_bytes(k: int, d: int) -> int:
+    """Of k classes, by default."""
+    return k * (low_rank_bytes(d, Auto().low_rank) if too_many(k, d) else full_bytes(d))
+
+
 def too_many(k: int, d: int) -> bool:
     """Whether factors of k full covariances are more than CACHE_BYTES."""
-    return 4 * k * d**2 > CACHE_BYTES
+    return k >= first_too_many(d)
+
+
+def first_too_many(d: int) -> int:
+    """The smallest such k."""
+    return CACHE_BYTES // (4 * d**2) + 1
 
 
 class _Stored(NamedTuple):
@@ -102,37 +118,63 @@ class GaussianMemory:
     """
 
     def __init__(self, dim: int, covariance: Covariance | None = None, shrinkage: Shrinkage | None = None):
-        kind = Full() if covariance is None else covariance
+        asked = Full() if covariance is None else covariance
+        kind = Full() if isinstance(asked, Auto) else asked
         rows = 1 if kind.pooled else 0
         held = {name: torch.zeros(rows, *shape) for name, shape in kind.shapes(dim).items()}
-        self._set(dim, kind, shrinkage or Oas(), _Stored(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dim), held))
+        stored = _Stored(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dim), held)
+        self._set(dim, asked, kind, shrinkage or Oas(), stored)
 
-    def _set(self, dim: int, kind: Covariance, shrinkage: Shrinkage, stored: _Stored) -> None:
-        self._dim, self._kind, self._shrinkage, self._stored = dim, kind, shrinkage, stored
+    def _set(self, dim: int, asked: Covariance, kind: Kind, shrinkage: Shrinkage, stored: _Stored) -> None:
+        self._dim, self._asked, self._kind, self._shrinkage, self._stored = dim, asked, kind, shrinkage, stored
         self._factors = KeptFactors()
         self.repaired: dict[int, float] = {}
         """Covariances drawn from that were singular, and what was added to their diagonal, as a share of its average."""
 
-    def _with(self, stored: _Stored) -> GaussianMemory:
+    def _with(self, stored: _Stored, kind: Kind | None = None) -> GaussianMemory:
         other = object.__new__(type(self))
-        other._set(self._dim, self._kind, self._shrinkage, stored)
+        other._set(self._dim, self._asked, kind or self._kind, self._shrinkage, stored)
         return other
+
+    def _ready_for(self, k: int) -> GaussianMemory:
+        """This memory, or where it is `auto` and k classes are too many for full covariances, the same of low rank."""
+        if not (isinstance(self._asked, Auto) and isinstance(self._kind, Full) and too_many(k, self._dim)):
+            return self
+        other = self._as(self._asked.low_rank)
+        for c in range(self.classes):
+            other._place(other._stored, c, self._asked.lowered(_row_of(self._stored, c), self._dim), f"class {c}")
+        return other
+
+    def _as(self, kind: Kind) -> GaussianMemory:
+        """The same classes with covariances of this kind, all 0."""
+        held = {name: torch.zeros(self.classes, *shape) for name, shape in kind.shapes(self._dim).items()}
+        return self._with(self._stored._replace(held=held), kind)
 
     def foreseen(self, classes: int) -> str | None:
         """What so many classes will take, where they are too many for full covariances; else None."""
         if not isinstance(self._kind, Full) or not too_many(classes, self._dim):
             return None
-        small, d = LowRank(), self._dim
-        low_rank = 4 * (d + sum(math.prod(shape) for shape in small.shapes(d).values())) + 8
+        d, auto = self._dim, isinstance(self._asked, Auto)
+        small = self._asked.low_rank if isinstance(self._asked, Auto) else LowRank()
+        full, low_rank = (f"{classes * each / 1e9:.2f} GB" for each in (full_bytes(d), low_rank_bytes(d, small)))
+        if auto:
+            return (
+                f"{classes:,} classes, {d} numbers wide, are too many for full covariances ({full}): from {first_too_many(d):,} "
+                f"on they are kept as low_rank of rank {small.rank} ({low_rank}); covariance=full keeps them all"
+            )
         return (
-            f"full covariances of {classes:,} classes, {d} numbers wide, will take {classes * full_bytes(d) / 1e9:.2f} GB, and as "
-            f"much again while a task is learned; covariances of kind low_rank (rank {small.rank}) {classes * low_rank / 1e9:.2f} GB"
+            f"full covariances of {classes:,} classes, {d} numbers wide, will take {full}, and as much again while a task is "
+            f"learned; covariances of kind low_rank (rank {small.rank}) {low_rank}"
         )
 
     def tell_repairs(self, log: Callable[..., object]) -> None:
         """A warning, if covariances that were drawn from had to be repaired; a notice, if draws were made in half precision."""
         if self.halves_factors:
             log("notice", text=f"factors of {self.classes} full covariances are drawn with in half precision")
+        if isinstance(self._asked, Auto) and isinstance(self._kind, LowRank):
+            log(
+                "notice", text=f"covariances of {self.classes:,} classes are kept as low_rank of rank {self._kind.rank}"
+            )
         if self.repaired:
             log(
                 "warning",
@@ -147,8 +189,8 @@ class GaussianMemory:
         return self._dim
 
     @property
-    def kind(self) -> Covariance:
-        """What is stored of a covariance: the `covariance` this memory was made with."""
+    def kind(self) -> Kind:
+        """What is stored of a covariance: the `covariance` this memory was made with, or what `auto` has come to."""
         return self._kind
 
     @property
@@ -195,14 +237,14 @@ class GaussianMemory:
             return NotImplemented
         mine, theirs = self.state_dict(), other.state_dict()
         return (
-            (self._dim, self._kind, self._shrinkage) == (other._dim, other._kind, other._shrinkage)
+            (self._dim, self._asked, self._shrinkage) == (other._dim, other._asked, other._shrinkage)
             and mine.keys() == theirs.keys()
             and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
         )
 
     def __repr__(self) -> str:
         return (
-            f"GaussianMemory(dim={self._dim}, covariance={self._kind!r}, shrinkage={self._shrinkage!r}, "
+            f"GaussianMemory(dim={self._dim}, covariance={self._asked!r}, shrinkage={self._shrinkage!r}, "
             f"classes={self.classes}, bytes={self.bytes})"
         )
 
@@ -221,7 +263,10 @@ class GaussianMemory:
         a feature, or a statistic in float32, is not finite.
         """
         arrived = rows_by_class(features, labels, self._dim, self.classes)
-        stored = self._room_for(max([self.classes, *(c + 1 for c in arrived)]))
+        classes = max([self.classes, *(c + 1 for c in arrived)])
+        if (ready := self._ready_for(classes)) is not self:
+            return ready.add(features, labels)
+        stored = self._room_for(classes)
         weights = self._weights(stored.counts).tolist()
         for c, index in arrived.items():
             x = features.detach()[index.to(features.device)].to("cpu", torch.float64)
@@ -400,7 +445,7 @@ class GaussianMemory:
 
     def restored(self, state: dict[str, Tensor]) -> GaussianMemory:
         """The memory whose `state_dict` this is, with the settings of this one. Raises ResultError if it does not fit."""
-        return self.from_state(state, self._kind, self._shrinkage)
+        return self.from_state(state, self._asked, self._shrinkage)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], covariance: Covariance, shrinkage: Shrinkage) -> GaussianMemory:
@@ -414,6 +459,8 @@ class GaussianMemory:
             raise ResultError(f"memory state with {sorted(state)}: 'means' (k x d) is missing")
         k, dim = state["means"].shape
         memory = cls(dim, covariance, shrinkage)
+        if isinstance(covariance, Auto) and "U" in state:
+            memory = memory._as(covariance.low_rank)
         expected = memory._room_for(k)
         wanted = {"counts": expected.counts, "means": expected.means, **expected.held}
         if state.keys() != wanted.keys():
@@ -525,7 +572,7 @@ class GaussianMemory:
         return pooled, total
 
 
-def _blank(kind: Covariance, d: int) -> Held:
+def _blank(kind: Kind, d: int) -> Held:
     return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in kind.shapes(d).items()}
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from cairn.data.loading import Loader
 from cairn.data.task import Task
 from cairn.maths.losses import class_cross_entropy
-from cairn.memory.gaussians import GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianSettings, kept_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision, behind_trunk
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
@@ -58,7 +58,7 @@ class DMC(TwoStageState):
         ),
         trains="vision, then text",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, d),
         needs="images; texts help",
         passes="one per image and epoch, with gradients, and one more",
         text=True,

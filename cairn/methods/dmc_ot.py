@@ -24,7 +24,7 @@ from cairn.data.task import Task
 from cairn.errors import ConfigError
 from cairn.maths.drift import AnyDrift, Guarded, LocalPairedMap, MeanShift
 from cairn.maths.losses import class_cross_entropy, mean_squared_cosine
-from cairn.memory.gaussians import GaussianMemory, GaussianSettings, full_bytes
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, kept_bytes
 from cairn.methods.parts.stages import TextStage, VisionStage, align_text, align_vision, behind_trunk
 from cairn.methods.parts.two_stage import TwoStageState
 from cairn.methods.protocol import Card
@@ -113,7 +113,7 @@ class DMCOT(TwoStageState):
         ),
         trains="vision, then text",
         keeps="gaussians",
-        bytes=lambda k, d, n, i, w: k * full_bytes(d),
+        bytes=lambda k, d, n, i, w: kept_bytes(k, d),
         needs="images; texts help",
         passes="one per image and epoch, with gradients, one before and one after",
         text=True,

@@ -74,7 +74,7 @@ class LDA(GaussianScoring[GaussianMemory], KeepsSums, LearnsOnline, ScoresAsModu
 
     @property
     def trained(self) -> str | None:
-        low = isinstance(self.config.covariance, LowRank)
+        low = isinstance(self.memory.kind, LowRank)
         return "covariance low_rank keeps leading directions alone" if low else None
 
     def unlearn(self, features: Features, labels: Labels) -> None:

@@ -10,8 +10,8 @@ from cairn.errors import DataError, NotFinite, ResultError
 from cairn.maths.gaussian import AffineMap, cholesky_repaired, merged, moments
 from cairn.maths.shrinkage import Oas, Ridge, oas, oas_diagonal, ridge
 from cairn.memory import gaussians
-from cairn.memory.covariances import Covariance, Diagonal, Full, LowRank, Shared
-from cairn.memory.gaussians import GaussianMemory
+from cairn.memory.covariances import Auto, Covariance, Diagonal, Full, LowRank, Shared
+from cairn.memory.gaussians import GaussianMemory, GaussianSettings, first_too_many, kept_bytes, too_many
 from cairn.memory.protocol import ClassMemory
 
 RAW = Ridge(eps=0)
@@ -688,3 +688,84 @@ def test_a_singular_covariance_is_repaired_and_told():
     sound = GaussianMemory(8).add(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(5).long())
     sound.draw(4, torch.Generator().manual_seed(0))
     assert sound.repaired == {}
+
+
+# --- Full as long as classes are not too many
+
+
+@pytest.fixture
+def four_are_too_many(monkeypatch):
+    """Full covariances 6 wide."""
+    monkeypatch.setattr(gaussians, "CACHE_BYTES", 4 * 3 * 6**2)
+    assert first_too_many(6) == 4
+    assert [too_many(k, 6) for k in (3, 4)] == [False, True]
+
+
+def by_class(memory: GaussianMemory, x: torch.Tensor, y: torch.Tensor, classes: range) -> GaussianMemory:
+    for c in classes:
+        memory = memory.add(x[y == c], y[y == c])
+    return memory
+
+
+def test_a_memory_of_its_own_choice_is_a_full_one_while_classes_are_few(four_are_too_many):
+    x, y = world((30, 8, 12))
+    auto, full = (GaussianMemory(6, kind).add(x, y) for kind in (Auto(rank=3), Full()))
+    assert auto.kind == Full()
+    assert auto.state_dict().keys() == full.state_dict().keys()
+    assert all(torch.equal(tensor, full.state_dict()[name]) for name, tensor in auto.state_dict().items())
+    assert torch.equal(auto.draw(5, rng())[0], full.draw(5, rng())[0])
+    assert auto != full
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_with_too_many_classes_it_becomes_one_of_low_rank(four_are_too_many, at_once):
+    x, y = world((30, 8, 12, 9, 20, 3))
+    auto, low = (GaussianMemory(6, kind, RAW) for kind in (Auto(rank=3), LowRank(rank=3)))
+    if at_once:
+        auto = auto.add(x, y)
+    else:
+        kinds = []
+        for c in range(6):
+            auto = by_class(auto, x, y, range(c, c + 1))
+            kinds.append(auto.kind.kind)
+        assert kinds == ["full"] * 3 + ["low_rank"] * 3
+    assert_same_statistics(auto, low.add(x, y), 1e-5)
+    for c in range(6):
+        S = moments(x[y == c])[1]
+        torch.testing.assert_close(auto.covariance(c).diagonal(), S.diagonal(), rtol=1e-5, atol=1e-7)
+    assert auto.bytes == low.add(x, y).bytes
+    assert auto.moved(maps_of(6, 6)).kind == auto.without(5).without(4).without(3).kind == LowRank(rank=3)
+
+
+def test_a_memory_of_its_own_choice_is_restored_as_what_it_had_become(four_are_too_many):
+    x, y = world((30, 8, 12, 9, 20, 3))
+    blank = GaussianMemory(6, Auto(rank=3))
+    for classes in (2, 5):
+        memory = by_class(blank, x, y, range(classes))
+        again = blank.restored(load(save(memory.state_dict())))
+        assert again == memory
+        assert again.kind == memory.kind
+        assert by_class(again, x, y, range(classes, 6)) == by_class(memory, x, y, range(classes, 6))
+    with pytest.raises(ResultError, match="'U' is"):
+        GaussianMemory(6, Auto(rank=4)).restored(memory.state_dict())
+
+
+def test_what_it_has_become_is_foreseen_and_told(four_are_too_many):
+    blank = GaussianMemory(6, Auto(rank=3))
+    assert blank.foreseen(3) is None
+    text = blank.foreseen(1_000_000)
+    assert text.startswith("1,000,000 classes, 6 numbers wide, are too many for full covariances (0.12 GB): from 4 on")
+    assert "low_rank of rank 3 (0.14 GB)" in text
+    told: list[str] = []
+    x, y = world((30, 8, 12, 9))
+    for k in (3, 4):
+        by_class(blank, x, y, range(k)).tell_repairs(lambda event, text: told.append(text))
+    assert told == ["covariances of 4 classes are kept as low_rank of rank 3"]
+
+
+@pytest.mark.parametrize(("k", "d"), [(1024, 512), (1025, 512), (456, 768), (256, 1024), (257, 1024)])
+def test_the_bytes_of_many_classes_are_those_that_are_kept_by_default(k, d):
+    kind = Auto().low_rank if too_many(k, d) else Full()
+    held = sum(4 * torch.Size(shape).numel() for shape in kind.shapes(d).values())
+    assert kept_bytes(k, d) == k * (held + 4 * d + 8)
+    assert GaussianSettings().covariance == Auto()

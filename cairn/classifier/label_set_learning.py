@@ -18,7 +18,7 @@ from cairn.classifier.learned import Learned
 from cairn.data.images import LabelSets, Subset, reduced_subset
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
-from cairn.data.names import alike, class_name
+from cairn.data.names import alike, class_name, require_whole
 from cairn.data.task import Task
 from cairn.errors import InvalidInput, UnreadableImages, counted
 from cairn.methods.protocol import LeavesOut, Method
@@ -82,6 +82,7 @@ def intake_of_sets(
         raise InvalidInput("labels: no image has one, so there is nothing to learn; give those that show a class")
     known, classes = learned.numbers(), list(map(str, learned.classes))
     new = [name for name in dict.fromkeys(name for own in named for name in own) if name not in known]
+    require_whole(new)
     numbers = known | {name: len(classes) + i for i, name in enumerate(new)}
     targets = np.zeros((len(items), len(classes) + len(new)), dtype=bool)
     for row, own in enumerate(named):

@@ -20,7 +20,7 @@ from cairn.data.identity import SHOWN
 from cairn.data.images import reduced
 from cairn.data.in_memory import InMemoryImages
 from cairn.data.loading import Loader
-from cairn.data.names import alike, class_name, listed
+from cairn.data.names import alike, class_name, listed, require_whole
 from cairn.data.task import Task
 from cairn.data.templates import prompt_templates
 from cairn.errors import ConfigError, DataError, counted, one_line
@@ -64,6 +64,8 @@ class Mending:
                 "has that name already" if other == c else f"is there already; merge '{self._name(c)}' with it instead"
             )
             raise DataError(f"class '{new}' {called}")
+        if self.learned.sets is not None:
+            require_whole([new])
         others = [str(kept) for i, kept in enumerate(self.learned.classes) if i != c]
         for notice in alike([*others, new], [new]):
             self.log("notice", text=notice)

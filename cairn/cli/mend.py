@@ -132,7 +132,9 @@ def relabel(
     paths, bad_images = files_of([Path(file) for file in files]), checked_bad_image(on_bad_image)
     with _changed(learner, towers, device) as held:
         calls = len(held.history_)
-        several = [own for own in name.split(";") if own.strip()]
+        from cairn.data.names import BETWEEN
+
+        several = [own for own in name.split(BETWEEN) if own.strip()]
         held.relabel(paths, name if held.sets_ is None else several, on_bad_image=bad_images)
     done = "learned as" if len(held.history_) > calls else "known already as"
     Console().note(f"{learner}: {counted(len(paths), 'picture')} {done} '{one_line(name)}'; {_what_is_left(held)}")

@@ -402,10 +402,10 @@ def drift(
     folder = out or Path("runs") / f"drift-{_data_name(data)}"
     own = {"method": "dmc-ot", "step": usual_step(data) if step is None else step}
     config = checked(RunConfig, **of_fields(context, RunConfig) | own | {"settings": merged({}, parsed(set_ or ()))})
+    make_folder(folder)
     with console.live():
         log = Log(keep=console.event, show=console.progress)
         report = drift_report(config, [name.strip() for name in estimators.split(",")], seed_numbers(seeds), log)
-    make_folder(folder)
     write_json(folder / "drift.json", report)
     drift_figure(report, folder / "drift.png")
     console.note(drift_table([report]))

@@ -28,14 +28,13 @@ from cairn.data.folders import TEST_FOLDERS, FolderImages
 from cairn.data.images import Dataset, Images, LabelSets, Subset
 from cairn.data.label_set_tasks import held_out_sets
 from cairn.data.labelled import FILE, LABEL, LABELS, METADATA, first_line, require_cells, require_one
-from cairn.data.names import class_name
+from cairn.data.names import BETWEEN, class_name
 from cairn.data.stream import held_out
 from cairn.data.templates import DEFAULT
 from cairn.errors import DataError, ResultError, one_line
 from cairn.storage.files import parsed_json, read_bytes
 from cairn.storage.schema import validated
 
-BETWEEN = ";"
 ANNOTATIONS = "annotations.json"
 
 JSON_BYTES = 2**30

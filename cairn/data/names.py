@@ -11,6 +11,9 @@ from cairn.errors import DataError, one_line
 SHOWN = 10
 """Names in a message at most."""
 
+BETWEEN = ";"
+"""Stands between the names of a label set."""
+
 
 def packaged(file: str) -> tuple[str, ...]:
     """The lines of a list of names that the package brings, below `names/`."""
@@ -43,6 +46,15 @@ def require_text(names: Iterable[str]) -> None:
     for name in names:
         if problem := text_problem(name):
             raise DataError(f"class '{one_line(name)}': the name {problem}; rename the class")
+
+
+def require_whole(names: Iterable[str]) -> None:
+    """Raises DataError for a class name that is several where names of a label set are written side by side."""
+    for name in names:
+        if BETWEEN in name:
+            raise DataError(
+                f"class '{name}': semicolons stand between the names of a label set; leave them out of names"
+            )
 
 
 def spaced(name: str) -> str:

@@ -24,7 +24,7 @@ from cairn.classifier.record import HistoryEntry
 from cairn.data.folders import decoded_within, reason
 from cairn.data.identity import content_hash
 from cairn.data.in_memory import Reduced
-from cairn.data.names import class_name, require_text
+from cairn.data.names import BETWEEN, class_name, require_text
 from cairn.errors import ConfigError, DataError, Interrupted, ResultError, counted, one_line
 from cairn.experiment.folder import Lock
 from cairn.methods.protocol import DescribedClasses, KeepsSums
@@ -40,9 +40,6 @@ DECODED = 4
 
 EXPLAINED = 3
 """Classes, of the likeliest, whose patches are told."""
-
-BETWEEN = ";"
-"""Names of several classes."""
 
 PAIRS, SHOWN = 5, 20
 """Of classes that are mixed up: pairs that are told, and classes between which the confusions are."""

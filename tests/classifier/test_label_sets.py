@@ -198,6 +198,15 @@ def test_what_has_no_meaning_for_sets_is_refused_in_one_line(scenes, learned):
         learned.predict(test, threshold=2)
 
 
+def test_a_name_that_would_read_as_several_is_refused(scenes, learned):
+    """Where sets are written, semicolons stand between names."""
+    images, labels = scenes[0]
+    with pytest.raises(DataError, match=r"class 'a;b': semicolons stand between the names"):
+        copy.copy(learned).partial_fit(images[:2], [[*labels[0], "a;b"], labels[1]])
+    with pytest.raises(DataError, match=r"class 'a;b': semicolons"):
+        copy.copy(learned).rename(learned.classes_[0], "a;b")
+
+
 def test_labels_that_are_known_are_left_out_and_further_ones_learned(scenes, towers):
     images, sets = scenes[0]
     held = learner(towers).partial_fit(images, sets)

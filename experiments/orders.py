@@ -23,26 +23,29 @@ FIVE, TWO = ("seed:1994", "seed:1995", "seed:1996", "seed:1997"), ("seed:1994", 
 """Orders beside the usual one: embeddings are cheap, images are not."""
 
 NEAREST = ("zero-shot", "lda", "ranpac", "engine")
-FEW = ("simplecil", "dmc", "joint")
-LONG = ("dmc-ot", "joint")
-"""An hour and more for two orders: left in the usual one."""
+LONG = ("finetune", "clipood")
+"""Photographs behind an encoder that moves, left in the usual order."""
+
+
+def others(stream: str, *elsewhere: str) -> tuple[str, ...]:
+    """The rows of a stream but blend and `elsewhere`."""
+    return tuple(row for row in METHOD_ROWS[stream] if row not in ("blend", *elsewhere))
+
+
 RIVALS = {
     "shapes": {TWO: ("ranpac",)},
     "cifar100": {TWO: ("ranpac",)},
-    "cifar100-b50": {TWO: tuple(row for row in METHOD_ROWS["cifar100-b50"] if row not in ("blend", *LONG))},
+    "cifar100-b50": {TWO: others("cifar100-b50", *LONG)},
     "ucf101": {FIVE: ("lda", "ranpac", "engine")},
     "caltech51": {FIVE: (*NEAREST, "dmc")},
-    "caltech51-1": {FIVE: NEAREST, TWO: FEW},
-    "caltech51-2": {FIVE: NEAREST, TWO: FEW},
-    "caltech51-4": {FIVE: NEAREST, TWO: FEW},
-    "caltech51-8": {FIVE: (*NEAREST, "dmc"), TWO: ("simplecil", "joint")},
-    "imagenet150": {
-        FIVE: NEAREST,
-        TWO: tuple(row for row in METHOD_ROWS["imagenet150"] if row not in (*NEAREST, *LONG)),
+    **{
+        f"caltech51-{n}": {FIVE: (*NEAREST, *more), TWO: others(f"caltech51-{n}", *NEAREST, *more)}
+        for n, more in {1: (), 2: (), 4: (), 8: ("dmc",)}.items()
     },
+    "imagenet150": {FIVE: NEAREST, TWO: others("imagenet150", *NEAREST)},
 }
-"""In five orders what comes nearest to blend in some, and zero-shot, where the stream has texts; in three every row of the
-streams of few pictures and of the one that begins with half of the classes, but for those that take LONG."""
+"""In five orders what comes nearest to blend in some, and zero-shot, where the stream has texts; in three every method on the
+streams of few pictures, and nearly every one of that which begins with half of the classes."""
 
 
 def jobs() -> list[tuple[str, str, str, list[str], str]]:

@@ -204,6 +204,9 @@ BASELINES = (
 )
 EXTRA = ("slca-2", "rapf-identity")
 BOUNDS = ("zero-shot", "finetune", "joint")
+EVERY = (*BOUNDS, *BASELINES, "dmc", "dmc-ot", "spa")
+"""The methods of classes that learn task after task, at their own settings."""
+
 TOLD = ("simplecil", "lda", "ranpac", "dmc")
 """Learn from labelled images alone, and with what a teacher tells of the others."""
 
@@ -257,24 +260,13 @@ METHOD_ROWS = {
         *RECO_PARTS,
         "fm-lora",
     ],
-    "caltech51": [*BOUNDS, *BASELINES, "rapf-identity", "dmc", "dmc-ot", "spa", *CALFUSE_PARTS, *RECO_PARTS],
-    "imagenet150": [
-        "zero-shot",
-        "simplecil",
-        "lda",
-        "acil",
-        "ranpac",
-        "rapf",
-        "rapf-identity",
-        "calfuse",
-        "calfuse-adapter",
-        "engine",
-        "dmc",
-        "dmc-ot",
-        "spa",
-        "joint",
+    "caltech51": [*EVERY, "rapf-identity", *CALFUSE_PARTS, *RECO_PARTS],
+    **{f"caltech51-{n}": [*EVERY] for n in (1, 2, 4, 8)},
+    "imagenet150": [*EVERY, "rapf-identity", "calfuse-adapter"],
+    "cifar100-b50": [
+        *("zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"),
+        *("proof", "calfuse", "reco", "spa", "clipood", "finetune"),
     ],
-    "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
     "mosaics": [
@@ -329,9 +321,6 @@ def jobs() -> list[Job]:
         for folder, switches in BLEND_PARTS.items():
             if _counts_on(stream, folder, switches):
                 found.append((stream, folder, "blend", switches, THREE))
-    for n in (1, 2, 4, 8):
-        for method in ("zero-shot", "simplecil", "lda", "ranpac", "engine", "dmc", "joint"):
-            found.append((f"caltech51-{n}", method, method, [], THREE))
     found += [
         ("ucf101", "rapf-identity", "rapf", ["start=identity"], THREE),
         ("ucf101", "calfuse", "calfuse", [], THREE),
@@ -339,12 +328,14 @@ def jobs() -> list[Job]:
         ("ucf101", "reco", "reco", [], THREE),
         *(("ucf101", folder, "reco", switches, THREE) for folder, switches in RECO_PARTS.items()),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
+        ("ucf101", "dmc-low-rank", "dmc", ["covariance=low_rank"], THREE),
         ("ucf101-at-once", "acil", "acil", [], THREE),
         ("ucf101-at-once", "ranpac", "ranpac", [], THREE),
     ]
     found += [
         ("cifar100", "dmc-moving", "dmc", [MOVING], THREE),
         ("cifar100", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
+        ("cifar100", "dmc-low-rank", "dmc", ["stage1.tuning=none", "covariance=low_rank"], THREE),
         ("cifar100", "dmc-ot-moving", "dmc-ot", [RESIDUAL, MOVING], THREE),
     ]
     for name, switches in SPA_SWITCHES.items():

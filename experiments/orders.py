@@ -12,11 +12,12 @@ import argparse
 from itertools import chain
 from pathlib import Path
 
-from rows import METHOD_ROWS, THREE, VARIANTS
+from rows import EVERY, METHOD_ROWS, THREE, VARIANTS
 from stored import write_block
 from streams import DESCRIBED, ROOT, STREAMS
 
-from cairn.reports.tables import Result, gains_table, results_below
+from cairn.reports.formats import Column, Interval, Table
+from cairn.reports.tables import COMPARED, Result, gains, results_below
 from results import missing, run
 
 FIVE, TWO = ("seed:1994", "seed:1995", "seed:1996", "seed:1997"), ("seed:1994", "seed:1995")
@@ -82,12 +83,27 @@ def stored(stream: str, method: str) -> list[Result]:
 
 
 def table() -> str:
-    pairs = {}
+    """What blend gains over each method on each stream, first in last accuracy, then in average."""
+    found: dict[str, dict[str, list[Interval | None]]] = {}
     for stream, by_orders in RIVALS.items():
         for method in chain.from_iterable(by_orders.values()):
             if (ROOT / "results" / "orders" / stream / method).is_dir():
-                pairs[f"{stream}: blend - {method}"] = (stored(stream, "blend"), stored(stream, method))
-    return gains_table(pairs).markdown()
+                found.setdefault(method, {})[stream] = gains(stored(stream, "blend"), stored(stream, method))
+    rows = [row for row in dict.fromkeys((*EVERY, *found)) if row in found]
+    parts = []
+    for figure in ("last", "average"):
+        place = COMPARED.index(figure)
+        cells = [
+            [row, *(cell(found[row][stream][place] if stream in found[row] else None) for stream in RIVALS)]
+            for row in rows
+        ]
+        parts.append(Table([Column(f"{figure}: blend over"), *map(Column, RIVALS)], cells).markdown())
+    return "\n\n".join(parts)
+
+
+def cell(gain: Interval | None) -> str:
+    """In points; behind it half of the interval."""
+    return "" if gain is None else f"{gain.mean:+.2f} ± {gain.high - gain.mean:.2f}"
 
 
 def main() -> None:

@@ -181,10 +181,13 @@ def curves(
     digits: int = 2,
     logarithmic: bool = False,
     floor: float = float("-inf"),
+    doublings: bool = False,
+    more: Sequence[Series] = (),
 ) -> Chart:
     """A line per series with a band of one deviation to each side, and the table of its numbers: a row per series.
 
-    Means below `floor` are in the table alone. The axis is logarithmic only where something positive is drawn.
+    Means below `floor`, and the series in `more`, are in the table alone. The axis is logarithmic only where something positive is
+    drawn. With `doublings` places twice as far on stand as far apart everywhere.
     """
     logarithmic = logarithmic and any(
         point and point.mean > 0 and point.mean >= floor for one in series for point in one.y
@@ -197,14 +200,20 @@ def curves(
             axis = figure.subplots()
             handles = _lines(axis, series, logarithmic, floor)
             _axes(axis, x, y)
-            _ticks(axis.xaxis, [place for one in series for place in one.x])
+            if doublings:
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sorted({place for one in series for place in one.x}))
+                axis.minorticks_off()
+                axis.xaxis.set_major_formatter("{x:g}")
+            else:
+                _ticks(axis.xaxis, [place for one in series for place in one.x])
             if logarithmic:
                 _logarithmic(axis)
             if legend:
                 _legend(figure, handles, [one.label for one in series], _columns(series))
         return figure
 
-    return Chart(name, title, caption, draw, _numbers(series, x, digits), [one.label for one in series])
+    return Chart(name, title, caption, draw, _numbers([*series, *more], x, digits), [one.label for one in series])
 
 
 def _lines(axis: Any, series: Sequence[Series], logarithmic: bool, floor: float) -> list[Any]:

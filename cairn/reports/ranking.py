@@ -7,7 +7,7 @@ Friedman's test, and the critical difference of Nemenyi's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,9 @@ Metric = Literal["last", "average"]
 
 ALPHA = 0.05
 """Chance of telling apart what is alike."""
+
+LEGIBLE, FOREMOST = 9, 3
+"""Lines that a figure has room for; where there are more, of those that are best at each of its places."""
 
 
 def stream_name(result: Result) -> str:
@@ -287,22 +290,42 @@ def few_images_charts(found: Standings) -> list[Chart]:
         if len(streams) < 3:
             continue
         places = sorted(streams)
-        methods = [m for m in found.methods if sum(m in found.runs[streams[n]] for n in places) == len(places)]
-        lines = [
-            Series(m, style, places, [found.value(streams[n], m) for n in places], number)
-            for number, (m, style) in enumerate(_styled(methods, found.bounds))
-        ]
+        everywhere = [m for m in found.methods if sum(m in found.runs[streams[n]] for n in places) == len(places)]
+        values = {m: [found.value(streams[n], m) for n in places] for m in everywhere}
+        shown = _foremost(values, found.bounds)
+        lines, others = (
+            [
+                Series(m, style, places, values[m], number)
+                for number, (m, style) in enumerate(_styled(own, found.bounds))
+            ]
+            for own in (shown, [m for m in everywhere if m not in shown])
+        )
+        left = f" Drawn are the {FOREMOST} best at any number, of {len(everywhere)} methods in all." if others else ""
         charts.append(
             curves(
                 f"few-images-{data}",
                 f"{data}: {found.metric} accuracy by images per class",
-                f"{data}: {found.metric} accuracy in percent, by training images per class.",
+                f"{data}: {found.metric} accuracy in percent, by training images per class.{left}",
                 lines,
                 "training images per class",
                 f"{found.metric} accuracy, %",
+                doublings=True,
+                more=others,
             )
         )
     return charts
+
+
+def _foremost(values: Mapping[str, Sequence[Estimate | None]], bounds: Sequence[str]) -> list[str]:
+    """Bounds, zero-shot and the FOREMOST best at any of the places; all where they are not more than can be told apart by eye."""
+    if len(values) <= LEGIBLE:
+        return list(values)
+    own = [m for m in values if m not in (*bounds, "zero-shot")]
+    best = set()
+    for place in range(len(next(iter(values.values())))):
+        at = {m: point.mean for m in own if (point := values[m][place]) is not None}
+        best |= set(sorted(at, key=at.__getitem__)[-FOREMOST:])
+    return [m for m in values if m in best or m not in own]
 
 
 def _styled(methods: Sequence[str], bounds: Sequence[str]) -> list[tuple[str, Style]]:

@@ -130,6 +130,26 @@ def test_figures(folder, tmp_path):
         assert one.svg() == one.svg()
 
 
+def test_of_many_methods_the_foremost_are_drawn_and_all_are_in_the_table(tmp_path):
+    """Method i of 12 is best where there are i images, and last elsewhere; all others keep their order."""
+    methods = [f"method {i:02}" for i in range(12)]
+    for n in (1, 2, 4):
+        for seed in (1, 2):
+            for i, name in enumerate([*methods, "zero-shot", "joint"]):
+                accuracy = 0.9 if i == n else 0.01 * i
+                run = result("d", name, seed, accuracy, limit_train=n)
+                (tmp_path / f"{n}" / f"{i}" / f"{seed}").mkdir(parents=True)
+                (tmp_path / f"{n}" / f"{i}" / f"{seed}" / "result.json").write_text(json.dumps(run))
+    found = standings([tmp_path / str(n) for n in (1, 2, 4)])
+    (few,) = few_images_charts(found)
+    best = {*(f"method {n:02}" for n in (1, 2, 4)), "method 10", "method 11"}
+    assert set(few.labels) == {*best, "zero-shot", "joint"}
+    assert {row[0] for row in few.table.rows} == {*methods, "zero-shot", "joint"}
+    assert "3 best at any number, of 14 methods" in few.caption
+    assert "method 11" in few.svg()
+    assert "method 05" not in few.svg()
+
+
 def test_one_stream_has_no_ranks(folder):
     found = standings([folder / "0", folder / "3"])
     assert critical_difference_chart(found) is None

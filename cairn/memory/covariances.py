@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from cairn.maths.gaussian import Halved, cholesky_repaired, low_rank, low_rank_placed, placed
+from cairn.maths.gaussian import Halved, cholesky_repaired, leading, low_rank, low_rank_placed, placed
 from cairn.maths.shrinkage import Shrinkage
 from cairn.settings import Given
 
@@ -223,7 +223,7 @@ class LowRank(Given):
 class Auto(Given):
     """Full while its factors are few (`CACHE_BYTES` of gaussians.py: 1,024 classes of 512 numbers), low rank from there on.
 
-    Going over, S keeps its leading eigenpairs and its variances: S = V diag(l) V^T, U and lam are the `rank` largest of them.
+    Going over, S keeps its variances and its `rank` leading eigenpairs, nearly (see `leading`).
     """
 
     kind: Literal["auto"] = Field(default="auto", description="full, and low_rank where classes are very many")
@@ -236,9 +236,9 @@ class Auto(Given):
 
     def lowered(self, held: Held, d: int) -> Held:
         """A full covariance, written as one of low rank."""
-        values, vectors = torch.linalg.eigh(_unpacked(held["lower"], d))
-        B = vectors * values.clamp_min(0).sqrt()
-        return self.low_rank._decomposed(B, held["lower"].new_zeros(d))
+        S, r = _unpacked(held["lower"], d), min(self.rank, d)
+        U, lam = leading(S, r)
+        return {"U": U, "lam": lam, "rest": (S.diagonal() - U**2 @ lam).clamp_min(0)}
 
 
 Kind: TypeAlias = Full | LowRank | Diagonal | Shared

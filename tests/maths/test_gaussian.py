@@ -10,6 +10,7 @@ from cairn.maths.gaussian import (
     Halved,
     cholesky_repaired,
     draw,
+    leading,
     low_rank,
     low_rank_draw,
     merged,
@@ -111,6 +112,31 @@ def test_low_rank_keeps_the_leading_eigenpairs_and_every_variance(columns):
     torch.testing.assert_close(S.diagonal(), (B @ B.T).diagonal() + diag)
     if columns <= 3:
         torch.testing.assert_close(S, B @ B.T + diag.diag())
+
+
+@pytest.mark.parametrize(("d", "slope"), [(64, 1.0), (64, 3.0), (200, 2.0), (20, 1.0)])
+def test_leading_eigenpairs_are_nearly_those_of_a_whole_decomposition(d, slope):
+    generator = torch.Generator().manual_seed(d)
+    axes, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    values = torch.logspace(0, -slope, d, dtype=torch.float64)
+    S, r = axes * values @ axes.T, 8
+    U, lam = leading(S, r)
+    torch.testing.assert_close(U.T @ U, torch.eye(r, dtype=torch.float64), rtol=0, atol=1e-12)
+    least = values[r:].norm()
+    assert least - 1e-12 <= (S - U * lam @ U.T).norm() < 1.01 * least
+    assert (values[:r] - lam).abs().max() < 0.02 * values[r - 1]
+    assert (lam <= values[:r] + 1e-12).all()  # Cauchy: never above the true ones
+    again = leading(S, r)
+    assert torch.equal(again[0], U)
+    assert torch.equal(again[1], lam)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_leading_eigenpairs_of_few_directions_are_all_there_is(rank):
+    B = torch.randn(100, rank, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    U, lam = leading(B @ B.T, 8)
+    torch.testing.assert_close(U * lam @ U.T, B @ B.T, rtol=0, atol=1e-10)
+    assert (lam >= 0).all()
 
 
 def test_cholesky_needs_no_jitter_where_a_factor_exists():

@@ -328,7 +328,6 @@ def jobs() -> list[Job]:
         ("ucf101", "reco", "reco", [], THREE),
         *(("ucf101", folder, "reco", switches, THREE) for folder, switches in RECO_PARTS.items()),
         ("ucf101", "dmc-frozen", "dmc", ["stage1.tuning=none"], THREE),
-        ("ucf101", "dmc-low-rank", "dmc", ["covariance=low_rank"], THREE),
         ("ucf101-at-once", "acil", "acil", [], THREE),
         ("ucf101-at-once", "ranpac", "ranpac", [], THREE),
     ]

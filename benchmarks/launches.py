@@ -21,6 +21,8 @@ from cairn.maths.similarity import unit
 from cairn.methods.dmc_ot import PROMPTS
 from cairn.towers.clip import ClipTowers
 from cairn.towers.prompts import FixedTexts, Prompts, Residual, SoftPrompts, prompt_embeddings
+from cairn.training.capture import Captured
+from cairn.training.context import Log
 from cairn.training.fit import Schedule
 
 SIZES = {
@@ -44,17 +46,22 @@ def text_step(
     texts: FixedTexts | SoftPrompts,
     classes: int,
     batch: int,
-    current: Callable[[], Tensor] | None = None,
+    log: Log | None = None,
 ) -> Callable[[], None]:
-    """One step of stage 2 on a batch that lies on the device; `current` gives the class texts in place of `texts` itself."""
+    """One step of stage 2 on a batch that lies on the device; with a `log`, for what is said of it, as CUDA graphs."""
     rng = torch.Generator().manual_seed(0)
     z, y = unit(torch.randn(batch, towers.dim, generator=rng)).to(towers.device), torch.arange(batch) % classes
     y, parameters = y.to(towers.device), texts.trainable()
-    optimiser, current = Schedule(lr=1e-3).optimiser(parameters), current or texts
+    optimiser = Schedule(lr=1e-3).optimiser(parameters)
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        return class_cross_entropy(z, texts(), y, towers.logit_scale)
+
+    loss = plain if log is None else Captured(plain, parameters, log)
 
     def step() -> None:
         optimiser.zero_grad()
-        class_cross_entropy(z, current(), y, towers.logit_scale).backward()
+        loss(z, y).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
 

@@ -1,4 +1,4 @@
-"""A pass as CUDA graphs. A processor has none, so what stands in for them here does what they do: the operations of one pass are
+"""A loss as CUDA graphs. A processor has none, so what stands in for them here does what they do: the operations of one pass are
 done again, on whatever lies in the memory that they read."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cairn.methods.parts.stages import TextPrior, TextStage, align_text
 from cairn.towers.catalogue import load_towers
 from cairn.towers.prompts import Prompts, Residual
 from cairn.training import capture
-from cairn.training.capture import TOLERANCE, captured, difference
+from cairn.training.capture import TOLERANCE, Captured, difference
 from cairn.training.context import Context, Log
 from cairn.training.fit import Schedule
 from cairn.training.seeds import Seeds
@@ -65,42 +65,47 @@ def _dense(tree) -> list[torch.Tensor]:
     return [part for part in parts if isinstance(part, torch.Tensor) and part.layout == torch.strided]
 
 
-def graphed(call: Callable[..., torch.Tensor], parameters: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+def graphed(call: Callable[..., torch.Tensor], given: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
     """As `torch.cuda.make_graphed_callables`, of operations instead of kernels."""
-    call(*parameters)
+    call(*given)
+    parameters = [part for part in given if part.requires_grad]
     forward, backward = Operations(), Operations()
     with forward:
-        output = call(*parameters)
-    given = torch.empty_like(output)
+        output = call(*given)
+    sent = torch.empty_like(output)
     with backward:
-        gradients = torch.autograd.grad(output, parameters, given)
+        gradients = torch.autograd.grad(output, parameters, sent)
 
     class Replayed(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *_):
+        def forward(ctx, *asked):
             with torch.no_grad():
+                for place, value in zip(given, asked, strict=True):
+                    if place.data_ptr() != value.data_ptr():
+                        place.copy_(value)
                 forward.again()
             return output.detach()
 
         @staticmethod
         def backward(ctx, gradient):
             with torch.no_grad():
-                given.copy_(gradient)
+                sent.copy_(gradient)
                 backward.again()
-            return tuple(part.detach() for part in gradients)
+            left = iter(gradients)
+            return tuple(next(left).detach() if part.requires_grad else None for part in given)
 
     return Replayed.apply
 
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """Captures here as there; gives the notices and how often a pass was captured."""
+    """Captures here as there; gives the notices and how often a loss was captured."""
     told: list[str] = []
     number = [0]
 
-    def counted(call, parameters):
+    def counted(call, given):
         number[0] += 1
-        return graphed(call, parameters)
+        return graphed(call, given)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", counted)
     monkeypatch.setattr(capture, "has_graphs", lambda device: True)
@@ -139,7 +144,7 @@ def learned(towers, choice, cuda_graph: bool, log: Log, weight: float | None = N
 
 @pytest.mark.parametrize("weight", [None, 0.5])
 @pytest.mark.parametrize("choice", TEXTS.values(), ids=list(TEXTS))
-def test_a_stage_whose_texts_are_replayed_ends_as_the_plain_one_to_the_bit(towers, choice, weight, on_a_card):
+def test_a_stage_whose_steps_are_replayed_ends_as_the_plain_one_to_the_bit(towers, choice, weight, on_a_card):
     told, number = on_a_card
     log = Log(keep=lambda event: told.append(event["text"]) if event["event"] == "notice" else None)
     expected = learned(towers, choice, False, log, weight)
@@ -151,111 +156,135 @@ def test_a_stage_whose_texts_are_replayed_ends_as_the_plain_one_to_the_bit(tower
     assert not told
 
 
-def a_pass():
-    """unit(x + y), and its parameters."""
+def a_loss():
+    """CE(10 z unit(x + y)^T, labels), its parameters x and y, and batches of 5 and of 3."""
     x, y = (torch.nn.Parameter(torch.randn(4, 3, generator=rng(i))) for i in range(2))
-    return (lambda: unit(x + y)), (x, y)
+    batches = [(torch.randn(n, 3, generator=rng(n)), torch.arange(n) % 4) for n in (5, 3)]
+    return (lambda z, labels: class_cross_entropy(z, unit(x + y), labels, 10.0)), (x, y), batches
 
 
 def notices(told: list[str]) -> Log:
     return Log(keep=lambda event: told.append(event["text"]) if event["event"] == "notice" else None)
 
 
-def test_a_replayed_pass_follows_its_parameters_and_has_their_gradient(on_a_card):
-    call, parameters = a_pass()
-    current = captured(call, parameters, notices(on_a_card[0]))
-    assert current is not call
+def value_and_gradients(loss, parameters, batch):
+    value = loss(*batch)
+    return [value.detach().clone(), *torch.autograd.grad(value, parameters)]
+
+
+def test_a_replayed_loss_follows_parameters_and_batch_and_has_their_gradient(on_a_card):
+    told, number = on_a_card
+    loss, parameters, (batch, smaller) = a_loss()
+    graphs = Captured(loss, parameters, notices(told))
     for step in range(3):
         torch.nn.init.normal_(parameters[0], generator=rng(step))
-        wanted = torch.randn(4, 3, generator=rng(9))
-        expected = torch.autograd.grad((wanted * call()).sum(), parameters)
-        found = torch.autograd.grad((wanted * current()).sum(), parameters)
-        assert torch.equal(current(), call())
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not on_a_card[0]
+        fresh = torch.randn(5, 3, generator=rng(20 + step)), (batch[1] + step) % 4
+        for own in (batch, fresh, smaller):
+            found, expected = (value_and_gradients(one, parameters, own) for one in (graphs, loss))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert number == [1]
+    assert graphs.graphs is not None
+    assert not told
+
+
+def test_the_first_batch_stays_what_it_was(on_a_card):
+    loss, parameters, (batch, _) = a_loss()
+    before = [part.clone() for part in batch]
+    graphs = Captured(loss, parameters, notices([]))
+    graphs(*batch)
+    graphs(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64))
+    assert all(torch.equal(a, b) for a, b in zip(before, batch, strict=True))
 
 
 def test_parameters_are_what_they_were_after_the_comparison():
-    call, parameters = a_pass()
+    loss, parameters, (batch, _) = a_loss()
     before = [parameter.detach().clone() for parameter in parameters]
-    assert difference(call, call, parameters) == 0
+    assert difference(lambda: loss(*batch), lambda: loss(*batch), parameters) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     with pytest.raises(ZeroDivisionError):
-        difference(call, lambda: 1 / 0, parameters)
+        difference(lambda: loss(*batch), lambda: 1 / 0, parameters)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def stale(call, parameters):
+def stale(call, given):
     """A value that stays what it was."""
-    value = call().detach()
-    return lambda *given: value + 0 * sum(part.sum() for part in given)
+    value = call(*given).detach()
+    return lambda *asked: value + 0 * sum(part.sum() for part in asked)
 
 
-def halved(call, parameters):
+def halved(call, given):
     """The right value, half of the gradient."""
 
-    def replayed(*given):
-        value = call()
+    def replayed(*asked):
+        value = call(*asked)
         return value.detach() + (value - value.detach()) / 2
 
     return replayed
 
 
-def not_a_number(call, parameters):
-    return lambda *given: call() * torch.nan
+def not_a_number(call, given):
+    return lambda *asked: call(*asked) * torch.nan
 
 
 @pytest.mark.parametrize("made", [stale, halved, not_a_number])
-def test_a_graph_that_differs_from_the_plain_pass_is_left_and_told(on_a_card, monkeypatch, made):
+def test_graphs_that_differ_from_the_plain_loss_are_left_and_told(on_a_card, monkeypatch, made):
     told, _ = on_a_card
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", made)
-    call, parameters = a_pass()
-    assert captured(call, parameters, notices(told)) is call
+    loss, parameters, (batch, _) = a_loss()
+    graphs = Captured(loss, parameters, notices(told))
+    for _ in range(2):
+        found, expected = (value_and_gradients(one, parameters, batch) for one in (graphs, loss))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     (text,) = told
-    assert text.startswith("stage2.cuda_graph: the captured pass is ")
+    assert text.startswith("stage2.cuda_graph: a captured step is ")
     assert text.endswith("every kernel is launched by itself")
 
 
 def test_rounding_is_no_difference(on_a_card, monkeypatch):
-    def rounded(call, parameters):
-        return lambda *given: call() * (1 + TOLERANCE / 3)
+    def rounded(call, given):
+        return lambda *asked: call(*asked[:2]) * (1 + TOLERANCE / 3)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", rounded)
-    call, parameters = a_pass()
-    assert captured(call, parameters, notices(on_a_card[0])) is not call
+    loss, parameters, (batch, _) = a_loss()
+    graphs = Captured(loss, parameters, notices(on_a_card[0]))
+    graphs(*batch)
+    assert graphs.graphs is not None
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("operation not permitted\nwhen stream is capturing"), torch.OutOfMemoryError("full")]
+    "error",
+    [RuntimeError("operation not permitted\nwhen stream is capturing"), RuntimeError(), torch.OutOfMemoryError("full")],
 )
-def test_a_capture_that_fails_is_one_line_and_the_plain_pass(on_a_card, monkeypatch, error):
-    def fails(call, parameters):
+def test_a_capture_that_fails_is_one_line_and_the_plain_loss(on_a_card, monkeypatch, error):
+    def fails(call, given):
         raise error
 
     told, _ = on_a_card
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
-    call, parameters = a_pass()
-    assert captured(call, parameters, notices(told)) is call
+    loss, parameters, (batch, _) = a_loss()
+    graphs = Captured(loss, parameters, notices(told))
+    assert torch.equal(graphs(*batch), loss(*batch))
+    assert torch.equal(graphs(*batch), loss(*batch))
     assert [text.count("\n") for text in told] == [0]
     assert "cannot be captured" in told[0]
 
 
 def test_a_processor_has_no_graphs_and_says_so():
     told: list[str] = []
-    call, parameters = a_pass()
-    assert captured(call, parameters, notices(told)) is call
+    loss, parameters, (batch, _) = a_loss()
+    assert torch.equal(Captured(loss, parameters, notices(told))(*batch), loss(*batch))
     assert told == ["stage2.cuda_graph: device 'cpu' has none; every kernel is launched by itself"]
 
 
 def test_the_stand_in_finds_what_a_capture_does_not_allow():
-    _, (x, y) = a_pass()
+    x = torch.nn.Parameter(torch.randn(4, 3, generator=rng()))
     for call in (
-        lambda *_: (x + y) * x.sum().item(),
-        lambda *_: (x + y) * torch.tensor([1.0, 2.0, 3.0]),
-        lambda *_: (x + y)[x.detach() > 0],
+        lambda _: x * x.sum().item(),
+        lambda _: x * torch.tensor([1.0, 2.0, 3.0]),
+        lambda _: x[x.detach() > 0],
     ):
         with pytest.raises(AssertionError):
-            graphed(call, (x, y))
+            graphed(call, (x,))
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ class TextStage(Settings):
     )
     cuda_graph: bool = Field(
         default=False,
-        description="on a CUDA device, class texts and their gradient are one launch each; the same numbers, sooner",
+        description="on a CUDA device, the loss of a step and its gradient are one launch each; the same numbers, sooner",
     )
 
     _kinds = field_validator("text", mode="before")(kind_by_name)
@@ -267,20 +267,20 @@ def align_text(
     def train(rows: Tensor, weight: float, ctx: Context) -> None:
         if not (trained := texts.trainable()):
             return
-        current = texts
-        if stage.cuda_graph:
-            from cairn.training.capture import captured
-
-            current = captured(texts, trained, ctx.log)
+        share, device = stage.real_share, trained[0].device
+        T0 = prior.anchors.to(device) if prior and weight else None
 
         def text_loss(z: Tensor, y: Tensor) -> Tensor:
-            T = current()
-            value = loss(z.to(T.device), T, y.to(T.device), s)
-            return value + weight * mean_squared_distance(T, prior.anchors.to(T.device)) if prior and weight else value
+            T = texts()
+            value = loss(z, T, y, s)
+            return value if T0 is None else value + weight * mean_squared_distance(T, T0)
 
-        share, device = stage.real_share, trained[0].device
         real = features[rows], labels[rows]
         batches = ReplayBatches(*real, old, batch=schedule.batch, real_share=share, device=device)
+        if stage.cuda_graph:
+            from cairn.training.capture import Captured
+
+            return fit(Captured(text_loss, trained, ctx.log), trained, batches, schedule, ctx)
         fit(text_loss, trained, batches, schedule, ctx)
 
     def left_out_loss(rows: Tensor) -> Tensor:

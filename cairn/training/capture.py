@@ -8,6 +8,7 @@ numbers that lie there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,11 @@ class Captured:
         if not has_graphs(device := self.parameters[0].device):
             return self._refused(f"device '{device.type}' has none")
         try:
-            graphs = torch.cuda.make_graphed_callables(lambda *given: self.loss(*given[:n]), (*batch, *self.parameters))
+            made = torch.cuda.make_graphed_callables(lambda *given: self.loss(*given[:n]), (*batch, *self.parameters))
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [type(error).__name__]
             return self._refused(f"a step cannot be captured ({one_line(first)})")
+        graphs = cast(Loss, made)
         again = [part.clone() for part in batch]
         apart = difference(lambda: self.loss(*again), lambda: graphs(*again, *self.parameters), self.parameters)
         if apart > TOLERANCE:

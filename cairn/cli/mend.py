@@ -13,6 +13,7 @@ from cairn.cli.classifier import Device, Learner, Weights, record_in
 from cairn.cli.collector import importing
 from cairn.cli.predict import files_of
 from cairn.cli.run import BadImages, checked_bad_image
+from cairn.data.names import BETWEEN
 from cairn.errors import ConfigError, counted, one_line
 from cairn.reports.console import Console
 
@@ -132,8 +133,6 @@ def relabel(
     paths, bad_images = files_of([Path(file) for file in files]), checked_bad_image(on_bad_image)
     with _changed(learner, towers, device) as held:
         calls = len(held.history_)
-        from cairn.data.names import BETWEEN
-
         several = [own for own in name.split(BETWEEN) if own.strip()]
         held.relabel(paths, name if held.sets_ is None else several, on_bad_image=bad_images)
     done = "learned as" if len(held.history_) > calls else "known already as"

@@ -154,10 +154,9 @@ class GaussianMemory:
         """What so many classes will take, where they are too many for full covariances; else None."""
         if not isinstance(self._kind, Full) or not too_many(classes, self._dim):
             return None
-        d, auto = self._dim, isinstance(self._asked, Auto)
-        small = self._asked.low_rank if isinstance(self._asked, Auto) else LowRank()
+        d, small = self._dim, self._asked.low_rank if isinstance(self._asked, Auto) else LowRank()
         full, low_rank = (f"{classes * each / 1e9:.2f} GB" for each in (full_bytes(d), low_rank_bytes(d, small)))
-        if auto:
+        if isinstance(self._asked, Auto):
             return (
                 f"{classes:,} classes, {d} numbers wide, are too many for full covariances ({full}): from {first_too_many(d):,} "
                 f"on they are kept as low_rank of rank {small.rank} ({low_rank}); covariance=full keeps them all"

@@ -395,15 +395,14 @@ def drift(
         from cairn.experiment.drift_lab import drift_report
         from cairn.experiment.schema import RunConfig, usual_step
         from cairn.reports.drift import drift_figure, drift_table
-        from cairn.storage.files import make_folder, write_json
+        from cairn.storage.files import folder_to_fill, write_json
         from cairn.training.context import Log
 
     console = Console()
     folder = out or Path("runs") / f"drift-{_data_name(data)}"
     own = {"method": "dmc-ot", "step": usual_step(data) if step is None else step}
     config = checked(RunConfig, **of_fields(context, RunConfig) | own | {"settings": merged({}, parsed(set_ or ()))})
-    make_folder(folder)
-    with console.live():
+    with folder_to_fill(folder), console.live():
         log = Log(keep=console.event, show=console.progress)
         report = drift_report(config, [name.strip() for name in estimators.split(",")], seed_numbers(seeds), log)
     write_json(folder / "drift.json", report)

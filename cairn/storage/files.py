@@ -60,6 +60,24 @@ def make_folder(path: Path, elsewhere: str = ELSEWHERE) -> None:
 
 
 @contextmanager
+def folder_to_fill(path: Path) -> Iterator[None]:
+    """The folder, which can be written to, before it is known what to write. If nothing comes of it, a new one goes again. Raises
+    ResultError if it cannot be made or written to."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        with atomic_write(path / ".room"):
+            pass
+        (path / ".room").unlink()
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """A path to write to, beside `path`; on leaving it is flushed to the disk and renamed, so that a reader sees the old
     file or the new one. If anything fails, the old file stays and nothing else does. Raises ResultError for OSError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save
 from cairn.errors import LETTERS, CairnError, ResultError
 from cairn.storage.files import (
     JSON_BYTES,
+    folder_to_fill,
     make_folder,
     open_append,
     read_bytes,
@@ -114,6 +116,37 @@ def test_a_link_is_replaced_not_followed(tmp_path):
 @pytest.mark.parametrize("name", ["no/such/folder/a.json", "x" * 300])
 def test_where_nothing_can_be_written_is_said(tmp_path, name):
     refused(lambda: write_json(tmp_path / name, 1), "cannot be written", "give another folder")
+
+
+def failing(folder: Path) -> float:
+    """Of what is made to fill a folder, which is there by then."""
+    return 1 / (1 - folder.is_dir())
+
+
+def test_a_folder_of_which_nothing_comes_goes_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in ("there", "there/new", "new/below/it"):
+        with pytest.raises(ZeroDivisionError), folder_to_fill(tmp_path / place):
+            failing(tmp_path / place)
+        assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with folder_to_fill(tmp_path / "new"):
+        (tmp_path / "new" / "file").write_text("text")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    with pytest.raises(ZeroDivisionError), folder_to_fill(tmp_path / "new"):
+        failing(tmp_path / "new")
+    assert (tmp_path / "new" / "file").exists()
+
+
+def test_a_folder_to_fill_is_one_that_can_be_written_to(tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("cairn.storage.files.os.open", refused)
+    for place in ("there", "new"):
+        with pytest.raises(ResultError, match=place), folder_to_fill(tmp_path / place):
+            pytest.fail("nothing is begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):

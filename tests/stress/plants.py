@@ -83,7 +83,7 @@ PLANTS = (
     Plant("dmc draws its new classes too", "methods/dmc.py", "align_text(config.stage2, self.texts, z, y, old,", "align_text(config.stage2, self.texts, z, y, self.memory,", VALUES),
     Plant("softmax over one class", "methods/parts/stages.py", "    if len(present) > 1:\n", "    if len(present) > 0:\n", ("methods/test_one_class.py",)),
     Plant("texts of old classes repel each other", "methods/dmc_ot.py", "mean_squared_cosine(T[old.classes :], T[: old.classes])", "mean_squared_cosine(T[: old.classes], T[: old.classes])", ("methods/test_dmc.py",)),
-    Plant("spa replays the last two classes alone", "methods/spa.py", "self.old.draw(self.per_class, rng)", "self.old.draw(self.per_class, rng, range(max(0, self.old.classes - 2), self.old.classes))", VALUES),
+    Plant("spa replays the last two classes alone", "methods/spa.py", "self.old.draws(self.per_class, [rng], device=x.device)", "self.old.draws(self.per_class, [rng], range(max(0, self.old.classes - 2), self.old.classes), x.device)", VALUES),
     Plant("discriminant without the volume", "methods/lda.py", "W.diagonal().log().sum() - ((x", "0 * W.diagonal().log().sum() - ((x", HEADS),
     # training
     Plant("dropout stays on", "towers/tuning.py", "            layer.generator = None\n", "            pass\n", TUNING),

@@ -130,6 +130,16 @@ def operations(encoder: ImageEncoder, pixels: Tensor) -> float:
     return counter.get_total_flops() / len(pixels)
 
 
+def has_flash(towers: ClipTowers, pixels: Tensor) -> bool:
+    """Whether a pass can be made with flash attention alone, which is then what it is made with."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        try:
+            towers.image(pixels)
+        except RuntimeError:
+            return False
+    return True
+
+
 def tower_speed(
     towers: dict[str, ClipTowers],
     device: torch.device,
@@ -202,6 +212,7 @@ def tower_speed(
                 "operations_per_image": each,
                 "peak": peak,
                 "share_of_peak": each * batch / seconds / peak,
+                "flash": has_flash(towers[precision], batches.pixels),
                 "stage1_launches": stage1,
                 "prompt_classes": classes,
                 "prompt_step_seconds": found[precision, "prompts"].seconds / steps,
@@ -397,6 +408,8 @@ def table(report: dict[str, Any]) -> str:
         speeds = (one[key] for key in ("images_per_second", "texts_per_second", "stage1_images_per_second"))
         cells = [one["precision"], *(f"{speed:,.0f}" for speed in speeds), f"{100 * one['share_of_peak']:.0f} %"]
         lines.append(f"| {' | '.join(cells)} |")
+    if flash := [one["precision"] for one in report["towers"] if one.get("flash")]:
+        lines += ["", f"Passes in {' and '.join(flash)} attend by flash attention."]
     if "prompt_launches" in report["towers"][0]:  # reports before they were counted have none
         lines += [
             "",

@@ -274,6 +274,8 @@ class ImageEncoder:
         vision = _Frozen(towers) if self._frozen is not None else towers.vision()
         self.device = towers.device
         self.module = tuning.attach(vision, towers.dim, rng).to(self.device).eval()
+        if self._frozen is None and towers.precision != "float32":
+            _keep_as_computed(self.module, getattr(torch, towers.precision))
         self.version = 0
 
     def __call__(self, pixels: Pixels) -> Features:
@@ -338,6 +340,16 @@ class ImageEncoder:
                     yield
             else:
                 yield
+
+
+def _keep_as_computed(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights of linear layers that stand still in the precision they are computed in, which autocast gave them in every pass: the
+    same bits, half of the bytes, and no casts. What deltas are merged into stays as it is, or the sum would be rounded twice."""
+    merged_into = {layer.base_layer for layer in module.modules() if isinstance(layer, LowRank)}
+    plain = [layer for layer in module.modules() if type(layer) is nn.Linear and layer not in merged_into]
+    for layer in plain:
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.to(dtype)
 
 
 class _Frozen(nn.Module):

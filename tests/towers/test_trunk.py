@@ -49,7 +49,8 @@ def trained(encoder, seed=0):
 def in_precision(towers, precision):
     model, tokenizer, preprocessing = towers._model, towers.tokenizer, towers.preprocessing
     own = ClipTowers(model, tokenizer, preprocessing, name="tiny", device="cpu")
-    own._vision.precision = getattr(torch, precision)  # not what is faster here, but what was asked for
+    own.precision = precision  # not what is faster here, but what was asked for
+    own._vision.precision = getattr(torch, precision)
     return own
 
 

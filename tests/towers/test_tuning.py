@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cairn.errors import ConfigError
+from cairn.towers.catalogue import load_towers
 from cairn.towers.features import FeatureTowers
 from cairn.towers.tuning import LORA, Adapter, Bottleneck, Frozen, Full, ImageEncoder, Lora, Projection
 
@@ -198,3 +200,57 @@ def test_a_features_file_has_no_tower_to_tune(choice):
     flat = FeatureTowers(name="f", dim=4, logit_scale=1.0, fingerprint="f", names=(), text=None)
     with pytest.raises(ConfigError, match="take adapter or none"):
         ImageEncoder(flat, choice, rng())
+
+
+class Casts(TorchDispatchMode):
+    """How many numbers are brought to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.numbers += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def reduced(towers, monkeypatch):
+    """The towers in bfloat16, however slow that is here."""
+    monkeypatch.setattr("cairn.towers.precision.bfloat16_slowdown", lambda device: 0.5)
+    return load_towers("tiny", device="cpu", precision="bfloat16")
+
+
+@pytest.mark.parametrize("choice", [CHOICES[1], *CHOICES[3:4], CHOICES[5]], ids=lambda c: c.kind)
+def test_frozen_weights_in_bfloat16_give_the_same_bits_with_fewer_casts(reduced, pixels, monkeypatch, choice):
+    ours = shaken(ImageEncoder(reduced, choice, rng()))
+    monkeypatch.setattr("cairn.towers.tuning._keep_as_computed", lambda *_: None)
+    plain = shaken(ImageEncoder(reduced, choice, rng()))
+    found = []
+    for encoder in (ours, plain):
+        with Casts() as casts:
+            value = encoder(pixels)
+            value.square().sum().backward()
+        found.append((value, [parameter.grad for parameter in encoder.parameters()], casts.numbers))
+        with encoder.inference():
+            found[-1] = (*found[-1], encoder(pixels))
+    (value, gradients, casts, merged), (expected, its, more, its_merged) = found
+    assert torch.equal(value, expected)
+    assert torch.equal(merged, its_merged)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, its, strict=True))
+    halved = [p for p in ours.module.parameters() if p.dtype == torch.bfloat16]
+    assert more - casts == sum(p.numel() for p in halved) > 0
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+def test_what_a_full_tuning_trains_and_the_towers_themselves_stay_in_float32(reduced):
+    for module in (ImageEncoder(reduced, Full(), rng()).module, reduced._model):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_a_state_learned_in_bfloat16_is_that_of_float32(reduced, towers, pixels):
+    learned = shaken(ImageEncoder(reduced, Lora(rank=4), rng()))
+    again = ImageEncoder(towers, Lora(rank=4), rng(1))
+    again.load_state_dict(learned.state_dict())
+    assert (normalize(again(pixels), dim=-1) * normalize(learned(pixels), dim=-1)).sum(-1).min() > 0.999

@@ -263,10 +263,7 @@ METHOD_ROWS = {
     "caltech51": [*EVERY, "rapf-identity", *CALFUSE_PARTS, *RECO_PARTS],
     **{f"caltech51-{n}": [*EVERY] for n in (1, 2, 4, 8)},
     "imagenet150": [*EVERY, "rapf-identity", "calfuse-adapter"],
-    "cifar100-b50": [
-        *("zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"),
-        *("proof", "calfuse", "reco", "spa", "clipood", "finetune"),
-    ],
+    "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
     "mosaics": [

@@ -15,6 +15,7 @@ from cairn.classifier.evaluation import Evaluation
 from cairn.data.folders import decoded, reason
 from cairn.errors import DataError, one_line
 from cairn.maths.overlap import confusion, overlaps
+from cairn.towers.masks import in_view
 from cairn.towers.preprocessing import decoded_side
 from cairn.towers.protocol import Towers
 
@@ -78,16 +79,9 @@ class ObjectEvaluation:
 
 
 def _mask(path: Path, size: tuple[int, int], towers: Towers) -> np.ndarray:
-    """Where the object is in what the tower sees of a picture of this size, bool (s, s). The mask may be larger or smaller, as long
-    as its sides are as those of the picture."""
+    """Where the object is in what the tower sees of a picture of this size, bool (s, s)."""
     try:
         picture = np.asarray(decoded(path))
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         raise DataError(f"mask '{one_line(path)}': cannot be read ({reason(error)}); each picture needs one") from None
-    (width, height), scale = size, picture.shape[1] / size[0]
-    if abs(picture.shape[0] - scale * height) > 1 + scale:  # sides are whole numbers, of a reduced JPEG too
-        raise DataError(
-            f"mask '{one_line(path)}': {picture.shape[1]} x {picture.shape[0]} for a picture of {width} x {height}; make it of the "
-            "picture as it is seen, turned upright"
-        )
-    return towers.prepare((picture.any(2, keepdims=True) * np.uint8(255)).repeat(3, 2))[0].numpy() > 127
+    return in_view(np.any(picture > 0, 2), size, towers, f"mask '{one_line(path)}'")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cairn.classifier.calibration import UNCALIBRATED, Calibration
 from cairn.classifier.label_sets import LearnedSets
-from cairn.data.images import LabelSets, mask_of
+from cairn.data.images import LabelSets
 from cairn.data.loading import Loader, room_for_images
 from cairn.data.stream import TaskStream
 from cairn.errors import DataError, NotFinite
@@ -38,6 +38,7 @@ from cairn.methods.protocol import FROZEN, Method, Segments, TunesImageTower
 from cairn.storage.files import unwritable
 from cairn.storage.schema import Amount, Count, Positive, Share
 from cairn.storage.tensors import first_not_finite
+from cairn.towers.masks import mask_in_view
 from cairn.towers.protocol import Towers
 from cairn.training.context import OneProcess, Processes
 from cairn.types import Features, Labels, Pixels, Scores
@@ -160,6 +161,8 @@ class Evaluator:
         self._trunk_room = trunk_bytes
         self._trunks: dict[int, list[Pixels]] = {}
         """Of test set j, of the first of this process's batches."""
+        self._masks: dict[int, np.ndarray] = {}
+        """Of test set j, of this process's images, in bits."""
 
     def after(
         self,
@@ -209,17 +212,20 @@ class Evaluator:
 
     @torch.no_grad()
     def _overlaps(self, task: int, method: Method) -> list[float | None] | None:
-        """Over all pixels of test images of the classes seen, patches brought to the size of the masks bilinearly."""
-        if not isinstance(method, Segments) or mask_of(self.stream.tests[0], 0) is None:
+        """Over all pixels of test images of the classes seen, as the tower sees them; patches brought to that size bilinearly."""
+        if not isinstance(method, Segments) or mask_in_view(self.stream.tests[0], 0, self.towers) is None:
             return None
         k = self.stream.tasks[task].classes.stop + 1
         counts = torch.zeros(k, k, dtype=torch.int64)
         for j in range(task + 1):
             embedded, own = self._embedded(j, method), self._places(j)[self.world.rank]
-            if embedded is None:
+            if embedded is None or not len(own):
                 continue
+            if j not in self._masks:
+                self._masks[j] = np.stack([np.packbits(self._mask(j, int(i)), axis=-1) for i in own])
             for rows in torch.arange(len(own)).split(SEGMENTED):
-                masks = torch.from_numpy(np.stack([self._mask(j, int(i)) for i in own[rows]]))
+                bits = self._masks[j][rows]
+                masks = torch.from_numpy(np.unpackbits(bits, axis=-1, count=bits.shape[1]).astype(bool))
                 labels = self.loaders[j].labels[own[rows]] + 1
                 found = pixel_classes(method.segment(embedded[rows]), *masks.shape[1:])
                 truth = torch.where(masks, labels[:, None, None], 0)
@@ -227,8 +233,8 @@ class Evaluator:
         return overlaps(torch.stack(self.world.all_gather(counts)).sum(0))
 
     def _mask(self, j: int, i: int) -> np.ndarray:
-        """Where the object of test image i of task j lies."""
-        if (mask := mask_of(self.stream.tests[j], i)) is None:
+        """Where the object of test image i of task j lies in what the tower sees of it."""
+        if (mask := mask_in_view(self.stream.tests[j], i, self.towers)) is None:
             raise DataError(f"{self.stream.tests[j].describe(i)}: has no mask, though others do")
         return mask
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cairn.data.images import Images, mask_of, source_of
+from cairn.data.images import Images
 from cairn.experiment.run import Outcome
 from cairn.experiment.schema import SCHEMA_VERSION, SEGMENTED
 from cairn.maths.overlap import pixel_classes
 from cairn.methods.protocol import Segments
 from cairn.reports.masks import SIDE, MaskedPicture
 from cairn.storage.files import write_json
-from cairn.towers.cached import Placed
+from cairn.towers.cached import opened
+from cairn.towers.masks import mask_in_view
 
 SHOWN = 8
 """Pictures, of as many classes."""
@@ -23,7 +24,7 @@ def write_segmented(folder: Path, outcome: Outcome) -> None:
     """As `segmented.json`: the first test image of SHOWN classes, spread evenly over the order of arrival, with what the method finds
     in it after the last task. Nothing where it does not segment, or masks are not known."""
     tests, names = outcome.stream.tests, outcome.stream.class_names
-    if not isinstance(outcome.method, Segments) or mask_of(tests[0], 0) is None:
+    if not isinstance(outcome.method, Segments) or mask_in_view(tests[0], 0, outcome.towers) is None:
         return
     shown = []
     for c in np.unique(np.linspace(0, len(names) - 1, SHOWN).round().astype(int)).tolist():
@@ -36,17 +37,15 @@ def write_segmented(folder: Path, outcome: Outcome) -> None:
 def _picture(outcome: Outcome, images: Images, row: int) -> MaskedPicture | None:
     method, towers, label = outcome.method, outcome.towers, int(images.labels[row])
     assert isinstance(method, Segments)
-    source, place = source_of(images, row)
-    while isinstance(source, Placed):
-        source, place = source_of(source.images, place)
-    mask = mask_of(source, place)
+    mask = mask_in_view(images, row, towers)
     if mask is None:
         return None
-    seen, inside = towers.prepare(source[place]), towers.prepare(np.repeat(mask[..., None] * np.uint8(255), 3, 2))
+    source, place = opened(images, row)
+    seen = towers.prepare(source[place])
     q = method.segment(method.embed(method.towers.pixels(seen[None])))
     return MaskedPicture(
         seen.permute(1, 2, 0).numpy(),
         pixel_classes(q, SIDE, SIDE)[0].cpu().numpy(),
         outcome.stream.class_names,
-        np.where(inside[0].numpy() > 127, label + 1, 0),
+        np.where(mask, label + 1, 0),
     )

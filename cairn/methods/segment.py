@@ -28,13 +28,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from cairn.data.images import mask_of
 from cairn.data.loading import Loader
 from cairn.data.task import Images, Subset, Task
 from cairn.maths.rows import without
 from cairn.maths.similarity import unit
 from cairn.methods.protocol import FROZEN, Card, LearnsUnlabelled, Segments
 from cairn.settings import Settings
+from cairn.towers.masks import mask_in_view
 from cairn.towers.protocol import Towers
 from cairn.training.context import BESIDE, Context
 from cairn.training.encode import encode
@@ -105,7 +105,7 @@ class Segment(LearnsUnlabelled, Segments):
     def learn(self, task: Task, ctx: Context) -> None:
         ctx = ctx.at(task=task.index)
         p, y = self._patches(task.train, ctx, "X")
-        shares = _shares(task.train, p)
+        shares = _shares(task.train, self.towers, p)
         new = max(0, task.classes.stop + 1 - len(self.counts))
         self.sums = torch.cat([self.sums, self.sums.new_zeros(new, self.towers.dim)])
         self.counts = torch.cat([self.counts, self.counts.new_zeros(new)])
@@ -213,10 +213,10 @@ def _dense(rows: Float[Tensor, "n w"], d: int) -> Float[Tensor, "n p d"]:
     return unit(rows)[:, None] if rows.shape[1] == d else rows[:, d:].unflatten(1, (-1, d))
 
 
-def _shares(images: Images, p: Float[Tensor, "n p d"]) -> Float[Tensor, "n p"]:
+def _shares(images: Images, towers: Towers, p: Float[Tensor, "n p d"]) -> Float[Tensor, "n p"]:
     """Of each patch, the share that lies on the object; all of it where the image has no mask."""
     shares, g = torch.ones(p.shape[:2], dtype=torch.float64), round(p.shape[1] ** 0.5)
     for i in range(len(images)):
-        if (mask := mask_of(images, i)) is not None:
+        if (mask := mask_in_view(images, i, towers)) is not None:
             shares[i] = adaptive_avg_pool2d(torch.as_tensor(mask).double()[None], g).flatten()
     return shares

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cairn.data.feature_store import Batch, FeatureStore, Kind, Rows, image_ids
-from cairn.data.images import Images, LabelSets, Subset, mask_of
+from cairn.data.images import Images, LabelSets, Subset, mask_of, source_of
 from cairn.data.loading import Loader
 from cairn.data.stream import TaskStream
 from cairn.errors import NotFinite, one_line
@@ -57,6 +57,14 @@ class Placed:
     @cached_property
     def ids(self) -> np.ndarray:
         return image_ids(self.images)
+
+
+def opened(images: Images, index: int) -> tuple[Images, int]:
+    """As `source_of`, of an item that may be the place of another: the collection that opens it."""
+    source, place = source_of(images, index)
+    while isinstance(source, Placed):
+        source, place = source_of(source.images, place)
+    return source, place
 
 
 class CachedTowers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,14 @@ from cairn.data.feature_store import FeatureStore
 from cairn.data.images import Concatenation, Subset, Unlabelled, mask_of
 from cairn.data.loading import Loader
 from cairn.data.shapes import shapes_dataset
+from cairn.errors import DataError
 from cairn.experiment.evaluator import Evaluator
 from cairn.experiment.run import run_stream
 from cairn.experiment.schema import RunConfig
 from cairn.maths.similarity import unit
 from cairn.methods.catalogue import METHODS
 from cairn.methods.segment import image_class
+from cairn.towers.masks import mask_in_view
 from cairn.training.context import Context, Log
 from cairn.training.seeds import Seeds
 
@@ -174,3 +177,76 @@ def test_on_embeddings_an_image_is_one_patch_and_nothing_is_segmented(features):
     result = run_stream(RunConfig(method="segment", data=features, step=2, labelled=0.25))
     assert result.mIoU is None
     assert result.last > 0.5
+
+
+class Wide:
+    """Pictures twice as wide as high, whose object is at the left end, or in the middle."""
+
+    def __init__(self, left, size=None):
+        self.left, self.size, self.labels = left, size, np.zeros(len(left), int)
+
+    def __len__(self):
+        return len(self.left)
+
+    def __getitem__(self, index):
+        return np.random.default_rng(index).integers(0, 255, (64 + 8 * index, 128 + 16 * index, 3), np.uint8)
+
+    def mask(self, index):
+        height, width = self.size or self[index].shape[:2]
+        mask, start = np.zeros((height, width), bool), 0 if self.left[index] else 3 * width // 8
+        mask[:, start : start + width // 4] = True
+        return mask
+
+    def describe(self, index):
+        return f"picture {index}"
+
+    def identity(self, index):
+        return bytes([index])
+
+
+def padding(towers):
+    held = copy.copy(towers)
+    held.preprocessing = towers.preprocessing.model_copy(update={"mode": "pad", "fill": 255})
+    return held
+
+
+def test_a_mask_is_cropped_as_its_picture(towers, small_stream):
+    """The middle half of such a picture is seen: of an object at the left end nothing, of one in the middle half."""
+    images = Wide([True, False, False])
+    for i, share in enumerate((0, 0.5, 0.5)):
+        assert mask_in_view(images, i, towers).shape == (56, 56)
+        assert mask_in_view(images, i, towers).mean() == pytest.approx(share)
+    method = build(towers)
+    method.learn(replace(small_stream.tasks[0], train=images, classes=range(1), names=("strip",)), Context(Seeds(1)))
+    assert float(method.counts[1]) == pytest.approx(49 * (0 + 0.5 + 0.5), abs=0.5)
+
+
+def test_what_fills_a_picture_up_is_no_object(towers):
+    """Even where it is white, as the objects of masks are."""
+    found = mask_in_view(Wide([True]), 0, padding(towers))
+    assert not found[:14].any()
+    assert not found[42:].any()
+    assert found[14:42, :14].all()
+    assert not found[:, 14:].any()
+
+
+def test_masks_of_pictures_of_many_shapes_are_measured(towers, small_stream):
+    method = taught(build(towers), small_stream.tasks[:1])
+    tests = (Wide([False, False, True]), *small_stream.tests[1:])
+    found = Evaluator(replace(small_stream, tests=tests), towers).after(0, method).iou
+    q = method.segment(method.embed(towers.pixels(torch.stack([towers.prepare(tests[0][i]) for i in range(3)]))))
+    taken = torch.nn.functional.interpolate(q, size=(56, 56), mode="bilinear").argmax(1).numpy() == 1
+    truth = np.zeros((3, 56, 56), bool)
+    truth[:2, :, 14:42] = True
+    assert found[1] == pytest.approx((truth & taken).sum() / (truth | taken).sum())
+
+
+def test_a_mask_of_another_shape_is_refused(towers, small_stream):
+    for size, said in (((128, 64), "mask of picture 0: 64 x 128 for a picture of 128 x 64"), ((64, 64), "64 x 64")):
+        with pytest.raises(DataError, match=said):
+            mask_in_view(Wide([False], size), 0, towers)
+    assert np.array_equal(mask_in_view(Wide([False], (32, 64)), 0, towers), mask_in_view(Wide([False]), 0, towers))
+    deep = Wide([False])
+    deep.mask = lambda index: np.zeros((64, 128, 3), bool)
+    with pytest.raises(DataError, match=r"of shape \(64, 128, 3\); give \(64, 128\)"):
+        mask_in_view(deep, 0, towers)

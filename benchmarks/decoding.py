@@ -31,7 +31,7 @@ from predicting import on_cores
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cairn.data.folders import decoded
+from cairn.data.decoding import decoded
 from cairn.data.loading import usable_cores
 from cairn.storage.versions import versions
 from cairn.towers.catalogue import load_towers

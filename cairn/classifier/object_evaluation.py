@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cairn.classifier.evaluation import Evaluation
-from cairn.data.folders import decoded, reason
+from cairn.data.decoding import decoded, reason
 from cairn.errors import DataError, one_line
 from cairn.maths.overlap import confusion, overlaps
 from cairn.towers.masks import in_view

@@ -17,7 +17,8 @@ from cairn.classifier.calibration import Calibration
 from cairn.classifier.label_sets import LearnedSets
 from cairn.classifier.novelty import Novelty
 from cairn.classifier.predictions import Predictions
-from cairn.data.folders import decoded, reason, unreadable
+from cairn.data.decoding import decoded, reason
+from cairn.data.folders import unreadable
 from cairn.data.in_memory import InMemoryImages, Item
 from cairn.data.loading import Loader
 from cairn.errors import DataError, NotFinite, one_line

@@ -189,7 +189,7 @@ def _tell(console: Console, found: Evaluation, report: dict[str, Any], topk: int
 def _write_page(
     found: Evaluation, report: dict[str, Any], path: Path, learner: str, objects: ObjectEvaluation | None
 ) -> None:
-    from cairn.data.folders import decoded
+    from cairn.data.decoding import decoded
     from cairn.reports.evaluation import evaluation_page, thumbnail
     from cairn.reports.masks import MaskedPicture
     from cairn.storage.files import make_folder, write_chunks

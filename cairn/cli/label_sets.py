@@ -110,7 +110,7 @@ def _lines(found: LabelSetEvaluation) -> Iterator[str]:
 
 
 def write_page_of_sets(found: LabelSetEvaluation, path: Path, learner: str) -> None:
-    from cairn.data.folders import decoded
+    from cairn.data.decoding import decoded
     from cairn.reports.evaluation import label_sets_page, thumbnail
     from cairn.storage.files import make_folder, write_chunks
 

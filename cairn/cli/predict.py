@@ -250,7 +250,7 @@ def _explained(towers: Towers, files: list[Path], found: Predictions, folder: Pa
     there."""
     import numpy as np
 
-    from cairn.data.folders import decoded
+    from cairn.data.decoding import decoded
     from cairn.reports.masks import SIDE, MaskedPicture, mask_figure
     from cairn.reports.patches import bar_figure, patch_figure
     from cairn.storage.files import make_folder, write_json

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from cairn.data.catalogue import CATALOGUE, HubRow
-from cairn.data.folders import check, decoded, folder_dataset, reason
+from cairn.data.decoding import check, decoded, reason
+from cairn.data.folders import folder_dataset
 from cairn.data.images import Concatenation, Dataset, Images, Subset
 from cairn.data.names import class_name
 from cairn.data.stream import held_out

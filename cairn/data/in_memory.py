@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cairn.data.folders import check, decoded, reason, rgb
+from cairn.data.decoding import ONE_PICTURE, check, decoded, picture_of, reason, rgb
 from cairn.data.identity import content_hash
 from cairn.errors import InvalidInput, one_line
 
@@ -46,10 +46,6 @@ class ArrayLike(Protocol):
     """What NumPy takes for an array, such as a table of pandas."""
 
     def __array__(self) -> np.ndarray: ...
-
-
-CHANNELS = (3, 4)
-ONE_PICTURE = "give a picture as uint8 (h, w, 3), (h, w, 4) or (h, w)"
 
 
 def items_of(given: Item | Iterable[Item], width: int | None = None) -> list[Item]:
@@ -139,12 +135,10 @@ class InMemoryImages:
             return Image.fromarray(item.values)
         if not isinstance(item, (np.ndarray, torch.Tensor)):
             raise InvalidInput(f"image {index}: {_short(item)}; give a file, a PIL image or an array")
-        array = np.asarray(item)
-        pictured = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in CHANNELS)
-        if pictured and array.dtype == np.uint8 and array.size:
-            return rgb(Image.fromarray(array))
-        hint = "channels last, as from transpose(1, 2, 0); " if array.ndim == 3 and array.shape[0] in CHANNELS else ""
-        raise InvalidInput(f"image {index}: an array of {array.dtype} {array.shape}; {hint}{ONE_PICTURE}")
+        try:
+            return picture_of(item)
+        except InvalidInput as error:
+            raise InvalidInput(f"image {index}: {error}") from None
 
     def _row(self, index: int) -> np.ndarray:
         item = self.items[index]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cairn.data.task import Images
+from cairn.errors import InvalidInput
 
 AHEAD = 3
 """Batches under way when one is asked for; the others still are while that one is in use."""
@@ -90,6 +91,14 @@ class Loader:
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch)
+
+    def prepared(self, index: int) -> Tensor:
+        """The item as it is kept. Raises InvalidInput, which names it, for what is no picture."""
+        item = self.images[index]
+        try:
+            return self._prepare(item)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.images.describe(index)}: {error}") from None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.ordered()
@@ -201,7 +210,7 @@ class _Batch:
         """Open the items at these positions of the batch: into their row, or where there is none, for this batch alone."""
         loader = self.loader
         for position, index in zip(part.tolist(), self.indices[part].tolist(), strict=True):
-            prepared = loader._prepare(loader.images[index]).numpy()
+            prepared = loader.prepared(index).numpy()
             kept = loader._rows(like=prepared)
             if index < len(kept) and (self.keep is None or self.keep[position]):
                 kept[index] = prepared

@@ -1,6 +1,6 @@
 """Which files of a folder are pictures, and which are passed over: one answer for every command.
 
-Nothing is opened: a file counts by its ending. What it holds is found out when it is read (see `cairn.data.folders`).
+Nothing is opened: a file counts by its ending. What it holds is found out when it is read (see `cairn.data.decoding`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cairn.data.templates import prompt_templates
 
 @runtime_checkable
 class Images(Protocol):
-    """Items with integer labels. An item is a PIL image, a uint8 array (h, w, 3), or a row of an embedding (d,)."""
+    """Items with integer labels. An item is a PIL image, uint8 values (h, w, 3), (h, w, 4) or (h, w), or an embedding's row (d,)."""
 
     @property
     def labels(self) -> np.ndarray:

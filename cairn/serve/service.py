@@ -21,7 +21,7 @@ from cairn.classifier.classifier import IncrementalClassifier
 from cairn.classifier.folder import NAME, undo
 from cairn.classifier.predictions import Predictions
 from cairn.classifier.record import HistoryEntry
-from cairn.data.folders import decoded_within, reason
+from cairn.data.decoding import decoded_within, reason
 from cairn.data.identity import content_hash
 from cairn.data.in_memory import Reduced
 from cairn.data.names import BETWEEN, class_name, require_text

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from cairn.data.decoding import picture_of
 from cairn.errors import ConfigError, TowersError
 from cairn.storage.schema import Record, first_problem
 from cairn.towers.protocol import Towers
@@ -106,10 +107,8 @@ class Preprocessing(BaseModel):
         return cls.model_fields[key].default
 
     def prepare(self, item: Any) -> Tensor:
-        """uint8 (3, size, size) of a PIL image or a uint8 array (h, w, 3)."""
-        image = item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        """uint8 (3, size, size) of what `picture_of` takes."""
+        image = picture_of(item)
         if image.size != (self.size, self.size) or self.edge is not None:
             image = self._square(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from cairn import IncrementalClassifier
+from cairn.data.decoding import decoded
 from cairn.data.feature_store import FeatureStore
-from cairn.data.folders import decoded
 from cairn.serve.service import Service
 
 SIDE = 112

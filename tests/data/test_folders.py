@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cairn.data.folders import folder_dataset, rgb, unreadable
+from cairn.data.decoding import rgb
+from cairn.data.folders import folder_dataset, unreadable
 from cairn.data.images import Concatenation, Subset
 from cairn.data.stream import task_stream
 from cairn.errors import ConfigError, DataError

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from cairn.classifier.classifier import IncrementalClassifier
 from cairn.cli import app as cli
+from cairn.data.decoding import decoded_within
 from cairn.data.embeddings import features_dataset
-from cairn.data.folders import class_folders, decoded_within, folder_dataset, unreadable
+from cairn.data.folders import class_folders, folder_dataset, unreadable
 from cairn.data.picture_files import ENDINGS, optional_formats, passed_over, pictures_below
 from cairn.data.stream import task_sizes, task_stream
 from cairn.data.templates import filled

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from cairn import IncrementalClassifier
-from cairn.data.folders import FolderImages, decoded, folder_dataset
+from cairn.data.decoding import decoded
+from cairn.data.folders import FolderImages, folder_dataset
 from cairn.data.images import Concatenation, LabelSets, Reducible, Subset, Unlabelled, reduced
 from cairn.data.in_memory import Deferred, InMemoryImages
 from cairn.data.stream import reduced_stream, task_stream

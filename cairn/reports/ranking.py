@@ -7,6 +7,7 @@ Friedman's test, and the critical difference of Nemenyi's.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,16 @@ from cairn.experiment.schema import comparable_call
 from cairn.reports.figures import BOUND, INK, UNTOUCHED, Chart, Series, Style, _figure, _look, curves, styles
 from cairn.reports.formats import Cell, Column, Estimate, Interval, Table, estimate
 from cairn.reports.runs import differing, read_results
-from cairn.reports.tables import COMPARED, Result, differences_known, gains, label, seed_list, used_precision
+from cairn.reports.tables import (
+    COMPARED,
+    Result,
+    differences_known,
+    gains,
+    label,
+    seed_list,
+    settings_of,
+    used_precision,
+)
 from cairn.reports.templates import rendered
 from cairn.towers.fingerprint import completed
 
@@ -121,17 +131,33 @@ class Standings:
 def standings(
     folders: Iterable[Path], metric: Metric = "last", bounds: Sequence[str] = ("joint",), variants: bool = False
 ) -> Standings:
-    """All results at or below the folders; runs with changed settings only with `variants`.
+    """All results at or below the folders; runs with changed settings only with `variants`. A file of descriptions is no changed
+    setting, unless a stream has runs of the method with another one, or with none.
 
     Raises ResultError if there is nothing, or what there is cannot be read.
     """
     runs: dict[str, dict[str, list[Result]]] = {}
-    results = [run for run in read_results(list(folders)) if variants or label(run) == run["method"]]
+    results = [run for run in read_results(list(folders)) if variants or _with_own_settings(run)]
     for stream, run in zip(stream_names(results), results, strict=True):
         runs.setdefault(stream, {}).setdefault(label(run), []).append(run)
     if not runs:
         raise ResultError("no run with a method's own settings there; --variants takes those with changed ones as well")
-    return Standings(runs, metric, tuple(bounds))
+    return Standings({stream: _called(rows) for stream, rows in runs.items()}, metric, tuple(bounds))
+
+
+def _with_own_settings(run: Result) -> bool:
+    """Whether nothing was changed but the file that says what classes look like, as a data set may say it, too."""
+    changed = [setting.partition("=") for setting in settings_of(run)]
+    return all(path == "descriptions" and value != "template" for path, _, value in changed)
+
+
+def _called(rows: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """Runs by label, where one label has a method's own settings by the method's name."""
+    own = Counter(some[0]["method"] for some in rows.values() if _with_own_settings(some[0]))
+    return {
+        some[0]["method"] if _with_own_settings(some[0]) and own[some[0]["method"]] == 1 else name: some
+        for name, some in rows.items()
+    }
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

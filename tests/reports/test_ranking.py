@@ -117,6 +117,28 @@ def test_changed_settings_are_others(folder):
     assert "first (x=1)" in standings([folder], variants=True).methods
 
 
+def test_descriptions_are_no_changed_setting(tmp_path):
+    """Unless runs are there with others: then their labels tell them apart."""
+
+    def stored(number, file, seed=1):
+        place = tmp_path / str(number)
+        place.mkdir()
+        settings = {"descriptions": file} if file else {}
+        place.joinpath("result.json").write_text(json.dumps(result("d", "spa", seed, 0.5, settings=settings)))
+
+    stored(0, "birds.json", 1)
+    stored(1, "birds.json", 2)
+    found = standings([tmp_path])
+    assert {method: len(runs) for method, runs in found.runs["d"].items()} == {"spa": 2}
+    stored(2, "template")
+    assert standings([tmp_path]).methods == ["spa"]
+    assert standings([tmp_path], variants=True).methods == ["spa", "spa (descriptions=template)"]
+    stored(3, "trees.json")
+    assert standings([tmp_path]).methods == ["spa (descriptions=birds.json)", "spa (descriptions=trees.json)"]
+    stored(4, None)
+    assert standings([tmp_path]).methods[2:] == ["spa"]
+
+
 def test_figures(folder, tmp_path):
     found = standings([folder])
     chart = critical_difference_chart(found)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from cairn.reports.tables import (
     differences_known,
     gains,
     label,
+    paired,
     seed_list,
     settings_of,
     used_precision,
@@ -97,7 +99,8 @@ def _facts(results: Sequence[Result]) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Standings:
-    """Runs by stream and method, in the order found. `bounds` are methods that are shown, but take no place."""
+    """Runs by stream and method, in the order found. `bounds` are methods that are shown, but take no place. Figures that stand side
+    by side are those of class orders that every method of the stream was run in (`alike`)."""
 
     runs: dict[str, dict[str, list[Result]]]
     metric: Metric
@@ -116,16 +119,29 @@ class Standings:
         """Methods that were run on every stream."""
         return [m for m in self.methods if m not in self.bounds and all(m in rows for rows in self.runs.values())]
 
+    @cached_property
+    def alike(self) -> dict[str, dict[str, list[Result]]]:
+        """The runs of each stream in the class orders that all of its methods were run in; all runs where there is none."""
+        return {stream: _in_common_orders(rows) for stream, rows in self.runs.items()}
+
     def value(self, stream: str, method: str) -> Estimate | None:
         """In percent, over seeds and class orders."""
-        return estimate([run[self.metric] for run in self.runs[stream].get(method, [])], 100)
+        return estimate([run[self.metric] for run in self.alike[stream].get(method, [])], 100)
 
     def scores(self) -> list[list[float]]:
         """Means of the ranked methods, a row per stream."""
         return [
-            [mean_and_deviation([run[self.metric] for run in self.runs[stream][m]])[0] for m in self.ranked]
+            [mean_and_deviation([run[self.metric] for run in self.alike[stream][m]])[0] for m in self.ranked]
             for stream in self.streams
         ]
+
+
+def _in_common_orders(rows: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    def order(run: Result) -> tuple[str, ...]:
+        return tuple(run.get("class_order", ()))
+
+    common = set.intersection(*({order(run) for run in runs} for runs in rows.values()))
+    return {m: [run for run in runs if order(run) in common] for m, runs in rows.items()} if common else rows
 
 
 def standings(
@@ -219,7 +235,7 @@ def ranking_table(found: Standings) -> Table:
 
 def best_table(found: Standings) -> Table:
     """A row per stream with a method that is no bound: the best, the next, what it gains over that where both have runs in pairs, and
-    beside them zero-shot and the bounds."""
+    in how many class orders; beside them zero-shot and the bounds."""
     beside = [m for m in ("zero-shot", *found.bounds) if m in found.methods]
     rows: list[list[Cell]] = []
     for stream in found.streams:
@@ -234,9 +250,10 @@ def best_table(found: Standings) -> Table:
         following = others[0] if others else None
         gain = _gain(found, stream, best, following) if following else None
         told = "-" if gain is None else "yes" if gain.low > 0 else "no"
+        orders = "-" if gain is None else str(len(paired(found.runs[stream][best], found.runs[stream][others[0]])))
         shown = [found.value(stream, method) for method in beside]
-        rows.append([stream, best, found.value(stream, best), following, gain, told, *shown])
-    titles = ("stream", "best", f"{found.metric} %", "next", "gain [95 %]", "told apart", *beside)
+        rows.append([stream, best, found.value(stream, best), following, gain, told, orders, *shown])
+    titles = ("stream", "best", f"{found.metric} %", "next", "gain [95 %]", "told apart", "class orders", *beside)
     return Table([Column(title, 2 if title.startswith("gain") else 1) for title in titles], rows)
 
 

@@ -117,6 +117,30 @@ def test_changed_settings_are_others(folder):
     assert "first (x=1)" in standings([folder], variants=True).methods
 
 
+def test_figures_side_by_side_are_of_the_same_class_orders(tmp_path):
+    """`b` was run in an easy order that `a` was not run in, both in one that `c` was not. What one gains over another is over all
+    that both have."""
+    orders = {"usual": ["a", "b"], "easy": ["b", "a"], "hard": ["a", "c"]}
+    said = {"a": {"usual": 0.7, "hard": 0.3}, "b": {"usual": 0.6, "easy": 0.9, "hard": 0.24}, "c": {"usual": 0.5}}
+    for method, by_order in said.items():
+        for order, last in by_order.items():
+            for seed in (1, 2):
+                place = tmp_path / f"{method}-{order}-{seed}"
+                place.mkdir()
+                one = result("d", method, seed, last + seed / 100) | {"class_order": orders[order]}
+                place.joinpath("result.json").write_text(json.dumps(one))
+    found = standings([tmp_path])
+    assert [found.value("d", method).mean for method in "abc"] == pytest.approx([71.5, 61.5, 51.5])
+    assert [row[0] for row in ranking_table(found).rows] == ["a", "b", "c"]
+    (best,) = best_table(found).rows
+    assert (best[1], best[3], best[6]) == ("a", "b", "2")
+    assert best[4].mean == pytest.approx(8)  # of 10 and of 6
+    (tmp_path / "c-usual-1" / "result.json").unlink()
+    one = result("d", "c", 2, 0.5) | {"class_order": ["c", "a"]}
+    (tmp_path / "c-usual-2" / "result.json").write_text(json.dumps(one))
+    assert standings([tmp_path]).value("d", "b").mean == pytest.approx(58 + 1.5)  # of none in common, all
+
+
 def test_descriptions_are_no_changed_setting(tmp_path):
     """Unless runs are there with others: then their labels tell them apart."""
 

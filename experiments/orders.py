@@ -9,12 +9,13 @@ Runs of the usual order are those of `experiments/results.py`; those of others l
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from rows import EVERY, METHOD_ROWS, THREE, VARIANTS
+from rows import EVERY, METHOD_ROWS, THREE, variant
 from stored import write_block
-from streams import DESCRIBED, ROOT, STREAMS
+from streams import ROOT, STREAMS
 
 from cairn.reports.formats import Column, Interval, Table
 from cairn.reports.tables import COMPARED, Result, gains, results_below
@@ -23,28 +24,31 @@ from results import missing, run
 FIVE, TWO = ("seed:1994", "seed:1995", "seed:1996", "seed:1997"), ("seed:1994", "seed:1995")
 """Orders beside the usual one: embeddings are cheap, images are not."""
 
-NEAREST = ("zero-shot", "lda", "ranpac", "engine")
+NEAREST = ("zero-shot", "lda", "ranpac", "engine", "clipood", "dmc", "spa")
 
 
-def others(stream: str, *elsewhere: str) -> tuple[str, ...]:
-    """The rows of a stream but blend and `elsewhere`."""
-    return tuple(row for row in METHOD_ROWS[stream] if row not in ("blend", *elsewhere))
+UCF = ("simplecil", "acil", "aper", "calfuse", "reco", "dmc", "dmc-ot", "spa", "slca", "rapf", "joint")
+"""What is run on UCF-101 beside those in five orders; it has no class texts."""
+
+
+def others(rows: Sequence[str], *elsewhere: str) -> tuple[str, ...]:
+    """The rows but blend and `elsewhere`."""
+    return tuple(row for row in rows if row not in ("blend", *elsewhere))
 
 
 RIVALS = {
-    "shapes": {TWO: ("ranpac",)},
+    "shapes": {FIVE: ("ranpac",)},
     "cifar100": {TWO: ("ranpac",)},
-    "cifar100-b50": {TWO: others("cifar100-b50")},
-    "ucf101": {FIVE: ("lda", "ranpac", "engine")},
-    "caltech51": {FIVE: (*NEAREST, "dmc")},
+    "cifar100-b50": {TWO: others(METHOD_ROWS["cifar100-b50"])},
+    "ucf101": {FIVE: ("lda", "ranpac", "engine"), TWO: UCF},
     **{
-        f"caltech51-{n}": {FIVE: (*NEAREST, *more), TWO: others(f"caltech51-{n}", *NEAREST, *more)}
-        for n, more in {1: (), 2: (), 4: (), 8: ("dmc",)}.items()
+        stream: {FIVE: (*NEAREST, "dmc-ot"), TWO: others(EVERY, *NEAREST, "dmc-ot")}
+        for stream in ("caltech51", *(f"caltech51-{n}" for n in (1, 2, 4, 8)))
     },
-    "imagenet150": {FIVE: NEAREST, TWO: others("imagenet150", *NEAREST)},
+    "imagenet150": {FIVE: NEAREST, TWO: others(METHOD_ROWS["imagenet150"], *NEAREST)},
 }
-"""In five orders what comes nearest to blend in some, and zero-shot, where the stream has texts; in three every method on the
-streams of few pictures, and every row of that which begins with half of the classes."""
+"""In five orders what comes nearest to blend in some, and zero-shot, where the stream has texts; in three every method but on the
+two streams of images that begin with few classes, where all else learns for hours."""
 
 
 def jobs() -> list[tuple[str, str, str, list[str], str]]:
@@ -53,9 +57,7 @@ def jobs() -> list[tuple[str, str, str, list[str], str]]:
         most = max(by_orders, key=len)
         for orders, rivals in by_orders.items():
             for folder in (*rivals, *(["blend"] if orders is most else [])):
-                method, settings = VARIANTS.get(folder, (folder, []))
-                if method == "engine" and stream == "cifar100":
-                    settings = DESCRIBED
+                method, settings = variant(stream, folder)
                 for order in orders:
                     found.append((stream, f"{folder}/{order.removeprefix('seed:')}", method, settings, THREE))
     return found

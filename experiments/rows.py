@@ -263,7 +263,16 @@ METHOD_ROWS = {
     "caltech51": [*EVERY, "rapf-identity", *CALFUSE_PARTS, *RECO_PARTS],
     **{f"caltech51-{n}": [*EVERY] for n in (1, 2, 4, 8)},
     "imagenet150": [*EVERY, "rapf-identity", "calfuse-adapter"],
-    "cifar100-b50": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "dmc", "joint"],
+    "cifar100-b50": [
+        *BOUNDS,
+        *(name for name in BASELINES if name not in ("aper", "slca")),
+        "blend",
+        "aper-5",
+        *EXTRA,
+        "dmc",
+        "dmc-ot-residual",
+        "spa",
+    ],
     "cifar100-50": [*BOUNDS, "simplecil", "dmc", "blend"],
     "attributes": ["zero-shot", "simplecil", "lda", "acil", "ranpac", "blend", "joint-frozen", "capnet", *CAPNET_PARTS],
     "mosaics": [
@@ -291,13 +300,19 @@ METHOD_ROWS = {
 """What is compared on a stream, by folder."""
 
 
+def variant(stream: str, folder: str) -> tuple[str, list[str]]:
+    """The method and the settings of a row."""
+    method, settings = VARIANTS.get(folder, (folder, []))
+    if method in ("spa", "engine") and stream.startswith("cifar100"):
+        settings = DESCRIBED
+    return method, settings
+
+
 def jobs() -> list[Job]:
     found: list[Job] = []
     for stream, rows in METHOD_ROWS.items():
         for folder in rows:
-            method, settings = VARIANTS.get(folder, (folder, []))
-            if method in ("spa", "engine") and stream.startswith("cifar100"):
-                settings = DESCRIBED
+            method, settings = variant(stream, folder)
             found.append((stream, folder, method, settings, FIVE if stream == "shapes" and "dmc" in method else THREE))
     for method in (
         "simplecil",

@@ -459,7 +459,9 @@ def test_names_are_drawn_as_they_are(stored, tmp_path):
 
 
 def test_what_a_font_lacks_is_no_warning(stored, tmp_path):
+    """Which would be an error here."""
     page_of([stored(result("方法"), result("метод"))]).write_files(tmp_path / "out")
+    assert {*(path.suffix for path in (tmp_path / "out").iterdir())} >= {".png", ".svg"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
